@@ -1,0 +1,47 @@
+"""robustlip: certified and observed robustness of Lipschitz-constrained networks, side by side.
+
+    import robustlip
+    model = robustlip.load("digits-mlp-lipschitz")
+    data = robustlip.load_data("digits:test")
+    certificate = robustlip.certify(model, data.x, data.y, robustlip.InputBall("l2"))
+
+Names are loaded when they are first used, so that `import robustlip` costs little more than nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "robustlip.models.zoo",
+    "certify": "robustlip.certifiers",
+    "load_data": "robustlip.data",
+    "Certificate": "robustlip.certificates",
+    "InputBall": "robustlip.threats",
+    "EmbeddingBall": "robustlip.threats",
+    "WeightBall": "robustlip.threats",
+    "parse_threat": "robustlip.threats",
+    "Chain": "robustlip.layers",
+    "BadInput": "robustlip.errors",
+    "CertificateViolation": "robustlip.errors",
+    "RobustlipError": "robustlip.errors",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from robustlip.certificates import Certificate
+    from robustlip.certifiers import certify
+    from robustlip.data import load_data
+    from robustlip.errors import BadInput, CertificateViolation, RobustlipError
+    from robustlip.layers import Chain
+    from robustlip.models.zoo import load
+    from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'robustlip' has no attribute {name!r}")

@@ -1,0 +1,64 @@
+"""The result of certification: what was proved, about which weights, in which arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from robustlip.threats import Threat
+
+CERTIFIED, ABSTAINED, MISCLASSIFIED = "certified", "abstained", "misclassified"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One certified radius per sample, and what it rests on.
+
+    radius[i] > 0 proves: no perturbation within the threat at that radius changes prediction[i], and prediction[i] == label[i].
+    index, label, prediction: int64 (N,); radius: float64 (N,), rounded down, in the units of the threat; status: N strings
+    among certified, abstained, misclassified; reason: N strings, empty where certified.
+    dtype: the arithmetic that is covered: 'float32' and the like mean the model as executed there, 'real' exact arithmetic only.
+    bound: the constants behind it (see the certifier's docstring). versions: of robustlip, its rules and torch.
+    """
+
+    threat: Threat
+    method: str
+    dtype: str
+    weights_sha256: str
+    architecture_sha256: str
+    index: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    radius: np.ndarray
+    status: tuple[str, ...]
+    reason: tuple[str, ...]
+    bound: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def certified_accuracy(self, radius: float) -> float:
+        """The fraction of samples that are classified correctly and proved robust at `radius` (same units as the threat)."""
+        return float(np.mean(self.radius >= radius)) if len(self) else float("nan")
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The certificate file: plain JSON types only."""
+        samples = [
+            {"index": int(i), "label": int(y), "prediction": int(p), "radius": float(r), "status": s, "reason": why}
+            for i, y, p, r, s, why in zip(self.index, self.label, self.prediction, self.radius, self.status, self.reason)
+        ]
+        return {
+            "threat": self.threat.name,
+            "norm": self.threat.norm,
+            "dtype": self.dtype,
+            "method": self.method,
+            "weights_sha256": self.weights_sha256,
+            "architecture_sha256": self.architecture_sha256,
+            "requested_radius": self.threat.radius,
+            "bound": self.bound,
+            "versions": self.versions,
+            "samples": samples,
+        }

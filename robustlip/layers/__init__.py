@@ -1,0 +1,9 @@
+"""The layers that robustlip models are made of; each has its rule of the same subject in `robustlip.rules`."""
+
+from robustlip.layers.activations import ScaledGELU
+from robustlip.layers.attention import Attention
+from robustlip.layers.chain import Chain, as_chain
+from robustlip.layers.residual import Residual
+from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify
+
+__all__ = ["AddPositions", "Attention", "Chain", "MeanTokens", "Normalize", "Patchify", "Residual", "ScaledGELU", "as_chain"]

@@ -1,0 +1,70 @@
+"""Multi-head attention of the paper: logits s·q·k/d, rotary positions, output times 1/3, no biases."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustlip.errors import BadInput
+
+
+def rotary(x: torch.Tensor, base: float = 10_000.0) -> torch.Tensor:
+    """Rotate pairs of coordinates of x (..., T, d) by angles that grow with the position: an orthogonal map of each token.
+
+    Source: Su et al. 2021, RoFormer, equation 34, in the half-split layout. d must be even.
+    """
+    length, width = x.shape[-2], x.shape[-1]
+    # Angles in float64, whatever x is: a float32 angle at position 255 would be wrong by 1e-5.
+    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
+    angle = torch.arange(length, dtype=torch.float64, device=x.device)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., : width // 2], x[..., width // 2 :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """x (N, T, D) → output_scale · W_o · concat_h softmax(scale · q_h k_hᵀ / d) v_h, of shape (N, T, D).
+
+    width D, heads H, head width d = D/H (even when rotary). scale s: the paper has s = 1; s = √d is the usual 1/√d attention.
+    causal: token i sees tokens j ≤ i only. output_scale: the paper's 1/3.
+    Source: Newhouse et al. 2025, section 3.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        scale: float = 1.0,
+        causal: bool = True,
+        rope: bool = True,
+        output_scale: float = 1 / 3,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise BadInput(f"expected a width divisible by the number of heads, got width {width} and {heads} heads; change one of them")
+        if rope and (width // heads) % 2:
+            raise BadInput(f"expected an even head width with rotary positions, got {width // heads}; use fewer heads or rope=False")
+        if not scale > 0:
+            raise BadInput(f"expected an attention scale above 0, got {scale}; the paper uses 1")
+        self.width, self.heads, self.head_width = width, heads, width // heads
+        self.scale, self.causal, self.rope, self.output_scale = float(scale), causal, rope, float(output_scale)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, T, D) → (N, H, T, d)."""
+        return x.unflatten(-1, (self.heads, self.head_width)).transpose(-2, -3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
+        if self.rope:
+            q, k = rotary(q), rotary(k)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale / self.head_width)
+        return self.output(mixed.transpose(-2, -3).flatten(-2)) * self.output_scale
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, heads={self.heads}, scale={self.scale}, causal={self.causal}, rope={self.rope}, output_scale={self.output_scale:.4g}"

@@ -1,0 +1,79 @@
+"""A model as a chain of layers, each with a rule: the one shape that certifiers, attacks and trainers see."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustlip.errors import BadInput, UnsupportedLayer
+
+
+class Chain(nn.Sequential):
+    """Layers applied one after the other.
+
+    embedding_depth: how many leading layers make the embedding (0: the model has none, and EmbeddingBall does not apply).
+    task: 'classification', logits (N, C); or 'next-token', logits (N, T, V), of which the last position is the prediction.
+    vocabulary: the characters of token ids 0, 1, …, for next-token models; None otherwise.
+    config: what `robustlip.models.build` needs to make the model again; None for chains of other people's layers.
+    """
+
+    embedding_depth: int = 0
+    task: str = "classification"
+    vocabulary: str | None = None
+    config: dict[str, Any] | None = None
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Raw inputs → embeddings (N, T, D). Raises BadInput when the model has no embedding."""
+        if self.embedding_depth == 0:
+            raise BadInput("expected a model with an embedding (a transformer), got one without; use an input threat: l1, l2 or linf")
+        for layer in list(self)[: self.embedding_depth]:
+            x = layer(x)
+        return x
+
+    def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, T, D) → logits, the rest of the forward pass."""
+        for layer in list(self)[self.embedding_depth :]:
+            embeddings = layer(embeddings)
+        return embeddings
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits (N, C) that the prediction is read from: the last position's for next-token models."""
+        return logits[:, -1] if self.task == "next-token" else logits
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Raw inputs → the logits (N, C) of the prediction."""
+        return self.decide(self(x))
+
+    def scores_from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, T, D) → the logits (N, C) of the prediction."""
+        return self.decide(self.from_embeddings(embeddings))
+
+
+def as_chain(model: nn.Module) -> Chain:
+    """The model itself if it is a Chain, or a Chain that shares the layers of an nn.Sequential.
+
+    Raises UnsupportedLayer for any other module: its forward could do anything between its layers.
+    """
+    if isinstance(model, Chain):
+        return model
+    if type(model) is nn.Sequential:
+        flat: list[tuple[str, nn.Module]] = []
+
+        def walk(prefix: str, module: nn.Module) -> None:
+            for name, child in module.named_children():
+                if type(child) is nn.Sequential:
+                    walk(f"{prefix}{name}_", child)
+                else:
+                    flat.append((f"{prefix}{name}", child))
+
+        walk("layer", model)
+        chain = Chain(OrderedDict(flat))
+        chain.train(model.training)
+        return chain
+    raise UnsupportedLayer(
+        f"expected a robustlip model or an nn.Sequential of known layers, got {type(model).__name__}; "
+        f"build it as nn.Sequential or as robustlip.layers.Chain"
+    )
