@@ -1,0 +1,44 @@
+"""What people would otherwise deploy: the same shapes, unconstrained, with LayerNorm and 1/√d attention in the transformers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from robustlip.layers import Chain, MeanTokens
+from robustlip.models.blocks import layernorm_blocks
+from robustlip.models.classifier import patch_embedding
+from robustlip.models.gpt import NextTokenChain
+from robustlip.models.mlp import LipschitzMLP
+
+
+class BaselineMLP(LipschitzMLP):
+    """The same layers as LipschitzMLP; the constraint lives in training, and this one is trained without."""
+
+
+class BaselineGPT(NextTokenChain):
+    """A pre-norm GPT as in GPT-2, with rotary positions: token ids (N, T) → logits (N, T, vocabulary_size)."""
+
+    def __init__(self, vocabulary: str, width: int = 256, heads: int = 4, blocks: int = 3) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(embed_tokens=nn.Embedding(len(vocabulary), width))
+        layers.update(layernorm_blocks(width, heads, blocks, causal=True))
+        layers["head"] = nn.Linear(width, len(vocabulary), bias=False)
+        super().__init__(layers)
+        self.vocabulary = vocabulary
+        self.config = {"kind": "baseline-gpt", "vocabulary": vocabulary, "width": width, "heads": heads, "blocks": blocks}
+
+
+class BaselineTransformer(Chain):
+    """A pre-norm patch transformer (ViT-like, mean pooling): images (N, C, H, W) in [0, 1] → logits (N, classes)."""
+
+    embedding_depth = 3
+
+    def __init__(self, image: tuple[int, int, int], patch: int, classes: int, width: int = 64, heads: int = 4, blocks: int = 2) -> None:
+        layers = patch_embedding(tuple(image), patch, width)
+        layers.update(layernorm_blocks(width, heads, blocks, causal=False))
+        layers["mean"] = MeanTokens()
+        layers["head"] = nn.Linear(width, classes, bias=True)
+        super().__init__(layers)
+        self.config = {"kind": "baseline-transformer", "image": list(image), "patch": patch, "classes": classes, "width": width}
+        self.config |= {"heads": heads, "blocks": blocks}

@@ -1,0 +1,54 @@
+"""The residual blocks that the GPT and the patch classifier share, constrained or not."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+from torch import nn
+
+from robustlip.errors import BadInput
+from robustlip.layers import Attention, Residual, ScaledGELU
+
+
+def lipschitz_blocks(
+    width: int, heads: int, blocks: int, *, scale: float, causal: bool, alpha: float | None = None, hidden: int | None = None
+) -> OrderedDict[str, nn.Module]:
+    """`blocks` pairs of convex residuals (Newhouse et al. 2025, section 3): attention/3, then W_out·gelu(W_in x)/1.1289. No norm, no bias.
+
+    alpha: residual weight, 1/(2·blocks) unless given (one over the number of residual connections). hidden: MLP width, 4·width unless given.
+    """
+    if blocks < 1:
+        raise BadInput(f"expected at least one block, got {blocks}; give blocks >= 1")
+    alpha = 1 / (2 * blocks) if alpha is None else alpha
+    hidden = 4 * width if hidden is None else hidden
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(blocks):
+        layers[f"attn{i}"] = Residual.convex(Attention(width, heads, scale=scale, causal=causal), alpha)
+        mlp = nn.Sequential(
+            OrderedDict(up=nn.Linear(width, hidden, bias=False), act=ScaledGELU(), down=nn.Linear(hidden, width, bias=False))
+        )
+        layers[f"mlp{i}"] = Residual.convex(mlp, alpha)
+    return layers
+
+
+def layernorm_blocks(width: int, heads: int, blocks: int, *, causal: bool, hidden: int | None = None) -> OrderedDict[str, nn.Module]:
+    """`blocks` pre-norm blocks as in GPT-2: x + attn(LN(x)) with 1/√d logits, then x + W_out·gelu(W_in LN(x)); a last LayerNorm."""
+    if blocks < 1:
+        raise BadInput(f"expected at least one block, got {blocks}; give blocks >= 1")
+    hidden = 4 * width if hidden is None else hidden
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(blocks):
+        attention = Attention(width, heads, scale=math.sqrt(width // heads), causal=causal, output_scale=1.0)
+        layers[f"attn{i}"] = Residual(nn.Sequential(OrderedDict(norm=nn.LayerNorm(width), attention=attention)))
+        mlp = nn.Sequential(
+            OrderedDict(
+                norm=nn.LayerNorm(width),
+                up=nn.Linear(width, hidden, bias=False),
+                act=nn.GELU(),
+                down=nn.Linear(hidden, width, bias=False),
+            )
+        )
+        layers[f"mlp{i}"] = Residual(mlp)
+    layers["norm"] = nn.LayerNorm(width)
+    return layers

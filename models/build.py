@@ -1,0 +1,37 @@
+"""From the plain dictionary in a recipe or card to a model, and nothing else: no code travels with weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from robustlip.errors import BadInput
+from robustlip.layers import Chain
+from robustlip.models.baselines import BaselineGPT, BaselineTransformer
+from robustlip.models.classifier import LipschitzTransformer
+from robustlip.models.gpt import LipschitzGPT
+from robustlip.models.mlp import LipschitzMLP
+
+
+def _mlp(widths: list[int], activation: str = "relu", **options: Any) -> LipschitzMLP:
+    return LipschitzMLP(widths, activation, **options)
+
+
+KINDS = {
+    "mlp": _mlp,
+    "lipschitz-gpt": LipschitzGPT,
+    "baseline-gpt": BaselineGPT,
+    "lipschitz-transformer": LipschitzTransformer,
+    "baseline-transformer": BaselineTransformer,
+}
+
+
+def build(config: dict[str, Any]) -> Chain:
+    """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option."""
+    options = dict(config)
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        raise BadInput(f"expected a model kind among {', '.join(KINDS)}, got {kind!r}; name one of them in the recipe")
+    try:
+        return KINDS[kind](**options)
+    except TypeError as error:
+        raise BadInput(f"expected only options that a model of kind {kind!r} has, got {sorted(options)} ({error}); check the recipe") from None

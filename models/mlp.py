@@ -1,0 +1,39 @@
+"""Multilayer perceptrons on flattened inputs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from robustlip.errors import BadInput
+from robustlip.layers import Chain, Normalize, ScaledGELU
+
+
+def activation(name: str) -> nn.Module:
+    """The activation layer of that name: relu, gelu, scaled-gelu (GELU/1.1289, the paper's) or tanh."""
+    table = {"relu": nn.ReLU, "gelu": nn.GELU, "scaled-gelu": ScaledGELU, "tanh": nn.Tanh}
+    if name not in table:
+        raise BadInput(f"expected an activation among {', '.join(table)}, got {name!r}; name one of them")
+    return table[name]()
+
+
+class LipschitzMLP(Chain):
+    """Inputs (N, …) with widths[0] numbers a sample → logits (N, widths[-1]).
+
+    widths: input, hidden …, output. mean, std: preprocessing inside the model, so that radii stay in raw input units.
+    The layers are plain; what makes it Lipschitz is the constraint it is trained under (robustlip.constraints).
+    """
+
+    def __init__(self, widths: list[int], activation_name: str = "relu", *, bias: bool = True, mean: float = 0.0, std: float = 1.0) -> None:
+        if len(widths) < 2 or min(widths) < 1:
+            raise BadInput(f"expected at least two widths above 0, got {widths}; give input, hidden and output widths")
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        if (mean, std) != (0.0, 1.0):
+            layers["normalize"] = Normalize(mean, std)
+        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
+            if i:
+                layers[f"act{i}"] = activation(activation_name)
+            layers[f"linear{i + 1}"] = nn.Linear(fan_in, fan_out, bias=bias)
+        super().__init__(layers)
+        self.config = {"kind": "mlp", "widths": list(widths), "activation": activation_name, "bias": bias, "mean": mean, "std": std}
