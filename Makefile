@@ -1,0 +1,72 @@
+# make demo, make test: both do all the set-up they need, in .venv, with nothing but Python and a compiler to start from.
+#   make test ARGS="-k radius"        arguments for pytest
+#   make demo TORCH=2.11.0            another torch: a version, a requirement, or the path of a wheel
+#   make setup PYTHON=python3.12      another Python (3.11 to 3.13)
+
+VENV ?= .venv
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCHATTACKS := $(shell sed -n '/^torchattacks==/p' constraints.txt)
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+# The set-up holds for one torch and one place of the checkout (an editable install points at it).
+KEY := $(shell printf '%s' '$(CURDIR) $(TORCH)' | cksum | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(KEY)
+LINT_READY := $(READY)-lint
+# Written at set-up: constraints.txt with the torch that was installed.
+PINS := $(VENV)/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
+
+demo: $(READY)  ## the whole story on the embedded data: table and report
+	$(BIN)/robustlip demo $(ARGS)
+
+# One thread per worker: two workers with a thread pool each are slower than with none.
+test: $(READY)  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+setup: $(READY)  ## the virtual environment alone
+
+lint: $(LINT_READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment, builds and caches
+	rm -rf '$(VENV)' build dist ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone, so that TORCH decides; torchattacks last and without its dependencies (see pyproject.toml).
+# pip keeps its own configuration (indexes, mirrors, certificates): nothing here names one.
+$(READY): pyproject.toml constraints.txt
+	@set -eu; \
+	python=''; \
+	for candidate in $(if $(PYTHON),'$(PYTHON)',python3.11 python3 python3.12 python3.13 python); do \
+	  if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then \
+	    python="$$candidate"; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "expected Python 3.11 to 3.13, got $$('$(or $(PYTHON),python3)' --version 2>&1 || true); install one or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; \
+	  exit 2; \
+	fi; \
+	if ! '$(BIN)/python' -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then \
+	  rm -rf '$(VENV)'; \
+	  "$$python" -m venv '$(VENV)' || { echo "expected a Python with the venv module, got $$python without it; install it (python3-venv on Debian) or name another: PYTHON=..." >&2; exit 2; }; \
+	fi
+	@rm -f $(VENV)/.ready-*
+	grep -v '^torch==' constraints.txt > $(PINS)
+	case '$(TORCH)' in [0-9]*) torch='torch==$(TORCH)';; *) torch='$(TORCH)';; esac; \
+	  $(BIN)/python -m pip install --quiet -c $(PINS) 'setuptools>=77' wheel "$$torch"
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(PINS)
+	$(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[test,audit]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) --no-deps '$(TORCHATTACKS)'
+	@touch $@
+
+$(LINT_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[lint]'
+	@touch $@
