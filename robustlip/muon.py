@@ -1,0 +1,121 @@
+"""Muon with a stated bound of its update: torch.optim.Muon, its orthogonalisation made selectable. MATH.md section 10.
+
+torch's own always orthogonalises in bfloat16 with five fixed quintic steps. On processors without bfloat16 units that is hundreds of
+times slower than float32, and a constraint needs to know how large an update can be; both are parameters here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustlip.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Odd quintics x → a·x + b·x³ + c·x⁵ applied in turn to the singular values; `peak` bounds their image of (0, 1] in exact arithmetic."""
+
+    steps: tuple[tuple[float, float, float], ...]
+    peak: float
+
+
+def _over_1024(*rows: tuple[int, int, int]) -> tuple[tuple[float, float, float], ...]:
+    return tuple((a / 1024, b / 1024, c / 1024) for a, b, c in rows)
+
+
+POLYNOMIALS = {
+    # peaks: the largest value on (0, 1], MATH.md section 10, rounded up; tests recompute them on a fine grid.
+    "six-step": Polynomial(
+        _over_1024(
+            (3955, -8306, 5008), (3735, -6681, 3463), (3799, -6499, 3211), (4019, -6385, 2906), (2677, -3029, 1162), (2172, -1833, 682)
+        ),
+        0.9994,
+    ),
+    "torch": Polynomial(((3.4445, -4.7750, 2.0315),) * 5, 1.2025),
+    "145m-script": Polynomial(
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        1.1452,
+    ),
+}
+
+
+def orthogonalize(matrix: Tensor, polynomial: str = "six-step") -> Tensor:
+    """The polynomial's approximation of the orthogonal factor UVᵀ of matrices (..., m, n), in their own dtype.
+
+    Singular values come out in (0, peak]; matrices of zeros stay zeros. Source: Jordan 2024 (Muon), coefficients of the paper.
+    """
+    if polynomial not in POLYNOMIALS:
+        raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {polynomial!r}; name one of them")
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    for a, b, c in POLYNOMIALS[polynomial].steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon whose learning rate is the RMS→RMS norm of the update (up to the polynomial's peak).
+
+    update of a (fan_out, fan_in) matrix: lr·sqrt(fan_out/fan_in)·orthogonalize(momentum). polynomial: a key of POLYNOMIALS.
+    dtype: in which to orthogonalise; None for the parameter's own. Momentum, Nesterov and decoupled weight decay as in torch.
+    `update_norm(lr)` bounds the RMS→RMS norm of one step in exact arithmetic; a constraint adds its own slack for rounding.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.02,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        polynomial: str = "six-step",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if polynomial not in POLYNOMIALS:
+            raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {polynomial!r}; name one of them")
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
+        self.polynomial, self.compute_dtype = polynomial, dtype
+
+    def update_norm(self, lr: float) -> float:
+        return lr * POLYNOMIALS[self.polynomial].peak
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor] = []
+            self._init_group(group, params, grads, buffers)
+            by_shape: dict[tuple[int, ...], list[int]] = {}
+            for i, p in enumerate(params):
+                by_shape.setdefault(tuple(p.shape), []).append(i)
+            for (fan_out, fan_in), members in by_shape.items():
+                for i in members:
+                    buffers[i].lerp_(grads[i], 1 - group["momentum"])
+                directions = torch.stack(
+                    [grads[i].lerp(buffers[i], group["momentum"]) if group["nesterov"] else buffers[i] for i in members]
+                )
+                # One batched product for all matrices of a shape, instead of one small product for each.
+                updates = orthogonalize(directions.to(self.compute_dtype or directions.dtype), self.polynomial)
+                step = group["lr"] * math.sqrt(fan_out / fan_in)
+                for i, update in zip(members, updates):
+                    params[i].mul_(1 - group["lr"] * group["weight_decay"])
+                    params[i].add_(update.to(params[i].dtype), alpha=-step)
+        return loss
