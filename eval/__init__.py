@@ -1,0 +1,1 @@
+"""How models are compared: suite → runner → records → table, plots and report."""

@@ -1,0 +1,363 @@
+"""Runs a suite into a folder: one parquet part per model and threat, so that what is done is never lost and never done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from robustlip import __version__
+from robustlip.errors import BadInput, CertificateViolation, RobustlipError
+from robustlip.eval.results import Record, check_soundness, read_metadata, read_records, write_records
+from robustlip.eval.suite import PairSpec, Suite, ThreatSpec, parse_suite
+from robustlip.files import atomic, write_json
+from robustlip.threats import WeightBall, with_radius
+
+if TYPE_CHECKING:
+    import torch
+
+    from robustlip.data import Dataset
+    from robustlip.layers import Chain
+
+PARTS, MANIFEST, POINTS = "parts", "manifest.json", "contradictions"
+# At one fixed radius these say only whether that radius breaks a sample; the runner asks them at each table radius.
+FIXED_RADIUS = ("pgd", "weights", "torchattacks-pgd", "torchattacks-pgdl2", "autoattack")
+
+
+@dataclass
+class Run:
+    """A finished or interrupted run. errors: (model, exception) of the models that failed; partial: some rows are missing."""
+
+    folder: Path
+    suite: Suite
+    records: list[Record] = field(default_factory=list)
+    errors: list[tuple[str, Exception]] = field(default_factory=list)
+    partial: bool = False
+    interrupted: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def raise_errors(self) -> None:
+        """Raise what went wrong, a contradiction first. Call it when everything that can be kept has been written."""
+        for _, error in sorted(self.errors, key=lambda e: not isinstance(e[1], CertificateViolation)):
+            raise error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a suite is run. device: a torch device name; limit: at most so many samples per part; seed: instead of the suite's."""
+
+    device: str = "cpu"
+    batch_size: int = 256
+    limit: int | None = None
+    seed: int | None = None
+    data_dir: str | None = None
+
+
+def versions() -> dict[str, str]:
+    """Of robustlip and of what its numbers rest on."""
+    found = {"robustlip": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "torchattacks"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the run was made on: no host names and no paths."""
+    import os
+
+    import torch
+
+    described = {"system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
+    if device.startswith("cuda"):
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def run_suite(
+    suite: Suite,
+    folder: Path,
+    settings: Settings = Settings(),
+    *,
+    advance: Callable[[str, int, int], None] = lambda label, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Evaluate every model of the suite under every threat of its pair, into `folder`.
+
+    advance(label, done, total) is called with samples × threats as the unit. Parts of an earlier run are reused when weights,
+    the part's own settings and versions agree. A model that fails does not stop the others; see `Run.raise_errors`.
+    """
+    folder = Path(folder)
+    try:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"expected a folder to write the run to, got {folder} ({error.strerror or error}); name another with --out") from error
+    run = Run(folder, suite)
+    limits = [
+        (pair, role, model, threat, _limit(pair, threat, settings)) for pair in suite.pairs for role, model in pair.members() for threat in pair.threats
+    ]
+    total, done, failed = sum(limit for *_, limit in limits), 0, set()
+    started = time.time()
+    cache: dict[str, tuple[Chain, str, Dataset]] = {}
+    try:
+        for pair, role, model, threat, limit in limits:
+            part = _part_name(model, threat.name)
+            label = f"{model} · {threat.name}"
+            if model not in failed:
+                advance(label, done, total)
+                try:
+                    if model not in cache:
+                        cache.clear()  # one model in memory at a time
+                        cache[model] = _prepare(pair, model, suite, settings)
+                    records = _part(suite, pair, role, model, threat, limit, folder / PARTS / part, settings, cache[model], folder, say)
+                    run.records += records
+                    check_soundness(records, folder)
+                except CertificateViolation as error:
+                    run.errors.append((model, error))
+                except Exception as error:  # noqa: BLE001 - kept, and raised by Run.raise_errors once the other models are done
+                    run.errors.append((model, error))
+                    failed.add(model)
+                    say(f"{model}: {error if isinstance(error, RobustlipError) else repr(error)}; going on with the other models")
+            done += limit
+            advance(label, done, total)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    wanted = {_part_name(m, t.name) for p in suite.pairs for _, m in p.members() for t in p.threats}
+    have = {_part_name(r.model, r.threat) for r in run.records}
+    run.partial = run.interrupted or have != wanted or any(r.partial for r in run.records)
+    run.manifest = {
+        "suite": suite.to_json_dict(),
+        "versions": versions(),
+        "machine": machine(settings.device),
+        "seed": suite.seed if settings.seed is None else settings.seed,
+        "limit": settings.limit,
+        "partial": run.partial,
+        "parts": sorted(have & wanted),
+        "missing": sorted(wanted - have),
+        "errors": [{"model": model, "kind": type(error).__name__, "message": str(error)} for model, error in run.errors],
+        "seconds": round(time.time() - started, 2),
+        "cards": _cards(suite),
+    }
+    write_json(folder / MANIFEST, run.manifest)
+    return run
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder, checked for contradictions again by whoever calls `check_soundness` on its records.
+
+    Raises BadInput when the folder holds no run.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        suite, parts = parse_suite(manifest["suite"], MANIFEST), list(manifest["parts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"expected the folder of a run (with {MANIFEST}), got {str(folder)!r}; make one with `robustlip eval SUITE.toml --out {folder}`") from error
+    run = Run(folder, suite, partial=bool(manifest.get("partial")), manifest=manifest)
+    for part in parts:
+        run.records += read_records(folder / PARTS / part)
+    if not run.records:
+        raise BadInput(f"expected results in {str(folder)!r}, got none; run `robustlip eval` again")
+    return run
+
+
+def _limit(pair: PairSpec, threat: ThreatSpec, settings: Settings) -> int:
+    return min(pair.limit, threat.limit or pair.limit, settings.limit or pair.limit)
+
+
+def _part_name(model: str, threat: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{model}--{threat}")[-100:]
+    # The hash keeps apart what the readable part may merge: a/b.safetensors and a_b.safetensors.
+    return f"{readable}.{hashlib.sha256(f'{model}|{threat}'.encode()).hexdigest()[:8]}.parquet"
+
+
+def _cards(suite: Suite) -> dict[str, Any]:
+    from robustlip.models import zoo
+
+    cards = {}
+    for pair in suite.pairs:
+        for _, model in pair.members():
+            if model in zoo.names():
+                try:
+                    cards[model] = zoo.card(model)
+                except RobustlipError:  # the model itself was refused with the same words
+                    continue
+    return cards
+
+
+def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tuple[Chain, str, Dataset]:
+    """The model on its device, the hash of its weights, and as many samples as its largest threat needs."""
+    from robustlip.hashing import weights_sha256
+    from robustlip.data import load_data, load_text_or_page
+    from robustlip.layers import as_chain
+    from robustlip.models import zoo
+
+    chain = as_chain(zoo.load(model, device=settings.device))
+    limit = max(_limit(pair, threat, settings) for threat in pair.threats)
+    seed = suite.seed if settings.seed is None else settings.seed
+    loader = load_text_or_page if pair.page_fallback else load_data
+    data = loader(pair.data, data_dir=settings.data_dir, limit=limit, seed=seed, context=pair.context, vocabulary=chain.vocabulary)
+    return chain, weights_sha256(chain), data
+
+
+def _part(
+    suite: Suite, pair: PairSpec, role: str, model: str, threat: ThreatSpec, limit: int, path: Path,
+    settings: Settings, prepared: tuple[Chain, str, Dataset], folder: Path, say: Callable[[str], None],
+) -> list[Record]:  # fmt: skip
+    chain, weights, data = prepared
+    seed = suite.seed if settings.seed is None else settings.seed
+    key = {
+        "suite": suite.name,
+        "pair": pair.model_dump(mode="json", exclude={"threats", "title", "lipschitz", "baseline"}),
+        "threat": threat.model_dump(mode="json"),
+        "model": model, "role": role, "limit": limit, "seed": seed, "device": settings.device, "weights_sha256": weights,
+        "versions": versions(), "data_note": data.note, "samples": hashlib.sha256(np.asarray(data.index).tobytes()).hexdigest(),
+    }  # fmt: skip
+    if read_metadata(path) == json.loads(json.dumps(key, default=str)):
+        say(f"{model} · {threat.name}: kept from an earlier run")
+        return read_records(path)
+    path.unlink(missing_ok=True)
+    records: list[Record] = []
+    n = min(limit, len(data.index))
+    for start in range(0, n, settings.batch_size):
+        batch = slice(start, min(start + settings.batch_size, n))
+        began = time.perf_counter()
+        rows, points = _evaluate(chain, data, batch, threat, weights, settings, seed + start)
+        seconds = (time.perf_counter() - began) / len(rows)
+        for i, row in enumerate(rows):
+            record = Record(
+                suite=suite.name, model=model, pair=pair.name, role=role, data=data.name, data_note=data.note, split=data.split,
+                threat=threat.name, norm=threat.threat().norm, units=threat.threat().units, weights_sha256=weights,
+                versions=json.dumps(versions()), seed=seed, partial=limit < min(pair.limit, threat.limit or pair.limit), seconds=seconds, **row,
+            )  # fmt: skip
+            if record.contradiction():
+                record = Record(**{**record.__dict__, "adversarial": _save_point(folder, path.stem, data.x[start + i], points.get(i), record)})
+            records.append(record)
+    write_records(path, records, key)
+    return records
+
+
+def _evaluate(
+    chain: Chain, data: Dataset, batch: slice, threat: ThreatSpec, weights: str, settings: Settings, seed: int
+) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
+    """One batch: the fields of its records that depend on the sample, and the adversarial point that was nearest."""
+    import torch
+
+    from robustlip.certifiers import certify
+
+    x = torch.as_tensor(data.x[batch]).to(settings.device)
+    y = torch.as_tensor(data.y[batch]).to(settings.device)
+    index = np.asarray(data.index[batch], dtype=np.int64)
+    ball = threat.threat()
+    rows: list[dict[str, Any]] = [{"index": int(i), "label": int(label)} for i, label in zip(index, y.tolist(), strict=True)]
+    points: dict[int, torch.Tensor] = {}
+
+    if threat.radii:
+        certificate = certify(chain, x, y, ball, method=threat.method, dtype=threat.dtype, index=index)
+        if certificate.weights_sha256 != weights:
+            raise CertificateViolation(f"expected a certificate of weights {weights[:12]}, got one of {certificate.weights_sha256[:12]}; do not change weights during a run")
+        for i, row in enumerate(rows):
+            row.update(
+                prediction=int(certificate.prediction[i]), certified_radius=float(certificate.radius[i]), status=certificate.status[i],
+                reason=certificate.reason[i], method=certificate.method, dtype=certificate.dtype,
+            )  # fmt: skip
+        nearest = np.full(len(rows), np.inf)
+        found = [", ".join(a.name for a in threat.attacks)] * len(rows)
+        for number, spec in enumerate(threat.attacks):
+            for radius in threat.radii if spec.name in FIXED_RADIUS else (None,):
+                observation = _attack(chain, x, y, with_radius(ball, radius), spec.name, dict(spec.options), seed + 1_000_003 * number, index)
+                if not np.array_equal(np.asarray(observation.index), index):
+                    raise RuntimeError(f"attack {spec.name} returned other samples than it was given")
+                distance = np.asarray(observation.radius, dtype=np.float64)
+                if np.isnan(distance).any():
+                    raise RuntimeError(f"attack {spec.name} returned NaN as a distance")
+                for i in np.flatnonzero(distance < nearest):
+                    nearest[i], found[i] = distance[i], spec.name
+                    if observation.adversarial is not None:
+                        points[int(i)] = torch.as_tensor(observation.adversarial[i]).detach().cpu()
+        for i, row in enumerate(rows):
+            row.update(attacked_radius=float(nearest[i]), attack=found[i], attack_seed=seed)
+    else:
+        with torch.no_grad():
+            for row, prediction in zip(rows, chain.scores(x).argmax(-1).tolist(), strict=True):
+                row["prediction"] = prediction
+
+    if isinstance(ball, WeightBall):
+        certified, observed = _sensitivity(chain, x, y, with_radius(ball, threat.sensitivity_radius), seed, index)
+        for i, row in enumerate(rows):
+            row.update(
+                certified_sensitivity=float(certified[i]), observed_sensitivity=float(observed[i]),
+                sensitivity_radius=threat.sensitivity_radius, attack=row.get("attack") or "sensitivity", attack_seed=seed,
+                method=row.get("method") or "global",
+            )  # fmt: skip
+    return rows, points
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    import torch
+
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def _attack(chain: Chain, x: torch.Tensor, y: torch.Tensor, threat: Any, name: str, options: dict[str, Any], seed: int, index: np.ndarray) -> Any:
+    from robustlip.attacks import by_name
+
+    return by_name(name, **options)(chain, x, y, threat, generator=_generator(x.device, seed), index=index)
+
+
+def _sensitivity(chain: Chain, x: torch.Tensor, y: torch.Tensor, ball: WeightBall, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(certified, observed) ‖f_{W+E}(x) − f_W(x)‖₂ per unit of the radius, float64 (N,)."""
+    from robustlip.attacks.sensitivity import observed_weight_sensitivity
+    from robustlip.certifiers import weight_sensitivity_bound
+
+    assert ball.radius is not None
+    certified = np.asarray(weight_sensitivity_bound(chain, x, ball), dtype=np.float64) / ball.radius
+    observed = np.asarray(observed_weight_sensitivity(chain, x, y, ball, generator=_generator(x.device, seed)), dtype=np.float64)
+    return certified, observed
+
+
+def _save_point(folder: Path, part: str, clean: Any, adversarial: torch.Tensor | None, record: Record) -> str:
+    """Keep what contradicts a certificate; returns the path relative to the run."""
+    import torch
+    from safetensors.torch import save_file
+
+    relative = f"{POINTS}/{part}-sample{record.index}.safetensors"
+    tensors = {"clean": torch.as_tensor(clean).detach().cpu().contiguous().clone()}
+    if adversarial is not None:
+        tensors["adversarial"] = adversarial.contiguous().clone()
+    about = {
+        "model": record.model, "threat": record.threat, "index": str(record.index), "label": str(record.label),
+        "prediction": str(record.prediction), "certified_radius": repr(record.certified_radius), "attacked_radius": repr(record.attacked_radius),
+        "certified_sensitivity": repr(record.certified_sensitivity), "observed_sensitivity": repr(record.observed_sensitivity),
+        "attack": record.attack, "seed": str(record.attack_seed), "weights_sha256": record.weights_sha256,
+    }  # fmt: skip
+    with atomic(folder / relative) as temporary:
+        save_file(tensors, temporary, metadata=about)
+    return relative
+
+
+def interrupted_sentence(run: Run) -> str:
+    """What a person who pressed Ctrl-C wants to know."""
+    done, missing = len(run.manifest.get("parts", [])), len(run.manifest.get("missing", []))
+    return f"interrupted: {done} parts are kept in {run.folder}, {missing} are missing; the same command goes on from there"
+
+
+def default_device() -> str:
+    """'cuda' where torch finds a GPU, else 'cpu'."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+

@@ -1,0 +1,212 @@
+"""A suite: which models are evaluated, on what data, under which threats. Read from TOML, checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from robustlip.errors import BadInput
+from robustlip.threats import Threat, WeightBall, parse_threat
+
+BUNDLED = Path(__file__).resolve().parent / "suites"
+LIPSCHITZ, BASELINE = "lipschitz", "baseline"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AttackSpec(_Strict):
+    """One attack by its name in `robustlip.attacks`, and that attack's own options (steps, restarts, …)."""
+
+    name: str
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+
+class ThreatSpec(_Strict):
+    """One threat (see `robustlip.threats.parse_threat`) and how it is certified and attacked.
+
+    radii: the radii of the table, in the units of the threat, ascending. clip: (low, high) of the inputs, None for the whole ball.
+    sensitivity_radius: weight threats only; the radius at which certified and observed sensitivity are compared.
+    limit: at most so many samples for this threat. Weight threats may leave out radii: then only the sensitivity is measured.
+    """
+
+    name: str
+    radii: tuple[float, ...] = ()
+    clip: tuple[float, float] | None = None
+    method: str = "best"
+    dtype: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    attacks: tuple[AttackSpec, ...] = (AttackSpec(name="min"),)
+    sensitivity_radius: float | None = None
+
+    @field_validator("radii")
+    @classmethod
+    def _positive(cls, radii: tuple[float, ...]) -> tuple[float, ...]:
+        for radius in radii:
+            _check_positive("table radii", radius)
+        if list(radii) != sorted(set(radii)):
+            raise ValueError(f"expected table radii in ascending order, each once, got {list(radii)}; order them")
+        return radii
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ThreatSpec:
+        threat = self.threat()
+        if isinstance(threat, WeightBall):
+            if self.sensitivity_radius is None:
+                raise ValueError(f"expected sensitivity_radius for the weight threat {self.name!r}, got none; give a positive number")
+            _check_positive("sensitivity_radius", self.sensitivity_radius)
+        else:
+            if self.sensitivity_radius is not None:
+                raise ValueError(f"expected sensitivity_radius only with a weight threat, got it with {self.name!r}; leave it out")
+            if not self.radii:
+                raise ValueError(f"expected at least one table radius for the threat {self.name!r}, got none; give radii = [...]")
+        if self.radii and not self.attacks:
+            raise ValueError(f"expected at least one attack for the threat {self.name!r}, got none; leave attacks out for 'min'")
+        return self
+
+    def threat(self, radius: float | None = None) -> Threat:
+        """The threat object. Raises BadInput for an unknown name."""
+        return parse_threat(self.name, radius, self.clip)
+
+
+class PairSpec(_Strict):
+    """A Lipschitz-constrained model and the baseline it is compared with: same data, same threats, same radii.
+
+    data: a data spec of `robustlip.data`; page_fallback: use the shipped page of text when that data is not found.
+    limit: samples; context: tokens per sample of text. Either model may be left out.
+    """
+
+    name: str
+    title: str = ""
+    data: str
+    page_fallback: bool = False
+    limit: int = Field(ge=1)
+    context: int | None = Field(default=None, ge=1)
+    lipschitz: str | None = None
+    baseline: str | None = None
+    threats: tuple[ThreatSpec, ...] = Field(alias="threat", min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PairSpec:
+        if not self.members():
+            raise ValueError(f"expected a lipschitz or a baseline model in pair {self.name!r}, got neither; name at least one")
+        names = [threat.name for threat in self.threats]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected each threat once in pair {self.name!r}, got {', '.join(names)}; merge the repeated one")
+        return self
+
+    def members(self) -> list[tuple[Literal["lipschitz", "baseline"], str]]:
+        """(role, model) of the models that are named."""
+        both: list[tuple[Any, str | None]] = [(LIPSCHITZ, self.lipschitz), (BASELINE, self.baseline)]
+        return [(role, model) for role, model in both if model is not None]
+
+
+class Suite(_Strict):
+    """What is evaluated. Everything random is drawn from `seed`."""
+
+    name: str
+    title: str = ""
+    description: str = ""
+    seed: int = 0
+    pairs: tuple[PairSpec, ...] = Field(alias="pair", min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        for what, names in {
+            "pair name": [pair.name for pair in self.pairs],
+            "model": [model for pair in self.pairs for _, model in pair.members()],
+        }.items():
+            if len(set(names)) != len(names):
+                raise ValueError(f"expected each {what} once in a suite, got {', '.join(names)}; rename or drop the repeated one")
+        return self
+
+    def threat(self, pair: str, threat: str) -> ThreatSpec:
+        """The threat entry of that pair. Raises KeyError."""
+        for p in self.pairs:
+            for t in p.threats:
+                if (p.name, t.name) == (pair, threat):
+                    return t
+        raise KeyError((pair, threat))
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON types, under the keys of the TOML file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def _check_positive(what: str, radius: float) -> None:
+    if not (math.isfinite(radius) and radius > 0):
+        raise ValueError(f"expected {what} above 0 and finite, got {radius}; give a positive number")
+
+
+def bundled() -> list[str]:
+    """The names of the suites that come with robustlip."""
+    return sorted(path.stem for path in BUNDLED.glob("*.toml"))
+
+
+def load_suite(path_or_name: str | Path) -> Suite:
+    """The suite of a TOML file, or a bundled one by its name.
+
+    Raises BadInput, one sentence, for a missing file, broken TOML, an unknown or missing key, a bad radius, an unknown threat or attack.
+    """
+    path = Path(path_or_name)
+    if not path.is_file():
+        path = BUNDLED / f"{path_or_name}.toml"
+    if not path.is_file():
+        raise BadInput(f"expected a suite file or one of {', '.join(bundled())}, got {str(path_or_name)!r}; check the path")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"expected a suite in TOML, got {path.name}, which does not parse ({error}); mend that place") from error
+    return parse_suite(raw, source=path.name)
+
+
+def parse_suite(raw: dict[str, Any], source: str = "the suite") -> Suite:
+    """The suite that a table of TOML (or JSON) describes. Raises BadInput."""
+    try:
+        suite = Suite.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(explain(error, source)) from error
+    _check_attacks(suite)
+    return suite
+
+
+def _check_attacks(suite: Suite) -> None:
+    # Built here only to be refused here: an attack's misspelled option should not surface after ten minutes of evaluation.
+    from robustlip.attacks import by_name
+
+    for pair in suite.pairs:
+        for threat in pair.threats:
+            for attack in threat.attacks if threat.radii else ():
+                by_name(attack.name, **attack.options)
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """The first complaint of pydantic as one sentence: where, what was expected, what was got, what to do."""
+    first = error.errors()[0]
+    kind, got = first["type"], first.get("input")
+    where, key = _place(first["loc"]), str(first["loc"][-1]) if first["loc"] else "top level"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, Exception):  # raised by our own validators: already a whole sentence
+        return f"{source}{f', at {where}' if where else ''}: {cause}{more}"
+    if kind == "extra_forbidden":
+        return f"{source}: expected only known keys, got {key!r} at {where}; remove or correct that key{more}"
+    if kind == "missing":
+        return f"{source}: expected the key {key!r} at {where}, got none; add it{more}"
+    return f"{source}: at {where}, {_lower(first['msg'])}, got {got!r}; correct that value{more}"
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+    return text
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
