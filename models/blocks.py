@@ -12,11 +12,20 @@ from robustlip.layers import Attention, Residual, ScaledGELU
 
 
 def lipschitz_blocks(
-    width: int, heads: int, blocks: int, *, scale: float, causal: bool, alpha: float | None = None, hidden: int | None = None
+    width: int,
+    heads: int,
+    blocks: int,
+    *,
+    scale: float,
+    causal: bool,
+    alpha: float | None = None,
+    hidden: int | None = None,
+    distance_bias: int = 0,
 ) -> OrderedDict[str, nn.Module]:
     """`blocks` pairs of convex residuals (Newhouse et al. 2025, section 3): attention/3, then W_out·gelu(W_in x)/1.1289. No norm, no bias.
 
-    alpha: residual weight, 1/(2·blocks) unless given (one over the number of residual connections). hidden: MLP width, 4·width unless given.
+    alpha: residual weight, 1/(2·blocks) unless given (one over the number of residual connections).
+    distance_bias: see Attention, 0 for the paper's. hidden: MLP width, 4·width unless given.
     """
     if blocks < 1:
         raise BadInput(f"expected at least one block, got {blocks}; give blocks >= 1")
@@ -24,7 +33,7 @@ def lipschitz_blocks(
     hidden = 4 * width if hidden is None else hidden
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(blocks):
-        layers[f"attn{i}"] = Residual.convex(Attention(width, heads, scale=scale, causal=causal), alpha)
+        layers[f"attn{i}"] = Residual.convex(Attention(width, heads, scale=scale, causal=causal, distance_bias=distance_bias), alpha)
         mlp = nn.Sequential(
             OrderedDict(up=nn.Linear(width, hidden, bias=False), act=ScaledGELU(), down=nn.Linear(hidden, width, bias=False))
         )

@@ -184,8 +184,9 @@ def targets_of(model: nn.Module, w_max: float, *, per_head: bool = True, overrid
         if isinstance(module, Attention) and per_head:
             for linear in (module.query, module.key, module.value):
                 by_head[id(linear.weight)] = (module.heads, 0)
+    matrices = row_tables | {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for name, parameter in model.named_parameters():
-        if parameter.dim() != 2:
+        if id(parameter) not in matrices:
             continue
         limit = w_max
         for pattern, value in overrides.items():

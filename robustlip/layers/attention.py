@@ -28,6 +28,8 @@ class Attention(nn.Module):
 
     width D, heads H, head width d = D/H (even when rotary). scale s: the paper has s = 1; s = √d is the usual 1/√d attention.
     causal: token i sees tokens j ≤ i only. output_scale: the paper's 1/3.
+    distance_bias M > 0 adds a learned b[h, min(|i − j|, M − 1)] to the logits (Press et al. 2022, ALiBi, with its slopes as the start).
+    It does not depend on the input, so heads can look at near tokens without any cost in the Lipschitz bound. 0 is the paper's layer.
     Source: Newhouse et al. 2025, section 3.
     """
 
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         causal: bool = True,
         rope: bool = True,
         output_scale: float = 1 / 3,
+        distance_bias: int = 0,
     ) -> None:
         super().__init__()
         if heads < 1 or width % heads:
@@ -54,17 +57,38 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
+        self.distance_bias: nn.Parameter | None = None
+        if distance_bias:
+            slopes = 2.0 ** -torch.arange(heads, dtype=torch.float32)
+            self.distance_bias = nn.Parameter(-slopes[:, None] * torch.arange(distance_bias))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(N, T, D) → (N, H, T, d)."""
         return x.unflatten(-1, (self.heads, self.head_width)).transpose(-2, -3)
 
+    def logit_bias(self, length: int) -> torch.Tensor | None:
+        """What is added to the logits whatever the input: (H, T, T) with −inf where masked, or None when there is nothing but a causal mask."""
+        if self.distance_bias is None:
+            return None
+        position = torch.arange(length, device=self.distance_bias.device)
+        distance = position[:, None] - position[None, :]
+        bias = self.distance_bias[:, distance.abs().clamp_max(self.distance_bias.shape[1] - 1)]
+        return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
         if self.rope:
             q, k = rotary(q), rotary(k)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale / self.head_width)
+        bias = self.logit_bias(x.shape[-2])
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=self.causal and bias is None, scale=self.scale / self.head_width
+        )
         return self.output(mixed.transpose(-2, -3).flatten(-2)) * self.output_scale
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, heads={self.heads}, scale={self.scale}, causal={self.causal}, rope={self.rope}, output_scale={self.output_scale:.4g}"
+        # Exact numbers: this text is hashed into the certificate's architecture.
+        distances = 0 if self.distance_bias is None else self.distance_bias.shape[1]
+        return (
+            f"width={self.width}, heads={self.heads}, scale={self.scale}, causal={self.causal}, rope={self.rope}, "
+            f"output_scale={self.output_scale}, distance_bias={distances}"
+        )

@@ -23,4 +23,4 @@ class Residual(nn.Module):
         return self.skip * x + self.weight * self.branch(x)
 
     def extra_repr(self) -> str:
-        return f"skip={self.skip:.4g}, weight={self.weight:.4g}"
+        return f"skip={self.skip}, weight={self.weight}"

@@ -1,0 +1,127 @@
+"""Files of weights: safetensors with the configuration in the header, and a TOML card beside it. Never pickle.
+
+A file from outside is hostile: its header is checked before its tensors, its tensors against the model that it names, and the
+hash in its header against the tensors that were read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput
+from robustlip.hashing import weights_sha256
+
+FORMAT = "robustlip-1"
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Run write(temporary path) and move the result to `path` in one step: readers see the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Tensors and a JSON header to a safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    atomic_write(path, lambda p: save_file(plain, p, metadata={"robustlip": json.dumps({"format": FORMAT, **header})}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file that `save_tensors` wrote. Raises BadInput for anything else: missing, truncated, foreign."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise BadInput(f"expected a .safetensors file, got {path}, which is not there; check the path")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"expected a whole safetensors file, got {path.name}, which cannot be read ({error}); copy or train it again") from None
+    try:
+        header = json.loads(metadata["robustlip"])
+        if header["format"] != FORMAT:
+            raise KeyError(header["format"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise BadInput(f"expected a safetensors file written by robustlip, got {path.name} without its header; export it with save_model") from None
+    return tensors, header
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """A model with a `config` to one file that `load_model` reads. Raises BadInput for a model that cannot be built from a config."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise BadInput(f"expected a model with a config, got {type(model).__name__}; build it with robustlip.models.build")
+    save_tensors(path, model.state_dict(), {"config": config, "weights_sha256": weights_sha256(model)})
+
+
+def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """The model of a file, in eval mode. build: from a config to an untrained model (robustlip.models.build).
+
+    Raises BadInput when tensors are missing, surplus, of another shape or not finite, or when the hash does not fit.
+    """
+    tensors, header = load_tensors(path)
+    if not isinstance(header.get("config"), dict):
+        raise BadInput(f"expected a model file, got {path.name}, which holds no model configuration; name a model, not a training state")
+    model = build(header["config"])
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    got = {k: tuple(v.shape) for k, v in tensors.items()}
+    if wanted != got:
+        odd = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
+        raise BadInput(f"expected the tensors of a {header['config'].get('kind')} model in {path.name}, got others for {odd[:3]}; the file was altered")
+    dtypes = {v.dtype for v in tensors.values() if v.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BadInput(f"expected finite weights, got NaN or infinity in {name} of {path.name}; train the model again")
+    if weights_sha256(model) != header.get("weights_sha256"):
+        raise BadInput(f"expected weights with SHA-256 {str(header.get('weights_sha256'))[:12]}… in {path.name}, got others; the file was altered")
+    return model.eval()
+
+
+def toml_text(data: dict[str, Any]) -> str:
+    """A dictionary of strings, numbers, booleans, lists and tables as TOML (the standard library only reads it). None is left out."""
+
+    def value(v: Any) -> str:
+        if isinstance(v, bool):
+            return "true" if v else "false"
+        if isinstance(v, str):
+            return json.dumps(v)
+        if isinstance(v, (int, float)):
+            return {float("inf"): "inf", float("-inf"): "-inf"}.get(v, "nan" if v != v else repr(v))
+        if isinstance(v, (list, tuple)):
+            return "[" + ", ".join(value(x) for x in v) + "]"
+        raise BadInput(f"expected a TOML value, got {type(v).__name__}; use strings, numbers, booleans, lists and tables")
+
+    def key(k: str) -> str:
+        return k if k.replace("_", "").replace("-", "").isalnum() and k.isascii() else json.dumps(k)
+
+    def table(d: dict[str, Any], path: str) -> list[str]:
+        plain = [f"{key(k)} = {value(v)}" for k, v in d.items() if v is not None and not isinstance(v, dict)]
+        out = ([f"[{path}]"] if path and plain else []) + plain + ([""] if plain else [])
+        for k, v in d.items():
+            if isinstance(v, dict):
+                out += table(v, f"{path}.{key(k)}" if path else key(k))
+        return out
+
+    return "\n".join(table(data, "")).rstrip() + "\n"
