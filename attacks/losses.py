@@ -1,0 +1,42 @@
+"""What an attack climbs, and when a sample counts as broken during the search. Logits (N, C), labels (N,) → (N,)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def violation(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """max_{j≠y} f_j − f_y: positive where the prediction is not the label."""
+    own = logits.gather(1, labels[:, None])
+    rivals = logits.scatter(1, labels[:, None], -torch.inf)
+    return rivals.amax(1) - own[:, 0]
+
+
+def excess(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The violation beyond the rounding of the logits.
+
+    Above 0 the sample is broken with room to spare: another batch size or another machine sums in another order, and the
+    evidence should survive that.
+    """
+    return violation(logits, labels) - 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+
+
+def targeted(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """f_target − f_y."""
+    return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of the logits brought to a spread of 8 per sample.
+
+    Its gradient direction then does not depend on the scale of the logits, and never underflows in a saturated softmax.
+    """
+    spread = (logits.amax(1) - logits.amin(1)).detach().clamp_min(torch.finfo(logits.dtype).tiny)
+    return F.cross_entropy(logits * (8 / spread)[:, None], labels, reduction="none")
+
+
+def rivals_by_logit(logits: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` strongest rivals of each label, strongest first: (N, min(count, C − 1)) int64."""
+    count = min(count, logits.shape[1] - 1)
+    return logits.scatter(1, labels[:, None], -torch.inf).topk(count, dim=1).indices

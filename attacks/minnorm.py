@@ -1,0 +1,243 @@
+"""The smallest radius at which an attack succeeds, per sample: what certified radii are compared with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from robustlip.attacks.base import Attack, Proposal
+from robustlip.attacks.losses import excess, rivals_by_logit, targeted, violation
+from robustlip.attacks.pgd import PGD
+from robustlip.attacks.spaces import Space, per_sample
+from robustlip.attacks.weights import WeightSpace, group_count, shared_ladder
+from robustlip.errors import BadInput
+
+
+@dataclass(frozen=True)
+class MinimumRadius(Attack):
+    """The best of a direct minimum-norm attack and a search of radii with `attack`, each success shortened along its line.
+
+    attack: the PGD that is run at each radius. steps: radii tried per sample by bisection (all samples at once, each with
+    a radius of its own). descent: steps of the direct attack, 0 to leave it out. rivals: how many of the strongest rivals are
+    ranked by their first-order distance, of which the nearest `targets` are attacked by name. groups: for weight threats, the number
+    of shared perturbations (see WeightAttack); shared ones are tried on a ladder of radii instead.
+    A threat with a radius limits the search to it; without one it is unlimited.
+    Sources: Pintor et al. 2021 (FMN: a radius that follows the boundary) and Rony et al. 2019 (DDN) for the direct attack.
+    """
+
+    attack: PGD = field(default_factory=lambda: PGD(steps=20, restarts=1, size=0.5))
+    steps: int = 6
+    descent: int = 60
+    rivals: int = 10
+    targets: int = 2
+    groups: int | None = None
+
+    name: ClassVar[str] = "min"
+    needs_radius: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.descent < 0 or self.rivals < 1 or self.targets < 1:
+            raise BadInput(
+                f"expected steps and descent of at least 0, rivals and targets of at least 1, "
+                f"got {self.steps}, {self.descent}, {self.rivals}, {self.targets}; raise them"
+            )
+        if self.groups is not None and self.groups < 1:
+            raise BadInput(f"expected at least 1 group, got {self.groups}; leave it out for one per sample")
+
+    def _chunk(self, space: Space) -> int:
+        return space.chunk if group_count(space, self.groups) is None else len(space)
+
+    def _run(
+        self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator
+    ) -> torch.Tensor | Proposal:
+        cap = torch.full((len(space),), torch.inf, dtype=space.clean.dtype, device=labels.device) if radius is None else radius
+        groups = group_count(space, self.groups)
+        if groups is not None and isinstance(space, WeightSpace):
+            return shared_ladder(space, labels, groups, _shared_guess(space, labels), float(cap[0]), self.attack.steps)
+
+        guess, targets = self._nearest_rivals(space, labels)
+        guess = torch.minimum(guess, cap)
+        best = torch.zeros_like(space.clean)
+        high = torch.full_like(cap, torch.inf)
+        if self.descent and not isinstance(space, WeightSpace):
+            best, high = self._descend_to(space, labels, targets, guess)
+        best, high = self._grow(space, labels, guess, cap, best, high, generator)
+        best, high = self._bisect(space, labels, best, high, generator)
+        return best
+
+    # ---- where to begin
+
+    def _nearest_rivals(self, space: Space, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest first-order distance of each sample (N,) and the `targets` rivals that are nearest by it (N, t)."""
+        with torch.no_grad():
+            rivals = rivals_by_logit(space.logits(space.clean), labels, self.rivals)
+        count = rivals.shape[1]
+        pairs = torch.arange(len(space), device=labels.device).repeat_interleave(count)
+        distance = first_order(space.take(pairs), labels[pairs], rivals.flatten()).view(-1, count)
+        order = distance.argsort(1)
+        nearest = distance.amin(1)
+        # A gradient that vanishes says nothing about the distance: begin with the size of the clean point.
+        fallback = space.measure(space.clean).clamp_min(1e-3)
+        return torch.where(torch.isfinite(nearest), nearest, fallback), rivals.gather(1, order[:, : self.targets])
+
+    def _descend_to(
+        self, space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The direct attack, untargeted and toward each target, all in one batch → best perturbation and distance (inf: none)."""
+        count = targets.shape[1] + 1
+        copies = torch.arange(len(space), device=labels.device).repeat_interleave(count)
+        goals = torch.cat([torch.full_like(labels, -1)[:, None], targets], dim=1).flatten()
+        delta, high = descend(space.take(copies), labels[copies], goals, guess[copies], self.descent)
+        high, winner = high.view(-1, count).min(1)
+        best = delta[torch.arange(len(space), device=labels.device) * count + winner]
+        return self._keep(space, labels, best, high < torch.inf, torch.zeros_like(best), torch.full_like(high, torch.inf))
+
+    def _grow(
+        self,
+        space: Space,
+        labels: torch.Tensor,
+        guess: torch.Tensor,
+        cap: torch.Tensor,
+        best: torch.Tensor,
+        high: torch.Tensor,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Doubles the radius of the samples that no attack has broken, from 1.1 times the first-order guess up to the cap."""
+        radius = torch.minimum(1.1 * guess, cap)
+        for _ in range(12):
+            todo = ((high == torch.inf) & (radius <= cap)).nonzero().flatten()
+            if len(todo) == 0:
+                break
+            best, high = self._try(space, labels, todo, radius, best, high, generator)
+            radius = torch.where(radius < cap, torch.minimum(2 * radius, cap), torch.inf)
+        return best, high
+
+    def _bisect(
+        self, space: Space, labels: torch.Tensor, best: torch.Tensor, high: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Radii below the best so far: first a little (the direct attack is near the truth), then halving what is open."""
+        low = torch.zeros_like(high)
+        for step in range(self.steps):
+            todo = ((high < torch.inf) & (high > 1.002 * low)).nonzero().flatten()
+            if len(todo) == 0:
+                break
+            radius = torch.where(low > 0, (low + high) / 2, 0.95 * high if step == 0 else 0.8 * high)
+            before = high
+            best, high = self._try(space, labels, todo, radius, best, high, generator, warm=step % 2 == 0)
+            failed = torch.zeros_like(low, dtype=torch.bool)
+            failed[todo] = high[todo] >= before[todo]
+            low = torch.where(failed, radius, torch.minimum(low, high))
+        return best, high
+
+    def _try(
+        self,
+        space: Space,
+        labels: torch.Tensor,
+        todo: torch.Tensor,
+        radius: torch.Tensor,
+        best: torch.Tensor,
+        high: torch.Tensor,
+        generator: torch.Generator,
+        warm: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attacks the samples `todo` at their radii and keeps what is shorter. warm: from the best so far, not from the clean point."""
+        part = space.take(todo)
+        start = best[todo] if warm else None
+        delta, value = self.attack.search(part, labels[todo], radius[todo], generator, start)
+        shorter, reach = self._keep(part, labels[todo], delta, value > 0, best[todo], high[todo])
+        best, high = best.clone(), high.clone()
+        best[todo], high[todo] = shorter, reach
+        return best, high
+
+    def _keep(
+        self,
+        space: Space,
+        labels: torch.Tensor,
+        delta: torch.Tensor,
+        success: torch.Tensor,
+        best: torch.Tensor,
+        high: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shortens the successful perturbations and keeps those shorter than the best so far."""
+        rows = success.nonzero().flatten()
+        if len(rows) == 0:
+            return best, high
+        shorter, reach = shorten(space.take(rows), labels[rows], delta[rows])
+        better = reach < high[rows]
+        best, high = best.clone(), high.clone()
+        best[rows] = torch.where(per_sample(better, shorter), shorter, best[rows])
+        high[rows] = torch.where(better, reach, high[rows])
+        return best, high
+
+
+def first_order(space: Space, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """margin/‖gradient‖_dual toward each target (N,): where the linearised model would break, in units of the radius."""
+    point = space.clean.detach().clone().requires_grad_()
+    gap = -targeted(space.logits(point), labels, targets)
+    grad = torch.autograd.grad(gap.sum(), point)[0]
+    size = space.dual(torch.nan_to_num(grad))
+    return torch.where(size > 0, gap.detach() / size.clamp_min(torch.finfo(size.dtype).tiny), torch.inf)
+
+
+def _shared_guess(space: WeightSpace, labels: torch.Tensor) -> torch.Tensor:
+    """A first-order guess of the radius (N,) that needs no copy of the weights per sample: the batch's mean gradient."""
+    point = space.clean[:1].detach().clone().requires_grad_()
+    gap = -violation(space.shared_logits(point[0], space.x), labels)
+    size = space.dual(torch.autograd.grad(gap.mean(), point)[0])
+    return gap.detach() / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def descend(
+    space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A direct minimum-norm attack: ascend the loss while a radius per sample follows the decision boundary.
+
+    labels, targets (−1: the largest rival of the moment), guess (N,) → the shortest successful perturbation and its norm (N,), inf
+    where none was found. Steps shrink from one guess to a hundredth of it, so that the scale of the inputs does not matter.
+    Source: Pintor et al. 2021, algorithm 1.
+    """
+    delta, best = torch.zeros_like(space.clean), torch.zeros_like(space.clean)
+    reach, radius = torch.full_like(guess, torch.inf), torch.full_like(guess, torch.inf)
+    aimed = targets >= 0
+    for step in range(steps):
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        point = (space.clean + delta).requires_grad_()
+        logits = space.logits(point)
+        loss = torch.where(aimed, targeted(logits, labels, targets.clamp_min(0)), violation(logits, labels))
+        grad = torch.nan_to_num(torch.autograd.grad(loss.sum(), point)[0])
+        with torch.no_grad():
+            broken = excess(logits, labels) > 0
+            norm = space.measure(delta)
+            shorter = broken & (norm < reach)
+            best = torch.where(per_sample(shorter, delta), delta, best)
+            reach = torch.where(shorter, norm, reach)
+            shrink = 0.002 + 0.1 * cosine
+            # Never broken: the linearised distance that is left, and a little more. Broken: inside the best. Else: a little outside.
+            left = loss.abs() / space.dual(grad).clamp_min(torch.finfo(grad.dtype).tiny)
+            ahead = torch.where(reach < torch.inf, radius, norm + left.clamp(max=1e3 * guess.amax())) * (1 + shrink)
+            radius = torch.where(broken, torch.minimum(radius, norm) * (1 - shrink), torch.minimum(ahead, reach))
+            delta = delta + per_sample((0.01 + 0.99 * cosine) * guess, delta) * space.direction(grad)
+            delta = space.project(delta, radius)
+    return best, reach
+
+
+@torch.no_grad()
+def shorten(space: Space, labels: torch.Tensor, delta: torch.Tensor, steps: int = 18) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shortest broken point on the line from the clean point to each delta (N, …), by bisection, forward passes only.
+
+    Judged on the points as the model's dtype holds them → perturbation, and its norm (N,), inf where delta itself fails there.
+    """
+    outer = torch.ones(len(space), dtype=torch.float64, device=labels.device)
+    inner = torch.zeros_like(outer)
+    holds = excess(space.logits(space.place(delta)), labels) > 0
+    for _ in range(steps):
+        middle = (inner + outer) / 2
+        point = space.place(delta.double() * per_sample(middle, delta))
+        broken = excess(space.logits(point), labels) > 0
+        outer, inner = torch.where(broken, middle, outer), torch.where(broken, inner, middle)
+    shorter = delta.double() * per_sample(outer, delta)
+    reach = torch.where(holds, space.measure(shorter), torch.inf)
+    return shorter.to(delta.dtype), reach.to(delta.dtype)

@@ -1,0 +1,142 @@
+"""Projected gradient ascent with restarts, for every threat (Madry et al. 2018; for l1 and weights: Frank-Wolfe steps)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from robustlip.attacks.base import Attack
+from robustlip.attacks.losses import cross_entropy, excess, rivals_by_logit, targeted, violation
+from robustlip.attacks.spaces import Space, per_sample, safe_divide
+from robustlip.errors import BadInput
+
+LOSSES = ("margin", "targeted", "ce")
+SCHEDULES = ("cosine", "linear", "constant")
+# Samples that are broken leave the batch at every PRUNE-th step: often enough to save work, seldom enough not to stall a GPU.
+PRUNE = 8
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Steepest ascent of a loss inside the ball of the threat.
+
+    steps ≥ 1 per restart; restarts ≥ 1: the first starts at the clean point, where its first step goes along the gradient to
+    the border, the others start at random inside the ball. size: first step length in radii; schedule: how it decays to 0.
+    momentum in [0, 1): heavy ball on gradients normalised in the dual norm. losses: one per restart, in turn: 'margin'
+    (largest rival), 'targeted' (the k-th strongest rival at the clean point, another one each turn), 'ce'.
+    Samples that are broken leave the search. Raises BadInput for options outside these ranges.
+    """
+
+    steps: int = 40
+    restarts: int = 3
+    size: float = 1.0
+    schedule: str = "cosine"
+    momentum: float = 0.0
+    losses: tuple[str, ...] = LOSSES
+
+    name: ClassVar[str] = "pgd"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1:
+            raise BadInput(f"expected steps and restarts of at least 1, got {self.steps} and {self.restarts}; raise them")
+        if not (self.size > 0 and 0 <= self.momentum < 1):
+            raise BadInput(f"expected size above 0 and momentum in [0, 1), got {self.size} and {self.momentum}; change them")
+        if self.schedule not in SCHEDULES:
+            raise BadInput(f"expected a schedule among {', '.join(SCHEDULES)}, got {self.schedule!r}; name one of them")
+        if not self.losses or any(loss not in LOSSES for loss in self.losses):
+            raise BadInput(f"expected losses among {', '.join(LOSSES)}, got {self.losses}; name at least one of them")
+
+    def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        assert radius is not None  # needs_radius
+        return self.search(space, labels, radius, generator)[0]
+
+    def search(
+        self,
+        space: Space,
+        labels: torch.Tensor,
+        radius: torch.Tensor,
+        generator: torch.Generator,
+        start: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best perturbation within radius (N,) of each sample, and its excess (N,): above 0 where the sample is broken.
+
+        start (N, …): where the first restart begins instead of the clean point; it then takes smaller steps.
+        """
+        best = torch.zeros_like(space.clean)
+        value = torch.full((len(space),), -torch.inf, dtype=space.clean.dtype, device=labels.device)
+        with torch.no_grad():
+            rivals = rivals_by_logit(space.logits(space.clean), labels, self.restarts)
+        for restart in range(self.restarts):
+            active = (value <= 0).nonzero().flatten()
+            if len(active) == 0:
+                break
+            part, limit = space.take(active), radius[active]
+            first = restart == 0
+            if first and start is not None:
+                delta = part.project(start[active], limit)
+            else:
+                delta = torch.zeros_like(part.clean) if first else part.random(limit, generator)
+            turn, loss = restart // len(self.losses), self.losses[restart % len(self.losses)]
+            # With several losses in turn, 'targeted' first meets the runner-up's follower: 'margin' had the runner-up itself.
+            rank = min(turn + ("margin" in self.losses), rivals.shape[1] - 1)
+            size = self.size * (0.3 if first and start is not None else 1.0)
+            found, reached = self._climb(part, labels[active], limit, delta, loss, rivals[active, rank], size)
+            better = reached > value[active]
+            best[active] = torch.where(per_sample(better, found), found, best[active])
+            value[active] = torch.where(better, reached, value[active])
+        return best, value
+
+    def _rate(self, step: int) -> float:
+        done = step / self.steps
+        return {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[self.schedule]
+
+    def _climb(
+        self,
+        space: Space,
+        labels: torch.Tensor,
+        radius: torch.Tensor,
+        delta: torch.Tensor,
+        loss: str,
+        targets: torch.Tensor,
+        size: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One restart from delta (N, …) → the best perturbation and its excess, per sample."""
+        best, value = delta.clone(), torch.full_like(radius, -torch.inf)
+        alive = torch.arange(len(space), device=labels.device)  # rows of best and value that are still climbed
+        inertia = torch.zeros_like(delta) if self.momentum else None
+        for step in range(self.steps + 1):
+            last = step == self.steps
+            point = (space.clean + delta).requires_grad_(not last)
+            logits = space.logits(point)
+            reached = excess(logits.detach(), labels)
+            better = reached > value[alive]
+            value[alive] = torch.where(better, reached, value[alive])
+            best[alive] = torch.where(per_sample(better, delta), delta, best[alive])
+            if last:
+                break
+            grad = torch.autograd.grad(objective(loss, logits, labels, targets).sum(), point)[0]
+            if step % PRUNE == PRUNE - 1:
+                keep = (value[alive] <= 0).nonzero().flatten()
+                if len(keep) == 0:
+                    break
+                if len(keep) <= 0.75 * len(alive):
+                    space, alive, labels, targets, radius = space.take(keep), alive[keep], labels[keep], targets[keep], radius[keep]
+                    delta, grad = delta[keep], grad[keep]
+                    inertia = inertia[keep] if inertia is not None else None
+            with torch.no_grad():
+                grad = torch.nan_to_num(grad)
+                if inertia is not None:
+                    inertia = self.momentum * inertia + safe_divide(grad, per_sample(space.dual(grad), grad))
+                    grad = inertia
+                delta = space.advance(delta, grad, radius, size * self._rate(step))
+        return best, value
+
+
+def objective(loss: str, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The named loss per sample (N,), to be raised."""
+    if loss == "margin":
+        return violation(logits, labels)
+    return targeted(logits, labels, targets) if loss == "targeted" else cross_entropy(logits, labels)

@@ -1,0 +1,127 @@
+"""Observed sensitivity: how much the logits have been seen to move per unit of a threat. A lower estimate of a Lipschitz constant."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from robustlip.attacks.spaces import Space, per_sample, safe_divide, space_of
+from robustlip.errors import BadInput, RobustlipError
+from robustlip.layers import as_chain
+from robustlip.threats import Threat
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The largest ratio ‖f(x + δ) − f(x)‖₂/‖δ‖ that was found around each sample; f: the logits that decide.
+
+    ratio: float64 (N,), per unit of the threat (per-token balls: of max_t‖δ_t‖; relative weight balls: per unit of σ(W)).
+    change: float64 (N,), ‖f(x + δ) − f(x)‖₂. distance: float64 (N,), ‖δ‖ in the norm of the threat, ≤ its radius.
+    witness: the δ themselves, float64 (N, …) (rows of flattened weight changes for weight threats).
+    Everything is measured in float64 on a float64 copy of the model, so float32 noise cannot inflate it. True constants are ≥ ratio.
+    """
+
+    threat: Threat
+    ratio: np.ndarray
+    change: np.ndarray
+    distance: np.ndarray
+    witness: torch.Tensor
+
+    @property
+    def largest(self) -> float:
+        return float(self.ratio.max())
+
+
+def observed_sensitivity(
+    model: nn.Module,
+    x: torch.Tensor,
+    threat: Threat,
+    *,
+    starts: int = 3,
+    power_steps: int = 15,
+    ascent_steps: int = 15,
+    generator: torch.Generator | None = None,
+) -> Sensitivity:
+    """Searches the most sensitive direction at each x (N, …), first at the point, then over finite steps within the radius.
+
+    starts: random directions to begin from. power_steps: of the nonlinear power iteration v ← steepest(Jᵀ J v) (Boyd 1974,
+    for the threat's norm). ascent_steps: of Frank-Wolfe ascent on the finite difference, at the threat's radius and at a tenth of it;
+    with radius=None only infinitesimal steps (10⁻⁴ of the size of x, or of σ(W)) are taken.
+    The model is copied, so nothing of it changes. Raises BadInput for starts < 1 and whatever the threat's space refuses.
+    """
+    if starts < 1 or power_steps < 1 or ascent_steps < 0:
+        raise BadInput(f"expected starts and power_steps of at least 1, ascent_steps of at least 0, got {(starts, power_steps, ascent_steps)}; raise them")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    chain = as_chain(copy.deepcopy(model)).double().eval().requires_grad_(False)
+    with torch.inference_mode(False), torch.enable_grad():
+        space = space_of(chain, x.detach().double() if x.is_floating_point() else x.detach().clone(), threat)
+        parts = [
+            _search(space.take(rows), threat.radius, starts, power_steps, ascent_steps, generator)
+            for rows in torch.arange(len(x), device=x.device).split(space.chunk)
+        ]
+    ratio, change, distance, witness = (torch.cat(columns) for columns in zip(*parts))
+    if not bool(torch.isfinite(ratio).all()):
+        raise RobustlipError(f"expected finite logits, got NaN or infinity around sample {int((~torch.isfinite(ratio)).nonzero()[0])}; find the layer that overflows")
+    return Sensitivity(threat, ratio.cpu().numpy(), change.cpu().numpy(), distance.cpu().numpy(), witness)
+
+
+def _search(
+    space: Space, radius: float | None, starts: int, power_steps: int, ascent_steps: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per sample: ratio, change, distance, witness."""
+    one = torch.ones(len(space), dtype=torch.float64, device=space.clean.device)
+    with torch.no_grad():
+        base = space.logits(space.clean)
+    tiny = one * (1e-4 * _size(space) if radius is None else min(1e-4 * _size(space), radius))
+    best = (torch.zeros_like(one), torch.zeros_like(one), torch.zeros_like(one), torch.zeros_like(space.clean))
+
+    def consider(best: tuple[torch.Tensor, ...], delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            point, distance = space.land(delta, None if radius is None else one * radius)
+            change = torch.linalg.vector_norm(space.logits(point) - base, dim=1)
+            ratio = safe_divide(change, distance)
+            better = ~(ratio <= best[0])  # NaN is kept, and reported by the caller
+            new = (ratio, change, distance, point - space.clean)
+            return tuple(torch.where(per_sample(better, b), a, b) for a, b in zip(new, best))
+
+    for start in range(starts):
+        v = space.random(one, generator)
+        v = v * per_sample(safe_divide(one, space.measure(v)), v)
+        for _ in range(power_steps):
+            v = space.direction(_pull(space, v, tiny))
+        best = consider(best, per_sample(tiny, v) * v)
+        if radius is None or ascent_steps == 0:
+            continue
+        for length in (one * radius, one * (radius / 10)):
+            delta = per_sample(length, v) * v
+            for step in range(ascent_steps):
+                best = consider(best, delta)
+                point = (space.clean + delta).requires_grad_()
+                moved = torch.linalg.vector_norm(space.logits(point) - base, dim=1)
+                grad = torch.nan_to_num(torch.autograd.grad(moved.sum(), point)[0])
+                rate = 2 / (step + 3)
+                delta = (1 - rate) * delta + rate * per_sample(length, v) * space.direction(grad)
+                # An average of directions is shorter than they are: bring it back to the sphere.
+                delta = space.project(delta * per_sample(safe_divide(length, space.measure(delta)), delta), length)
+            best = consider(best, delta)
+    return best  # type: ignore[return-value]
+
+
+def _pull(space: Space, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Jᵀ J v per sample; J v by a central difference in float64, which every layer has (forward mode is not for all of them)."""
+    step = per_sample(length, v) * v
+    with torch.no_grad():
+        jv = space.logits(space.clean + step) - space.logits(space.clean - step)
+    point = space.clean.detach().clone().requires_grad_()
+    return torch.autograd.grad((space.logits(point) * jv).sum(), point)[0]
+
+
+def _size(space: Space) -> float:
+    """A typical size of what is perturbed: of a weight in units of the threat it is 1."""
+    from robustlip.attacks.weights import WeightSpace
+
+    return 1.0 if isinstance(space, WeightSpace) else max(float(space.measure(space.clean).median()), 1e-3)

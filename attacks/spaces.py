@@ -1,0 +1,274 @@
+"""Where an attack moves: one small geometry per threat, so that one PGD serves them all.
+
+A space knows the clean point of every sample, the norm of the threat, its steepest directions and its projection. All methods
+are batched over the N samples of the space; radii are tensors (N,), so that a search for the smallest radius is one batch.
+Norms and radii are in the units of the threat (see `robustlip.threats`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from robustlip.errors import BadInput
+from robustlip.layers import Chain
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+
+# Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
+INSIDE = 1e-12
+
+
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N,) → (N, 1, …, 1), to be broadcast against `like` (N, …)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def safe_divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """numerator/denominator, and 0 where the denominator is 0 (a gradient that vanishes gives no direction, not NaN)."""
+    return torch.where(denominator > 0, numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny), 0.0)
+
+
+def round_toward(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """clean + delta in clean's dtype, each coordinate rounded toward `clean`: no |coordinate change| exceeds |delta|.
+
+    clean (N, …) in the model's dtype, delta (N, …) float64. Every norm used here is monotone in the moduli of the coordinates,
+    so a delta inside the ball lands inside the ball, whatever the dtype.
+    """
+    point = (clean.double() + delta).to(clean.dtype)
+    beyond = (point.double() - clean.double()).abs() > delta.abs()
+    if clean.dtype in (torch.float32, torch.float64):
+        inward = torch.nextafter(point, clean)
+    else:  # half precisions have no nextafter on every device
+        inward = clean
+    return torch.where(beyond, inward, point)
+
+
+class Space(ABC):
+    """The geometry of one threat around N samples.
+
+    model: a Chain in eval mode. clean: (N, …), the unperturbed points in the model's dtype. chunk: samples to attack at once.
+    """
+
+    chunk: int = 1 << 30
+
+    def __init__(self, model: Chain, clean: torch.Tensor) -> None:
+        self.model, self.clean = model, clean
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @abstractmethod
+    def take(self, index: torch.Tensor) -> Space:
+        """The space of the samples `index` (int64; repeats are allowed)."""
+
+    @abstractmethod
+    def logits(self, point: torch.Tensor) -> torch.Tensor:
+        """points (N, …) → logits (N, C)."""
+
+    @abstractmethod
+    def measure(self, delta: torch.Tensor) -> torch.Tensor:
+        """The threat's norm of each perturbation, (N, …) → (N,)."""
+
+    @abstractmethod
+    def dual(self, grad: torch.Tensor) -> torch.Tensor:
+        """The dual norm of each gradient, (N, …) → (N,): the first-order gain per unit of radius."""
+
+    @abstractmethod
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        """The perturbation of norm 1 with the largest inner product with the gradient (0 where the gradient is 0)."""
+
+    @abstractmethod
+    def project(self, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        """A perturbation of norm ≤ radius (N,) near delta, within the clip box if there is one."""
+
+    def advance(self, delta: torch.Tensor, grad: torch.Tensor, radius: torch.Tensor, rate: float) -> torch.Tensor:
+        """One ascent step whose length is `rate` radii: steepest ascent and projection (Madry et al. 2018)."""
+        return self.project(delta + per_sample(rate * radius, delta) * self.direction(grad), radius)
+
+    def random(self, radius: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A random perturbation inside the ball. Drawn on the generator's device, so that CPU and GPU get the same one."""
+        noise = torch.randn(self.clean.shape, generator=generator, device=generator.device, dtype=torch.float32)
+        noise = noise.to(self.clean.device, self.clean.dtype)
+        return self.project(per_sample(safe_divide(radius, self.measure(noise)), noise) * noise, radius)
+
+    def place(self, delta: torch.Tensor) -> torch.Tensor:
+        """The point that the model will see, in its dtype: within the box, rounded toward the clean point."""
+        return round_toward(self.clean, self._within_box(delta.double()))
+
+    def land(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project, place and measure again: delta (N, …), radius (N,) or None → point (N, …), distance (N,) float64.
+
+        The distance is that of the *cast* point, and never above the radius.
+        """
+        delta = delta.double()
+        if radius is not None:
+            room = safe_divide(radius.double() * (1 - INSIDE), self.measure(delta)).clamp(max=1.0)
+            delta = delta * per_sample(room, delta)
+        point = self.place(delta)
+        distance = self.measure(point.double() - self.clean.double())
+        if radius is not None:
+            outside = distance > radius
+            point = torch.where(per_sample(outside, point), self.clean, point)
+            distance = torch.where(outside, 0.0, distance)
+        return point, distance
+
+    def judged(
+        self, delta: torch.Tensor, group: torch.Tensor, radius: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Land the perturbations delta (G, …), of which sample i suffers number group[i], and run the model once more.
+
+        Returns the points, their distances (N,) float64, the logits (N, C) there, and the row of each sample's point.
+        """
+        limit = None if radius is None else torch.full(group.shape, radius, dtype=torch.float64, device=group.device)
+        point, distance = self.land(delta[group], limit)
+        return point, distance, self.logits(point), torch.arange(len(group), device=group.device)
+
+    def describe(self, point: torch.Tensor) -> Any:
+        """The points as an Observation keeps them."""
+        return point
+
+    def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta
+
+
+class InputSpace(Space):
+    """Raw inputs x (N, …) in an l1, l2 or linf ball, within threat.clip where it is set."""
+
+    def __init__(self, model: Chain, clean: torch.Tensor, threat: InputBall) -> None:
+        super().__init__(model, clean)
+        self.threat, self.norm, self.clip = threat, threat.norm, threat.clip
+
+    def take(self, index: torch.Tensor) -> InputSpace:
+        return InputSpace(self.model, self.clean[index], self.threat)
+
+    def logits(self, point: torch.Tensor) -> torch.Tensor:
+        return self.model.scores(point)
+
+    def _norm(self, values: torch.Tensor, order: float) -> torch.Tensor:
+        return torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
+
+    def measure(self, delta: torch.Tensor) -> torch.Tensor:
+        return self._norm(delta, {"l1": 1, "l2": 2, "linf": torch.inf}[self.norm])
+
+    def dual(self, grad: torch.Tensor) -> torch.Tensor:
+        return self._norm(grad, {"l1": torch.inf, "l2": 2, "linf": 1}[self.norm])
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        if self.norm == "linf":
+            return grad.sign()
+        if self.norm == "l2":
+            size = self._norm(grad, 2)
+            return grad * per_sample(safe_divide(torch.ones_like(size), size), grad)
+        flat = grad.flatten(1)
+        top = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).view_as(grad)
+
+    def project(self, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        r = per_sample(radius, delta)
+        if self.norm == "linf":
+            delta = torch.minimum(torch.maximum(delta, -r), r)
+        elif self.norm == "l2":
+            delta = delta * per_sample(safe_divide(radius, self._norm(delta, 2)).clamp(max=1.0), delta)
+        else:
+            delta = project_l1(delta, radius)
+        return self._within_box(delta)
+
+    def advance(self, delta: torch.Tensor, grad: torch.Tensor, radius: torch.Tensor, rate: float) -> torch.Tensor:
+        if self.norm != "l1":
+            return super().advance(delta, grad, radius, rate)
+        # A Frank-Wolfe step (Jaggi 2013): the steepest l1 direction is one coordinate, and with a box one has to fill several.
+        rate = min(rate, 1.0)
+        return (1 - rate) * delta + rate * self._fill(grad, radius)
+
+    def _fill(self, grad: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        """The maximiser of ⟨grad, ·⟩ over the l1 ball and the box: spend the radius on the steepest coordinates first."""
+        if self.clip is None:
+            return per_sample(radius, grad) * self.direction(grad)
+        low, high = self.clip
+        slope, order = grad.flatten(1).abs().sort(dim=1, descending=True)
+        sign = grad.flatten(1).sign().gather(1, order)
+        clean = self.clean.flatten(1).gather(1, order)
+        room = torch.where(sign > 0, high - clean, clean - low) * (slope > 0)
+        spent = torch.cumsum(room, 1) - room
+        step = torch.minimum(room, (radius[:, None] - spent).clamp_min(0)) * sign
+        return torch.zeros_like(step).scatter(1, order, step).view_as(grad)
+
+    def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
+        if self.clip is None:
+            return delta
+        # The box in terms of the change: exact in float64, and 0 where the clean point sits on the border.
+        clean = self.clean.to(delta.dtype)
+        return torch.minimum(torch.maximum(delta, self.clip[0] - clean), self.clip[1] - clean)
+
+
+class EmbeddingSpace(Space):
+    """Embeddings (N, T, D) of a transformer: the named tokens in l2 balls of their own, or all together in one (joint)."""
+
+    def __init__(self, model: Chain, clean: torch.Tensor, threat: EmbeddingBall) -> None:
+        super().__init__(model, clean)
+        self.threat, self.joint = threat, threat.joint
+        self.mask = torch.zeros(clean.shape[1], 1, device=clean.device, dtype=torch.bool)
+        self.mask[threat.positions(clean.shape[1])] = True
+
+    def take(self, index: torch.Tensor) -> EmbeddingSpace:
+        return EmbeddingSpace(self.model, self.clean[index], self.threat)
+
+    def logits(self, point: torch.Tensor) -> torch.Tensor:
+        return self.model.scores_from_embeddings(point)
+
+    def _tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, T, D) → l2 norms (N, T, 1), per token; or (N, 1, 1), of the whole, when joint."""
+        dims = (-2, -1) if self.joint else -1
+        return torch.linalg.vector_norm(values, dim=dims, keepdim=True)
+
+    def measure(self, delta: torch.Tensor) -> torch.Tensor:
+        return self._tokens(delta).flatten(1).amax(1)
+
+    def dual(self, grad: torch.Tensor) -> torch.Tensor:
+        return self._tokens(grad * self.mask).flatten(1).sum(1)
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad * self.mask
+        return safe_divide(grad, self._tokens(grad))
+
+    def project(self, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        delta = delta * self.mask
+        return delta * safe_divide(per_sample(radius, delta), self._tokens(delta)).clamp(max=1.0)
+
+    def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta * self.mask
+
+
+def project_l1(delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """The nearest point (l2) of the l1 ball: delta (N, …), radius (N,). Source: Duchi et al. 2008, figure 1."""
+    flat = delta.flatten(1)
+    size = flat.abs()
+    ordered = size.sort(dim=1, descending=True).values
+    excess = ordered.cumsum(1) - radius[:, None]
+    count = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
+    last = ((ordered - excess / count) > 0).sum(1, keepdim=True).clamp_min(1)
+    threshold = excess.gather(1, last - 1) / last
+    inside = size.sum(1, keepdim=True) <= radius[:, None]
+    shrunk = flat.sign() * (size - threshold.clamp_min(0)).clamp_min(0)
+    return torch.where(inside, flat, shrunk).view_as(delta)
+
+
+def space_of(model: Chain, x: torch.Tensor, threat: Threat) -> Space:
+    """The space of a threat around the inputs x (N, …). Raises BadInput when the model cannot suffer this threat."""
+    if isinstance(threat, InputBall):
+        if not x.is_floating_point():
+            raise BadInput(
+                f"expected floating-point inputs for the threat {threat.name!r}, got {x.dtype}; "
+                f"attack a token model with an embedding threat, e.g. embedding-l2"
+            )
+        return InputSpace(model, x, threat)
+    if isinstance(threat, EmbeddingBall):
+        with torch.no_grad():
+            return EmbeddingSpace(model, model.embed(x), threat)
+    if isinstance(threat, WeightBall):
+        from robustlip.attacks.weights import WeightSpace  # it builds on this file
+
+        return WeightSpace(model, x, threat)
+    raise BadInput(f"expected a threat InputBall, EmbeddingBall or WeightBall, got {type(threat).__name__}; see robustlip.threats")

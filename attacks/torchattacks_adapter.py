@@ -1,0 +1,107 @@
+"""Attacks of the torchattacks library (Kim 2020) behind the contract of `Attack`. Image models, l2 and linf balls.
+
+What 3.5.1 needs is given by wrapping, not by patching: it seeds the global random state (the contract restores it), assumes
+images in [0, 1] and float32 (FAB casts to it), reads the device from the first parameter, and lets Square write into the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from robustlip.attacks.base import Attack
+from robustlip.attacks.spaces import InputSpace, Space
+from robustlip.errors import BadInput
+from robustlip.layers import Chain
+
+KINDS = ("PGD", "PGDL2", "AutoAttack")
+
+
+class TorchAttack(Attack):
+    """torchattacks.PGD (linf), PGDL2 (l2) or AutoAttack (either), with eps = the radius of the threat.
+
+    options are torchattacks' own (steps, alpha, random_start, version …), but eps, norm, seed and n_classes, which the threat, the
+    generator and the model decide. Default step length: 2.5·radius/steps. Its points stay in [0, 1], hence in the threat's ball.
+    Raises BadInput when torchattacks is absent, the inputs are not images (N, C, H, W) in [0, 1], or the threat is another one.
+    """
+
+    name: ClassVar[str] = "torchattacks"
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        if kind not in KINDS:
+            raise BadInput(f"expected a torchattacks attack among {', '.join(KINDS)}, got {kind!r}; name one of them")
+        taken = sorted({"eps", "norm", "seed", "n_classes"} & set(options))
+        if taken:
+            raise BadInput(f"expected options besides eps, norm, seed and n_classes, got {', '.join(taken)}; the threat and the model set them")
+        self.kind, self.options = kind, options
+        self.name = "autoattack" if kind == "AutoAttack" else f"torchattacks-{kind.lower()}"  # type: ignore[misc]
+
+    def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        assert radius is not None  # needs_radius
+        try:
+            import torchattacks
+        except ImportError as error:
+            raise BadInput(
+                f"expected torchattacks for the attack {self.name!r}, got {error}; pip install --no-deps torchattacks==3.5.1"
+            ) from None
+        norm = self._norm(space)
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+        images, eps = space.clean.float(), float(radius[0])
+        wrapped = _Images(space.model, space.clean.dtype)
+        torch.manual_seed(seed)
+        options = dict(self.options)
+        if self.kind == "AutoAttack":
+            classes = self._classes(wrapped, images[:1], options)
+            self._check_size(images, norm, options)
+            attack = torchattacks.AutoAttack(wrapped, norm=norm, eps=eps, seed=seed, n_classes=classes, **options)
+        else:
+            options.setdefault("steps", 40)
+            options.setdefault("alpha", 2.5 * eps / options["steps"])
+            attack = getattr(torchattacks, self.kind)(wrapped, eps=eps, **options)
+        _set_device(attack, images.device)
+        found = attack(images, labels)
+        return found.detach().to(space.clean.dtype) - space.clean
+
+    def _norm(self, space: Space) -> str:
+        allowed = {"PGD": ("linf",), "PGDL2": ("l2",), "AutoAttack": ("l2", "linf")}[self.kind]
+        if not isinstance(space, InputSpace) or space.norm not in allowed:
+            got = space.threat.name if isinstance(space, InputSpace) else type(space).__name__
+            raise BadInput(f"expected an input threat {' or '.join(allowed)} for {self.name!r}, got {got}; use 'pgd' for it")
+        if space.clean.dim() != 4 or float(space.clean.min()) < 0 or float(space.clean.max()) > 1:
+            raise BadInput(
+                f"expected images (N, C, H, W) in [0, 1] for {self.name!r}, got shape {tuple(space.clean.shape)} with values in "
+                f"[{float(space.clean.min()):.4g}, {float(space.clean.max()):.4g}]; put the scaling into the model (Normalize), or use 'pgd'"
+            )
+        return {"l2": "L2", "linf": "Linf"}[space.norm]
+
+    def _classes(self, wrapped: nn.Module, image: torch.Tensor, options: dict[str, Any]) -> int:
+        with torch.no_grad():
+            classes = wrapped(image).shape[1]
+        if classes < 4:  # its DLR losses divide by the gap between the first and the third or fourth logit
+            raise BadInput(f"expected a model of at least 4 classes for 'autoattack', got {classes}; use 'pgd' or 'min'")
+        return classes
+
+    def _check_size(self, images: torch.Tensor, norm: str, options: dict[str, Any]) -> None:
+        if norm == "L2" and options.get("version", "standard") != "rand" and min(images.shape[-2:]) < 5:
+            raise BadInput(f"expected images of at least 5 × 5 for 'autoattack' in l2 (Square), got {tuple(images.shape[-2:])}; use version='rand'")
+
+
+class _Images(nn.Module):
+    """The model as torchattacks expects one: float32 images → fresh float32 logits (N, C)."""
+
+    def __init__(self, chain: Chain, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.chain, self.dtype = chain, dtype
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.chain.scores(images.to(self.dtype)).to(images.dtype).clone()
+
+
+def _set_device(attack: Any, device: torch.device) -> None:
+    """torchattacks reads it from the first parameter, and has none for a model without; set it for the attack and its parts."""
+    attack.set_device(device)
+    for part in getattr(getattr(attack, "_autoattack", None), "attacks", ()):
+        part.set_device(device)

@@ -1,0 +1,301 @@
+"""Attacks on the weights: every matrix W becomes W + E with ‖E‖ ≤ radius (times σ(W) when relative), all matrices at once.
+
+The spectral and the Frobenius ball have cheap linear maximisers (ε·UVᵀ of the gradient's SVD, ε·G/‖G‖), so the ascent is
+Frank-Wolfe (Jaggi 2013): iterates are averages of points of the ball, and no projection is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+from robustlip.attacks.base import Attack, Proposal
+from robustlip.attacks.losses import excess, violation
+from robustlip.attacks.pgd import PGD
+from robustlip.attacks.spaces import INSIDE, Space, safe_divide
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import AddPositions, Chain
+from robustlip.spectral import spectral_norm_bound
+from robustlip.threats import WeightBall
+
+# Numbers that the per-sample copies of the weights may take at once (float32: 256 MiB), and the model size above which
+# a copy per sample is given up for one per SHARE samples.
+BUDGET, LARGE, SHARE = 1 << 26, 1 << 22, 32
+
+
+def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight matrices that a WeightBall perturbs, by parameter name; tied ones once.
+
+    Those of Linear (each attention projection is one), Embedding and Conv2d; a convolution's counts as (out, in·kh·kw).
+    Raises UnsupportedLayer for a parameter of two or more dimensions anywhere else, except tables of positions.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or isinstance(module, AddPositions) or id(parameter) in seen:
+                continue
+            if not isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+                raise UnsupportedLayer(
+                    f"expected weight matrices in Linear, Embedding or Conv2d layers, got {prefix}.{name} of "
+                    f"{type(module).__name__}; build the layer from those, or name it in robustlip.attacks.weights"
+                )
+            seen.add(id(parameter))
+            found[f"{prefix}.{name}" if prefix else name] = parameter
+    if not found:
+        raise BadInput("expected a model with weight matrices, got none; a weight threat does not apply to it")
+    return found
+
+
+class WeightSpace(Space):
+    """The changes of all weight matrices, flattened and concatenated into rows (N, P), one row per sample.
+
+    A radius r relative means ‖E‖ ≤ r·σ(W) for each matrix, with σ(W) from a float64 SVD, rounded down; the measure of a row is the
+    largest ‖E‖/σ(W) (or ‖E‖) over its matrices. A matrix that is zero admits no relative change.
+    """
+
+    def __init__(self, model: Chain, x: torch.Tensor, threat: WeightBall) -> None:
+        matrices = matrices_of(model)
+        self.names, self.shapes = list(matrices), [m.shape for m in matrices.values()]
+        self.sizes = [m.numel() for m in matrices.values()]
+        flat = torch.cat([m.detach().flatten() for m in matrices.values()])
+        super().__init__(model, flat.expand(len(x), -1))
+        self.x, self.norm = x, threat.norm
+        sigma = [torch.linalg.matrix_norm(m.detach().double().flatten(1), ord=2) for m in matrices.values()]
+        # (1 − INSIDE): an SVD is exact to a few ulps, and a smaller σ makes the reported distance larger, never smaller.
+        self.scale = torch.stack(sigma) * (1 - INSIDE) if threat.relative else torch.ones(len(sigma), dtype=torch.float64, device=flat.device)
+        self.chunk = max(1, BUDGET // (12 * flat.numel()))
+
+    def take(self, index: torch.Tensor) -> WeightSpace:
+        part = copy.copy(self)
+        part.x, part.clean = self.x[index], self.clean[:1].expand(len(index), -1)
+        return part
+
+    def split(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each matrix (G, m, n) of the rows (G, P), and its scale."""
+        for part, shape, scale in zip(rows.split(self.sizes, dim=1), self.shapes, self.scale.to(rows.dtype)):
+            yield part.reshape(len(rows), shape[0], -1), scale
+
+    def named(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One row (P,) as parameters by name."""
+        return {n: part.view(s) for n, part, s in zip(self.names, row.split(self.sizes), self.shapes)}
+
+    def logits(self, point: torch.Tensor) -> torch.Tensor:
+        def one(row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.shared_logits(row, x[None])[0]
+
+        return vmap(one)(point, self.x)
+
+    def shared_logits(self, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The logits (N, C) of inputs x under one set of weights, a row (P,)."""
+        return self.model.decide(functional_call(self.model, self.named(row), (x,)))
+
+    def measure(self, delta: torch.Tensor) -> torch.Tensor:
+        order = 2 if self.norm == "spectral" else "fro"
+        norms = [relative(torch.linalg.matrix_norm(part, ord=order), scale) for part, scale in self.split(delta)]
+        return torch.stack(norms).amax(0)
+
+    def dual(self, grad: torch.Tensor) -> torch.Tensor:
+        order = "nuc" if self.norm == "spectral" else "fro"
+        return torch.stack([scale * torch.linalg.matrix_norm(part, ord=order) for part, scale in self.split(grad)]).sum(0)
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        steps = []
+        for part, scale in self.split(grad):
+            if self.norm == "spectral":
+                step = polar(part)
+            else:
+                step = safe_divide(part, torch.linalg.matrix_norm(part, keepdim=True))
+            steps.append((scale * step).flatten(1))
+        return torch.cat(steps, dim=1)
+
+    def project(self, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        return delta * safe_divide(radius, self.measure(delta)).clamp(max=1.0)[:, None]
+
+    def advance(self, delta: torch.Tensor, grad: torch.Tensor, radius: torch.Tensor, rate: float) -> torch.Tensor:
+        rate = min(rate, 1.0)
+        return torch.lerp(delta, radius[:, None] * self.direction(grad), rate)
+
+    def place(self, delta: torch.Tensor) -> torch.Tensor:
+        return (self.clean[:1].double() + delta.double()).to(self.clean.dtype)
+
+    def land(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in Space; the norm of each stored change (W + E as cast) − W is bounded from above by `spectral_norm_bound`."""
+        delta, clean = delta.double(), self.clean[:1].double()
+        point = self.place(delta)
+        distance = self._bound(point.double() - clean)
+        if radius is None:
+            return point, distance
+        limit = radius.double() * (1 - INSIDE)
+        for attempt in range(40):  # casting moves every entry by half an ulp of W, so one rescaling may not be enough
+            outside = distance > limit
+            if not bool(outside.any()):
+                return point, distance
+            factor = safe_divide(limit, distance) * (1 - 1e-9 * 2.0 ** min(attempt, 25))
+            delta = torch.where(outside[:, None], delta * factor[:, None], delta)
+            point = self.place(delta)
+            distance = self._bound(point.double() - clean)
+        outside = distance > limit
+        return torch.where(outside[:, None], self.clean[:1], point), torch.where(outside, 0.0, distance)
+
+    def _bound(self, change: torch.Tensor) -> torch.Tensor:
+        """The measure of float64 changes (G, P), never below the true one by more than float64 rounding."""
+        norms = []
+        for part, scale in self.split(change):
+            size = spectral_norm_bound(part) if self.norm == "spectral" else torch.linalg.matrix_norm(part)
+            norms.append(relative(size, scale))
+        return torch.stack(norms).amax(0)
+
+    def judged(
+        self, delta: torch.Tensor, group: torch.Tensor, radius: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        limit = None if radius is None else torch.full((len(delta),), radius, dtype=torch.float64, device=delta.device)
+        point, distance = self.land(delta, limit)
+        if len(delta) > len(group) // 2:  # a row per sample
+            parts = torch.arange(len(group), device=group.device).split(self.chunk)
+            logits = torch.cat([self.take(p).logits(point[group[p]]) for p in parts])
+        else:
+            answers = [(g, (group == g).nonzero().flatten()) for g in group.unique()]
+            logits = torch.cat([self.shared_logits(point[g], self.x[members]) for g, members in answers])
+            logits = logits[torch.cat([members for _, members in answers]).argsort()]
+        return point, distance[group], logits, group
+
+    def describe(self, point: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Per matrix the changes (G, …) in float64: (W.double() + change).to(W.dtype) are the weights that were judged."""
+        change = point.double() - self.clean[:1].double()
+        return {n: part.reshape(len(point), *s) for n, part, s in zip(self.names, change.split(self.sizes, dim=1), self.shapes)}
+
+
+def relative(norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """norm (N,) in units of scale; against a scale of 0 only a norm of 0 is finite."""
+    return torch.where(norm > 0, norm / scale, 0.0)
+
+
+def polar(grad: torch.Tensor) -> torch.Tensor:
+    """U Vᵀ of the SVD of each matrix (N, m, n), zero on its null space: the maximiser of ⟨grad, E⟩ over ‖E‖₂ ≤ 1.
+
+    The gradient of one sample of T tokens has rank ≤ T, so a sketch of a few columns often holds all of it: the range finder of
+    Halko, Martinsson & Tropp 2011, algorithm 4.1, is then exact, and the SVD that remains is small.
+    """
+    rows, columns = grad.shape[-2:]
+    total = grad.square().sum((-2, -1))
+    for rank in (1, 8):
+        if 4 * rank > min(rows, columns):
+            break
+        probe = torch.randn(columns, rank, generator=torch.Generator().manual_seed(rank), dtype=torch.float32).to(grad)
+        basis = torch.linalg.qr(grad @ probe).Q
+        small = basis.mT @ grad
+        if bool((total - small.square().sum((-2, -1)) <= 1e-4 * total).all()):
+            return basis @ _polar(small)
+    return _polar(grad)
+
+
+def _polar(matrix: torch.Tensor) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (u * (s > 1e-5 * s[..., :1])[..., None, :]) @ vh
+
+
+@dataclass(frozen=True)
+class WeightAttack(Attack):
+    """Frank-Wolfe ascent on the weights within a WeightBall of given radius.
+
+    steps, restarts: as in PGD. groups: how many perturbations share out the samples (in order); None for one per sample, or one
+    per 32 samples when the model has more than four million weights. A shared change that breaks a sample is evidence for it.
+    Raises BadInput for other threats and for groups < 1.
+    """
+
+    steps: int = 40
+    restarts: int = 2
+    groups: int | None = None
+
+    name: ClassVar[str] = "weights"
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and self.groups < 1:
+            raise BadInput(f"expected at least 1 group, got {self.groups}; leave it out for one per sample")
+        PGD(self.steps, self.restarts)  # its checks
+
+    def _chunk(self, space: Space) -> int:
+        return space.chunk if group_count(space, self.groups) is None else len(space)
+
+    def _run(
+        self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator
+    ) -> torch.Tensor | Proposal:
+        if not isinstance(space, WeightSpace):
+            raise BadInput(f"expected a weight threat for the attack 'weights', got {type(space).__name__}; use 'pgd' for it")
+        assert radius is not None  # needs_radius
+        groups = group_count(space, self.groups)
+        if groups is None:
+            return PGD(self.steps, self.restarts, losses=("margin", "targeted")).search(space, labels, radius, generator)[0]
+        group = shares(len(labels), groups, labels.device)
+        rows = [shared_ascent(space.take(m), labels[m], radius[0], self.steps) for m in members(group)]
+        return Proposal(torch.stack(rows), group)
+
+
+def group_count(space: Space, groups: int | None) -> int | None:
+    """The number of shared perturbations, or None for one per sample."""
+    if groups is None and isinstance(space, WeightSpace) and space.clean.shape[1] > LARGE:
+        groups = -(-len(space) // SHARE)
+    return None if groups is None or groups >= len(space) else groups
+
+
+def shares(count: int, groups: int, device: torch.device) -> torch.Tensor:
+    """The group of each of `count` samples: equal shares, in order."""
+    return torch.arange(count, device=device) * groups // count
+
+
+def members(group: torch.Tensor) -> list[torch.Tensor]:
+    """The samples of each group that has any."""
+    return [(group == g).nonzero().flatten() for g in group.unique()]
+
+
+def shared_ascent(space: WeightSpace, labels: torch.Tensor, radius: torch.Tensor, steps: int) -> torch.Tensor:
+    """One change (P,) for all samples of the space that breaks as many as it can.
+
+    Climbs the margins of the samples that still hold, each in units of its clean margin, so that the easy ones are won first.
+    """
+    row = torch.zeros_like(space.clean[:1])
+    best, most = row[0], -1
+    with torch.no_grad():
+        unit = violation(space.shared_logits(space.clean[0], space.x), labels).abs().clamp_min(1e-12)
+    for step in range(steps + 1):
+        point = (space.clean[:1] + row).requires_grad_()
+        logits = space.shared_logits(point[0], space.x)
+        holds = excess(logits.detach(), labels) <= 0
+        broken = int((~holds).sum())
+        if broken > most:
+            best, most = row[0], broken
+        if broken == len(labels) or step == steps:
+            break
+        grad = torch.autograd.grad((violation(logits, labels) / unit)[holds].sum(), point)[0]
+        with torch.no_grad():
+            row = space.advance(row, torch.nan_to_num(grad), radius[None], 2 / (step + 2))
+    return best
+
+
+def shared_ladder(
+    space: WeightSpace, labels: torch.Tensor, groups: int, guess: torch.Tensor, cap: float, steps: int, rungs: int = 12
+) -> Proposal:
+    """Shared changes at `rungs` radii around the first-order guesses (N,); each sample is given the smallest that breaks it."""
+    low, high = float(guess.min()) / 2, min(4 * float(guess.max()), cap)
+    radii = torch.logspace(0, 1, rungs, base=max(high / low, 1.0), device=labels.device, dtype=torch.float64) * min(low, high)
+    share = shares(len(labels), groups, labels.device)
+    rows, group = [], torch.full_like(labels, -1)
+    for radius in radii.to(space.clean.dtype):  # smallest first
+        for m in members(share):
+            todo = m[group[m] < 0]
+            if len(todo) == 0:
+                continue
+            row = shared_ascent(space.take(todo), labels[todo], radius, steps)
+            with torch.no_grad():
+                logits = space.shared_logits(space.place(row[None])[0], space.x[todo])
+            group[todo[excess(logits, labels[todo]) > 0]] = len(rows)
+            rows.append(row)
+    group[group < 0] = len(rows) - 1
+    return Proposal(torch.stack(rows), group)

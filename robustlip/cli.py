@@ -1,0 +1,337 @@
+"""The command line. Exit codes: 0 done, 1 a failed run, 2 bad input (one sentence on stderr), 3 a certificate that an attack refutes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from robustlip import __version__
+from robustlip.errors import BadInput, RobustlipError
+
+# torch, pandas, rich and all of ours that need them are imported where they are used: `robustlip --help` must not wait for them.
+if TYPE_CHECKING:
+    from robustlip.console import Out
+    from robustlip.data import Dataset
+    from robustlip.eval.runner import Run
+    from robustlip.layers import Chain
+
+app = typer.Typer(
+    help="Certified and observed robustness of Lipschitz-constrained networks, side by side.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+zoo_app = typer.Typer(help="The models that come with robustlip.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(zoo_app, name="zoo")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a zoo name, a .safetensors file of ours, or package.module:callable")]
+DataSpec = Annotated[str, typer.Option("--data", help="digits, mnist, cifar10, tiny_shakespeare, a hub name or a file, each with :split")]
+ThreatName = Annotated[str, typer.Option("--threat", help="l1, l2, linf, embedding-l2[@positions], weights-spectral, …")]
+Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="write JSON to FILE, or - for stdout")]
+Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, cuda:1, …  [default: the GPU if there is one]")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="samples at once")]
+Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="at most so many samples")]
+Seed = Annotated[int, typer.Option("--seed", help="of everything random: which samples, where attacks start")]
+DataDir = Annotated[Optional[str], typer.Option("--data-dir", help="folder of data sets in the hub's parquet layout  [default: $ROBUSTLIP_DATA]")]
+Context = Annotated[Optional[int], typer.Option("--context", min=1, help="text only: tokens per sample")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Errors of ours end in one sentence and their exit code; any other exception keeps its traceback."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="robustlip")
+    except RobustlipError as error:
+        print(f"robustlip: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"robustlip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder of the run")] = Path("runs/demo"), json: Json = None, device: Device = None,
+    batch_size: BatchSize = 256, limit: Limit = None, seed: Annotated[Optional[int], typer.Option("--seed")] = None, data_dir: DataDir = None,
+) -> None:  # fmt: skip
+    """The whole story on the embedded data: certify and attack the zoo, print the table, write the report."""
+    _evaluate("demo", out, json, device, batch_size, limit, seed, data_dir)
+
+
+@app.command("eval")
+def evaluate(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="a suite file (TOML) or the name of a bundled suite")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="folder of the run  [default: runs/NAME]")] = None, json: Json = None,
+    device: Device = None, batch_size: BatchSize = 256, limit: Limit = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", help="instead of the suite's")] = None, data_dir: DataDir = None,
+) -> None:  # fmt: skip
+    """Evaluate every model of a suite. Started again, it goes on where it was stopped."""
+    _evaluate(suite, out, json, device, batch_size, limit, seed, data_dir)
+
+
+def _evaluate(
+    suite_name: str, folder: Path | None, json: str | None, device: str | None, batch_size: int, limit: int | None, seed: int | None,
+    data_dir: str | None,
+) -> None:  # fmt: skip
+    from robustlip.console import Out, Progress, choose_device
+    from robustlip.eval.runner import Settings, interrupted_sentence, run_suite
+    from robustlip.eval.suite import load_suite
+
+    out = Out(json)
+    suite = load_suite(suite_name)
+    folder = folder or Path("runs") / suite.name
+    settings = Settings(choose_device(device, out), batch_size, limit, seed, data_dir)
+    with Progress() as progress:
+        run = run_suite(suite, folder, settings, advance=progress, say=out.say)
+    try:
+        if run.records:
+            _show(run, out)
+    finally:
+        # A table that cannot be drawn must not hide that a certificate is wrong.
+        run.raise_errors()
+    if run.interrupted:
+        print(f"robustlip: {interrupted_sentence(run)}", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def _show(run: Run, out: Out) -> None:
+    """The tables in the terminal, the JSON, the files of the run and where they lie."""
+    from robustlip.eval import tables
+    from robustlip.eval.report import write_report
+    from robustlip.files import write_text
+
+    summary = tables.summarise(run.records, run.suite)
+    title = run.suite.title or run.suite.name
+    for form, name in (("md", "table.md"), ("csv", "table.csv"), ("latex", "table.tex"), ("html", "table.html")):
+        write_text(run.folder / name, tables.render(summary, form, partial=run.partial, title=title))
+    out.json({"run": str(run.folder), "partial": run.partial, "rows": summary.to_dict("records"), "errors": run.manifest["errors"]})
+    overview = tables.compact(summary)
+    partial = "  (PARTIAL RUN)" if run.partial else ""
+    out.table(f"{title}: one row per model{partial}", *tables.display(overview))
+    out.table(f"Every threat{partial}", *tables.display(summary))
+    for note in tables.notes(summary, run.partial):
+        out.console().print(note, markup=False)
+    report = write_report(run)
+    out.say(f"report: {report}\ntables: {run.folder / 'table.md'} (also .csv, .tex, .html)")
+
+
+def _open(model: str, data: str, device: str, context: int | None, data_dir: str | None, limit: int | None, seed: int) -> tuple[Chain, Dataset]:
+    """A model and its samples; text is encoded with the vocabulary of the model."""
+    from robustlip.data import load_data
+    from robustlip.eval.runner import load_model
+
+    chain = load_model(model, device)
+    return chain, load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary)
+
+
+@app.command()
+def certify(
+    model: Model, data: DataSpec, threat: ThreatName = "l2",
+    radius: Annotated[Optional[float], typer.Option("--radius", help="ask whether this radius holds, in the units of the threat")] = None,
+    method: Annotated[str, typer.Option("--method", help="which certifier")] = "best",
+    dtype: Annotated[Optional[str], typer.Option("--dtype", help="arithmetic to cover: float32, …, real  [default: the model's]")] = None,
+    json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
+    context: Context = None,
+) -> None:  # fmt: skip
+    """Prove for each sample a radius within which the prediction cannot change."""
+    import numpy as np
+
+    from robustlip.certifiers import certify as prove
+    from robustlip.console import Out, Progress, choose_device, radius_summary
+    from robustlip.eval.results import concatenate
+    from robustlip.threats import parse_threat
+
+    out = Out(json)
+    ball = parse_threat(threat, radius)
+    where = choose_device(device, out)
+    chain, samples = _open(model, data, where, context, data_dir, limit, seed)
+    with Progress() as progress:
+        parts = [
+            prove(chain, x, y, ball, method=method, dtype=dtype, index=index)
+            for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}")
+        ]
+    certificate = concatenate(parts)
+    out.json({"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, **certificate.to_json_dict()})
+    correct = np.asarray(certificate.prediction) == np.asarray(certificate.label)
+    rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
+    rows += [("proved robust (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
+    rows += radius_summary(certificate.radius, correct)
+    rows += [("units", ball.units), ("method", f"{certificate.method}, covers {certificate.dtype}"), ("weights", certificate.weights_sha256)]
+    rows += [("data", samples.note)] if samples.note else []
+    out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+
+
+@app.command()
+def attack(
+    model: Model, data: DataSpec, threat: ThreatName = "l2",
+    name: Annotated[str, typer.Option("--attack", help="pgd, min, weights, torchattacks-pgd, torchattacks-pgdl2, autoattack")] = "min",
+    radius: Annotated[Optional[float], typer.Option("--radius", help="attack at this radius; 'min' searches for the smallest")] = None,
+    json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
+    context: Context = None,
+) -> None:  # fmt: skip
+    """Look for each sample for a perturbation that changes the prediction."""
+    import numpy as np
+    import torch
+
+    from robustlip.attacks import by_name
+    from robustlip.console import Out, Progress, choose_device, radius_summary
+    from robustlip.hashing import weights_sha256
+    from robustlip.threats import parse_threat
+
+    out = Out(json)
+    ball, method = parse_threat(threat, radius), by_name(name)
+    where = choose_device(device, out)
+    chain, samples = _open(model, data, where, context, data_dir, limit, seed)
+    generator, weights = torch.Generator().manual_seed(seed), weights_sha256(chain)
+    with Progress() as progress:
+        observations = [
+            method(chain, x, y, ball, generator=generator, index=index, weights_sha256=weights)
+            for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name} · {name}")
+        ]
+    described = observations[0].to_json_dict()
+    described["samples"] = [row for o in observations for row in o.to_json_dict()["samples"]]
+    about = {"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, "requested_radius": radius}
+    out.json({**about, **described})
+    label, prediction, found = (np.concatenate([getattr(o, field) for o in observations]) for field in ("label", "prediction", "radius"))
+    correct = prediction == label
+    broken = correct & np.isfinite(found)
+    rows = [("samples", str(len(label))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
+    limit_text = f"within radius {radius:g}" if radius else "at any distance tried"
+    rows += [("broken (%)", f"{100 * np.mean(broken):.1f} {limit_text}"), *radius_summary(found, correct)]
+    rows += [("units", ball.units)] + ([("data", samples.note)] if samples.note else [])
+    out.table(f"{model}: {name} against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+
+
+def _batches(samples: Dataset, size: int, device: str, progress: Any, label: str) -> Any:
+    """(x, y, index) on the device, `size` samples at a time."""
+    import torch
+
+    total = len(samples.index)
+    if total == 0:
+        raise BadInput("expected at least one sample, got none; choose another split or a larger --limit")
+    for start in range(0, total, size):
+        progress(label, start, total)
+        part = slice(start, start + size)
+        yield torch.as_tensor(samples.x[part]).to(device), torch.as_tensor(samples.y[part]).to(device), samples.index[part]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (TOML)")],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder of the model file, its card and its checkpoints")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option(help="go on from the checkpoint in the folder")] = True,
+    json: Json = None, device: Device = None, data_dir: DataDir = None,
+) -> None:  # fmt: skip
+    """Train a model from a recipe; started again, it goes on from its checkpoint."""
+    import tomllib
+
+    from robustlip.console import Out, Progress, choose_device
+    from robustlip.training import load_recipe
+    from robustlip.training import train as run
+
+    out = Out(json)
+    parsed = load_recipe(recipe)
+    where = choose_device(device, out)
+    with Progress() as progress:
+
+        def advance(step: int, steps: int, figures: dict[str, float]) -> None:
+            shown = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            progress(f"{parsed.name} {shown}", step, steps)
+
+        path = run(parsed, out_folder, device=where, data_dir=data_dir, progress=advance, resume=resume)
+    card = path.with_suffix(".toml")
+    out.json({"model": str(path), "card": tomllib.loads(card.read_text(encoding="utf-8")) if card.is_file() else None})
+    out.say(f"model: {path}\ncard:  {card}")
+
+
+@app.command()
+def table(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    form: Annotated[str, typer.Option("--format", help="md, csv, latex or html")] = "md",
+    one_row: Annotated[bool, typer.Option("--compact", help="one row per model")] = False,
+    json: Json = None,
+) -> None:  # fmt: skip
+    """Print the robustness table of a run."""
+    from robustlip.console import STDOUT, Out
+    from robustlip.eval import tables
+    from robustlip.eval.results import check_soundness
+    from robustlip.eval.runner import read_run
+
+    out, done = Out(json), read_run(run)
+    summary = tables.summarise(done.records, done.suite)
+    text = tables.render(summary, form, partial=done.partial, title=done.suite.title or done.suite.name, one_row_per_model=one_row)
+    rows = tables.compact(summary) if one_row else summary
+    out.json({"run": str(run), "partial": done.partial, "rows": rows.to_dict("records")})
+    if json != STDOUT:
+        sys.stdout.write(text)
+    check_soundness(done.records, done.folder)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    out_file: Annotated[Optional[Path], typer.Option("--out", help="where to write it  [default: report.html in the run]")] = None,
+    json: Json = None,
+) -> None:  # fmt: skip
+    """Write the self-contained HTML page of a run."""
+    from robustlip.console import Out
+    from robustlip.eval.report import write_report
+    from robustlip.eval.results import check_soundness
+    from robustlip.eval.runner import read_run
+
+    out, done = Out(json), read_run(run)
+    path = write_report(done, out_file)
+    out.json({"run": str(run), "partial": done.partial, "report": str(path)})
+    out.say(f"report: {path}")
+    check_soundness(done.records, done.folder)
+
+
+@zoo_app.command("list")
+def zoo_list(json: Json = None) -> None:
+    """The models by name."""
+    from robustlip.console import Out
+    from robustlip.eval.tables import DASH, percent
+    from robustlip.models import zoo
+
+    out = Out(json)
+    cards = {name: zoo.card(name) for name in zoo.names()}
+    out.json({"models": [{"name": name, **card} for name, card in cards.items()]})
+    rows = [
+        [name, str(_field(card, "data", "name")), percent(_field(card, "accuracy", "test")), str(card.get("weights_sha256", DASH))[:12]]
+        for name, card in cards.items()
+    ]
+    out.table("zoo", ["Model", "Data", "Accuracy (%)", "Weights"], rows)
+
+
+@zoo_app.command("show")
+def zoo_show(name: Annotated[str, typer.Argument(help="a zoo name")], json: Json = None) -> None:
+    """The card of one model: recipe, data, accuracy, bound, caveats."""
+    from robustlip.console import Out
+    from robustlip.models import zoo
+
+    out = Out(json)
+    card = zoo.card(name)
+    out.json({"name": name, **card})
+    out.table(name, ["", ""], _flat(card))
+
+
+def _field(card: dict[str, Any], name: str, inner: str) -> Any:
+    """card[name], or card[name][inner] where that is a table."""
+    value = card.get(name)
+    return value.get(inner) if isinstance(value, dict) else value
+
+
+def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in card.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]
+    return rows

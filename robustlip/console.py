@@ -1,0 +1,126 @@
+"""What the command line shows: text on one stream, JSON on another, a progress bar when something takes longer than two seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robustlip.errors import BadInput
+from robustlip.files import json_text, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+WIDTH = 120
+STDOUT = "-"
+
+
+class Out:
+    """Where a verb's results go. json_to: None, '-' for stdout (text then goes to stderr, so that stdout is JSON alone), or a file."""
+
+    def __init__(self, json_to: str | None = None) -> None:
+        self.json_to = json_to
+        if json_to not in (None, STDOUT) and Path(str(json_to)).is_dir():
+            raise BadInput(f"expected a file for --json, got the folder {json_to}; name a file in it, or - for stdout")
+
+    def console(self) -> Console:
+        from rich.console import Console
+
+        # Piped text has no width of its own: 120 columns hold every table.
+        stream = sys.stderr if self.json_to == STDOUT else sys.stdout
+        return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False, soft_wrap=False)
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr if self.json_to == STDOUT else sys.stdout, flush=True)
+
+    def json(self, value: Any) -> None:
+        """Write the verb's JSON, if it was asked for. Call it before anything that can still fail."""
+        if self.json_to == STDOUT:
+            sys.stdout.write(json_text(value))
+            sys.stdout.flush()
+        elif self.json_to is not None:
+            write_text(Path(self.json_to), json_text(value))
+            self.say(f"wrote {self.json_to}")
+
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
+        """Rows as text in the terminal; the first `left` columns are aligned to the left."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for i, heading in enumerate(headings):
+            table.add_column(Text(heading), justify="left" if i < left else "right", no_wrap=False, overflow="fold", vertical="bottom")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console().print(table)
+
+
+class Progress:
+    """`with Progress() as progress: progress(label, done, total)`; nothing is shown in the first two seconds."""
+
+    def __init__(self, delay: float = 2.0) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Bar(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=None)
+        self._terminal, self._shown, self._label = console.is_terminal, False, ""
+        self._timer = threading.Timer(delay, self._show)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Progress:
+        self._timer.start()
+        return self
+
+    def _show(self) -> None:
+        self._shown = True
+        if self._terminal:
+            self._bar.start()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=label, completed=done, total=total)
+        if self._shown and not self._terminal and label != self._label:  # a log instead of a bar
+            print(f"[{done}/{total}] {label}", file=sys.stderr, flush=True)
+        self._label = label
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._bar.stop()
+
+
+def choose_device(asked: str | None, out: Out) -> str:
+    """The device to compute on, and say which. Raises BadInput when the one that was asked for is not there."""
+    import torch
+
+    if asked is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        try:
+            device = str(torch.device(asked))
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0][:120]
+            raise BadInput(f"expected a device that torch can use here, got {asked!r} ({reason}); leave --device out or use cpu") from None
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    out.say(f"device: {device} ({name})")
+    return device
+
+
+def radius_summary(radius: np.ndarray, correct: np.ndarray) -> list[tuple[str, str]]:
+    """(what, value) of radii over correctly classified samples: least, median and largest."""
+    import numpy as np
+
+    from robustlip.eval.tables import number
+
+    if not correct.any():
+        return [("radius", "no sample is classified correctly")]
+    chosen = radius[correct]
+    return [(f"{what} radius", number(f(chosen), "none")) for what, f in (("smallest", np.min), ("median", np.median), ("largest", np.max))]
