@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from robustlip.eval.results import Record, to_frame
 from robustlip.eval.suite import LIPSCHITZ, PairSpec, Suite, ThreatSpec
+from robustlip.eval.tables import number
 from robustlip.files import atomic
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart with any colour vision, and by line style in print.
 _COLOURS = {"lipschitz": "#0072B2", "baseline": "#D55E00"}
+DECADES = 1e5  # at most this ratio between the ends of a logarithmic axis
 _NAMES = {"lipschitz": "Lipschitz", "baseline": "Baseline"}
 
 
@@ -57,7 +59,9 @@ def _draw_one(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec, folder: Pa
     low, high = float(scales.min()), float(scales.max())
     # A baseline certified at 1e-9 would be invisible on a linear axis.
     logarithmic = high / float(np.quantile(scales, 0.02)) > 100
-    left, right = (low / 2, high * 2) if logarithmic else (0.0, high * 1.08)
+    # … and with all of 1e-14 on the axis, everything else would be squeezed against its right end: curves left of it are named instead.
+    left, right = (max(low / 2, high / DECADES), high * 2) if logarithmic else (0.0, high * 1.08)
+    beyond: list[str] = []
 
     with plt.rc_context({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "robustlip"}):
         figure, axes = plt.subplots(figsize=(6.2, 4.1), layout="constrained")
@@ -69,16 +73,21 @@ def _draw_one(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec, folder: Pa
             colour, name = _COLOURS[role], _NAMES[role]
             attacked = _curve(mine["attacked_radius"].to_numpy()[correct], len(mine), left, right)
             certified = _curve(mine["certified_radius"].to_numpy()[correct], len(mine), left, right)
+            if certified[1].max() == 0 and correct.any():
+                typical = float(np.median(mine["certified_radius"].to_numpy()[correct]))
+                beyond.append(f"{name}: certified radii are left of the axis (median {number(typical)})" if typical else f"{name}: nothing certified")
             axes.plot(*attacked, color=colour, linestyle=(0, (5, 2)), linewidth=1.8, drawstyle="steps-post", label=f"{name}: under attack (upper bound)")
             axes.plot(*certified, color=colour, linewidth=2.2, drawstyle="steps-post", label=f"{name}: certified (lower bound)")
-        for k, radius in enumerate(threat.radii):
-            axes.axvline(radius, color="#666666", linewidth=0.8, linestyle=":", label="radii of the table" if k == 0 else None)
+        for radius in threat.radii:
+            axes.axvline(radius, color="#666666", linewidth=0.8, linestyle=":")
         if logarithmic:
             axes.set_xscale("log")
         axes.set_xlim(left, right)
         axes.set_ylim(0, 102)
         axes.set_xlabel(f"radius: {_units(threat)}")
         axes.set_ylabel("accuracy (% of samples)")
+        for k, text in enumerate(beyond):
+            axes.text(0.015, 0.03 + 0.07 * k, text, transform=axes.transAxes, fontsize=9, color="#444444")
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.set_title(f"{pair.title or pair.name}, {threat.name}", loc="left", fontsize=11.5)
@@ -120,4 +129,4 @@ def _describe(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec) -> str:
         attacked = 100 * (correct & (mine["attacked_radius"] > at)).mean()
         who = "the Lipschitz model" if role == LIPSCHITZ else "the baseline"
         said.append(f"{who} ({model}) at radius {at:g}: {certified:.1f} % certified, {attacked:.1f} % under attack")
-    return "Accuracy against radius; " + "; ".join(said) + "."
+    return "Accuracy against radius; " + "; ".join(said) + ". Dotted: the radii of the table."

@@ -55,10 +55,10 @@ def _data_uri(svg: Path) -> str:
 
 def _grid(summary: pd.DataFrame) -> dict[str, Any]:
     headings, rows = tables.display(summary)
-    pairs, roles = list(summary["pair"]), list(summary["role"])
+    pairs, threats, roles = list(summary["pair"]), list(summary["threat"]), list(summary["role"])
     return {
         "headings": headings,
-        "rows": [{"cells": cells, "role": roles[i], "first": i > 0 and pairs[i] != pairs[i - 1]} for i, cells in enumerate(rows)],
+        "rows": [{"cells": cells, "role": roles[i], "first": i > 0 and (pairs[i], threats[i]) != (pairs[i - 1], threats[i - 1])} for i, cells in enumerate(rows)],
     }
 
 

@@ -18,19 +18,18 @@ import numpy as np
 from robustlip import __version__
 from robustlip.errors import BadInput, CertificateViolation, RobustlipError
 from robustlip.eval.results import Record, check_soundness, read_metadata, read_records, write_records
-from robustlip.eval.suite import PairSpec, Suite, ThreatSpec, parse_suite
+from robustlip.eval.suite import PairSpec, SearchSpec, Suite, ThreatSpec, parse_suite
 from robustlip.files import atomic, write_json
 from robustlip.threats import WeightBall, with_radius
 
 if TYPE_CHECKING:
     import torch
 
+    from robustlip.attacks.base import Observation
     from robustlip.data import Dataset
     from robustlip.layers import Chain
 
 PARTS, MANIFEST, POINTS = "parts", "manifest.json", "contradictions"
-# At one fixed radius these say only whether that radius breaks a sample; the runner asks them at each table radius.
-FIXED_RADIUS = ("pgd", "weights", "torchattacks-pgd", "torchattacks-pgdl2", "autoattack")
 
 
 @dataclass
@@ -104,53 +103,62 @@ def run_suite(
     except OSError as error:
         raise BadInput(f"expected a folder to write the run to, got {folder} ({error.strerror or error}); name another with --out") from error
     run = Run(folder, suite)
-    limits = [
+    work = [
         (pair, role, model, threat, _limit(pair, threat, settings)) for pair in suite.pairs for role, model in pair.members() for threat in pair.threats
     ]
-    total, done, failed = sum(limit for *_, limit in limits), 0, set()
-    started = time.time()
-    cache: dict[str, tuple[Chain, str, Dataset]] = {}
+    total, done, failed, started = sum(limit for *_, limit in work), 0, set(), time.time()
+    cards = _cards(suite)
+    prepared: tuple[str, tuple[Chain, str, Dataset]] | None = None
     try:
-        for pair, role, model, threat, limit in limits:
-            part = _part_name(model, threat.name)
+        for pair, role, model, threat, limit in work:
+            # Written before every part: a run that is killed leaves a manifest that says what there is, and that it is partial.
+            _write_manifest(run, settings, cards, started, finished=False)
             label = f"{model} · {threat.name}"
-            if model not in failed:
-                advance(label, done, total)
-                try:
-                    if model not in cache:
-                        cache.clear()  # one model in memory at a time
-                        cache[model] = _prepare(pair, model, suite, settings)
-                    records = _part(suite, pair, role, model, threat, limit, folder / PARTS / part, settings, cache[model], folder, say)
-                    run.records += records
-                    check_soundness(records, folder)
-                except CertificateViolation as error:
-                    run.errors.append((model, error))
-                except Exception as error:  # noqa: BLE001 - kept, and raised by Run.raise_errors once the other models are done
-                    run.errors.append((model, error))
-                    failed.add(model)
-                    say(f"{model}: {error if isinstance(error, RobustlipError) else repr(error)}; going on with the other models")
-            done += limit
             advance(label, done, total)
+            done += limit
+            if model in failed:
+                continue
+            try:
+                if prepared is None or prepared[0] != model:
+                    prepared = None  # one model in memory at a time
+                    prepared = (model, _prepare(pair, model, suite, settings))
+                path = folder / PARTS / _part_name(model, threat.name)
+                records = _part(suite, pair, role, model, threat, limit, path, settings, prepared[1], folder, say)
+                run.records += records
+                check_soundness(records, folder)
+            except CertificateViolation as error:
+                run.errors.append((model, error))
+                say(f"{model} · {threat.name}: CONTRADICTION, see the end; going on with the rest")
+            except Exception as error:  # kept, and raised by Run.raise_errors once the other models are done
+                run.errors.append((model, error))
+                failed.add(model)
+                say(f"{model}: {error if isinstance(error, RobustlipError) else repr(error)}; going on with the other models")
+        advance("done", total, total)
     except KeyboardInterrupt:
         run.interrupted = True
-    wanted = {_part_name(m, t.name) for p in suite.pairs for _, m in p.members() for t in p.threats}
-    have = {_part_name(r.model, r.threat) for r in run.records}
-    run.partial = run.interrupted or have != wanted or any(r.partial for r in run.records)
+    _write_manifest(run, settings, cards, started, finished=not run.interrupted)
+    return run
+
+
+def _write_manifest(run: Run, settings: Settings, cards: dict[str, Any], started: float, *, finished: bool) -> None:
+    suite = run.suite
+    wanted = {_part_name(model, threat.name) for pair in suite.pairs for _, model in pair.members() for threat in pair.threats}
+    have = {_part_name(record.model, record.threat) for record in run.records}
+    run.partial = not finished or have != wanted or any(record.partial for record in run.records)
     run.manifest = {
         "suite": suite.to_json_dict(),
         "versions": versions(),
         "machine": machine(settings.device),
-        "seed": suite.seed if settings.seed is None else settings.seed,
+        "seed": _seed(suite, settings),
         "limit": settings.limit,
         "partial": run.partial,
-        "parts": sorted(have & wanted),
+        "parts": sorted(have),
         "missing": sorted(wanted - have),
         "errors": [{"model": model, "kind": type(error).__name__, "message": str(error)} for model, error in run.errors],
         "seconds": round(time.time() - started, 2),
-        "cards": _cards(suite),
+        "cards": cards,
     }
-    write_json(folder / MANIFEST, run.manifest)
-    return run
+    write_json(run.folder / MANIFEST, run.manifest)
 
 
 def read_run(folder: Path) -> Run:
@@ -172,6 +180,10 @@ def read_run(folder: Path) -> Run:
     if not run.records:
         raise BadInput(f"expected results in {str(folder)!r}, got none; run `robustlip eval` again")
     return run
+
+
+def _seed(suite: Suite, settings: Settings) -> int:
+    return suite.seed if settings.seed is None else settings.seed
 
 
 def _limit(pair: PairSpec, threat: ThreatSpec, settings: Settings) -> int:
@@ -198,16 +210,28 @@ def _cards(suite: Suite) -> dict[str, Any]:
     return cards
 
 
-def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tuple[Chain, str, Dataset]:
-    """The model on its device, the hash of its weights, and as many samples as its largest threat needs."""
-    from robustlip.hashing import weights_sha256
-    from robustlip.data import load_data, load_text_or_page
+def load_model(name: str, device: str) -> Chain:
+    """A zoo model, one of our files, or package.module:callable, as a Chain in eval mode. Raises BadInput, also for NaN in the weights."""
+    import torch
+
     from robustlip.layers import as_chain
     from robustlip.models import zoo
 
-    chain = as_chain(zoo.load(model, device=settings.device))
+    chain = as_chain(zoo.load(name, device=device)).eval()
+    for key, tensor in chain.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BadInput(f"expected finite weights, got NaN or infinity in {key} of {name}; train or convert the model again")
+    return chain
+
+
+def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tuple[Chain, str, Dataset]:
+    """The model on its device, the hash of its weights, and as many samples as its largest threat needs."""
+    from robustlip.data import load_data, load_text_or_page
+    from robustlip.hashing import weights_sha256
+
+    chain = load_model(model, settings.device)
     limit = max(_limit(pair, threat, settings) for threat in pair.threats)
-    seed = suite.seed if settings.seed is None else settings.seed
+    seed = _seed(suite, settings)
     loader = load_text_or_page if pair.page_fallback else load_data
     data = loader(pair.data, data_dir=settings.data_dir, limit=limit, seed=seed, context=pair.context, vocabulary=chain.vocabulary)
     return chain, weights_sha256(chain), data
@@ -218,7 +242,7 @@ def _part(
     settings: Settings, prepared: tuple[Chain, str, Dataset], folder: Path, say: Callable[[str], None],
 ) -> list[Record]:  # fmt: skip
     chain, weights, data = prepared
-    seed = suite.seed if settings.seed is None else settings.seed
+    seed = _seed(suite, settings)
     key = {
         "suite": suite.name,
         "pair": pair.model_dump(mode="json", exclude={"threats", "title", "lipschitz", "baseline"}),
@@ -227,9 +251,8 @@ def _part(
         "versions": versions(), "data_note": data.note, "samples": hashlib.sha256(np.asarray(data.index).tobytes()).hexdigest(),
     }  # fmt: skip
     if read_metadata(path) == json.loads(json.dumps(key, default=str)):
-        say(f"{model} · {threat.name}: kept from an earlier run")
+        say(f"{model} · {threat.name}: kept from an earlier run of this folder")
         return read_records(path)
-    path.unlink(missing_ok=True)
     records: list[Record] = []
     n = min(limit, len(data.index))
     for start in range(0, n, settings.batch_size):
@@ -252,10 +275,11 @@ def _part(
 
 def _evaluate(
     chain: Chain, data: Dataset, batch: slice, threat: ThreatSpec, weights: str, settings: Settings, seed: int
-) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, torch.Tensor]]]:
     """One batch: the fields of its records that depend on the sample, and the adversarial point that was nearest."""
     import torch
 
+    from robustlip.attacks import by_name
     from robustlip.certifiers import certify
 
     x = torch.as_tensor(data.x[batch]).to(settings.device)
@@ -263,7 +287,7 @@ def _evaluate(
     index = np.asarray(data.index[batch], dtype=np.int64)
     ball = threat.threat()
     rows: list[dict[str, Any]] = [{"index": int(i), "label": int(label)} for i, label in zip(index, y.tolist(), strict=True)]
-    points: dict[int, torch.Tensor] = {}
+    points: dict[int, dict[str, torch.Tensor]] = {}
 
     if threat.radii:
         certificate = certify(chain, x, y, ball, method=threat.method, dtype=threat.dtype, index=index)
@@ -277,17 +301,16 @@ def _evaluate(
         nearest = np.full(len(rows), np.inf)
         found = [", ".join(a.name for a in threat.attacks)] * len(rows)
         for number, spec in enumerate(threat.attacks):
-            for radius in threat.radii if spec.name in FIXED_RADIUS else (None,):
-                observation = _attack(chain, x, y, with_radius(ball, radius), spec.name, dict(spec.options), seed + 1_000_003 * number, index)
-                if not np.array_equal(np.asarray(observation.index), index):
-                    raise RuntimeError(f"attack {spec.name} returned other samples than it was given")
-                distance = np.asarray(observation.radius, dtype=np.float64)
-                if np.isnan(distance).any():
-                    raise RuntimeError(f"attack {spec.name} returned NaN as a distance")
-                for i in np.flatnonzero(distance < nearest):
-                    nearest[i], found[i] = distance[i], spec.name
-                    if observation.adversarial is not None:
-                        points[int(i)] = torch.as_tensor(observation.adversarial[i]).detach().cpu()
+            attack = by_name(spec.name, **spec.options)
+            # An attack that searches for the smallest radius is asked once, one at a fixed radius at each radius of the table.
+            for radius in threat.radii if attack.needs_radius else (None,):
+                generator = _generator(seed + 1_000_003 * number)
+                observation = attack(chain, x, y, with_radius(ball, radius), generator=generator, index=index, weights_sha256=weights)
+                if not np.array_equal(observation.index, index) or np.isnan(observation.radius).any():
+                    raise RuntimeError(f"attack {spec.name} returned other samples than it was given, or NaN as a distance")
+                for i in np.flatnonzero(observation.radius < nearest):
+                    nearest[i], found[i] = observation.radius[i], spec.name
+                    points[int(i)] = _point(observation, int(i))
         for i, row in enumerate(rows):
             row.update(attacked_radius=float(nearest[i]), attack=found[i], attack_seed=seed)
     else:
@@ -296,7 +319,7 @@ def _evaluate(
                 row["prediction"] = prediction
 
     if isinstance(ball, WeightBall):
-        certified, observed = _sensitivity(chain, x, y, with_radius(ball, threat.sensitivity_radius), seed, index)
+        certified, observed = _sensitivity(chain, x, with_radius(ball, threat.sensitivity_radius), threat.search, seed)
         for i, row in enumerate(rows):
             row.update(
                 certified_sensitivity=float(certified[i]), observed_sensitivity=float(observed[i]),
@@ -306,38 +329,38 @@ def _evaluate(
     return rows, points
 
 
-def _generator(device: torch.device, seed: int) -> torch.Generator:
+def _generator(seed: int) -> torch.Generator:
     import torch
 
-    return torch.Generator(device=device).manual_seed(seed)
+    return torch.Generator().manual_seed(seed)  # on the CPU, whatever the device: attacks then start from the same points everywhere
 
 
-def _attack(chain: Chain, x: torch.Tensor, y: torch.Tensor, threat: Any, name: str, options: dict[str, Any], seed: int, index: np.ndarray) -> Any:
-    from robustlip.attacks import by_name
+def _point(observation: Observation, i: int) -> dict[str, torch.Tensor]:
+    """The adversarial point of sample i: inputs or embeddings, or the change of each weight matrix. Kept until the check is done."""
+    found = observation.adversarial
+    if isinstance(found, dict):
+        return {f"change.{name}": change[int(observation.group[i])] for name, change in found.items()}
+    return {"adversarial": found[i]}
 
-    return by_name(name, **options)(chain, x, y, threat, generator=_generator(x.device, seed), index=index)
 
-
-def _sensitivity(chain: Chain, x: torch.Tensor, y: torch.Tensor, ball: WeightBall, seed: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sensitivity(chain: Chain, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(certified, observed) ‖f_{W+E}(x) − f_W(x)‖₂ per unit of the radius, float64 (N,)."""
-    from robustlip.attacks.sensitivity import observed_weight_sensitivity
+    from robustlip.attacks import observed_sensitivity
     from robustlip.certifiers import weight_sensitivity_bound
 
     assert ball.radius is not None
     certified = np.asarray(weight_sensitivity_bound(chain, x, ball), dtype=np.float64) / ball.radius
-    observed = np.asarray(observed_weight_sensitivity(chain, x, y, ball, generator=_generator(x.device, seed)), dtype=np.float64)
-    return certified, observed
+    return certified, observed_sensitivity(chain, x, ball, **search.model_dump(), generator=_generator(seed)).ratio
 
 
-def _save_point(folder: Path, part: str, clean: Any, adversarial: torch.Tensor | None, record: Record) -> str:
+def _save_point(folder: Path, part: str, clean: Any, adversarial: dict[str, torch.Tensor] | None, record: Record) -> str:
     """Keep what contradicts a certificate; returns the path relative to the run."""
     import torch
     from safetensors.torch import save_file
 
     relative = f"{POINTS}/{part}-sample{record.index}.safetensors"
     tensors = {"clean": torch.as_tensor(clean).detach().cpu().contiguous().clone()}
-    if adversarial is not None:
-        tensors["adversarial"] = adversarial.contiguous().clone()
+    tensors |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in (adversarial or {}).items()}
     about = {
         "model": record.model, "threat": record.threat, "index": str(record.index), "label": str(record.label),
         "prediction": str(record.prediction), "certified_radius": repr(record.certified_radius), "attacked_radius": repr(record.attacked_radius),

@@ -24,14 +24,22 @@ class AttackSpec(_Strict):
     """One attack by its name in `robustlip.attacks`, and that attack's own options (steps, restarts, …)."""
 
     name: str
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(default_factory=dict)
+
+
+class SearchSpec(_Strict):
+    """How hard `robustlip.attacks.observed_sensitivity` looks for the most sensitive direction."""
+
+    starts: int = Field(default=2, ge=1)
+    power_steps: int = Field(default=10, ge=1)
+    ascent_steps: int = Field(default=10, ge=0)
 
 
 class ThreatSpec(_Strict):
     """One threat (see `robustlip.threats.parse_threat`) and how it is certified and attacked.
 
     radii: the radii of the table, in the units of the threat, ascending. clip: (low, high) of the inputs, None for the whole ball.
-    sensitivity_radius: weight threats only; the radius at which certified and observed sensitivity are compared.
+    sensitivity_radius: weight threats only; the radius at which certified and observed sensitivity are compared; search: how hard.
     limit: at most so many samples for this threat. Weight threats may leave out radii: then only the sensitivity is measured.
     """
 
@@ -43,6 +51,7 @@ class ThreatSpec(_Strict):
     limit: int | None = Field(default=None, ge=1)
     attacks: tuple[AttackSpec, ...] = (AttackSpec(name="min"),)
     sensitivity_radius: float | None = None
+    search: SearchSpec = SearchSpec()
 
     @field_validator("radii")
     @classmethod

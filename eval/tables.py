@@ -38,8 +38,8 @@ def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
     frame = to_frame(records)
     rows: list[dict[str, Any]] = []
     for pair in suite.pairs:
-        for role, model in pair.members():
-            for threat in pair.threats:
+        for threat in pair.threats:
+            for role, model in pair.members():
                 part = frame[(frame["model"] == model) & (frame["threat"] == threat.name) & (frame["pair"] == pair.name)]
                 if part.empty:
                     continue
@@ -153,6 +153,45 @@ def display(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 def _short(radius: float) -> str:
     return f"{radius:g}"
+
+
+def terminal(summary: pd.DataFrame, title: str) -> str:
+    """The table as plain text: a block for each pair and threat, whose heading says the radii. At most 120 columns for two radii."""
+    count = radii_count(summary)
+    top = ["", "", "clean"] + [text for k in range(1, count + 1) for text in (f"acc. at r{k} (%)", "")]
+    top += ["median radius", "", "cert./", "weight sensitivity", ""]
+    under = ["", "n", "acc. (%)"] + ["certif.", "attack."] * count + ["certif.", "attack.", "attack.", "certif.", "observed"]
+    blocks: dict[tuple[str, str], list[list[str]]] = {}
+    for row in summary.to_dict("records"):
+        radii = [f"r{k} = {row[f'radius_{k}']:g}" for k in range(1, count + 1) if row.get(f"radius_{k}") == row.get(f"radius_{k}")]
+        heading = f"{row['threat']}{', ' if radii else ''}{', '.join(radii)} ({row['units']})"
+        cells = ["  " + str(row["model"]), f"{row['samples']}{'*' if row['partial'] else ''}", percent(row["clean_accuracy"])]
+        for k in range(1, count + 1):
+            cells += [percent(row.get(f"certified_accuracy_{k}")), percent(row.get(f"attacked_accuracy_{k}"))]
+        cells += [number(row.get("median_certified_radius")), number(row.get("median_attacked_radius"), "none"), number(row.get("median_ratio"))]
+        cells += [number(row.get("certified_sensitivity")), number(row.get("observed_sensitivity"))]
+        blocks.setdefault((row["pair"], heading), []).append(cells)
+    rows = [cells for block in blocks.values() for cells in block]
+    widths = [max(len(cells[i]) for cells in [under, *rows]) for i in range(len(under))]
+    # A heading over two columns needs their width together.
+    for i, text in enumerate(top):
+        paired = i + 1 < len(top) and text and not top[i + 1] and i > 1
+        room = widths[i] + (2 + widths[i + 1] if paired else 0)
+        widths[i] += max(0, len(text) - room)
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(cells)).rstrip()
+
+    head, i = [], 0
+    while i < len(top):
+        paired = i + 1 < len(top) and bool(top[i]) and not top[i + 1] and i > 1
+        head.append(top[i].rjust(widths[i] + (2 + widths[i + 1] if paired else 0)))
+        i += 2 if paired else 1
+    lines = [title, "", "  ".join(head).rstrip(), line(under)]
+    lines.append("─" * max(len(text) for text in [lines[2], lines[3]]))
+    for (_, heading), block in blocks.items():
+        lines += [heading, *map(line, block)]
+    return "\n".join(lines) + "\n"
 
 
 def notes(summary: pd.DataFrame, partial: bool) -> list[str]:

@@ -116,8 +116,9 @@ def _show(run: Run, out: Out) -> None:
     out.json({"run": str(run.folder), "partial": run.partial, "rows": summary.to_dict("records"), "errors": run.manifest["errors"]})
     overview = tables.compact(summary)
     partial = "  (PARTIAL RUN)" if run.partial else ""
-    out.table(f"{title}: one row per model{partial}", *tables.display(overview))
-    out.table(f"Every threat{partial}", *tables.display(summary))
+    out.say(f"\n{tables.terminal(overview, f'{title}: one row per model{partial}')}")
+    if len(summary) > len(overview):
+        out.say(tables.terminal(summary, f"Every threat{partial}"))
     for note in tables.notes(summary, run.partial):
         out.console().print(note, markup=False)
     report = write_report(run)
