@@ -6,10 +6,9 @@ from collections import OrderedDict
 
 from torch import nn
 
-from robustlip.layers import Chain, MeanTokens
+from robustlip.layers import Chain, MeanTokens, NextTokenChain
 from robustlip.models.blocks import layernorm_blocks
 from robustlip.models.classifier import patch_embedding
-from robustlip.models.gpt import NextTokenChain
 from robustlip.models.mlp import LipschitzMLP
 
 

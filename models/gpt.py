@@ -4,30 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import nn
 
-from robustlip.errors import BadInput
-from robustlip.layers import Chain
+from robustlip.layers import NextTokenChain
 from robustlip.models.blocks import lipschitz_blocks
-
-
-class NextTokenChain(Chain):
-    """A Chain of (embedding, blocks …, head) whose inputs are token ids (N, T) and whose logits are (N, T, V)."""
-
-    embedding_depth = 1
-    task = "next-token"
-
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype not in (torch.int64, torch.int32) or x.dim() != 2:
-            raise BadInput(f"expected token ids, integers of shape (N, T), got {x.dtype} of shape {tuple(x.shape)}; encode the text first")
-        size = self[0].num_embeddings
-        if x.numel() and not (0 <= int(x.min()) and int(x.max()) < size):
-            raise BadInput(f"expected token ids in [0, {size - 1}], got {int(x.min())} to {int(x.max())}; use the model's own vocabulary")
-        return super().embed(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.from_embeddings(self.embed(x))
 
 
 class LipschitzGPT(NextTokenChain):

@@ -15,7 +15,8 @@ from robustlip.errors import BadInput
 
 U64 = 2.0**-53
 
-# Unit roundoff u (round to nearest) and smallest positive subnormal of each dtype that a certificate can cover.
+# Unit roundoff u (round to nearest) of each dtype that a certificate can cover, and what underflow can lose: the smallest normal
+# number where a processor may flush subnormals to zero, the smallest subnormal of float16, whose subnormals all processors keep.
 UNIT = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,
@@ -23,9 +24,9 @@ UNIT = {
     torch.float16: 2.0**-11,
 }
 TINY = {
-    torch.float64: 2.0**-1074,
-    torch.float32: 2.0**-149,
-    torch.bfloat16: 2.0**-133,
+    torch.float64: 2.0**-1022,
+    torch.float32: 2.0**-126,
+    torch.bfloat16: 2.0**-126,
     torch.float16: 2.0**-24,
 }
 NAMES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

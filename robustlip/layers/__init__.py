@@ -2,8 +2,8 @@
 
 from robustlip.layers.activations import ScaledGELU
 from robustlip.layers.attention import Attention
-from robustlip.layers.chain import Chain, as_chain
+from robustlip.layers.chain import Chain, NextTokenChain, as_chain
 from robustlip.layers.residual import Residual
 from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify
 
-__all__ = ["AddPositions", "Attention", "Chain", "MeanTokens", "Normalize", "Patchify", "Residual", "ScaledGELU", "as_chain"]
+__all__ = ["AddPositions", "Attention", "Chain", "MeanTokens", "NextTokenChain", "Normalize", "Patchify", "Residual", "ScaledGELU", "as_chain"]

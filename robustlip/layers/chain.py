@@ -52,12 +52,48 @@ class Chain(nn.Sequential):
         return self.decide(self.from_embeddings(embeddings))
 
 
+class NextTokenChain(Chain):
+    """A Chain of (Embedding, blocks …, head) whose inputs are token ids (N, T) and whose logits are (N, T, V)."""
+
+    embedding_depth = 1
+    task = "next-token"
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Token ids (N, T) → embeddings (N, T, D). Raises BadInput for anything but integers in range."""
+        if x.dtype not in (torch.int64, torch.int32) or x.dim() != 2:
+            raise BadInput(f"expected token ids, integers of shape (N, T), got {x.dtype} of shape {tuple(x.shape)}; encode the text first")
+        size = self[0].num_embeddings
+        if x.numel() and not (0 <= int(x.min()) and int(x.max()) < size):
+            raise BadInput(f"expected token ids in [0, {size - 1}], got {int(x.min())} to {int(x.max())}; use the model's own vocabulary")
+        return super().embed(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.from_embeddings(self.embed(x))
+
+
+# A certificate speaks of the layers in their order; a subclass that overrides any of these could do something else between them.
+_PLAIN = {
+    "forward": (nn.Sequential.forward, NextTokenChain.forward),
+    "embed": (Chain.embed, NextTokenChain.embed),
+    "from_embeddings": (Chain.from_embeddings,),
+    "decide": (Chain.decide,),
+    "scores": (Chain.scores,),
+    "scores_from_embeddings": (Chain.scores_from_embeddings,),
+}
+
+
 def as_chain(model: nn.Module) -> Chain:
     """The model itself if it is a Chain, or a Chain that shares the layers of an nn.Sequential.
 
     Raises UnsupportedLayer for any other module: its forward could do anything between its layers.
     """
     if isinstance(model, Chain):
+        for method, plain in _PLAIN.items():
+            if getattr(type(model), method) not in plain or method in vars(model):
+                raise UnsupportedLayer(
+                    f"expected a Chain that runs its layers in order, got {type(model).__name__} with its own {method}(); "
+                    f"put what it does into a layer that has a rule"
+                )
         return model
     if type(model) is nn.Sequential:
         flat: list[tuple[str, nn.Module]] = []
