@@ -1,0 +1,85 @@
+"""What loading returns, and which rows a limit keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlip.errors import BadInput
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples of one split, in memory.
+
+    name: 'digits', 'mnist', …, or a file's stem. split: its name there. kind: 'image' or 'text'.
+    x: images float32 (N, C, H, W) in [0, 1], or token ids int64 (N, T). y: int64 (N,), the label, or the token that
+    follows the window. index: int64 (N,), the row in the split, or the window's offset in the split's token stream.
+    classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …; None for images.
+    note: what a table must say of the source: '', 'subset', 'shipped page'.
+    Raises BadInput for tensors that do not fit together and for labels outside [0, classes).
+    """
+
+    name: str
+    split: str
+    kind: str
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    classes: int
+    vocabulary: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        n = len(self.x)
+        if self.y.shape != (n,) or self.index.shape != (n,):
+            raise BadInput(
+                f"expected one label and one index for each of the {n} samples of {self.name}, got shapes "
+                f"{tuple(self.y.shape)} and {tuple(self.index.shape)}; give tensors of shape ({n},)"
+            )
+        check_labels(self.y, self.classes, self.name)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, limit: int | None) -> Dataset:
+        """The first `limit` samples, or all of them for None."""
+        if limit is None or limit >= len(self):
+            return self
+        check_limit(limit)
+        return replace(self, x=self.x[:limit], y=self.y[:limit], index=self.index[:limit])
+
+
+def check_labels(y: Tensor, classes: int, name: str) -> None:
+    """Raises BadInput, with the first offending row, unless every label of y (N,) lies in [0, classes)."""
+    outside = ((y < 0) | (y >= classes)).nonzero()
+    if len(outside):
+        row = int(outside[0, 0])
+        raise BadInput(f"expected labels of {name} in [0, {classes - 1}], got {int(y[row])} in row {row}; correct or drop that row")
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises BadInput unless limit is None or an integer ≥ 1."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise BadInput(f"expected a limit of at least 1 sample, got {limit!r}; give a positive integer or none at all")
+
+
+def choose_rows(total: int, limit: int | None, seed: int) -> np.ndarray:
+    """Rows that a limit keeps: int64 (min(total, limit),), ascending.
+
+    A random subset drawn by `seed`, not the first rows: files sorted by label or by time are common, and a prefix of one
+    says nothing of the whole. RandomState, because numpy promises that its stream never changes.
+    """
+    check_limit(limit)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise BadInput(f"expected a seed from 0 to 2**32 - 1, got {seed!r}; give such an integer")
+    if limit is None or limit >= total:
+        return np.arange(total, dtype=np.int64)
+    return np.sort(np.random.RandomState(seed).permutation(total)[:limit]).astype(np.int64)
+
+
+def as_index(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))

@@ -1,0 +1,126 @@
+"""The hub, through the `datasets` library, without minutes of retries where there is no network.
+
+The HTTP client's own cache is used: HF_HOME says where, HF_HUB_OFFLINE=1 uses the cache alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from robustlip.data.folders import ENVIRONMENT
+from robustlip.errors import BadInput, DataUnavailable
+
+HUB_NAMES = {
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "tiny_shakespeare": "karpathy/tiny_shakespeare",
+}
+PATIENCE = 10.0  # seconds for the one request that finds out whether the hub answers
+
+# The branch where the hub keeps parquet copies of repositories that hold a loading script, which `datasets` no longer runs.
+_CONVERTED = "refs/convert/parquet"
+
+
+def from_hub(name: str, split: str | None) -> Any:
+    """A `datasets.Dataset` (or a dict of them for split=None) of the hub's copy of `name`.
+
+    Raises DataUnavailable when the hub does not answer within PATIENCE seconds, or when offline mode is on and the cache
+    has no copy; BadInput when the hub has no such data set or split.
+    """
+    repository = HUB_NAMES.get(name, name)
+    from datasets import config, load_dataset
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    offline = bool(config.HF_HUB_OFFLINE)
+    if not offline:
+        try:
+            # Asked first, because load_dataset itself retries an unreachable host for half a minute.
+            _within(PATIENCE, lambda: HfApi().dataset_info(repository, timeout=PATIENCE))
+        except (RepositoryNotFoundError, GatedRepoError):
+            raise BadInput(f"expected a public data set on the hub, got {repository!r}, which it does not show; correct the name or log in") from None
+        except Exception as error:  # the HTTP client, and so its errors, differ between versions of huggingface_hub
+            raise _unavailable(name, f"no answer from the hub ({type(error).__name__})") from None
+    try:
+        with quiet():
+            try:
+                return load_dataset(repository, split=split)
+            except RuntimeError as error:
+                if "script" not in str(error):
+                    raise
+                return load_dataset(repository, split=split, revision=_CONVERTED)
+    except ValueError as error:
+        reason = str(error).split("\n")[0]
+        if offline and "split" not in reason:
+            raise _unavailable(name, "offline mode with no copy in the hub's cache") from None
+        raise BadInput(f"expected a split and a configuration that {repository} has, got {split!r}: {reason}; name another or a parquet file") from None
+    except (OSError, RuntimeError) as error:
+        got = "offline mode with no copy in the hub's cache" if offline else f"a failed download ({type(error).__name__})"
+        raise _unavailable(name, got) from None
+
+
+@contextmanager
+def from_parquet(files: list[str]) -> Iterator[Any]:
+    """A `datasets.Dataset` of local parquet files, good inside the `with`: its Arrow copy goes with it.
+
+    Raises BadInput for a file that cannot be read.
+    """
+    from datasets import load_dataset
+
+    # Its own cache folder: the home folder may be read-only, and a cached copy must not outlive a corrected file.
+    with TemporaryDirectory(prefix="robustlip-") as cache:
+        try:
+            with quiet():
+                data = load_dataset("parquet", data_files={"rows": files}, split="rows", cache_dir=cache)
+        except Exception as error:  # datasets wraps pyarrow's errors in several of its own
+            cause = error.__cause__ or error
+            reason = str(cause).split("\n")[0] or type(cause).__name__
+            raise BadInput(f"expected a whole parquet file, got {files[0]!r} that cannot be read ({reason}); copy it again") from None
+        yield data
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of `datasets` inside; its settings come back as they were."""
+    import datasets
+    from datasets.utils import logging
+
+    bars, level = datasets.are_progress_bars_disabled(), logging.get_verbosity()
+    datasets.disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _within(seconds: float, call: Any) -> None:
+    """Runs call(); raises what it raised, or TimeoutError. A thread, because name resolution takes no time limit."""
+    raised: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            call()
+        except BaseException as error:  # handed to the caller
+            raised.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    if raised:
+        raise raised[0]
+
+
+def _unavailable(name: str, got: str) -> DataUnavailable:
+    return DataUnavailable(
+        f"expected the data set {name!r} in a local folder or on the hub, got no local copy and {got}; "
+        f"connect to the network, or name a folder that holds it with --data-dir or {ENVIRONMENT}"
+    )
