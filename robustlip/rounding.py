@@ -14,6 +14,7 @@ from torch import Tensor
 from robustlip.errors import BadInput
 
 U64 = 2.0**-53
+SMALLEST = 2.0**-1074
 
 # Unit roundoff u (round to nearest) of each dtype that a certificate can cover, and what underflow can lose: the smallest normal
 # number where a processor may flush subnormals to zero, the smallest subnormal of float16, whose subnormals all processors keep.
@@ -43,7 +44,7 @@ def gamma(n: float, u: float) -> float:
 
 def up(x: Tensor) -> Tensor:
     """x ≥ 0 (float64) plus more than a short float64 formula can have lost: an upper bound of what it stands for."""
-    return x * (1 + _SLACK) + TINY[torch.float64]
+    return x * (1 + _SLACK) + SMALLEST
 
 
 def down(x: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""Certifiers: proved lower bounds on robust radii, behind one signature.
+
+    certificate = certify(model, x, y, InputBall("l2"))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
+from robustlip.certifiers.bounds import lipschitz_bound, weight_sensitivity_bound
+from robustlip.certifiers.constants import constants_of
+from robustlip.certifiers.lipschitz import global_radii
+from robustlip.certifiers.samples import batches, check_labels, check_model, check_samples
+from robustlip.errors import BadInput
+from robustlip.hashing import architecture_sha256
+from robustlip.layers import Chain, as_chain
+from robustlip.rounding import NAMES, dtype_of
+from robustlip.rules import Context
+from robustlip.threats import Threat, WeightBall
+
+__all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
+
+RULES_VERSION = "1"
+
+# method → radii of one batch. 'best' takes the largest over all of them, so a new method is one line here.
+Radii = Callable[[Chain, Tensor, Tensor, Tensor, Threat, Context], tuple[Tensor, Tensor]]
+METHODS: dict[str, Radii] = {"global": global_radii}
+
+
+@torch.no_grad()
+def certify(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    method: str = "best",
+    *,
+    dtype: str | None = None,
+    index: Tensor | np.ndarray | None = None,
+    batch_size: int = 256,
+) -> Certificate:
+    """Per sample, the largest radius proved for `threat`, rounded down; 0 with the reason where none is.
+
+    model: a Chain or an nn.Sequential of layers with rules. x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
+    y: labels (N,), for next-token models the token after the window. method: a key of METHODS, or 'best'.
+    dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
+    (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
+    index: sample numbers (N,), 0, 1, … unless given. With threat.radius set, samples proved for less are 'abstained'.
+    Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 5 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
+    """
+    if method != "best" and method not in METHODS:
+        raise BadInput(f"expected a method among best, {', '.join(METHODS)}, got {method!r}; name one of them")
+    chain = as_chain(model)
+    own = check_model(chain)
+    check_samples(chain, x, y)
+    covered = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
+    if covered != own:
+        chain = copy.deepcopy(chain).to(covered)
+        check_model(chain)
+    was_training = chain.training
+    chain.eval()
+    try:
+        sha, store = constants_of(chain)
+        context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
+        device = next(chain.parameters()).device
+        parts = []
+        for part in batches(len(x), batch_size):
+            xb, yb = x[part].to(device), y[part].to(device).long()
+            xb = xb.to(covered) if xb.is_floating_point() else xb
+            logits = chain.scores(xb)
+            check_labels(yb, logits.shape[-1])
+            parts.append(_best(chain, xb, yb, logits, threat, method, context) + (logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
+    finally:
+        chain.train(was_training)
+    radius, bound, which, prediction, finite = (torch.cat(column) for column in zip(*parts))
+    radius = torch.where(finite, radius, torch.zeros_like(radius)).nan_to_num(0.0)
+    return _assemble(chain, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite)
+
+
+def _best(
+    chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, method: str, context: Context
+) -> tuple[Tensor, Tensor, Tensor]:
+    names = list(METHODS) if method == "best" else [method]
+    results = [METHODS[name](chain, x, y, logits, threat, context) for name in names]
+    radii = torch.stack([r for r, _ in results])
+    winner = radii.argmax(0)
+    bounds = torch.stack([b for _, b in results]).gather(0, winner[None])[0]
+    return radii.amax(0), bounds, winner
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, value in NAMES.items() if value == dtype)
+
+
+def _assemble(
+    chain: Chain, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
+    radius: Tensor, bound: Tensor, which: Tensor, prediction: Tensor, finite: Tensor,
+) -> Certificate:  # fmt: skip
+    from robustlip import __version__
+
+    wrong = (prediction != y) & finite
+    short = radius < (threat.radius or 0.0)
+    status, reason = [], []
+    for r, w, f, s in zip(radius.tolist(), wrong.tolist(), finite.tolist(), short.tolist()):
+        if w:
+            status.append(MISCLASSIFIED)
+            reason.append("the prediction is not the label")
+        elif r > 0 and not s:
+            status.append(CERTIFIED)
+            reason.append("")
+        else:
+            status.append(ABSTAINED)
+            reason.append(
+                "logits are not finite" if not f
+                else f"proved for a radius of {r:.6g} only" if r > 0
+                else "the margin is not above what rounding and the bound can move"
+            )  # fmt: skip
+    radius = torch.where(wrong, torch.zeros_like(radius), radius)
+    largest = bound[torch.isfinite(bound)]
+    return Certificate(
+        threat=threat,
+        method=method,
+        dtype=dtype,
+        weights_sha256=sha,
+        architecture_sha256=architecture_sha256(chain),
+        index=np.arange(len(y)) if index is None else np.asarray(index, dtype=np.int64),
+        label=y.numpy().astype(np.int64),
+        prediction=prediction.numpy().astype(np.int64),
+        radius=radius.numpy(),
+        status=tuple(status),
+        reason=tuple(reason),
+        bound={"lipschitz_to_last_hidden": float(largest.max())} if len(largest) else {},
+        versions={"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
+    )

@@ -1,0 +1,79 @@
+"""Bounds of a model as a whole: its Lipschitz constant for a card, and how far its logits move when its weights do."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustlip.certifiers.constants import constants_of
+from robustlip.certifiers.lipschitz import entry, first_state
+from robustlip.certifiers.samples import batches, check_model
+from robustlip.errors import BadInput
+from robustlip.layers import Chain, as_chain
+from robustlip.rounding import norm_up, up
+from robustlip.rules import Context, State, run_rules
+from robustlip.threats import WeightBall
+
+
+@torch.no_grad()
+def lipschitz_bound(model: nn.Module) -> dict[str, float | str]:
+    """A guaranteed Lipschitz constant to the logits: of the input in ℓ2, or of the embeddings in the largest token norm.
+
+    'l2': ‖f(x') − f(x)‖₂ ≤ l2·‖x' − x‖₂ (for transformers per output token, and max_t‖x'_t − x_t‖₂ on the right).
+    'rms': the same in the paper's units (∞-RMS in, RMS out). 'domain': the largest token norm ‖x_t‖₂ for which it holds, or 'all'; for
+    a threat of radius ε a certificate takes the domain enlarged by ε, so its own constant is a little larger.
+    """
+    chain = as_chain(model)
+    context = Context(dtype=check_model(chain), store=constants_of(chain)[1])
+    embedding, layers = list(chain)[: chain.embedding_depth], list(chain)[chain.embedding_depth :]
+    if embedding:
+        norm, width = _embedding_norm(embedding, context)
+    else:
+        norm, width = torch.ones(1, dtype=torch.float64), _first_linear(layers).in_features
+    state = State(norm, torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), "l2", 1, width)
+    state = run_rules([m for m in layers if not isinstance(m, nn.Flatten)], state, context)
+    value = float(up(state.change))
+    return {"l2": value, "rms": value * math.sqrt(width / state.width) * (1 + 1e-15), "domain": float(norm) if embedding else "all"}
+
+
+def _first_linear(layers: list[nn.Module]) -> nn.Linear:
+    found = next((m for layer in layers for m in layer.modules() if type(m) is nn.Linear), None)
+    if found is None:
+        raise BadInput("expected a model with at least one Linear layer, got none; there is nothing to bound")
+    return found
+
+
+def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tensor, int]:
+    """(largest ‖x_t‖₂ (1,), width) of any embedding: a table's rows, or patches of images with pixels in [0, 1], of norm ≤ √numbers."""
+    if isinstance(embedding[0], nn.Embedding):
+        return norm_up(embedding[0].weight.detach()).amax().cpu().reshape(1), embedding[0].embedding_dim
+    linear = _first_linear(embedding)
+    zero = torch.zeros(1, dtype=torch.float64)
+    start = State(zero + math.sqrt(linear.in_features) * (1 + 1e-15), zero, zero, "l2", 1, linear.in_features)
+    return run_rules(embedding[1:], start, context).norm, linear.out_features
+
+
+@torch.no_grad()
+def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, batch_size: int = 256) -> np.ndarray:
+    """Upper bounds (N,) of ‖f_{W+E}(x) − f_W(x)‖₂ over all E in the ball (logits of the prediction), exact arithmetic. MATH.md section 8.
+
+    threat.radius must be set. A Frobenius ball lies inside the spectral ball of its radius, so the same bound serves both.
+    """
+    if threat.radius is None:
+        raise BadInput("expected a weight threat with a radius, got none; give one, e.g. WeightBall('spectral', 0.01)")
+    chain = as_chain(model)
+    dtype = check_model(chain)
+    _, store = constants_of(chain)
+    device = next(chain.parameters()).device
+    out = []
+    for part in batches(len(x), batch_size):
+        xb = x[part].to(device)
+        layers, inside, norm = entry(chain, xb.to(dtype) if xb.is_floating_point() else xb, threat)
+        radius = torch.full_like(norm, threat.radius)
+        context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
+        state = run_rules(layers, first_state(inside, norm, threat, radius, layers), context)
+        out.append(up(state.change))
+    return torch.cat(out).numpy()

@@ -1,0 +1,134 @@
+"""Attention, head by head. MATH.md sections 4 (bound), 8 (weights) and 9 (rounding).
+
+For one head on a path through the domain, with logits s·q·k/d + constant:
+    do_i = Σ_j p_ij dv_j + Σ_j p_ij (η_ij − η̄_i) v_j,   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|,
+so with ‖x_t‖ ≤ a everywhere on the path,  ‖do_i‖ ≤ max‖dv‖ + max|η|·max‖v‖. A bias by distance is a constant and drops out.
+Rotary positions are orthogonal and change no norm. The published formula uses norms of the stacked matrices instead; see MATH.md section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robustlip.layers import Attention
+from robustlip.rounding import norm_up
+from robustlip.rules.base import Context, Rule, State, register
+from robustlip.rules.elementwise import FUNCTION_ULPS
+from robustlip.rules.linear import Matrix
+from robustlip.spectral import spectral_norm_bound
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Guaranteed norms of the four matrices, whole and by head (tensors (H,))."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    whole: dict[str, float]
+    frobenius: dict[str, Tensor]
+    output_matrix: Matrix
+    bias: float
+
+    @classmethod
+    def of(cls, layer: Attention) -> Heads:
+        h = layer.heads
+        slices = {n: getattr(layer, n).weight.detach().unflatten(0, (h, -1)) for n in ("query", "key", "value")}
+        slices["output"] = layer.output.weight.detach().unflatten(1, (h, -1)).movedim(1, 0)
+        # States live on the CPU, where a dozen numbers a sample cost less than launching kernels for them.
+        sigma = {n: spectral_norm_bound(w).cpu() for n, w in slices.items()}
+        bias = 0.0 if layer.distance_bias is None else float(layer.distance_bias.detach().abs().amax())
+        return cls(
+            **sigma,
+            whole={n: float(spectral_norm_bound(getattr(layer, n).weight)) for n in slices},
+            frobenius={n: norm_up(w, (-2, -1)).cpu() for n, w in slices.items()},
+            output_matrix=Matrix.of(layer.output.weight),
+            bias=bias,
+        )
+
+
+def join_heads(output: Tensor, whole: float | Tensor, per_head: Tensor) -> Tensor:
+    """‖W_o·concat_h(u_h)‖ for ‖u_h‖ ≤ per_head (..., H): min(σ(W_o)·sqrt(Σ_h u_h²), Σ_h σ(W_o[:,h])·u_h)."""
+    return torch.minimum(whole * per_head.square().sum(-1).sqrt(), (output * per_head).sum(-1))
+
+
+@register(Attention)
+class AttentionRule(Rule):
+    """Multi-head attention in the per-token ℓ2 norm; see the module's text for the derivation."""
+
+    def step(self, layer: Attention, state: State, context: Context) -> State:
+        state = state.in_l2()
+        heads: Heads = context.constant(layer, "heads", lambda: Heads.of(layer))
+        scale, d, factor = layer.scale / layer.head_width, layer.head_width, abs(layer.output_scale)
+        a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
+
+        def perturbed(name: str) -> Tensor | float:
+            change = context.weight_change(heads.whole[name])
+            return change.unsqueeze(-1) if isinstance(change, Tensor) and change.dim() else change
+
+        e_q, e_k, e_v = perturbed("query"), perturbed("key"), perturbed("value")
+        e_o = context.weight_change(heads.whole["output"])
+        s_q, s_k, s_v = heads.query + e_q, heads.key + e_k, heads.value + e_v
+        value_norm = s_v * a  # (..., H)
+
+        # Λ_h r from the change of the input, the rest from the change of the weights.
+        gain = heads_gain(s_q, s_k, s_v, a, scale)
+        from_weights = e_v * a + scale * (e_q * s_k + s_q * e_k) * a * a * value_norm
+        output_columns = heads.output + (e_o.unsqueeze(-1) if isinstance(e_o, Tensor) and e_o.dim() else e_o)
+        whole = heads.whole["output"] + e_o
+        mixed = value_norm.square().sum(-1).sqrt()
+        change = join_heads(heads.output, heads.whole["output"], gain * r + from_weights) + e_o * mixed
+        norm = factor * join_heads(output_columns, whole, value_norm.expand(gain.shape))
+
+        head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v)) + gain * state.rounding.unsqueeze(-1)
+        fresh = heads.output_matrix.rounding(mixed + head_error.square().sum(-1).sqrt(), e_o, context)
+        rounding = factor * (join_heads(output_columns, whole, head_error) + fresh)
+        rounding = rounding + 3 * context.unit * (norm + rounding) + math.sqrt(layer.width) * context.tiny
+        behind = replace(state, norm=norm + rounding, change=factor * change, rounding=rounding, width=layer.width)
+        largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
+        return context.finite(behind, torch.maximum(largest_logit, mixed * heads.output_matrix.frobenius))
+
+    def _rounding(
+        self,
+        layer: Attention,
+        heads: Heads,
+        state: State,
+        context: Context,
+        sigma: tuple[Tensor, Tensor, Tensor],
+        perturbed: tuple[Tensor | float, Tensor | float, Tensor | float],
+    ) -> Tensor:
+        """‖fl(o_i) − o_i‖₂ of each head (..., H), given the executed input: products, rotation, logits, softmax, weighted sum, in turn."""
+        u, tiny, d, length = context.unit, context.tiny, layer.head_width, state.tokens
+        scale = layer.scale / d
+        a = state.norm.unsqueeze(-1)
+
+        def projected(i: int, name: str) -> tuple[Tensor, Tensor]:
+            frobenius = heads.frobenius[name] + math.sqrt(d) * perturbed[i]
+            error = context.gamma(layer.width) * frobenius * a + layer.width * math.sqrt(d) * tiny
+            return sigma[i] * a + error, error
+
+        q, q_error = projected(0, "query")
+        k, k_error = projected(1, "key")
+        v, v_error = projected(2, "value")
+        if layer.rope:
+            # cos and sin are rounded once, each coordinate is a difference of two products: at most 6u of the vector's norm.
+            q_error, k_error = q_error + 6 * u * q + 4 * d * tiny, k_error + 6 * u * k + 4 * d * tiny
+            q, k = q * (1 + 6 * u) + 4 * d * tiny, k * (1 + 6 * u) + 4 * d * tiny
+        logit = scale * q * k
+        logit_error = scale * (q_error * k + q * k_error + q_error * k_error) + context.gamma(d + 6) * logit + (d + 4) * tiny * (1 + scale)
+        # Subtracting the row's maximum and adding the bias round at the size of the logits; then exp (once more per block of a
+        # blockwise softmax), the sum, the division.
+        spread = 2 * (logit + heads.bias)
+        logit_error = logit_error + 3 * u * (spread + logit_error)
+        relative = torch.expm1(2 * logit_error) * (1 + 1e-12) + context.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16)) * (2 + torch.expm1(2 * logit_error))
+        return relative * v + v_error + 2 * length * tiny * (v + 1)
+
+
+def heads_gain(s_q: Tensor, s_k: Tensor, s_v: Tensor, a: Tensor, scale: float) -> Tensor:
+    """Λ_h = σ_v (1 + 2·scale·σ_q σ_k a²) of each head, with scale = s/d. MATH.md section 4."""
+    return s_v * (1 + 2 * scale * s_q * s_k * a * a)

@@ -1,0 +1,131 @@
+"""What a rule is: how far a bounded change can travel through one kind of layer. MATH.md sections 1, 4, 8 and 9.
+
+A rule never sees a sample. It sees a `State`: bounds that hold for every perturbed input at once, as float64 tensors of any common
+shape (one entry per sample and radius tried), and returns the state behind its layer. What it needs of the weights it asks
+`Context.constant` for, which computes each guaranteed constant once for given weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.rounding import UNIT, TINY, gamma
+
+
+@dataclass(frozen=True)
+class State:
+    """Bounds on all tokens t of the activations between two layers, for every perturbation in the threat.
+
+    norm: ‖x'_t‖₂ ≤ norm for the perturbed activations, in exact arithmetic and as executed.
+    change: ‖x'_t − x_t‖ ≤ change in the norm `space`, exact arithmetic.
+    rounding: ‖executed − exact‖₂ ≤ rounding, at the clean input and at every perturbed one.
+    space: 'l2', or 'l1' / 'linf' in front of the first layer that mixes coordinates.
+    tokens, width: how many vectors a sample has here, and how many numbers each.
+    image: (C, H, W) where a sample is still an image, bounded as one vector of C·H·W numbers; None behind Flatten or Patchify.
+    """
+
+    norm: Tensor
+    change: Tensor
+    rounding: Tensor
+    space: str
+    tokens: int
+    width: int
+    image: tuple[int, int, int] | None = None
+
+    def in_l2(self) -> State:
+        """The same bounds with `change` in ℓ2: ‖·‖₂ ≤ ‖·‖₁ and ‖·‖₂ ≤ √width·‖·‖_∞."""
+        factor = math.sqrt(self.width) * (1 + 1e-15) if self.space == "linf" else 1.0
+        return replace(self, change=self.change * factor, space="l2")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What holds for a whole certification: the arithmetic, the perturbation of the weights, the store of constants.
+
+    dtype: of the program that is covered. weight_radius: None, or the radius of a WeightBall (any shape that fits the states);
+    relative: whether it is a fraction of each matrix's spectral norm.
+    """
+
+    dtype: torch.dtype
+    store: dict[tuple[int, str], Any]
+    weight_radius: Tensor | None = None
+    relative: bool = True
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff u of the covered dtype."""
+        return UNIT[self.dtype]
+
+    @property
+    def tiny(self) -> float:
+        """The largest absolute loss of one underflow in the covered dtype."""
+        return TINY[self.dtype]
+
+    def gamma(self, n: float) -> float:
+        return gamma(n, self.unit)
+
+    def constant(self, layer: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
+        """compute(), remembered for this layer as long as the model's weights stay the same (see certifiers.constants)."""
+        key = (id(layer), name)
+        if key not in self.store:
+            self.store[key] = compute()
+        return self.store[key]
+
+    def weight_change(self, sigma: float) -> Tensor | float:
+        """A bound of ‖E‖₂ for a matrix with σ(W) ≤ sigma."""
+        if self.weight_radius is None:
+            return 0.0
+        return self.weight_radius * sigma if self.relative else self.weight_radius
+
+    def finite(self, state: State, largest: Tensor | None = None) -> State:
+        """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
+        size = state.norm if largest is None else torch.maximum(state.norm, largest)
+        overflow = ~(size < torch.finfo(self.dtype).max / 4)
+        return replace(state, rounding=torch.where(overflow, torch.full_like(state.rounding, math.inf), state.rounding))
+
+
+class Rule:
+    """The rule of one layer class. Subclasses prove `step`; a contract test in tests/test_rules_contract.py checks it."""
+
+    def step(self, layer: Any, state: State, context: Context) -> State:
+        """Bounds behind the layer, given bounds in front of it. Must be monotone in state.norm, state.change and the weight radius."""
+        raise NotImplementedError
+
+
+_RULES: dict[type, Rule] = {}
+
+
+def register(*layers: type) -> Callable[[type[Rule]], type[Rule]]:
+    """Class decorator: this rule speaks for exactly these layer classes (not for subclasses, whose forward may differ)."""
+
+    def add(rule: type[Rule]) -> type[Rule]:
+        for layer in layers:
+            _RULES[layer] = rule()
+        return rule
+
+    return add
+
+
+def rule_for(layer: nn.Module) -> Rule:
+    """The rule of a layer. Raises UnsupportedLayer for a class without one, and for hooks, which can change what a layer computes."""
+    rule = _RULES.get(type(layer))
+    if rule is None:
+        known = ", ".join(sorted(t.__name__ for t in _RULES))
+        raise UnsupportedLayer(f"expected layers with a proved rule ({known}), got {type(layer).__name__}; replace it or add a rule")
+    if "forward" in vars(layer) or any(getattr(layer, h, None) for h in ("_forward_hooks", "_forward_pre_hooks")):
+        raise UnsupportedLayer(f"expected a plain {type(layer).__name__}, got one with hooks or its own forward; remove them before certifying")
+    return rule
+
+
+def run_rules(layers: Iterable[nn.Module], state: State, context: Context) -> State:
+    """The state behind a chain of layers."""
+    for layer in layers:
+        state = rule_for(layer).step(layer, state, context)
+    return state

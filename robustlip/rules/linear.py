@@ -1,0 +1,77 @@
+"""Linear layers and embeddings: (W + E)(x + Δ) − Wx = WΔ + E(x + Δ). MATH.md sections 1, 8 and 9."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput
+from robustlip.rounding import norm_up
+from robustlip.rules.base import Context, Rule, State, register
+from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Guaranteed norms of one weight matrix (fan_out, fan_in), rounded up: spectral, Frobenius."""
+
+    sigma: float
+    frobenius: float
+    fan_out: int
+    fan_in: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Matrix:
+        return cls(float(spectral_norm_bound(weight)), float(norm_up(weight.detach().flatten(), 0)), *weight.shape)
+
+    def rounding(self, norm: Tensor, change: Tensor | float, context: Context) -> Tensor:
+        """‖fl((W + E)x) − (W + E)x‖₂ ≤ γ_n‖W + E‖_F‖x‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change, any order of summation; underflow added."""
+        frobenius = self.frobenius + math.sqrt(min(self.fan_out, self.fan_in)) * change
+        return context.gamma(self.fan_in) * frobenius * norm + self.fan_in * math.sqrt(self.fan_out) * context.tiny
+
+
+@register(nn.Linear)
+class LinearRule(Rule):
+    """y = Wx + b. Gains: σ(W) for ℓ2, ‖W‖_{∞→2} for ℓ∞, ‖W‖_{1→2} for ℓ1."""
+
+    def step(self, layer: nn.Linear, state: State, context: Context) -> State:
+        if state.image is not None:
+            raise BadInput(f"expected vectors or tokens in front of a Linear layer, got images {state.image}; put Flatten or Patchify in front")
+        matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
+        bias = context.constant(layer, "bias", lambda: 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0)))
+        if state.space == "linf":
+            gain = context.constant(layer, "linf", lambda: float(infinity_to_two_bound(layer.weight)))
+        elif state.space == "l1":
+            gain = context.constant(layer, "l1", lambda: float(one_to_two_bound(layer.weight)))
+        else:
+            gain = matrix.sigma
+        perturbed = context.weight_change(matrix.sigma)
+        norm = (matrix.sigma + perturbed) * state.norm + bias
+        fresh = matrix.rounding(state.norm, perturbed, context) + (2 * context.unit * norm if layer.bias is not None else 0.0)
+        rounding = (matrix.sigma + perturbed) * state.rounding + fresh
+        behind = replace(
+            state,
+            norm=norm + fresh,
+            change=gain * state.change + perturbed * state.norm,
+            rounding=rounding,
+            space="l2",
+            width=layer.out_features,
+        )
+        # ‖W‖_F‖x‖ bounds every partial sum of every coordinate.
+        return context.finite(behind, (matrix.frobenius + math.sqrt(min(matrix.fan_out, matrix.fan_in)) * perturbed) * state.norm + bias)
+
+
+@register(nn.Embedding)
+class EmbeddingRule(Rule):
+    """A row of the table for each token id. Its input cannot change by a norm; its table can, by E: ‖E's row‖₂ ≤ ‖E‖₂."""
+
+    def step(self, layer: nn.Embedding, state: State, context: Context) -> State:
+        matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
+        largest = context.constant(layer, "rows", lambda: float(norm_up(layer.weight.detach()).amax()))
+        perturbed = context.weight_change(matrix.sigma) + torch.zeros_like(state.norm)
+        # `norm` in front of an embedding is the largest norm of the rows in use, where the caller knows it.
+        norm = torch.minimum(state.norm, torch.full_like(state.norm, largest)) + perturbed
+        return context.finite(replace(state, norm=norm, change=perturbed, rounding=torch.zeros_like(norm), space="l2", width=layer.embedding_dim))

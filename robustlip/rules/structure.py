@@ -1,0 +1,99 @@
+"""Layers that move numbers, join branches or average tokens, and chains of layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from robustlip.errors import BadInput
+from robustlip.layers import AddPositions, MeanTokens, Patchify, Residual
+from robustlip.rounding import norm_up
+from robustlip.rules.base import Context, Rule, State, register, rule_for, run_rules
+
+
+@register(nn.Identity)
+class IdentityRule(Rule):
+    def step(self, layer: nn.Identity, state: State, context: Context) -> State:
+        return state
+
+
+@register(nn.Sequential)
+class SequentialRule(Rule):
+    def step(self, layer: nn.Sequential, state: State, context: Context) -> State:
+        return run_rules(layer, state, context)
+
+
+@register(nn.Flatten)
+class FlattenRule(Rule):
+    """All tokens of a sample become one vector: per-token bounds grow by √T in ℓ2, T in ℓ1, not at all in ℓ∞."""
+
+    def step(self, layer: nn.Flatten, state: State, context: Context) -> State:
+        if layer.start_dim != 1 or layer.end_dim != -1:
+            raise BadInput(f"expected Flatten(1, -1), got Flatten({layer.start_dim}, {layer.end_dim}); flatten all but the batch")
+        root = math.sqrt(state.tokens) * (1 + 1e-15)
+        growth = {"l2": root, "l1": float(state.tokens), "linf": 1.0}[state.space]
+        return replace(
+            state,
+            norm=state.norm * root,
+            change=state.change * growth,
+            rounding=state.rounding * root,
+            tokens=1,
+            width=state.tokens * state.width,
+            image=None,
+        )
+
+
+@register(Patchify)
+class PatchifyRule(Rule):
+    """Every pixel goes to one token, so no token changes by more than the image."""
+
+    def step(self, layer: Patchify, state: State, context: Context) -> State:
+        if state.image is None:
+            raise BadInput("expected images (N, C, H, W) in front of Patchify, got vectors or tokens; patchify first")
+        channels, height, width = state.image
+        return replace(
+            state, tokens=(height // layer.patch) * (width // layer.patch), width=channels * layer.patch**2, image=None
+        )
+
+
+@register(AddPositions)
+class AddPositionsRule(Rule):
+    """Adds a constant to each token."""
+
+    def step(self, layer: AddPositions, state: State, context: Context) -> State:
+        largest = context.constant(layer, "rows", lambda: float(norm_up(layer.positions.detach()).amax()))
+        norm = state.norm + largest
+        fresh = context.unit * norm
+        return context.finite(replace(state, norm=norm + fresh, rounding=state.rounding + fresh))
+
+
+@register(MeanTokens)
+class MeanTokensRule(Rule):
+    """‖mean_t Δ_t‖ ≤ max_t ‖Δ_t‖ in every norm. A sum of T numbers and one division round at most T times."""
+
+    def step(self, layer: MeanTokens, state: State, context: Context) -> State:
+        fresh = context.gamma(state.tokens + 1) * state.norm + math.sqrt(state.width) * context.tiny * state.tokens
+        behind = replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh, tokens=1)
+        return context.finite(behind, state.norm * state.tokens)
+
+
+@register(Residual)
+class ResidualRule(Rule):
+    """skip·x + weight·f(x): the triangle inequality on every bound."""
+
+    def step(self, layer: Residual, state: State, context: Context) -> State:
+        state = state.in_l2()
+        branch = rule_for(layer.branch).step(layer.branch, state, context)
+        skip, weight = abs(layer.skip), abs(layer.weight)
+        norm = skip * state.norm + weight * branch.norm
+        # The two scalars, two products and the sum round once each.
+        fresh = 4 * context.unit * norm + 3 * math.sqrt(state.width) * context.tiny
+        behind = replace(
+            state,
+            norm=norm + fresh,
+            change=skip * state.change + weight * branch.change,
+            rounding=skip * state.rounding + weight * branch.rounding + fresh,
+        )
+        return context.finite(behind)
