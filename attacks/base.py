@@ -60,7 +60,7 @@ class Observation:
     def status(self) -> tuple[str, ...]:
         """Per sample: 'misclassified' (at the clean point), 'broken' or 'withstood'."""
         clean = self.prediction == self.label
-        return tuple("misclassified" if not c else "broken" if s else "withstood" for c, s in zip(clean, self.success))
+        return tuple("misclassified" if not c else "broken" if s else "withstood" for c, s in zip(clean, self.success, strict=True))
 
     def robust_accuracy(self) -> float:
         """The fraction of samples that are classified correctly and withstood the attack."""
@@ -68,7 +68,7 @@ class Observation:
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain JSON types only; an infinite radius is null."""
-        rows = zip(self.index, self.label, self.prediction, self.radius, self.status)
+        rows = zip(self.index, self.label, self.prediction, self.radius, self.status, strict=True)
         return {
             "threat": self.threat.name,
             "norm": self.threat.norm,
@@ -102,9 +102,7 @@ class Attack(ABC):
             raise TypeError(f"{cls.__name__} overrides Attack.__call__, which is final; implement _run instead")
 
     @abstractmethod
-    def _run(
-        self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator
-    ) -> torch.Tensor | Proposal:
+    def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | Proposal:
         """Propose perturbations for correctly classified samples.
 
         space: N samples. labels: int64 (N,). radius: (N,) in the model's dtype, or None for attacks that search one.

@@ -28,11 +28,11 @@ class MinimumRadius(Attack):
     Sources: Pintor et al. 2021 (FMN: a radius that follows the boundary) and Rony et al. 2019 (DDN) for the direct attack.
     """
 
-    attack: PGD = field(default_factory=lambda: PGD(steps=20, restarts=1, size=0.5))
-    steps: int = 6
-    descent: int = 60
+    attack: PGD = field(default_factory=lambda: PGD(steps=20, restarts=2, size=0.5))
+    steps: int = 8
+    descent: int = 80
     rivals: int = 10
-    targets: int = 2
+    targets: int = 3
     groups: int | None = None
 
     name: ClassVar[str] = "min"
@@ -50,9 +50,7 @@ class MinimumRadius(Attack):
     def _chunk(self, space: Space) -> int:
         return space.chunk if group_count(space, self.groups) is None else len(space)
 
-    def _run(
-        self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator
-    ) -> torch.Tensor | Proposal:
+    def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | Proposal:
         cap = torch.full((len(space),), torch.inf, dtype=space.clean.dtype, device=labels.device) if radius is None else radius
         groups = group_count(space, self.groups)
         if groups is not None and isinstance(space, WeightSpace):
@@ -83,9 +81,7 @@ class MinimumRadius(Attack):
         fallback = space.measure(space.clean).clamp_min(1e-3)
         return torch.where(torch.isfinite(nearest), nearest, fallback), rivals.gather(1, order[:, : self.targets])
 
-    def _descend_to(
-        self, space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _descend_to(self, space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The direct attack, untargeted and toward each target, all in one batch → best perturbation and distance (inf: none)."""
         count = targets.shape[1] + 1
         copies = torch.arange(len(space), device=labels.device).repeat_interleave(count)
@@ -190,9 +186,7 @@ def _shared_guess(space: WeightSpace, labels: torch.Tensor) -> torch.Tensor:
     return gap.detach() / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def descend(
-    space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor, steps: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def descend(space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A direct minimum-norm attack: ascend the loss while a radius per sample follows the decision boundary.
 
     labels, targets (−1: the largest rival of the moment), guess (N,) → the shortest successful perturbation and its norm (N,), inf

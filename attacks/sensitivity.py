@@ -49,12 +49,14 @@ def observed_sensitivity(
     """Searches the most sensitive direction at each x (N, …), first at the point, then over finite steps within the radius.
 
     starts: random directions to begin from. power_steps: of the nonlinear power iteration v ← steepest(Jᵀ J v) (Boyd 1974,
-    for the threat's norm). ascent_steps: of Frank-Wolfe ascent on the finite difference, at the threat's radius and at a tenth of it;
+    for the threat's norm). ascent_steps: of ascent on the finite difference, at the threat's radius and at a tenth of it;
     with radius=None only infinitesimal steps (10⁻⁴ of the size of x, or of σ(W)) are taken.
     The model is copied, so nothing of it changes. Raises BadInput for starts < 1 and whatever the threat's space refuses.
     """
     if starts < 1 or power_steps < 1 or ascent_steps < 0:
-        raise BadInput(f"expected starts and power_steps of at least 1, ascent_steps of at least 0, got {(starts, power_steps, ascent_steps)}; raise them")
+        raise BadInput(
+            f"expected starts and power_steps of at least 1 and ascent_steps of at least 0, got {(starts, power_steps, ascent_steps)}; raise them"
+        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     chain = as_chain(copy.deepcopy(model)).double().eval().requires_grad_(False)
     with torch.inference_mode(False), torch.enable_grad():
@@ -63,21 +65,23 @@ def observed_sensitivity(
             _search(space.take(rows), threat.radius, starts, power_steps, ascent_steps, generator)
             for rows in torch.arange(len(x), device=x.device).split(space.chunk)
         ]
-    ratio, change, distance, witness = (torch.cat(columns) for columns in zip(*parts))
+    ratio, change, distance, witness = (torch.cat(columns) for columns in zip(*parts, strict=True))
     if not bool(torch.isfinite(ratio).all()):
-        raise RobustlipError(f"expected finite logits, got NaN or infinity around sample {int((~torch.isfinite(ratio)).nonzero()[0])}; find the layer that overflows")
+        where = int((~torch.isfinite(ratio)).nonzero()[0])
+        raise RobustlipError(f"expected finite logits, got NaN or infinity around sample {where}; find the layer that overflows")
     return Sensitivity(threat, ratio.cpu().numpy(), change.cpu().numpy(), distance.cpu().numpy(), witness)
 
 
 def _search(
     space: Space, radius: float | None, starts: int, power_steps: int, ascent_steps: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Per sample: ratio, change, distance, witness."""
     one = torch.ones(len(space), dtype=torch.float64, device=space.clean.device)
     with torch.no_grad():
         base = space.logits(space.clean)
     tiny = one * (1e-4 * _size(space) if radius is None else min(1e-4 * _size(space), radius))
-    best = (torch.zeros_like(one), torch.zeros_like(one), torch.zeros_like(one), torch.zeros_like(space.clean))
+    zero = torch.zeros_like(one)
+    best: tuple[torch.Tensor, ...] = (zero, zero, zero, torch.zeros_like(space.clean))
 
     def consider(best: tuple[torch.Tensor, ...], delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
@@ -86,7 +90,7 @@ def _search(
             ratio = safe_divide(change, distance)
             better = ~(ratio <= best[0])  # NaN is kept, and reported by the caller
             new = (ratio, change, distance, point - space.clean)
-            return tuple(torch.where(per_sample(better, b), a, b) for a, b in zip(new, best))
+            return tuple(torch.where(per_sample(better, b), a, b) for a, b in zip(new, best, strict=True))
 
     for start in range(starts):
         v = space.random(one, generator)
@@ -97,18 +101,19 @@ def _search(
         if radius is None or ascent_steps == 0:
             continue
         for length in (one * radius, one * (radius / 10)):
-            delta = per_sample(length, v) * v
+            delta = longest = per_sample(length, v) * v
+            most = torch.zeros_like(one)
             for step in range(ascent_steps):
-                best = consider(best, delta)
                 point = (space.clean + delta).requires_grad_()
                 moved = torch.linalg.vector_norm(space.logits(point) - base, dim=1)
                 grad = torch.nan_to_num(torch.autograd.grad(moved.sum(), point)[0])
-                rate = 2 / (step + 3)
-                delta = (1 - rate) * delta + rate * per_sample(length, v) * space.direction(grad)
-                # An average of directions is shorter than they are: bring it back to the sphere.
-                delta = space.project(delta * per_sample(safe_divide(length, space.measure(delta)), delta), length)
-            best = consider(best, delta)
-    return best  # type: ignore[return-value]
+                with torch.no_grad():
+                    further = moved > most
+                    longest = torch.where(per_sample(further, delta), delta, longest)
+                    most = torch.where(further, moved, most)
+                    delta = space.advance(delta, grad, length, 2 / (step + 3))
+            best = consider(consider(best, delta), longest)
+    return best
 
 
 def _pull(space: Space, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

@@ -114,9 +114,7 @@ class Space(ABC):
             distance = torch.where(outside, 0.0, distance)
         return point, distance
 
-    def judged(
-        self, delta: torch.Tensor, group: torch.Tensor, radius: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Land the perturbations delta (G, …), of which sample i suffers number group[i], and run the model once more.
 
         Returns the points, their distances (N,) float64, the logits (N, C) there, and the row of each sample's point.

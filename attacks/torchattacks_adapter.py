@@ -43,9 +43,7 @@ class TorchAttack(Attack):
         try:
             import torchattacks
         except ImportError as error:
-            raise BadInput(
-                f"expected torchattacks for the attack {self.name!r}, got {error}; pip install --no-deps torchattacks==3.5.1"
-            ) from None
+            raise BadInput(f"expected torchattacks for the attack {self.name!r}, got {error}; pip install --no-deps torchattacks==3.5.1") from None
         norm = self._norm(space)
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
         images, eps = space.clean.float(), float(radius[0])

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustlip.attacks.base import Attack, Proposal
 from robustlip.attacks.losses import excess, violation
@@ -69,7 +70,7 @@ class WeightSpace(Space):
         self.x, self.norm = x, threat.norm
         sigma = [torch.linalg.matrix_norm(m.detach().double().flatten(1), ord=2) for m in matrices.values()]
         # (1 − INSIDE): an SVD is exact to a few ulps, and a smaller σ makes the reported distance larger, never smaller.
-        self.scale = torch.stack(sigma) * (1 - INSIDE) if threat.relative else torch.ones(len(sigma), dtype=torch.float64, device=flat.device)
+        self.scale = torch.stack(sigma) * (1 - INSIDE) if threat.relative else torch.ones_like(torch.stack(sigma))
         self.chunk = max(1, BUDGET // (12 * flat.numel()))
 
     def take(self, index: torch.Tensor) -> WeightSpace:
@@ -79,18 +80,20 @@ class WeightSpace(Space):
 
     def split(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each matrix (G, m, n) of the rows (G, P), and its scale."""
-        for part, shape, scale in zip(rows.split(self.sizes, dim=1), self.shapes, self.scale.to(rows.dtype)):
+        for part, shape, scale in zip(rows.split(self.sizes, dim=1), self.shapes, self.scale.to(rows.dtype), strict=True):
             yield part.reshape(len(rows), shape[0], -1), scale
 
     def named(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
         """One row (P,) as parameters by name."""
-        return {n: part.view(s) for n, part, s in zip(self.names, row.split(self.sizes), self.shapes)}
+        return {n: part.view(s) for n, part, s in zip(self.names, row.split(self.sizes), self.shapes, strict=True)}
 
     def logits(self, point: torch.Tensor) -> torch.Tensor:
         def one(row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             return self.shared_logits(row, x[None])[0]
 
-        return vmap(one)(point, self.x)
+        # The plain kernel: the fused ones have no batching rule for vmap and would run sample by sample.
+        with sdpa_kernel(SDPBackend.MATH):
+            return vmap(one)(point, self.x)
 
     def shared_logits(self, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The logits (N, C) of inputs x under one set of weights, a row (P,)."""
@@ -152,24 +155,20 @@ class WeightSpace(Space):
             norms.append(relative(size, scale))
         return torch.stack(norms).amax(0)
 
-    def judged(
-        self, delta: torch.Tensor, group: torch.Tensor, radius: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         limit = None if radius is None else torch.full((len(delta),), radius, dtype=torch.float64, device=delta.device)
         point, distance = self.land(delta, limit)
-        if len(delta) > len(group) // 2:  # a row per sample
-            parts = torch.arange(len(group), device=group.device).split(self.chunk)
-            logits = torch.cat([self.take(p).logits(point[group[p]]) for p in parts])
-        else:
-            answers = [(g, (group == g).nonzero().flatten()) for g in group.unique()]
-            logits = torch.cat([self.shared_logits(point[g], self.x[members]) for g, members in answers])
-            logits = logits[torch.cat([members for _, members in answers]).argsort()]
+        # Each group is a model of its own, and is run as it would be deployed: by a plain forward pass, without vmap.
+        answers = [(g, (group == g).nonzero().flatten()) for g in group.unique()]
+        logits = torch.cat([self.shared_logits(point[g], self.x[rows]) for g, rows in answers])
+        logits = logits[torch.cat([rows for _, rows in answers]).argsort()]
         return point, distance[group], logits, group
 
     def describe(self, point: torch.Tensor) -> dict[str, torch.Tensor]:
         """Per matrix the changes (G, …) in float64: (W.double() + change).to(W.dtype) are the weights that were judged."""
         change = point.double() - self.clean[:1].double()
-        return {n: part.reshape(len(point), *s) for n, part, s in zip(self.names, change.split(self.sizes, dim=1), self.shapes)}
+        parts = zip(self.names, change.split(self.sizes, dim=1), self.shapes, strict=True)
+        return {n: part.reshape(len(point), *s) for n, part, s in parts}
 
 
 def relative(norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -224,9 +223,7 @@ class WeightAttack(Attack):
     def _chunk(self, space: Space) -> int:
         return space.chunk if group_count(space, self.groups) is None else len(space)
 
-    def _run(
-        self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator
-    ) -> torch.Tensor | Proposal:
+    def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | Proposal:
         if not isinstance(space, WeightSpace):
             raise BadInput(f"expected a weight threat for the attack 'weights', got {type(space).__name__}; use 'pgd' for it")
         assert radius is not None  # needs_radius
@@ -279,14 +276,13 @@ def shared_ascent(space: WeightSpace, labels: torch.Tensor, radius: torch.Tensor
     return best
 
 
-def shared_ladder(
-    space: WeightSpace, labels: torch.Tensor, groups: int, guess: torch.Tensor, cap: float, steps: int, rungs: int = 12
-) -> Proposal:
+def shared_ladder(space: WeightSpace, labels: torch.Tensor, groups: int, guess: torch.Tensor, cap: float, steps: int, rungs: int = 12) -> Proposal:
     """Shared changes at `rungs` radii around the first-order guesses (N,); each sample is given the smallest that breaks it."""
     low, high = float(guess.min()) / 2, min(4 * float(guess.max()), cap)
     radii = torch.logspace(0, 1, rungs, base=max(high / low, 1.0), device=labels.device, dtype=torch.float64) * min(low, high)
     share = shares(len(labels), groups, labels.device)
-    rows, group = [], torch.full_like(labels, -1)
+    rows: list[torch.Tensor] = []
+    group = torch.full_like(labels, -1)
     for radius in radii.to(space.clean.dtype):  # smallest first
         for m in members(share):
             todo = m[group[m] < 0]
