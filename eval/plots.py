@@ -76,7 +76,9 @@ def _draw_one(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec, folder: Pa
             if certified[1].max() == 0 and correct.any():
                 typical = float(np.median(mine["certified_radius"].to_numpy()[correct]))
                 beyond.append(f"{name}: certified radii are left of the axis (median {number(typical)})" if typical else f"{name}: nothing certified")
-            axes.plot(*attacked, color=colour, linestyle=(0, (5, 2)), linewidth=1.8, drawstyle="steps-post", label=f"{name}: under attack (upper bound)")
+            axes.plot(
+                *attacked, color=colour, linestyle=(0, (5, 2)), linewidth=1.8, drawstyle="steps-post", label=f"{name}: under attack (upper bound)"
+            )
             axes.plot(*certified, color=colour, linewidth=2.2, drawstyle="steps-post", label=f"{name}: certified (lower bound)")
         for radius in threat.radii:
             axes.axvline(radius, color="#666666", linewidth=0.8, linestyle=":")

@@ -58,7 +58,10 @@ def _grid(summary: pd.DataFrame) -> dict[str, Any]:
     pairs, threats, roles = list(summary["pair"]), list(summary["threat"]), list(summary["role"])
     return {
         "headings": headings,
-        "rows": [{"cells": cells, "role": roles[i], "first": i > 0 and (pairs[i], threats[i]) != (pairs[i - 1], threats[i - 1])} for i, cells in enumerate(rows)],
+        "rows": [
+            {"cells": cells, "role": roles[i], "first": i > 0 and (pairs[i], threats[i]) != (pairs[i - 1], threats[i - 1])}
+            for i, cells in enumerate(rows)
+        ],
     }
 
 
@@ -82,9 +85,13 @@ def _models(summary: pd.DataFrame) -> list[dict[str, Any]]:
         first = part.iloc[0]
         found.append(
             {
-                "name": model, "role": first["role"], "data": first["data_note"] or first["data"], "samples": int(part["samples"].max()),
-                "certificates": ", ".join(filter(None, certificates)), "weights": first["weights_sha256"],
-            }  # fmt: skip
+                "name": model,
+                "role": first["role"],
+                "data": f"{first['data']}{f' ({note})' if (note := first['data_note']) else ''}",
+                "samples": int(part["samples"].max()),
+                "certificates": ", ".join(filter(None, certificates)),
+                "weights": first["weights_sha256"],
+            }
         )
     return found
 

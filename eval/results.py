@@ -26,8 +26,10 @@ class Record:
 
     certified_radius: proved lower bound of the robust radius (0: nothing proved), attacked_radius: distance of the nearest
     misclassified point found (inf: none found, 0: misclassified without any change), both in the units of the threat; None
-    where that stage was not asked for. certified_sensitivity, observed_sensitivity: ‖f_{W+E}(x) − f_W(x)‖₂ / radius at
-    `sensitivity_radius`, weight threats only. status: certified, abstained, misclassified, or '' without a certificate.
+    where that stage was not asked for. Weight threats only: certified_sensitivity, the bound of ‖f_{W+E}(x) − f_W(x)‖₂ over
+    ‖E‖ ≤ sensitivity_radius, divided by that radius; observed_sensitivity, the largest ‖f_{W+E}(x) − f_W(x)‖₂/‖E‖ found inside;
+    observed_change, that numerator, and certified_change, its bound at that ‖E‖: the two that are compared, because a bound
+    that saturates makes the quotient fall with the radius. status: certified, abstained, misclassified, or '' without a certificate.
     attack: the attack that found attacked_radius, or all that tried. partial: the suite asked for more samples than were run.
     adversarial: file of the adversarial point, relative to the run, where it contradicts the certificate; else ''.
     seconds: time spent on this sample, as its share of the batch. versions: JSON of package versions.
@@ -57,6 +59,8 @@ class Record:
     certified_sensitivity: float | None = None
     observed_sensitivity: float | None = None
     sensitivity_radius: float | None = None
+    certified_change: float | None = None
+    observed_change: float | None = None
     weights_sha256: str = ""
     versions: str = "{}"
     seed: int = 0
@@ -70,16 +74,21 @@ class Record:
         # Written as `not <=`, so that a NaN counts as a contradiction rather than as agreement.
         if self.certified_radius is not None and self.attacked_radius is not None and not self.certified_radius <= self.attacked_radius:
             found = f"certified radius {self.certified_radius!r} but an attack ({self.attack}) succeeded at distance {self.attacked_radius!r}"
-        elif (
-            self.certified_sensitivity is not None
-            and self.observed_sensitivity is not None
-            and not self.observed_sensitivity <= self.certified_sensitivity
-        ):
-            found = f"certified weight sensitivity {self.certified_sensitivity!r} but {self.observed_sensitivity!r} was observed"
+        elif self.certified_change is not None and self.observed_change is not None and not self.observed_change <= self.certified_change:
+            found = f"certified change of the logits {self.certified_change!r} under a weight change that moved them by {self.observed_change!r}"
         return found and f"{self.model}, threat {self.threat}, sample {self.index}: {found}"
 
 
-_FLOATS = ("certified_radius", "attacked_radius", "certified_sensitivity", "observed_sensitivity", "sensitivity_radius", "seconds")
+_FLOATS = (
+    "certified_radius",
+    "attacked_radius",
+    "certified_sensitivity",
+    "observed_sensitivity",
+    "sensitivity_radius",
+    "certified_change",
+    "observed_change",
+    "seconds",
+)
 _INTS = ("index", "label", "prediction", "attack_seed", "seed")
 
 
@@ -104,10 +113,10 @@ def concatenate(certificates: Sequence[Certificate]) -> Certificate:
     import numpy as np
 
     first = certificates[0]
-    joined = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
-    words = {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason")}
+    joined: dict[str, Any] = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
+    joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason")}
     bound = {key: max(c.bound[key] for c in certificates if key in c.bound) for key in dict.fromkeys(k for c in certificates for k in c.bound)}
-    return replace(first, **joined, **words, bound=bound)
+    return replace(first, **joined, bound=bound)
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -148,7 +157,8 @@ def write_records(path: Path, records: Sequence[Record], metadata: dict[str, Any
             value = getattr(record, name)
             if value is not None and math.isnan(value):
                 # A missing value reads back as "not measured"; a NaN must never turn into that.
-                raise CertificateViolation(f"expected numbers in every record, got NaN as {name} of sample {record.index} ({record.model}, {record.threat})")
+                where = f"sample {record.index} ({record.model}, {record.threat})"
+                raise CertificateViolation(f"expected numbers in every record, got NaN as {name} of {where}; this is a bug, please report it")
     table = pa.Table.from_pandas(to_frame(records), preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(metadata).encode()})
     with atomic(path) as temporary:

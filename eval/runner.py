@@ -8,7 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,10 @@ def run_suite(
         raise BadInput(f"expected a folder to write the run to, got {folder} ({error.strerror or error}); name another with --out") from error
     run = Run(folder, suite)
     work = [
-        (pair, role, model, threat, _limit(pair, threat, settings)) for pair in suite.pairs for role, model in pair.members() for threat in pair.threats
+        (pair, role, model, threat, _limit(pair, threat, settings))
+        for pair in suite.pairs
+        for role, model in pair.members()
+        for threat in pair.threats
     ]
     total, done, failed, started = sum(limit for *_, limit in work), 0, set(), time.time()
     cards = _cards(suite)
@@ -173,7 +176,9 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"expected the folder of a run (with {MANIFEST}), got {str(folder)!r}; make one with `robustlip eval SUITE.toml --out {folder}`") from error
+        raise BadInput(
+            f"expected the folder of a run (with {MANIFEST}), got {str(folder)!r}; make one with `robustlip eval SUITE.toml --out {folder}`"
+        ) from error
     run = Run(folder, suite, partial=bool(manifest.get("partial")), manifest=manifest)
     for part in parts:
         run.records += read_records(folder / PARTS / part)
@@ -291,8 +296,10 @@ def _evaluate(
 
     if threat.radii:
         certificate = certify(chain, x, y, ball, method=threat.method, dtype=threat.dtype, index=index)
-        if certificate.weights_sha256 != weights:
-            raise CertificateViolation(f"expected a certificate of weights {weights[:12]}, got one of {certificate.weights_sha256[:12]}; do not change weights during a run")
+        if threat.dtype is None and certificate.weights_sha256 != weights:
+            raise CertificateViolation(
+                f"expected a certificate of weights {weights[:12]}, got one of {certificate.weights_sha256[:12]}; do not change weights during a run"
+            )
         for i, row in enumerate(rows):
             row.update(
                 prediction=int(certificate.prediction[i]), certified_radius=float(certificate.radius[i]), status=certificate.status[i],
@@ -308,9 +315,9 @@ def _evaluate(
                 observation = attack(chain, x, y, with_radius(ball, radius), generator=generator, index=index, weights_sha256=weights)
                 if not np.array_equal(observation.index, index) or np.isnan(observation.radius).any():
                     raise RuntimeError(f"attack {spec.name} returned other samples than it was given, or NaN as a distance")
-                for i in np.flatnonzero(observation.radius < nearest):
-                    nearest[i], found[i] = observation.radius[i], spec.name
-                    points[int(i)] = _point(observation, int(i))
+                for better in np.flatnonzero(observation.radius < nearest).tolist():
+                    nearest[better], found[better] = observation.radius[better], spec.name
+                    points[better] = _point(observation, better)
         for i, row in enumerate(rows):
             row.update(attacked_radius=float(nearest[i]), attack=found[i], attack_seed=seed)
     else:
@@ -319,13 +326,12 @@ def _evaluate(
                 row["prediction"] = prediction
 
     if isinstance(ball, WeightBall):
-        certified, observed = _sensitivity(chain, x, with_radius(ball, threat.sensitivity_radius), threat.search, seed)
+        assert threat.sensitivity_radius is not None
+        measured, witness = _sensitivity(chain, x, replace(ball, radius=threat.sensitivity_radius), threat.search, seed)
         for i, row in enumerate(rows):
-            row.update(
-                certified_sensitivity=float(certified[i]), observed_sensitivity=float(observed[i]),
-                sensitivity_radius=threat.sensitivity_radius, attack=row.get("attack") or "sensitivity", attack_seed=seed,
-                method=row.get("method") or "global",
-            )  # fmt: skip
+            if not measured[i]["observed_change"] <= measured[i]["certified_change"]:
+                points[i] = {"change.flattened": witness[i]}
+            row.update(measured[i], attack=row.get("attack") or "sensitivity", attack_seed=seed, method=row.get("method") or "global")
     return rows, points
 
 
@@ -343,14 +349,29 @@ def _point(observation: Observation, i: int) -> dict[str, torch.Tensor]:
     return {"adversarial": found[i]}
 
 
-def _sensitivity(chain: Chain, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(certified, observed) ‖f_{W+E}(x) − f_W(x)‖₂ per unit of the radius, float64 (N,)."""
+def _sensitivity(chain: Chain, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """The sensitivity fields of each sample's record, and the weight changes behind them."""
     from robustlip.attacks import observed_sensitivity
     from robustlip.certifiers import weight_sensitivity_bound
 
-    assert ball.radius is not None
-    certified = np.asarray(weight_sensitivity_bound(chain, x, ball), dtype=np.float64) / ball.radius
-    return certified, observed_sensitivity(chain, x, ball, **search.model_dump(), generator=_generator(seed)).ratio
+    radius = ball.radius
+    assert radius is not None
+    observed = observed_sensitivity(chain, x, ball, **search.model_dump(), generator=_generator(seed))
+    # The search takes steps of these lengths: a change is compared with the bound at its own length, not at the whole radius.
+    lengths = [*(r for r in (1e-4, radius / 10) if r < radius), radius]
+    bounds = [np.asarray(weight_sensitivity_bound(chain, x, replace(ball, radius=r)), dtype=np.float64) for r in sorted(lengths)]
+    step = np.minimum(np.searchsorted(sorted(lengths), observed.distance), len(lengths) - 1)
+    fields = [
+        {
+            "certified_sensitivity": float(bounds[-1][i]) / radius,
+            "observed_sensitivity": float(observed.ratio[i]),
+            "sensitivity_radius": radius,
+            "certified_change": float(bounds[step[i]][i]),
+            "observed_change": float(observed.change[i]),
+        }
+        for i in range(len(x))
+    ]
+    return fields, observed.witness
 
 
 def _save_point(folder: Path, part: str, clean: Any, adversarial: dict[str, torch.Tensor] | None, record: Record) -> str:
@@ -364,7 +385,7 @@ def _save_point(folder: Path, part: str, clean: Any, adversarial: dict[str, torc
     about = {
         "model": record.model, "threat": record.threat, "index": str(record.index), "label": str(record.label),
         "prediction": str(record.prediction), "certified_radius": repr(record.certified_radius), "attacked_radius": repr(record.attacked_radius),
-        "certified_sensitivity": repr(record.certified_sensitivity), "observed_sensitivity": repr(record.observed_sensitivity),
+        "certified_change": repr(record.certified_change), "observed_change": repr(record.observed_change),
         "attack": record.attack, "seed": str(record.attack_seed), "weights_sha256": record.weights_sha256,
     }  # fmt: skip
     with atomic(folder / relative) as temporary:
@@ -383,4 +404,3 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+# What `robustlip.data` says of a source in a word or two.
+_NOTES = {"shipped page": "the page of text that comes with robustlip, because the data set itself was not found", "subset": "a subset of it"}
 FORMATS = ("md", "csv", "latex", "html")
 DASH = "–"
 LEGEND = (
@@ -202,7 +204,7 @@ def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
     for threat, units in dict(zip(summary["threat"], summary["units"], strict=True)).items():
         lines.append(f"Radii of {threat}: {units}.")
     for data, note in dict.fromkeys(zip(summary["data"], summary["data_note"], strict=True)):
-        lines.append(f"Data {data}{f': {note}' if note else ''}.")
+        lines.append(f"Data {data}{f': {_NOTES.get(note, note)}' if note else ''}.")
     return [*lines, LEGEND]
 
 
@@ -262,14 +264,11 @@ def _latex(headings: list[str], rows: list[list[str]], below: list[str], title: 
     top = " & ".join(rf"\shortstack{{{_broken(heading)}}}" for heading in headings)
     body = [" & ".join(map(_latex_cell, row)) + r" \\" for row in rows]
     caption = [rf"\caption{{{escape_latex(title)}}}"] if title else []
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs,graphicx}",
-            r"\begin{table}", r"\centering", *caption, r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{ll{'r' * (len(headings) - 2)}}}", r"\toprule", top + r" \\", r"\midrule", *body, r"\bottomrule",
-            r"\end{tabular}}", r"\par\footnotesize", *[escape_latex(text) + r"\par" for text in below], r"\end{table}", "",
-        ]  # fmt: skip
-    )
+    columns = "r" * (len(headings) - 2)
+    lines = ["% needs \\usepackage{booktabs,graphicx}", r"\begin{table}", r"\centering", *caption, r"\resizebox{\linewidth}{!}{%"]
+    lines += [rf"\begin{{tabular}}{{ll{columns}}}", r"\toprule", top + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}}"]
+    lines += [r"\par\footnotesize", *[escape_latex(text) + r"\par" for text in below], r"\end{table}", ""]
+    return "\n".join(lines)
 
 
 def _broken(heading: str) -> str:

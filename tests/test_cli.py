@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from robustlip.cli import main
 from robustlip.hashing import weights_sha256
 
-TINY = '''
+TINY = """
 import torch
 from torch import nn
 
@@ -33,7 +34,7 @@ def nan():
 
 def unknown_layer():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Softplus(), nn.BatchNorm1d(16), nn.Linear(16, 10))
-'''
+"""
 SUITE = """
 name = "tiny"
 [[pair]]
@@ -183,6 +184,7 @@ def test_an_unexpected_exception_keeps_its_traceback(place, monkeypatch):
 
 def test_certify_and_attack_write_what_the_issue_says(place, capsys):
     import tinymodels_for_cli
+
     from robustlip.layers import as_chain
 
     assert run("certify", GOOD, "--data", "digits:test", "--limit", "7", "--batch-size", "3", "--json", place / "c.json") == 0
@@ -278,9 +280,12 @@ def worst(folder: Path):
 
 
 def test_help_and_version_do_not_wait_for_torch():
-    code = "import sys; from robustlip.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    def started(*command: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=root).stdout
+
+    code = "import sys; from robustlip.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    shown = started("-c", code + "assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules)")
     for verb in ("demo", "train", "certify", "attack", "eval", "table", "report", "zoo"):
         assert verb in shown
-    shown = subprocess.run([sys.executable, "-m", "robustlip", "--version"], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
-    assert shown.startswith("robustlip 0.")
+    assert started("-m", "robustlip", "--version").startswith("robustlip 0.")

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from robustlip.certificates import Certificate
 from robustlip.errors import BadInput, CertificateViolation
 from robustlip.eval import results, runner, tables
@@ -24,7 +26,6 @@ from robustlip.eval.suite import bundled, load_suite, parse_suite
 from robustlip.files import atomic, json_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import as_chain
-from torch import nn
 
 INF = math.inf
 
@@ -104,7 +105,11 @@ def test_the_bundled_demo_has_three_pairs_and_two_radii_or_more():
 
 
 def test_records_come_back_from_parquet_as_they_were(tmp_path):
-    rows = [record(), record(index=1, certified_radius=0.0, attacked_radius=INF, attack_seed=7), record(index=2, certified_radius=None, attacked_radius=None)]
+    rows = [
+        record(),
+        record(index=1, certified_radius=0.0, attacked_radius=INF, attack_seed=7),
+        record(index=2, certified_radius=None, attacked_radius=None),
+    ]
     write_records(tmp_path / "a.parquet", rows, {"key": [1]})
     assert read_records(tmp_path / "a.parquet") == rows
     assert results.read_metadata(tmp_path / "a.parquet") == {"key": [1]}
@@ -152,11 +157,11 @@ def test_a_contradiction_however_small_is_raised(certified, attacked):
     assert caught.value.exit_code == 3
 
 
-def test_observed_sensitivity_above_the_certified_one_is_a_contradiction():
-    fine = record(certified_radius=None, attacked_radius=None, certified_sensitivity=2.0, observed_sensitivity=1.0)
+def test_logits_that_moved_more_than_certified_are_a_contradiction():
+    fine = record(certified_radius=None, attacked_radius=None, certified_change=2.0, observed_change=2.0)
     check_soundness([fine])
-    with pytest.raises(CertificateViolation, match="sensitivity"):
-        check_soundness([replace(fine, observed_sensitivity=2.0000001)])
+    with pytest.raises(CertificateViolation, match=r"2\.0000001"):
+        check_soundness([replace(fine, observed_change=2.0000001)])
 
 
 def test_json_is_valid_for_every_parser():
@@ -175,7 +180,14 @@ def hand_made():
     rows = [record(index=i, certified_radius=c, attacked_radius=a) for i, (c, a) in enumerate(radii)]
     rows.append(record(index=4, prediction=2, certified_radius=0.0, attacked_radius=0.0, status="misclassified"))
     rows += [
-        record(index=i, threat="weights-spectral", certified_radius=None, attacked_radius=None, certified_sensitivity=10.0 * i, observed_sensitivity=1.0 * i)
+        record(
+            index=i,
+            threat="weights-spectral",
+            certified_radius=None,
+            attacked_radius=None,
+            certified_sensitivity=10.0 * i,
+            observed_sensitivity=1.0 * i,
+        )
         for i in range(3)
     ]
     return suite, rows
@@ -206,7 +218,18 @@ def test_an_attack_at_the_table_radius_counts_against_attacked_accuracy():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(INF, "∞"), (0.0, "0"), (3.21e-14, "3.2e-14"), (0.12345, "0.123"), (1.5, "1.50"), (123.4, "123"), (4321.0, "4321"), (1e19, "1.0e19"), (math.nan, "–"), (None, "–")],
+    [
+        (INF, "∞"),
+        (0.0, "0"),
+        (3.21e-14, "3.2e-14"),
+        (0.12345, "0.123"),
+        (1.5, "1.50"),
+        (123.4, "123"),
+        (4321.0, "4321"),
+        (1e19, "1.0e19"),
+        (math.nan, "–"),
+        (None, "–"),
+    ],
 )
 def test_numbers_are_printed_sensibly(value, text):
     assert tables.number(value) == text
@@ -265,7 +288,9 @@ def world(monkeypatch):
     def load_data(spec, *, data_dir=None, limit=None, seed=0, context=None, vocabulary=None):
         n = min(limit or 6, 6)
         y = torch.zeros(n, dtype=torch.int64)
-        return SimpleNamespace(name="tiny", split="test", kind="image", x=x[:n], y=y, index=np.arange(100, 100 + n), classes=3, vocabulary=None, note="")
+        return SimpleNamespace(
+            name="tiny", split="test", kind="image", x=x[:n], y=y, index=np.arange(100, 100 + n), classes=3, vocabulary=None, note=""
+        )
 
     def certify(model, x, y, threat, method="best", *, dtype=None, index=None):
         state.before(model, threat)
@@ -280,13 +305,17 @@ def world(monkeypatch):
         n = len(x)
         return SimpleNamespace(index=np.asarray(index), radius=np.full(n, state.attacked), adversarial=x + 0.25, group=np.arange(n))
 
+    def sensitivity(n, radius):
+        return SimpleNamespace(ratio=np.full(n, 2.0), change=np.full(n, 2.0 * radius), distance=np.full(n, radius))
+
     attack.needs_radius = False
     monkeypatch.setattr(runner, "load_model", load_model)
+    monkeypatch.setattr(runner, "_cards", lambda suite: {})
     monkeypatch.setattr("robustlip.data.load_data", load_data)
     monkeypatch.setattr("robustlip.certifiers.certify", certify)
     monkeypatch.setattr("robustlip.certifiers.weight_sensitivity_bound", lambda model, x, threat: np.full(len(x), 5.0 * threat.radius))
     monkeypatch.setattr("robustlip.attacks.by_name", lambda name, **options: attack)
-    monkeypatch.setattr("robustlip.attacks.observed_sensitivity", lambda model, x, threat, **options: SimpleNamespace(ratio=np.full(len(x), 2.0)))
+    monkeypatch.setattr("robustlip.attacks.observed_sensitivity", lambda model, x, threat, **options: sensitivity(len(x), threat.radius))
     return state
 
 
