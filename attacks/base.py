@@ -153,7 +153,7 @@ class Attack(ABC):
             point, distance, adversarial_logits, group = self._land(space, delta, group, threat.radius, index)
             found = adversarial_logits.argmax(1)
             success = found != y
-            described = space.describe(point)
+            described = space.describe(point, model)
 
         def numpy(values: torch.Tensor) -> np.ndarray:
             return values.detach().cpu().numpy()

@@ -92,7 +92,7 @@ def _search(
             new = (ratio, change, distance, point - space.clean)
             return tuple(torch.where(per_sample(better, b), a, b) for a, b in zip(new, best, strict=True))
 
-    for start in range(starts):
+    for _ in range(starts):
         v = space.random(one, generator)
         v = v * per_sample(safe_divide(one, space.measure(v)), v)
         for _ in range(power_steps):

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from torch import nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
@@ -123,7 +124,7 @@ class Space(ABC):
         point, distance = self.land(delta[group], limit)
         return point, distance, self.logits(point), torch.arange(len(group), device=group.device)
 
-    def describe(self, point: torch.Tensor) -> Any:
+    def describe(self, point: torch.Tensor, model: nn.Module) -> Any:
         """The points as an Observation keeps them."""
         return point
 

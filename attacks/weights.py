@@ -93,7 +93,7 @@ class WeightSpace(Space):
 
         # The plain kernel: the fused ones have no batching rule for vmap and would run sample by sample.
         with sdpa_kernel(SDPBackend.MATH):
-            return vmap(one)(point, self.x)
+            return vmap(one, randomness="different")(point, self.x)
 
     def shared_logits(self, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The logits (N, C) of inputs x under one set of weights, a row (P,)."""
@@ -164,10 +164,15 @@ class WeightSpace(Space):
         logits = logits[torch.cat([rows for _, rows in answers]).argsort()]
         return point, distance[group], logits, group
 
-    def describe(self, point: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per matrix the changes (G, …) in float64: (W.double() + change).to(W.dtype) are the weights that were judged."""
+    def describe(self, point: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The changes (G, …) in float64, by the parameter names of the caller's model.
+
+        (W.double() + change).to(W.dtype) are the weights that were judged.
+        """
         change = point.double() - self.clean[:1].double()
-        parts = zip(self.names, change.split(self.sizes, dim=1), self.shapes, strict=True)
+        own, theirs = dict(self.model.named_parameters()), {id(p): name for name, p in model.named_parameters()}
+        names = [theirs[id(own[name])] for name in self.names]
+        parts = zip(names, change.split(self.sizes, dim=1), self.shapes, strict=True)
         return {n: part.reshape(len(point), *s) for n, part, s in parts}
 
 
