@@ -306,7 +306,7 @@ def world(monkeypatch):
         return SimpleNamespace(index=np.asarray(index), radius=np.full(n, state.attacked), adversarial=x + 0.25, group=np.arange(n))
 
     def sensitivity(n, radius):
-        return SimpleNamespace(ratio=np.full(n, 2.0), change=np.full(n, 2.0 * radius), distance=np.full(n, radius))
+        return SimpleNamespace(ratio=np.full(n, 2.0), change=np.full(n, 2.0 * radius), distance=np.full(n, radius), witness=torch.zeros(n, 3))
 
     attack.needs_radius = False
     monkeypatch.setattr(runner, "load_model", load_model)
