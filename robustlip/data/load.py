@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from robustlip.errors import BadInput, DataUnavailable
 
 _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a path to a .parquet or .txt file"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
 
 
@@ -101,6 +103,8 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
             raise BadInput(f"expected a file at {name!r}, got none there; correct the path")
         if split and name.endswith(".parquet"):
             raise BadInput(f"expected a parquet file without a split (one file is one split), got {spec!r}; write {name!r}")
+    elif not _NAME.fullmatch(name):
+        raise BadInput(f"expected data ({_FORMS}), got {spec!r}; name one of them")
     return name, split or None
 
 
