@@ -67,8 +67,10 @@ class PGD(Attack):
         """
         best = torch.zeros_like(space.clean)
         value = torch.full((len(space),), -torch.inf, dtype=space.clean.dtype, device=labels.device)
-        with torch.no_grad():
-            rivals = rivals_by_logit(space.logits(space.clean), labels, self.restarts)
+        rivals = labels[:, None]
+        if "targeted" in self.losses[: self.restarts]:
+            with torch.no_grad():
+                rivals = rivals_by_logit(space.logits(space.clean), labels, self.restarts)
         for restart in range(self.restarts):
             active = (value <= 0).nonzero().flatten()
             if len(active) == 0:
@@ -103,36 +105,41 @@ class PGD(Attack):
         targets: torch.Tensor,
         size: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One restart from delta (N, …) → the best perturbation and its excess, per sample."""
-        best, value = delta.clone(), torch.full_like(radius, -torch.inf)
-        alive = torch.arange(len(space), device=labels.device)  # rows of best and value that are still climbed
+        """One restart from delta (N, …) → the best perturbation and its excess, per sample.
+
+        A gradient that is not finite makes its sample's later points NaN, which are never better: what was found before stays.
+        """
+        kept, worth = delta.clone(), torch.full_like(radius, -torch.inf)
+        alive = torch.arange(len(space), device=labels.device)  # the rows that are still climbed
+        best, value = delta, worth.clone()
         inertia = torch.zeros_like(delta) if self.momentum else None
         for step in range(self.steps + 1):
             last = step == self.steps
             point = (space.clean + delta).requires_grad_(not last)
             logits = space.logits(point)
             reached = excess(logits.detach(), labels)
-            better = reached > value[alive]
-            value[alive] = torch.where(better, reached, value[alive])
-            best[alive] = torch.where(per_sample(better, delta), delta, best[alive])
+            better = reached > value
+            value = torch.where(better, reached, value)
+            best = torch.where(per_sample(better, delta), delta, best)
             if last:
                 break
             grad = torch.autograd.grad(objective(loss, logits, labels, targets).sum(), point)[0]
             if step % PRUNE == PRUNE - 1:
-                keep = (value[alive] <= 0).nonzero().flatten()
+                keep = (value <= 0).nonzero().flatten()
                 if len(keep) == 0:
                     break
                 if len(keep) <= 0.75 * len(alive):
+                    kept[alive], worth[alive] = best, value
                     space, alive, labels, targets, radius = space.take(keep), alive[keep], labels[keep], targets[keep], radius[keep]
-                    delta, grad = delta[keep], grad[keep]
+                    delta, grad, best, value = delta[keep], grad[keep], best[keep], value[keep]
                     inertia = inertia[keep] if inertia is not None else None
             with torch.no_grad():
-                grad = torch.nan_to_num(grad)
                 if inertia is not None:
                     inertia = self.momentum * inertia + safe_divide(grad, per_sample(space.dual(grad), grad))
                     grad = inertia
                 delta = space.advance(delta, grad, radius, size * self._rate(step))
-        return best, value
+        kept[alive], worth[alive] = best, value
+        return kept, worth
 
 
 def objective(loss: str, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -561,5 +561,5 @@ def test_without_torchattacks_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     model = mlp()
     x, y = samples(model)
-    with pytest.raises(BadInput, match="--no-deps torchattacks==3.5.1"):
+    with pytest.raises(BadInput, match=r"--no-deps torchattacks==3\.5\.1"):
         by_name("torchattacks-pgd")(model, x, y, InputBall("linf", 0.1))
