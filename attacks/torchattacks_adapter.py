@@ -51,13 +51,15 @@ class TorchAttack(Attack):
         torch.manual_seed(seed)
         options = dict(self.options)
         if self.kind == "AutoAttack":
-            classes = self._classes(wrapped, images[:1], options)
             self._check_size(images, norm, options)
-            attack = torchattacks.AutoAttack(wrapped, norm=norm, eps=eps, seed=seed, n_classes=classes, **options)
+            options.update(norm=norm, seed=seed, n_classes=self._classes(wrapped, images[:1]))
         else:
             options.setdefault("steps", 40)
             options.setdefault("alpha", 2.5 * eps / options["steps"])
+        try:
             attack = getattr(torchattacks, self.kind)(wrapped, eps=eps, **options)
+        except TypeError as error:
+            raise BadInput(f"expected options that torchattacks.{self.kind} has, got {self.options}; see its docstring ({error})") from None
         _set_device(attack, images.device)
         found = attack(images, labels)
         return found.detach().to(space.clean.dtype) - space.clean
@@ -74,7 +76,7 @@ class TorchAttack(Attack):
             )
         return {"l2": "L2", "linf": "Linf"}[space.norm]
 
-    def _classes(self, wrapped: nn.Module, image: torch.Tensor, options: dict[str, Any]) -> int:
+    def _classes(self, wrapped: nn.Module, image: torch.Tensor) -> int:
         with torch.no_grad():
             classes = wrapped(image).shape[1]
         if classes < 4:  # its DLR losses divide by the gap between the first and the third or fourth logit

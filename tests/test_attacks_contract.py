@@ -553,6 +553,8 @@ def test_torchattacks_refusals() -> None:
         by_name("autoattack")(model, x, y, InputBall("l2", 0.1))
     with pytest.raises(BadInput, match="the threat and the model set them"):
         by_name("autoattack", eps=0.1)
+    with pytest.raises(BadInput, match=r"options that torchattacks\.PGD has"):
+        by_name("torchattacks-pgd", step=3)(model, x, y, InputBall("linf", 0.1))
 
 
 def test_without_torchattacks_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
