@@ -1,5 +1,5 @@
 # make demo, make test: both do all the set-up they need, in .venv, with nothing but Python and a compiler to start from.
-#   make test ARGS="-k radius"        arguments for pytest
+#   make test ARGS="-k radius"        arguments for pytest (JOBS=0: one process)
 #   make demo TORCH=2.11.0            another torch: a version, a requirement, or the path of a wheel
 #   make setup PYTHON=python3.12      another Python (3.11 to 3.13)
 

@@ -326,7 +326,8 @@ def test_hub_copy_is_read_like_a_local_one(monkeypatch: pytest.MonkeyPatch) -> N
         if repository == "karpathy/tiny_shakespeare":
             if revision is None:
                 raise RuntimeError("Dataset scripts are no longer supported, but found tiny_shakespeare.py")
-            return {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in (("train", "abcabcabc"), ("test", "c"), ("validation", "ab"))}
+            texts = {"train": "abcabcabc", "test": "c", "validation": "ab"}
+            return {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in texts.items()}
         return datasets.Dataset.from_dict({"image": [Image.fromarray(np.zeros((28, 28), dtype=np.uint8))] * 2, "label": [3, 4]})
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

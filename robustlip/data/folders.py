@@ -48,7 +48,10 @@ def split_files(folder: Path, split: str) -> list[Path]:
     found = sorted(path for path in folder.rglob("*.parquet") if path.name == f"{split}.parquet" or path.name.startswith(f"{split}-"))
     parents = sorted({str(path.parent) for path in found})
     if len(parents) > 1:
-        raise BadInput(f"expected one folder with the split {split!r} under {folder}, got {len(parents)} ({', '.join(parents)}); name a parquet file instead")
+        raise BadInput(
+            f"expected one folder with the split {split!r} under {folder}, got {len(parents)} ({', '.join(parents)}); "
+            f"name a parquet file instead"
+        )
     shards = [match for path in found if (match := _SHARD.search(path.name))]
     if shards and {int(match[1]) for match in shards} != set(range(int(shards[0][2]))):
         raise BadInput(f"expected {int(shards[0][2])} parquet files of the split {split!r} in {parents[0]}, got {len(shards)}; copy the missing ones")

@@ -57,7 +57,7 @@ def from_hub(name: str, split: str | None) -> Any:
         reason = str(error).split("\n")[0]
         if offline and "split" not in reason:
             raise _unavailable(name, "offline mode with no copy in the hub's cache") from None
-        raise BadInput(f"expected a split and a configuration that {repository} has, got {split!r}: {reason}; name another or a parquet file") from None
+        raise BadInput(f"expected a split that {repository} has, got {split!r} ({reason}); name another, or a parquet file") from None
     except (OSError, RuntimeError) as error:
         got = "offline mode with no copy in the hub's cache" if offline else f"a failed download ({type(error).__name__})"
         raise _unavailable(name, got) from None

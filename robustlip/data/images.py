@@ -101,7 +101,10 @@ def _pixels(cells: list[Any], rows: np.ndarray, name: str, shape: tuple[int, int
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         shape = shape or pixels.shape
         if pixels.shape != shape:
-            raise BadInput(f"expected images of {name} with (channels, height, width) {tuple(shape)}, got {pixels.shape} in row {row}; resize it or drop it")
+            raise BadInput(
+                f"expected images of {name} with (channels, height, width) {tuple(shape)}, got {pixels.shape} in row {row}; "
+                f"resize it or drop it"
+            )
         if x is None:
             x = torch.empty((len(rows), *shape), dtype=torch.uint8)
         x[i] = torch.from_numpy(pixels.copy())
@@ -122,7 +125,9 @@ def _decode(cell: Any, row: int, name: str) -> np.ndarray:
             image.load()
             decoded = image.convert(_CONVERT[image.mode]) if image.mode in _CONVERT else image.copy()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadInput(f"expected an image in row {row} of {name}, got {len(content)} bytes that do not decode; copy the file again or drop the row") from None
+        raise BadInput(
+            f"expected an image in row {row} of {name}, got {len(content)} bytes that do not decode; copy the file again or drop the row"
+        ) from None
     if decoded.mode not in _CHANNELS:
         raise BadInput(f"expected grey (L) or RGB images in {name}, got mode {decoded.mode} in row {row}; convert it")
     return np.asarray(decoded)

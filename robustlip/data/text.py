@@ -64,7 +64,8 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start} of {str(path)!r}; save it as UTF-8") from None
+        byte = error.object[error.start]
+        raise BadInput(f"expected UTF-8 text, got byte {byte:#04x} at {error.start} of {str(path)!r}; save it as UTF-8") from None
     if not text:
         raise BadInput(f"expected text, got the empty file {str(path)!r}; name another file")
     return text
