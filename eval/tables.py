@@ -24,7 +24,7 @@ LEGEND = (
     "Accuracies are fractions of all samples, in percent; certified ≤ true ≤ attacked. Medians are over correctly classified samples; "
     "‘none’ means that no attack succeeded at any distance tried. Certified/attacked is the median of the per-sample ratios "
     "where an attack succeeded: 1 leaves no gap. Weight sensitivity is the change of the logits (l2) per unit of the radius "
-    "of the weight change, median over all samples."
+    "of the weight change, median over the samples of its own row in the full table."
 )
 
 
