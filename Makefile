@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	  fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "expected Python 3.11 to 3.13, got $$('$(or $(PYTHON),python3)' --version 2>&1 || true); install one or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; \
+	  echo "expected Python 3.11 to 3.13, got $$('$(or $(PYTHON),python3)' --version 2>&1 | head -n 1); install one or name it: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; \
 	  exit 2; \
 	fi; \
 	if ! '$(BIN)/python' -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then \
