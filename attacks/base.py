@@ -140,6 +140,7 @@ class Attack(ABC):
             chain.eval().requires_grad_(False)
             dtype = _dtype_of(chain, x)
             x, y = _check_samples(x, y, threat, dtype)
+            chain.check_inputs(x)
             index = _check_index(index, len(x))
             with torch.no_grad():
                 logits = chain.scores(x)

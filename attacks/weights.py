@@ -21,7 +21,7 @@ from robustlip.attacks.losses import excess, violation
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.spaces import INSIDE, Space, safe_divide
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, Chain
+from robustlip.layers import AddPositions, Attention, Chain
 from robustlip.spectral import spectral_norm_bound
 from robustlip.threats import WeightBall
 
@@ -34,13 +34,14 @@ def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight matrices that a WeightBall perturbs, by parameter name; tied ones once.
 
     Those of Linear (each attention projection is one), Embedding and Conv2d; a convolution's counts as (out, in·kh·kw).
-    Raises UnsupportedLayer for a parameter of two or more dimensions anywhere else, except tables of positions.
+    Raises UnsupportedLayer for a parameter of two or more dimensions anywhere else, except tables of positions and
+    attention's biases by distance, which are no matrices.
     """
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or isinstance(module, AddPositions) or id(parameter) in seen:
+            if parameter.dim() < 2 or isinstance(module, (AddPositions, Attention)) or id(parameter) in seen:
                 continue
             if not isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
                 raise UnsupportedLayer(

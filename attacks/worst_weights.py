@@ -94,7 +94,7 @@ def worst_attention(
                 (-g.norm(dim=-1).sum()).backward()
                 optimizer.step()
             x, g = jacobian_rows()
-        value = float(g.norm(dim=-1).sum())
+        value = float(g.detach().norm(dim=-1).sum())
         if best is None or value > best.sensitivity:
             layer.load_state_dict({k: v.detach() for k, v in weights().items()})
             direction = (g / g.norm(dim=-1, keepdim=True).clamp_min(1e-300)).detach()

@@ -20,7 +20,8 @@ class Certificate:
     index, label, prediction: int64 (N,); radius: float64 (N,), rounded down, in the units of the threat; status: N strings
     among certified, abstained, misclassified; reason: N strings, empty where certified.
     dtype: the arithmetic that is covered: 'float32' and the like mean the model as executed there, 'real' exact arithmetic only.
-    bound: the constants behind it (see the certifier's docstring). versions: of robustlip, its rules and torch.
+    bound: lipschitz_to_last_hidden, the largest constant used (input to the state in front of the last layer, at the radius proved), and the
+    model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules and torch.
     """
 
     threat: Threat
@@ -34,7 +35,7 @@ class Certificate:
     radius: np.ndarray
     status: tuple[str, ...]
     reason: tuple[str, ...]
-    bound: dict[str, float] = field(default_factory=dict)
+    bound: dict[str, float | str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from robustlip.certifiers.samples import batches, check_labels, check_model, che
 from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
-from robustlip.rounding import NAMES, dtype_of
+from robustlip.rounding import NAMES, down, dtype_of, up
 from robustlip.rules import Context
-from robustlip.threats import Threat, WeightBall
+from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
 
@@ -51,6 +52,7 @@ def certify(
     y: labels (N,), for next-token models the token after the window. method: a key of METHODS, or 'best'.
     dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
+    Inputs that the covered dtype cannot hold are cast, and an input radius still counts from the point that was given.
     index: sample numbers (N,), 0, 1, … unless given. With threat.radius set, samples proved for less are 'abstained'.
     Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 5 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
@@ -72,15 +74,27 @@ def certify(
         parts = []
         for part in batches(len(x), batch_size):
             xb, yb = x[part].to(device), y[part].to(device).long()
+            given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
             logits = chain.scores(xb)
             check_labels(yb, logits.shape[-1])
-            parts.append(_best(chain, xb, yb, logits, threat, method, context) + (logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
+            radii, bounds, winner = _best(chain, xb, yb, logits, threat, method, context)
+            radii = _around(given, xb, threat, radii)
+            parts.append((radii, bounds, winner, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
     finally:
         chain.train(was_training)
     radius, bound, which, prediction, finite = (torch.cat(column) for column in zip(*parts))
     radius = torch.where(finite, radius, torch.zeros_like(radius)).nan_to_num(0.0)
     return _assemble(chain, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite)
+
+
+def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:
+    """Radii around the point that was given, when the model's dtype cannot hold it: smaller by how far the cast moved it."""
+    if not isinstance(threat, InputBall) or given.dtype == cast.dtype:
+        return radii
+    order = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}[threat.norm]
+    moved = torch.linalg.vector_norm((given.double() - cast.double()).flatten(1), ord=order, dim=-1).cpu()
+    return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)
 
 
 def _best(
@@ -123,6 +137,9 @@ def _assemble(
             )  # fmt: skip
     radius = torch.where(wrong, torch.zeros_like(radius), radius)
     largest = bound[torch.isfinite(bound)]
+    constants: dict[str, float | str] = {"lipschitz_to_last_hidden": float(largest.max())} if len(largest) else {}
+    with suppress(BadInput):  # some chains have no bound apart from their samples; their radii stand without it
+        constants |= {f"model_{key}": value for key, value in lipschitz_bound(chain).items()}
     return Certificate(
         threat=threat,
         method=method,
@@ -135,6 +152,6 @@ def _assemble(
         radius=radius.numpy(),
         status=tuple(status),
         reason=tuple(reason),
-        bound={"lipschitz_to_last_hidden": float(largest.max())} if len(largest) else {},
+        bound=constants,
         versions={"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
     )

@@ -12,7 +12,7 @@ from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import entry, first_state
 from robustlip.certifiers.samples import batches, check_model
 from robustlip.errors import BadInput
-from robustlip.layers import Chain, as_chain
+from robustlip.layers import Patchify, as_chain
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context, State, run_rules
 from robustlip.threats import WeightBall
@@ -33,9 +33,15 @@ def lipschitz_bound(model: nn.Module) -> dict[str, float | str]:
         norm, width = _embedding_norm(embedding, context)
     else:
         norm, width = torch.ones(1, dtype=torch.float64), _first_linear(layers).in_features
-    state = State(norm, torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), "l2", 1, width)
-    state = run_rules([m for m in layers if not isinstance(m, nn.Flatten)], state, context)
-    value = float(up(state.change))
+    # Change per unit of an infinitesimal change: a rule may saturate for large ones, and then says nothing about pairs of inputs that are near.
+    step = torch.full((1,), 1e-100, dtype=torch.float64)
+    state = State(norm, step, torch.zeros(1, dtype=torch.float64), "l2", 1, width)
+    if not embedding and type(layers[0]) is nn.Flatten:
+        layers = layers[1:]  # the bound is of the input as one vector already
+    if any(type(m) in (nn.Flatten, Patchify) for m in layers):
+        raise BadInput("expected a model whose bound does not depend on the number of tokens, got one that flattens them; certify samples instead")
+    state = run_rules(layers, state, context)
+    value = float(up(state.change / step))
     return {"l2": value, "rms": value * math.sqrt(width / state.width) * (1 + 1e-15), "domain": float(norm) if embedding else "all"}
 
 

@@ -33,8 +33,7 @@ def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Ten
     if not inside.is_floating_point():
         rows = model[0].weight.detach()[inside] if isinstance(model[0], nn.Embedding) else inside
         return layers, inside, norm_up(rows).amax(-1).cpu()
-    tokens = inside.dim() == 3
-    norm = norm_up(inside).amax(-1) if tokens else norm_up(inside.flatten(1))
+    norm = norm_up(inside).amax(-1) if isinstance(threat, EmbeddingBall) else norm_up(inside.flatten(1))
     return layers, inside, norm.cpu()
 
 
@@ -42,20 +41,21 @@ def first_state(inside: Tensor, norm: Tensor, threat: Threat, radius: Tensor, la
     """Bounds in front of the first layer behind the threat: the domain is the clean norm enlarged by the perturbation (MATH.md section 1)."""
     shape = inside.shape[1:]
     if not inside.is_floating_point():
-        tokens, width, image = shape[-1], 1, None
-    elif len(shape) == 3:
-        tokens, width, image = 1, shape.numel(), tuple(shape)
-    elif len(shape) in (1, 2):
-        tokens, width, image = (shape[0] if len(shape) == 2 else 1), shape[-1], None
+        tokens, width, whole = shape[-1], 1, None
+    elif isinstance(threat, EmbeddingBall):
+        tokens, width, whole = shape[0], shape[1], None
+    elif len(shape):
+        # One bound for all numbers of a sample together, whatever its shape, until a layer takes it apart.
+        tokens, width, whole = 1, shape.numel(), tuple(shape) if len(shape) > 1 else None
     else:
-        raise BadInput(f"expected samples that are vectors, token sequences or images, got shape {tuple(shape)}; reshape them")
+        raise BadInput("expected samples that are vectors, token sequences or images, got single numbers; add a dimension")
     zero = torch.zeros_like(radius)
     if isinstance(threat, WeightBall):
-        return State(norm, zero, zero, "l2", tokens, width, image)
+        return State(norm, zero, zero, "l2", tokens, width, whole)
     space = threat.norm if isinstance(threat, InputBall) else "l2"
     # ‖Δ‖₂ in the units of the domain: √n·ε for ℓ∞, ε for ℓ1, ℓ2 and embedding balls (a token's share of a joint ball is at most the ball).
-    reach = State(norm, radius, zero, space, tokens, width, image).in_l2().change if space != "linf" or tokens == 1 else radius * width**0.5
-    return State(up(norm + reach), radius, zero, space, tokens, width, image)
+    state = State(norm, radius, zero, space, tokens, width, whole)
+    return replace(state, norm=up(norm + state.in_l2().change))
 
 
 class GlobalBound:
@@ -66,6 +66,11 @@ class GlobalBound:
         self.head = head_of(model)
         self.layers = layers[:-1] if self.head is not None else layers
         self.y = y
+        # An image's patches have smaller norms than the image; behind the embedding the clean token norms are known.
+        self.embedded: Tensor | None = None
+        if isinstance(threat, InputBall) and model.embedding_depth:
+            self.embedded = norm_up(model.embed(inside)).amax(-1).cpu()
+            self.embedding, self.layers = self.layers[: model.embedding_depth], self.layers[model.embedding_depth :]
 
     def _context(self, radius: Tensor) -> Context:
         return replace(self.context, weight_radius=radius) if isinstance(self.threat, WeightBall) else self.context
@@ -85,7 +90,12 @@ class GlobalBound:
     def at(self, radius: Tensor) -> tuple[State, Tensor, Tensor]:
         """(state in front of the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
         context = self._context(radius)
-        state = run_rules(self.layers, first_state(self.inside, self.norm, self.threat, radius, self.layers), context)
+        state = first_state(self.inside, self.norm, self.threat, radius, self.layers)
+        if self.embedded is not None:
+            state = run_rules(self.embedding, state, context).in_l2()
+            known = up(self.embedded + state.change + 2 * state.rounding)
+            state = replace(state, norm=torch.minimum(state.norm, known))
+        state = run_rules(self.layers, state, context)
         zero = torch.zeros_like(radius)
         if self.head is None:
             return state.in_l2(), zero, zero
@@ -122,8 +132,8 @@ class GlobalBound:
             # Both the clean and the perturbed logits are executed, so every rounding counts twice; a pair has two single logits.
             # Rounding is an ℓ2 bound, `change` one in `space`; dividing by the smallest factor covers the pairs with a larger one.
             l2_per_unit = 1.0 if space == "l2" else self.width_factor(space)
-            lost = 2 * l2_per_unit * state.rounding + (4 * single + extra) / smallest
-            return up(state.change), quotient * (1 - 1e-12) - up(lost)
+            lost = 2 * l2_per_unit * state.rounding + 4 * single / smallest
+            return up(state.change + extra / smallest), quotient * (1 - 1e-12) - up(lost)
 
         return evaluate
 
@@ -143,7 +153,7 @@ def global_radii(
     bound = GlobalBound(model, layers, inside, norm, threat, y.cpu(), context)
     margin = margins(logits.detach().cpu(), y.cpu())
     evaluate = bound.evaluator(margin)
-    scale = torch.where(norm > 0, norm, torch.ones_like(norm)) if not isinstance(threat, WeightBall) else torch.ones_like(norm)
+    scale = torch.ones_like(norm) if isinstance(threat, WeightBall) else norm.clamp_min(1e-3)
     radius, change = largest_radius(evaluate, 1e-9 * scale)
     correct = margin.amin(-1) > 0
     radius = torch.where(correct, radius, torch.zeros_like(radius))

@@ -30,8 +30,7 @@ def check_samples(model: Chain, x: Tensor, y: Tensor) -> None:
         raise BadInput(f"expected one label for each of {x.shape[0]} samples, got labels of shape {tuple(y.shape)}; match them")
     if y.dtype.is_floating_point or y.dtype == torch.bool:
         raise BadInput(f"expected integer labels, got {y.dtype}; convert them to class numbers")
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        raise BadInput("expected finite inputs, got NaN or infinity; clean the data")
+    model.check_inputs(x)
 
 
 def check_labels(y: Tensor, classes: int) -> None:

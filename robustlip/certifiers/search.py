@@ -32,7 +32,8 @@ def largest_radius(
     high = guess(start)
     trial = guess(high.clamp_min(torch.finfo(torch.float64).tiny)) * (1 - 1e-9)
     for _ in range(steps):
-        live = (trial > 0) & (low < high * (1 - tolerance))
+        trial = torch.where(trial > 0, trial, high / 2)
+        live = (high > 0) & (low < high * (1 - tolerance))
         if not bool(live.any()):
             break
         change, room = evaluate(trial)

@@ -25,6 +25,11 @@ class Chain(nn.Sequential):
     vocabulary: str | None = None
     config: dict[str, Any] | None = None
 
+    def check_inputs(self, x: torch.Tensor) -> None:
+        """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward: it waits for the device and reads values."""
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise BadInput("expected finite inputs, got NaN or infinity; clean the data")
+
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Raw inputs → embeddings (N, T, D). Raises BadInput when the model has no embedding."""
         if self.embedding_depth == 0:
@@ -62,10 +67,13 @@ class NextTokenChain(Chain):
         """Token ids (N, T) → embeddings (N, T, D). Raises BadInput for anything but integers in range."""
         if x.dtype not in (torch.int64, torch.int32) or x.dim() != 2:
             raise BadInput(f"expected token ids, integers of shape (N, T), got {x.dtype} of shape {tuple(x.shape)}; encode the text first")
+        return super().embed(x)
+
+    def check_inputs(self, x: torch.Tensor) -> None:
+        super().check_inputs(x)
         size = self[0].num_embeddings
         if x.numel() and not (0 <= int(x.min()) and int(x.max()) < size):
             raise BadInput(f"expected token ids in [0, {size - 1}], got {int(x.min())} to {int(x.max())}; use the model's own vocabulary")
-        return super().embed(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.from_embeddings(self.embed(x))

@@ -1,8 +1,10 @@
 """Attention, head by head. MATH.md sections 4 (bound), 8 (weights) and 9 (rounding).
 
 For one head on a path through the domain, with logits s·q·k/d + constant:
-    do_i = Σ_j p_ij dv_j + Σ_j p_ij (η_ij − η̄_i) v_j,   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|,
-so with ‖x_t‖ ≤ a everywhere on the path,  ‖do_i‖ ≤ max‖dv‖ + max|η|·max‖v‖. A bias by distance is a constant and drops out.
+    dp_ij = p_ij (η_ij − η̄_i),   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|,
+so with ‖x_t‖ ≤ a everywhere on the path and changes r of the tokens,  Σ_j|p'_ij − p_ij| ≤ min(2, 2·s σ_q σ_k a r/d), and from
+    o'_i − o_i = Σ_j p'_ij (v'_j − v_j) + Σ_j (p'_ij − p_ij) v_j,   ‖o'_i − o_i‖ ≤ σ_v r + σ_v a·min(2, 2·s σ_q σ_k a r/d).
+A bias by distance is a constant and drops out.
 Rotary positions are orthogonal and change no norm. The published formula uses norms of the stacked matrices instead; see MATH.md section 4.
 """
 
@@ -62,7 +64,7 @@ class AttentionRule(Rule):
     """Multi-head attention in the per-token ℓ2 norm; see the module's text for the derivation."""
 
     def step(self, layer: Attention, state: State, context: Context) -> State:
-        state = state.in_l2()
+        state = state.by_token(layer).in_l2()
         heads: Heads = context.constant(layer, "heads", lambda: Heads.of(layer))
         scale, d, factor = layer.scale / layer.head_width, layer.head_width, abs(layer.output_scale)
         a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
@@ -76,20 +78,24 @@ class AttentionRule(Rule):
         s_q, s_k, s_v = heads.query + e_q, heads.key + e_k, heads.value + e_v
         value_norm = s_v * a  # (..., H)
 
-        # Λ_h r from the change of the input, the rest from the change of the weights.
-        gain = heads_gain(s_q, s_k, s_v, a, scale)
-        from_weights = e_v * a + scale * (e_q * s_k + s_q * e_k) * a * a * value_norm
+        def head_change(r: Tensor, e_q: Tensor | float, e_k: Tensor | float, e_v: Tensor | float) -> Tensor:
+            """‖o' − o‖ of each head (..., H) for token changes r and weight changes e."""
+            logits = scale * (2 * s_q * s_k * a * r + (e_q * s_k + s_q * e_k) * a * a)
+            return s_v * r + e_v * a + value_norm * logits.clamp_max(2.0)
+
         output_columns = heads.output + (e_o.unsqueeze(-1) if isinstance(e_o, Tensor) and e_o.dim() else e_o)
         whole = heads.whole["output"] + e_o
         mixed = value_norm.square().sum(-1).sqrt()
-        change = join_heads(heads.output, heads.whole["output"], gain * r + from_weights) + e_o * mixed
-        norm = factor * join_heads(output_columns, whole, value_norm.expand(gain.shape))
+        change = join_heads(heads.output, heads.whole["output"], head_change(r, e_q, e_k, e_v)) + e_o * mixed
+        norm = factor * join_heads(output_columns, whole, value_norm)
 
-        head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v)) + gain * state.rounding.unsqueeze(-1)
+        # Rounding made here, on executed inputs (whose norm `a` bounds too), and rounding that arrives and is passed on like a change.
+        head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v))
         fresh = heads.output_matrix.rounding(mixed + head_error.square().sum(-1).sqrt(), e_o, context)
-        rounding = factor * (join_heads(output_columns, whole, head_error) + fresh)
-        rounding = rounding + 3 * context.unit * (norm + rounding) + math.sqrt(layer.width) * context.tiny
-        behind = replace(state, norm=norm + rounding, change=factor * change, rounding=rounding, width=layer.width)
+        fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
+        fresh = fresh + 3 * context.unit * (norm + fresh) + math.sqrt(layer.width) * context.tiny
+        passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
+        behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.width)
         largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
         return context.finite(behind, torch.maximum(largest_logit, mixed * heads.output_matrix.frobenius))
 
@@ -127,8 +133,3 @@ class AttentionRule(Rule):
         logit_error = logit_error + 3 * u * (spread + logit_error)
         relative = torch.expm1(2 * logit_error) * (1 + 1e-12) + context.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16)) * (2 + torch.expm1(2 * logit_error))
         return relative * v + v_error + 2 * length * tiny * (v + 1)
-
-
-def heads_gain(s_q: Tensor, s_k: Tensor, s_v: Tensor, a: Tensor, scale: float) -> Tensor:
-    """Λ_h = σ_v (1 + 2·scale·σ_q σ_k a²) of each head, with scale = s/d. MATH.md section 4."""
-    return s_v * (1 + 2 * scale * s_q * s_k * a * a)

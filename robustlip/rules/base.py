@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import UnsupportedLayer
+from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.rounding import UNIT, TINY, gamma
 
 
@@ -28,7 +28,7 @@ class State:
     rounding: ‖executed − exact‖₂ ≤ rounding, at the clean input and at every perturbed one.
     space: 'l2', or 'l1' / 'linf' in front of the first layer that mixes coordinates.
     tokens, width: how many vectors a sample has here, and how many numbers each.
-    image: (C, H, W) where a sample is still an image, bounded as one vector of C·H·W numbers; None behind Flatten or Patchify.
+    whole: the shape of a sample that is still bounded as one vector of all its numbers, (C, H, W) or (T, D); None where bounds are by token.
     """
 
     norm: Tensor
@@ -37,7 +37,17 @@ class State:
     space: str
     tokens: int
     width: int
-    image: tuple[int, int, int] | None = None
+    whole: tuple[int, ...] | None = None
+
+    def by_token(self, layer: nn.Module) -> State:
+        """The same bounds by token (T, D): no token changes by more than the whole. Raises BadInput for images, which have no tokens yet."""
+        if self.whole is None:
+            return self
+        if len(self.whole) != 2:
+            raise BadInput(
+                f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {self.whole}; put Flatten or Patchify in front"
+            )
+        return replace(self, tokens=self.whole[0], width=self.whole[1], whole=None)
 
     def in_l2(self) -> State:
         """The same bounds with `change` in ℓ2: ‖·‖₂ ≤ ‖·‖₁ and ‖·‖₂ ≤ √width·‖·‖_∞."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import BadInput
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register
 from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
@@ -38,8 +37,7 @@ class LinearRule(Rule):
     """y = Wx + b. Gains: σ(W) for ℓ2, ‖W‖_{∞→2} for ℓ∞, ‖W‖_{1→2} for ℓ1."""
 
     def step(self, layer: nn.Linear, state: State, context: Context) -> State:
-        if state.image is not None:
-            raise BadInput(f"expected vectors or tokens in front of a Linear layer, got images {state.image}; put Flatten or Patchify in front")
+        state = state.by_token(layer)
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         bias = context.constant(layer, "bias", lambda: 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0)))
         if state.space == "linf":

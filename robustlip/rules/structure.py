@@ -41,7 +41,7 @@ class FlattenRule(Rule):
             rounding=state.rounding * root,
             tokens=1,
             width=state.tokens * state.width,
-            image=None,
+            whole=None,
         )
 
 
@@ -50,11 +50,11 @@ class PatchifyRule(Rule):
     """Every pixel goes to one token, so no token changes by more than the image."""
 
     def step(self, layer: Patchify, state: State, context: Context) -> State:
-        if state.image is None:
+        if state.whole is None or len(state.whole) != 3:
             raise BadInput("expected images (N, C, H, W) in front of Patchify, got vectors or tokens; patchify first")
-        channels, height, width = state.image
+        channels, height, width = state.whole
         return replace(
-            state, tokens=(height // layer.patch) * (width // layer.patch), width=channels * layer.patch**2, image=None
+            state, tokens=(height // layer.patch) * (width // layer.patch), width=channels * layer.patch**2, whole=None
         )
 
 
@@ -63,6 +63,7 @@ class AddPositionsRule(Rule):
     """Adds a constant to each token."""
 
     def step(self, layer: AddPositions, state: State, context: Context) -> State:
+        state = state.by_token(layer)
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.positions.detach()).amax()))
         norm = state.norm + largest
         fresh = context.unit * norm
@@ -74,6 +75,7 @@ class MeanTokensRule(Rule):
     """‖mean_t Δ_t‖ ≤ max_t ‖Δ_t‖ in every norm. A sum of T numbers and one division round at most T times."""
 
     def step(self, layer: MeanTokens, state: State, context: Context) -> State:
+        state = state.by_token(layer)
         fresh = context.gamma(state.tokens + 1) * state.norm + math.sqrt(state.width) * context.tiny * state.tokens
         behind = replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh, tokens=1)
         return context.finite(behind, state.norm * state.tokens)
@@ -84,7 +86,7 @@ class ResidualRule(Rule):
     """skip·x + weight·f(x): the triangle inequality on every bound."""
 
     def step(self, layer: Residual, state: State, context: Context) -> State:
-        state = state.in_l2()
+        state = state.by_token(layer).in_l2()
         branch = rule_for(layer.branch).step(layer.branch, state, context)
         skip, weight = abs(layer.skip), abs(layer.weight)
         norm = skip * state.norm + weight * branch.norm

@@ -1,0 +1,67 @@
+"""The zoo: trained models with one card each, and `load`, which turns a name, a file or a callable into a model."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustlip.checkpoints import load_into
+from robustlip.errors import BadInput
+from robustlip.layers import Chain, as_chain
+from robustlip.models.build import build
+
+FOLDER = Path(__file__).parent / "zoo"
+
+
+def names() -> list[str]:
+    """The names of the zoo's models, in order."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def card(name: str) -> dict[str, Any]:
+    """The card of a zoo model: data, recipe, seed, accuracy, bound, hash, paper and caveats. Raises BadInput for an unknown name."""
+    path = FOLDER / f"{name}.toml"
+    if name not in names() or not path.is_file():
+        raise BadInput(f"expected a zoo model among {', '.join(names()) or '(none)'}, got {name!r}; see `robustlip zoo list`")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _from_callable(spec: str) -> nn.Module:
+    module_name, _, attribute = spec.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"expected package.module:callable, got {spec!r} ({error}); check the name and PYTHONPATH") from None
+    if not callable(made):
+        raise BadInput(f"expected a callable that returns an nn.Module, got {type(made).__name__} at {spec!r}; point at a function")
+    model = made()
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(model).__name__}; return the model")
+    return model
+
+
+def load(name: str | Path, *, device: str | torch.device = "cpu") -> Chain:
+    """A model in eval mode whose forward takes raw inputs (images in [0, 1] or vectors, or token ids) and gives logits.
+
+    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; or 'package.module:callable', which is imported and
+    run, so only name code you trust. Raises BadInput when there is no such model, or its weights do not fit their card or hash.
+    """
+    text = str(name)
+    if text.endswith(".safetensors"):
+        return as_chain(load_into(Path(text), build)).to(device)
+    if ":" in text:
+        model = as_chain(_from_callable(text)).to(device)
+        model.eval()
+        return model
+    known = card(text)
+    model = as_chain(load_into(FOLDER / f"{text}.safetensors", build))
+    from robustlip.hashing import weights_sha256
+
+    if weights_sha256(model) != known.get("weights_sha256"):
+        raise BadInput(f"expected the weights that the card of {text} names, got others; restore the file from the repository")
+    return model.to(device)

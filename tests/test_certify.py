@@ -1,0 +1,239 @@
+"""Certificates against the truth: exact radii of linear models, attacks on everything else, and what must not be certified."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from robustlip.attacks import by_name
+from robustlip.certifiers import certify, lipschitz_bound, weight_sensitivity_bound
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
+from robustlip.models.build import build
+from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
+from torch import nn
+
+DUAL = {"l2": 2, "linf": 1, "l1": float("inf")}
+
+
+def linear_truth(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, norm: str) -> torch.Tensor:
+    """min over all rivals of margin / dual norm of the difference of rows: exact for one linear layer."""
+    layer = model[-1]
+    w, b = layer.weight.detach().double(), layer.bias.detach().double()
+    logits = x.flatten(1).double() @ w.T + b
+    rows = w[y][:, None] - w[None]
+    ratio = (logits.gather(1, y[:, None]) - logits) / torch.linalg.vector_norm(rows, ord=DUAL[norm], dim=-1)
+    return ratio.scatter(1, y[:, None], torch.inf).amin(1)
+
+
+@pytest.mark.parametrize("norm", DUAL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_linear_models_have_their_exact_radius(norm, dtype) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).to(dtype)
+    x = torch.randn(200, 3, 4).to(dtype)
+    y = model(x).argmax(-1)
+    truth = linear_truth(model, x, y, norm)
+    radius = torch.from_numpy(certify(model, x, y, InputBall(norm), dtype="real" if dtype == torch.float64 else None).radius)
+    assert bool((radius <= truth).all())
+    typical = truth > 0.05
+    assert bool((radius[typical] >= truth[typical] * (1 - 1e-3)).all())
+
+
+def test_the_binding_rival_need_not_be_the_runner_up() -> None:
+    """Rival 1 is behind by 1 and near in weights; rival 2 is behind by 1.5 and far: rival 2 binds."""
+    layer = nn.Linear(2, 3, bias=True).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 10.0]]))
+        layer.bias.copy_(torch.tensor([0.0, -1.0, -1.5]))
+    certificate = certify(nn.Sequential(layer), torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0]), InputBall("l2"))
+    assert certificate.radius[0] == pytest.approx(0.15, rel=1e-3)
+    assert certificate.radius[0] <= 0.15
+
+
+def tiny(kind: str, seed: int, gain: float = 2.0):
+    """A small random model with weights large enough for attention to be far from uniform, and samples it predicts."""
+    torch.manual_seed(seed)
+    if kind == "mlp":
+        model, x = LipschitzMLP([6, 16, 16, 4], "relu"), torch.rand(8, 6)
+    elif kind == "mlp-gelu":
+        model, x = LipschitzMLP([6, 16, 4], "scaled-gelu", mean=0.5, std=0.25), torch.rand(8, 6)
+    elif kind == "gpt":
+        model, x = LipschitzGPT("abcdefg", 8, 2, 1, attention_scale=2.0, distance_bias=3), torch.randint(7, (6, 5))
+    elif kind == "gpt-baseline":
+        model, x = BaselineGPT("abcdefg", 8, 2, 1), torch.randint(7, (6, 5))
+    else:
+        model, x = LipschitzTransformer((1, 4, 4), 2, 4, 8, 2, 1), torch.rand(6, 1, 4, 4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(gain)
+    model.eval()
+    return model, x, model.scores(x).argmax(-1)
+
+
+ATTACKED = [
+    ("mlp", "l2"), ("mlp", "linf"), ("mlp", "l1"), ("mlp", "weights-spectral"), ("mlp", "weights-frobenius-absolute"), ("mlp-gelu", "linf"),
+    ("gpt", "embedding-l2"), ("gpt", "embedding-l2@-1"), ("gpt", "embedding-fro"), ("gpt", "weights-spectral"),
+    ("transformer", "l2"), ("transformer", "linf"), ("transformer", "embedding-l2@0,3"), ("transformer", "weights-frobenius"),
+    ("gpt-baseline", "embedding-l2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), ATTACKED)
+def test_no_attack_succeeds_inside_a_certified_radius(kind, name) -> None:
+    for seed in (0, 1):
+        model, x, y = tiny(kind, seed)
+        certificate = certify(model, x, y, parse_threat(name), dtype="real" if kind == "gpt-baseline" else None)
+        attacked = by_name("min")(model, x, y, parse_threat(name)).radius
+        assert bool((certificate.radius <= attacked).all())
+        if kind != "gpt-baseline":
+            assert (certificate.radius > 0).mean() > 0.5
+
+
+@given(seed=st.integers(0, 10**6), gain=st.floats(0.2, 4.0))
+@settings(max_examples=25, deadline=None)
+def test_random_perturbations_inside_the_radius_change_nothing(seed, gain) -> None:
+    model, x, y = tiny("mlp", seed, gain)
+    radius = certify(model, x, y, InputBall("l2")).radius
+    direction = torch.randn(200, *x.shape)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    moved = x + direction * torch.from_numpy(radius).float()[:, None] * 0.9999
+    assert bool((model(moved.flatten(0, 1)).argmax(-1).view(200, -1) == y).all())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gpt", "transformer"])
+def test_weight_sensitivity_is_above_what_is_observed(kind) -> None:
+    from robustlip.attacks import observed_sensitivity
+
+    model, x, _ = tiny(kind, 3)
+    threat = WeightBall("spectral", 0.02)
+    bound = weight_sensitivity_bound(model, x, threat)
+    seen = observed_sensitivity(model, x, threat, starts=1, power_steps=5, ascent_steps=5).change
+    assert bool((seen <= bound).all()) and bool((seen > 0).all())
+
+
+def test_constants_follow_the_weights_however_they_are_changed() -> None:
+    """A write through .data leaves no version behind; a certificate from remembered constants would be false."""
+    model, x, y = tiny("mlp", 0)
+    before = certify(model, x, y, InputBall("l2"))
+    for p in model.parameters():
+        p.data.mul_(3.0)
+    again = certify(model, x, model(x).argmax(-1), InputBall("l2"))
+    fresh = build(model.config)
+    fresh.load_state_dict(model.state_dict())
+    np.testing.assert_array_equal(again.radius, certify(fresh, x, model(x).argmax(-1), InputBall("l2")).radius)
+    assert before.weights_sha256 != again.weights_sha256
+
+
+def test_batching_and_mode_change_nothing() -> None:
+    model, x, y = tiny("gpt", 0)
+    model.train()
+    whole = certify(model, x, y, EmbeddingBall())
+    parts = certify(model, x, y, EmbeddingBall(), batch_size=2)
+    np.testing.assert_allclose(whole.radius, parts.radius, rtol=1e-4)
+    assert model.training
+
+
+def test_requested_radius_and_statuses() -> None:
+    model, x, y = tiny("mlp", 0)
+    free = certify(model, x, y, InputBall("l2"))
+    middle = float(np.median(free.radius))
+    wrong = y.clone()
+    wrong[0] = (wrong[0] + 1) % 4
+    asked = certify(model, x, wrong, InputBall("l2", middle))
+    assert asked.status[0] == "misclassified" and asked.radius[0] == 0
+    for status, radius in zip(asked.status[1:], asked.radius[1:]):
+        assert status == ("certified" if radius >= middle else "abstained")
+    assert asked.certified_accuracy(middle) == pytest.approx(np.mean(asked.radius >= middle))
+
+
+def test_ties_and_overflow_are_not_certified() -> None:
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        layer.bias.zero_()
+    tied = certify(nn.Sequential(layer), torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([0, 0]), InputBall("l2"))
+    assert (tied.radius == 0).all() and tied.status == ("abstained", "abstained")
+    huge = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
+    with torch.no_grad():
+        for p in huge.parameters():
+            p.fill_(300.0)
+    assert (certify(huge, torch.ones(1, 2).half() * 300, torch.tensor([0]), InputBall("l2")).radius == 0).all()
+
+
+def test_a_model_that_ignores_its_input_is_robust_everywhere() -> None:
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([1.0, 0.0]))
+    radius = certify(nn.Sequential(layer), torch.rand(2, 3), torch.tensor([0, 0]), InputBall("l2")).radius
+    assert np.isfinite(radius).all() and (radius > 1e6).all()
+
+
+def test_rounding_attack_breaks_the_real_certificate_and_not_the_executed_one() -> None:
+    """Jin et al. 2022, in bfloat16: inside the radius that exact arithmetic proves, the executed program answers otherwise."""
+    torch.manual_seed(0)
+    broken = 0
+    for _ in range(30):
+        model = nn.Sequential(nn.Linear(64, 2)).to(torch.bfloat16)
+        x = torch.rand(64, 64).to(torch.bfloat16)
+        y = model(x).argmax(-1)
+        real, executed = (certify(model, x, y, InputBall("l2"), dtype=d).radius for d in ("real", None))
+        w = (model[0].weight[0] - model[0].weight[1]).detach().double()
+        sign = torch.where(y == 0, -1.0, 1.0).double()
+        for fraction in torch.linspace(0.5, 1.0, 12):
+            step = sign[:, None] * w / w.norm() * torch.from_numpy(real)[:, None] * float(fraction)
+            moved = (x.double() + step).to(torch.bfloat16)
+            distance = (moved.double() - x.double()).norm(dim=-1).numpy()
+            flipped = (model(moved).argmax(-1) != y).numpy()
+            broken += int((flipped & (distance <= real)).sum())
+            assert not (flipped & (distance <= executed)).any()
+    assert broken > 0
+
+
+def test_lipschitz_bound_is_above_sampled_slopes() -> None:
+    from robustlip.attacks import observed_sensitivity
+
+    model, x, _ = tiny("mlp", 1)
+    assert observed_sensitivity(model, x, InputBall("l2"), starts=2).largest <= lipschitz_bound(model)["l2"]
+    gpt, tokens, _ = tiny("gpt", 1)
+    assert observed_sensitivity(gpt, tokens, EmbeddingBall(), starts=2).largest <= lipschitz_bound(gpt)["l2"]
+    assert lipschitz_bound(tiny("gpt-baseline", 0)[0])["l2"] > 1e3  # LayerNorm's 1/√eps, honestly
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, x, y: (m, x, y - 10, {}), "labels in"),
+        (lambda m, x, y: (m, x, y[:-1], {}), "one label"),
+        (lambda m, x, y: (m, x * torch.nan, y, {}), "finite inputs"),
+        (lambda m, x, y: (m, x[:0], y[:0], {}), "at least one sample"),
+        (lambda m, x, y: (m, x, y, {"method": "magic"}), "method"),
+        (lambda m, x, y: (m, x, y, {"dtype": "int8"}), "dtype"),
+        (lambda m, x, y: (nn.Sequential(m, nn.Softplus()), x, y, {}), "Softplus|LipschitzMLP"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, message) -> None:
+    model, x, y, options = change(*tiny("mlp", 0))
+    with pytest.raises(BadInput, match=message):
+        certify(model, x, y, InputBall("l2"), **options)
+
+
+def test_nan_weights_and_overridden_forward_are_refused() -> None:
+    model, x, y = tiny("mlp", 0)
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    with pytest.raises(BadInput, match="NaN"):
+        certify(model, x, y, InputBall("l2"))
+
+    class Louder(LipschitzMLP):
+        def forward(self, x):
+            return 10 * super().forward(x)
+
+    with pytest.raises(UnsupportedLayer, match="forward"):
+        certify(Louder([6, 4]), x, y, InputBall("l2"))
+    with pytest.raises(BadInput, match="embedding or weight threat"):
+        certify(*tiny("gpt", 0), InputBall("l2"))
+    with pytest.raises(BadInput, match="with an embedding"):
+        certify(*tiny("mlp", 0), EmbeddingBall())

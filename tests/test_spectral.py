@@ -1,0 +1,99 @@
+"""Guaranteed spectral norms: never below the truth, close above it, for matrices of every size and shape."""
+
+from __future__ import annotations
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from robustlip.errors import BadInput
+from robustlip.spectral import (
+    gram_iteration_bound,
+    infinity_to_two_bound,
+    one_to_two_bound,
+    spectral_norm_bound,
+    spectral_norm_estimate,
+)
+
+BOUNDS = [spectral_norm_bound, lambda w: gram_iteration_bound(w, 12)]
+
+
+def exact_norm(weight: torch.Tensor) -> mpmath.mpf:
+    """σ in 60 digits, by mpmath: shares nothing with the code under test."""
+    with mpmath.workdps(60):
+        return max(mpmath.svd_r(mpmath.matrix(weight.double().tolist()), compute_uv=False))
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@given(seed=st.integers(0, 10**6), m=st.integers(1, 6), n=st.integers(1, 6), exponent=st.integers(-300, 300))
+@settings(max_examples=40, deadline=None)
+def test_bound_is_never_below_the_exact_norm(bound, seed, m, n, exponent) -> None:
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10.0**exponent
+    with mpmath.workdps(60):
+        truth = exact_norm(weight)
+        got = mpmath.mpf(float(bound(weight)))
+        assert got >= truth
+        assert got <= truth * (1 + mpmath.mpf("5e-3"))
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("gap", [0.0, 1e-14, 1e-9, 1e-3])
+def test_clustered_singular_values(bound, gap) -> None:
+    """Where power iteration never arrives: σ₁ and σ₂ equal or nearly so, in a matrix with known norm."""
+    q, _ = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))
+    p, _ = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))
+    values = torch.full((50,), 1.0 - gap, dtype=torch.float64)
+    values[0] = 1.0
+    weight = q * values @ p
+    assert float(bound(weight)) >= 1 - 1e-14
+    assert float(bound(weight)) <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_batches_shapes_and_dtypes(bound) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(2, 3, 20, 30).to(dtype)
+        truth = torch.linalg.matrix_norm(weight.double(), 2)
+        got = bound(weight)
+        assert got.dtype == torch.float64 and got.shape == (2, 3)
+        assert bool((got >= truth * (1 - 1e-14)).all() and (got <= truth * 1.001).all())
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_extreme_matrices(bound) -> None:
+    assert float(bound(torch.zeros(3, 4))) == 0.0
+    assert bool(torch.isfinite(bound(torch.full((3, 4), 1e30))))
+    for scale in (1e-45, 1e-30, 1e30):
+        weight = torch.full((3, 4), scale, dtype=torch.float32)  # 1e-45 is subnormal: stored as 1.4e-45
+        truth = float(weight.double()[0, 0]) * 12**0.5
+        assert truth <= float(bound(weight)) <= truth * (1 + 1e-3)
+    u, v = torch.randn(40, 1, dtype=torch.float64), torch.randn(1, 30, dtype=torch.float64)
+    assert float(bound(u @ v)) >= float(u.norm() * v.norm()) * (1 - 1e-13)
+
+
+def test_power_iteration_is_below_and_says_so() -> None:
+    weight = torch.diag(torch.tensor([1.0, 0.9999, 0.9998] + [0.5] * 40, dtype=torch.float64))
+    assert float(spectral_norm_estimate(weight, 20)) < 1.0 - 1e-7 < float(spectral_norm_bound(weight))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_is_refused(value) -> None:
+    weight = torch.eye(3)
+    weight[1, 2] = value
+    for bound in BOUNDS:
+        with pytest.raises(BadInput, match="finite"):
+            bound(weight)
+
+
+@given(seed=st.integers(0, 10**6), m=st.integers(1, 5), n=st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_input_norms_against_all_vertices(seed, m, n) -> None:
+    """‖W‖_{∞→2} and ‖W‖_{1→2} are attained at vertices of the cube and the cross-polytope: enumerate them."""
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    signs = torch.tensor(np.array(np.meshgrid(*[[-1.0, 1.0]] * n)).reshape(n, -1))
+    cube = float((weight @ signs).norm(dim=0).max())
+    assert cube <= float(infinity_to_two_bound(weight)) <= cube * (np.pi / 2) * n**0.5
+    columns = float(weight.norm(dim=0).max())
+    assert columns <= float(one_to_two_bound(weight)) <= columns * (1 + 1e-9)
