@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
-from robustlip.certifiers.bounds import lipschitz_bound, weight_sensitivity_bound
+from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import global_radii
 from robustlip.certifiers.samples import batches, check_labels, check_model, check_samples
@@ -64,7 +65,6 @@ def certify(
     covered = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
     if covered != own:
         chain = copy.deepcopy(chain).to(covered)
-        check_model(chain)
     was_training = chain.training
     chain.eval()
     try:
@@ -85,7 +85,7 @@ def certify(
         chain.train(was_training)
     radius, bound, which, prediction, finite = (torch.cat(column) for column in zip(*parts))
     radius = torch.where(finite, radius, torch.zeros_like(radius)).nan_to_num(0.0)
-    return _assemble(chain, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite)
+    return _assemble(chain, context, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite)
 
 
 def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:
@@ -113,33 +113,29 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _assemble(
-    chain: Chain, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
+    chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
     radius: Tensor, bound: Tensor, which: Tensor, prediction: Tensor, finite: Tensor,
 ) -> Certificate:  # fmt: skip
     from robustlip import __version__
 
     wrong = (prediction != y) & finite
     short = radius < (threat.radius or 0.0)
-    status, reason = [], []
-    for r, w, f, s in zip(radius.tolist(), wrong.tolist(), finite.tolist(), short.tolist()):
-        if w:
-            status.append(MISCLASSIFIED)
-            reason.append("the prediction is not the label")
-        elif r > 0 and not s:
-            status.append(CERTIFIED)
-            reason.append("")
-        else:
-            status.append(ABSTAINED)
-            reason.append(
-                "logits are not finite" if not f
-                else f"proved for a radius of {r:.6g} only" if r > 0
-                else "the margin is not above what rounding and the bound can move"
-            )  # fmt: skip
     radius = torch.where(wrong, torch.zeros_like(radius), radius)
+    proved = (radius > 0) & ~short
+    status = np.where(wrong.numpy(), MISCLASSIFIED, np.where(proved.numpy(), CERTIFIED, ABSTAINED)).tolist()
+    reason = [""] * len(y)
+    for i in (~proved).nonzero()[:, 0].tolist():
+        reason[i] = (
+            "the prediction is not the label" if wrong[i]
+            else "logits are not finite" if not finite[i]
+            else f"proved for a radius of {float(radius[i]):.6g} only" if radius[i] > 0
+            else "the margin is not above what rounding and the bound can move"
+        )  # fmt: skip
     largest = bound[torch.isfinite(bound)]
     constants: dict[str, float | str] = {"lipschitz_to_last_hidden": float(largest.max())} if len(largest) else {}
     with suppress(BadInput):  # some chains have no bound apart from their samples; their radii stand without it
-        constants |= {f"model_{key}": value for key, value in lipschitz_bound(chain).items()}
+        whole = context.constant(chain, "lipschitz-bound", lambda: bound_of_chain(chain, replace(context, weight_radius=None)))
+        constants |= {f"model_{key}": value for key, value in whole.items()}
     return Certificate(
         threat=threat,
         method=method,

@@ -12,7 +12,7 @@ from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import entry, first_state
 from robustlip.certifiers.samples import batches, check_model
 from robustlip.errors import BadInput
-from robustlip.layers import Patchify, as_chain
+from robustlip.layers import Chain, Patchify, as_chain
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context, State, run_rules
 from robustlip.threats import WeightBall
@@ -27,7 +27,10 @@ def lipschitz_bound(model: nn.Module) -> dict[str, float | str]:
     a threat of radius ε a certificate takes the domain enlarged by ε, so its own constant is a little larger.
     """
     chain = as_chain(model)
-    context = Context(dtype=check_model(chain), store=constants_of(chain)[1])
+    return bound_of_chain(chain, Context(dtype=check_model(chain), store=constants_of(chain)[1]))
+
+
+def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
     embedding, layers = list(chain)[: chain.embedding_depth], list(chain)[chain.embedding_depth :]
     if embedding:
         norm, width = _embedding_norm(embedding, context)

@@ -122,9 +122,18 @@ class GlobalBound:
             factor = table.clamp_min(1e-9 * max(float(table.amax()), 1e-300))[self.y]
         return (margin / factor).amin(-1), factor.scatter(1, self.y[:, None], torch.inf).amin(-1)
 
+    def space(self) -> str:
+        """The norm in which the change of the last hidden state comes out: the threat's own, unless a layer mixed coordinates."""
+        start = self.threat.norm if isinstance(self.threat, InputBall) else "l2"
+        if self.head is None or start == "l2":
+            return "l2"
+        one = torch.ones(1, dtype=torch.float64)
+        state = first_state(self.inside, self.norm[:1], self.threat, one, self.layers)
+        return run_rules([*(self.embedding if self.embedded is not None else []), *self.layers], state, self.context).space
+
     def evaluator(self, margin: Tensor) -> Any:
         """evaluate(ε) → (change, room) for `largest_radius`; margin (N, C) of the executed clean forward pass."""
-        space = self.at(torch.full_like(self.norm, 1e-12))[0].space
+        space = self.space()
         quotient, smallest = self.room(margin, space)
 
         def evaluate(radius: Tensor) -> tuple[Tensor, Tensor]:

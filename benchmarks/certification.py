@@ -1,0 +1,77 @@
+"""Global certification of a batch against its plain forward pass, constants cached. Target: at most 1.5 times.
+
+    python benchmarks/certification.py [--json FILE]
+
+Both run in one process on the same tensors, in the model's own dtype; medians of repeated runs, alternating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from robustlip.certifiers import certify
+from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer
+from robustlip.threats import parse_threat
+
+CASES = {
+    "mlp 64-256-256-10, batch 1024": (lambda: LipschitzMLP([64, 256, 256, 10]), lambda: torch.rand(1024, 1, 8, 8), "l2"),
+    "mlp 3072-1024-1024-10, batch 256": (lambda: LipschitzMLP([3072, 1024, 1024, 10]), lambda: torch.rand(256, 3, 32, 32), "linf"),
+    "patch transformer 64x2, batch 256": (lambda: LipschitzTransformer((1, 8, 8), 2, 10), lambda: torch.rand(256, 1, 8, 8), "embedding-l2"),
+    "gpt 256x3, context 256, batch 8": (
+        lambda: LipschitzGPT("".join(map(chr, range(32, 97))), 256, 4, 3, distance_bias=64),
+        lambda: torch.randint(65, (8, 256)),
+        "embedding-l2",
+    ),
+}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(name: str, repeats: int) -> dict[str, object]:
+    build, draw, threat_name = CASES[name]
+    torch.manual_seed(0)
+    model, x = build().eval(), draw()
+    with torch.no_grad():
+        y = model.scores(x).argmax(-1)
+    threat = parse_threat(threat_name)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def certified() -> None:
+        certify(model, x, y, threat, "global", batch_size=len(x))
+
+    forward(), certified()  # warm up, and fill the cache of constants
+    pairs = [(seconds(forward), seconds(certified)) for _ in range(repeats)]
+    plain, proved = (statistics.median(column) for column in zip(*pairs))
+    return {"case": name, "threat": threat_name, "forward_s": plain, "certify_s": proved, "ratio": proved / plain}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json")
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    rows = [measure(name, arguments.repeats) for name in CASES]
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    for row in rows:
+        print(f"{row['case']:<38} {row['threat']:<14} forward {row['forward_s'] * 1e3:8.2f} ms  certify {row['certify_s'] * 1e3:8.2f} ms  ratio {row['ratio']:.2f}")
+    print(machine)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"rows": rows, "machine": machine}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
