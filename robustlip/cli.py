@@ -307,10 +307,16 @@ def zoo_list(json: Json = None) -> None:
     cards = {name: zoo.card(name) for name in zoo.names()}
     out.json({"models": [{"name": name, **card} for name, card in cards.items()]})
     rows = [
-        [name, str(_field(card, "data", "name")), percent(_field(card, "accuracy", "test")), str(card.get("weights_sha256", DASH))[:12]]
+        [
+            name,
+            str(card.get("data", DASH)),
+            percent(card.get("val_accuracy")),
+            str(card.get("parameters", DASH)),
+            str(card.get("weights_sha256", DASH))[:12],
+        ]
         for name, card in cards.items()
     ]
-    out.table("zoo", ["Model", "Data", "Accuracy (%)", "Weights"], rows)
+    out.table("zoo", ["Model", "Data", "Validation acc. (%)", "Parameters", "Weights, SHA-256"], rows)
 
 
 @zoo_app.command("show")
@@ -323,12 +329,6 @@ def zoo_show(name: Annotated[str, typer.Argument(help="a zoo name")], json: Json
     card = zoo.card(name)
     out.json({"name": name, **card})
     out.table(name, ["", ""], _flat(card))
-
-
-def _field(card: dict[str, Any], name: str, inner: str) -> Any:
-    """card[name], or card[name][inner] where that is a table."""
-    value = card.get(name)
-    return value.get(inner) if isinstance(value, dict) else value
 
 
 def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

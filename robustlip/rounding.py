@@ -62,6 +62,16 @@ def norm_up(x: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     return up(total * scale.amax(dims))
 
 
+def quick_norm_up(x: Tensor) -> Tensor:
+    """An upper bound (float64) of the ℓ2 norms over the last dimension, read once in float32 where x is no wider: for large activations."""
+    if x.dtype == torch.float64:
+        return norm_up(x)
+    n = x.shape[-1]
+    # Squares under 2⁻¹²⁶ may vanish; each entry lost that way is under 2⁻⁶³. Squares that overflow give inf, which is an upper bound.
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).to(torch.float64)
+    return up(norm * (1 + gamma(n + 8, UNIT[torch.float32])) + n**0.5 * 2.0**-62)
+
+
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of a name that a certificate can cover. Raises BadInput for any other."""
     if name not in NAMES:

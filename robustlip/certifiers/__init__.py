@@ -19,6 +19,7 @@ from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import global_radii
 from robustlip.certifiers.samples import batches, check_labels, check_model, check_samples
+from robustlip.certifiers.trace import traced_scores
 from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
@@ -76,9 +77,9 @@ def certify(
             xb, yb = x[part].to(device), y[part].to(device).long()
             given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
-            logits = chain.scores(xb)
+            logits, clean = traced_scores(chain, xb)
             check_labels(yb, logits.shape[-1])
-            radii, bounds, winner = _best(chain, xb, yb, logits, threat, method, context)
+            radii, bounds, winner = _best(chain, xb, yb, logits, threat, method, replace(context, clean=clean))
             radii = _around(given, xb, threat, radii)
             parts.append((radii, bounds, winner, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
     finally:

@@ -1,6 +1,7 @@
 """method='global': the enforced bounds of the weights, followed layer by layer and rival by rival. MATH.md sections 4, 5, 8 and 9.
 
-Nothing of the sample enters but its norm, its label and its margins, so a batch costs little more than its forward pass.
+Of the sample enter its label, its margins and the norms of its clean activations (they shrink the domain on which attention is bounded, and
+the rounding allowance), so a batch costs little more than its forward pass.
 """
 
 from __future__ import annotations
@@ -66,11 +67,6 @@ class GlobalBound:
         self.head = head_of(model)
         self.layers = layers[:-1] if self.head is not None else layers
         self.y = y
-        # An image's patches have smaller norms than the image; behind the embedding the clean token norms are known.
-        self.embedded: Tensor | None = None
-        if isinstance(threat, InputBall) and model.embedding_depth:
-            self.embedded = norm_up(model.embed(inside)).amax(-1).cpu()
-            self.embedding, self.layers = self.layers[: model.embedding_depth], self.layers[model.embedding_depth :]
 
     def _context(self, radius: Tensor) -> Context:
         return replace(self.context, weight_radius=radius) if isinstance(self.threat, WeightBall) else self.context
@@ -90,12 +86,7 @@ class GlobalBound:
     def at(self, radius: Tensor) -> tuple[State, Tensor, Tensor]:
         """(state in front of the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
         context = self._context(radius)
-        state = first_state(self.inside, self.norm, self.threat, radius, self.layers)
-        if self.embedded is not None:
-            state = run_rules(self.embedding, state, context).in_l2()
-            known = up(self.embedded + state.change + 2 * state.rounding)
-            state = replace(state, norm=torch.minimum(state.norm, known))
-        state = run_rules(self.layers, state, context)
+        state = run_rules(self.layers, first_state(self.inside, self.norm, self.threat, radius, self.layers), context)
         zero = torch.zeros_like(radius)
         if self.head is None:
             return state.in_l2(), zero, zero
@@ -129,7 +120,7 @@ class GlobalBound:
             return "l2"
         one = torch.ones(1, dtype=torch.float64)
         state = first_state(self.inside, self.norm[:1], self.threat, one, self.layers)
-        return run_rules([*(self.embedding if self.embedded is not None else []), *self.layers], state, self.context).space
+        return run_rules(self.layers, state, replace(self.context, clean={})).space
 
     def evaluator(self, margin: Tensor) -> Any:
         """evaluate(ε) → (change, room) for `largest_radius`; margin (N, C) of the executed clean forward pass."""

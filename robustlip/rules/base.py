@@ -8,15 +8,15 @@ shape (one entry per sample and radius tried), and returns the state behind its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.rounding import UNIT, TINY, gamma
+from robustlip.rounding import TINY, UNIT, gamma, up
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class Context:
 
     dtype: of the program that is covered. weight_radius: None, or the radius of a WeightBall (any shape that fits the states);
     relative: whether it is a fraction of each matrix's spectral norm.
+    clean: by layer, (by token?, largest norm (N,)) of its output in the clean pass as executed, where one was traced (certifiers.trace).
     """
 
     dtype: torch.dtype
     store: dict[tuple[int, str], Any]
     weight_radius: Tensor | None = None
     relative: bool = True
+    clean: Mapping[int, tuple[bool, Tensor]] = field(default_factory=dict)
 
     @property
     def unit(self) -> float:
@@ -93,6 +95,16 @@ class Context:
         if self.weight_radius is None:
             return 0.0
         return self.weight_radius * sigma if self.relative else self.weight_radius
+
+    def tighten(self, layer: nn.Module, state: State) -> State:
+        """‖x'_t‖ ≤ ‖x_t‖ + change, whatever the layers in front could do: the clean norms that were seen shrink the domain.
+
+        Executed and exact clean values differ by `rounding`, and so do the perturbed ones: twice that is added.
+        """
+        seen = self.clean.get(id(layer))
+        if seen is None or seen[0] != (state.whole is None and state.tokens > 1):
+            return state
+        return replace(state, norm=torch.minimum(state.norm, up(seen[1] + state.in_l2().change + 2 * state.rounding)))
 
     def finite(self, state: State, largest: Tensor | None = None) -> State:
         """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
@@ -134,8 +146,13 @@ def rule_for(layer: nn.Module) -> Rule:
     return rule
 
 
+def apply_rule(layer: nn.Module, state: State, context: Context) -> State:
+    """The state behind one layer, its domain tightened by the clean pass where that is known."""
+    return context.tighten(layer, rule_for(layer).step(layer, state, context))
+
+
 def run_rules(layers: Iterable[nn.Module], state: State, context: Context) -> State:
     """The state behind a chain of layers."""
     for layer in layers:
-        state = rule_for(layer).step(layer, state, context)
+        state = apply_rule(layer, state, context)
     return state

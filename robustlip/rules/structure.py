@@ -10,7 +10,7 @@ from torch import nn
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, MeanTokens, Patchify, Residual
 from robustlip.rounding import norm_up
-from robustlip.rules.base import Context, Rule, State, register, rule_for, run_rules
+from robustlip.rules.base import Context, Rule, State, apply_rule, register, run_rules
 
 
 @register(nn.Identity)
@@ -87,7 +87,7 @@ class ResidualRule(Rule):
 
     def step(self, layer: Residual, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
-        branch = rule_for(layer.branch).step(layer.branch, state, context)
+        branch = apply_rule(layer.branch, state, context)
         skip, weight = abs(layer.skip), abs(layer.weight)
         norm = skip * state.norm + weight * branch.norm
         # The two scalars, two products and the sum round once each.

@@ -1,0 +1,53 @@
+"""The clean forward pass, as executed, with the norms of what every layer put out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.layers import Chain
+from robustlip.rounding import quick_norm_up
+from robustlip.rules import rule_for
+
+
+def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool, Tensor]]]:
+    """(logits (N, C) of the prediction, {id(layer): (by token?, norm (N,) float64 on the CPU, rounded up)}).
+
+    Outputs (N, T, D) are measured by token, the largest of a sample kept; others as one vector. A layer that is used twice keeps the larger.
+    """
+    seen: dict[int, tuple[bool, Tensor]] = {}
+
+    def record(layer: nn.Module, inputs: object, output: Tensor) -> None:
+        by_token = output.dim() == 3
+        norm = (quick_norm_up(output).amax(-1) if by_token else quick_norm_up(output.flatten(1))).cpu()
+        if id(layer) in seen:
+            before, other = seen[id(layer)]
+            norm = torch.maximum(norm, other) if before == by_token else torch.full_like(norm, torch.inf)
+        seen[id(layer)] = (by_token, norm)
+
+    # The head's output is the logits, and layers inside attention have no states of their own.
+    bounded = [m for m in _with_states(model) if m is not model[len(model) - 1]]
+    for layer in bounded:
+        rule_for(layer)  # refuses foreign hooks before ours are there
+    handles = [layer.register_forward_hook(record) for layer in bounded]
+    try:
+        logits = model.scores(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, seen
+
+
+def _with_states(model: nn.Module) -> list[nn.Module]:
+    """The layers in front of and behind which rules keep states: chains and residual branches are entered, attention is not."""
+    from robustlip.layers import Residual
+
+    found: list[nn.Module] = []
+    for child in model.children():
+        found.append(child)
+        if isinstance(child, Residual):
+            found.append(child.branch)
+            found += _with_states(child.branch) if type(child.branch) is nn.Sequential else []
+        elif type(child) is nn.Sequential:
+            found += _with_states(child)
+    return list(dict.fromkeys(found))
