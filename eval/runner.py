@@ -63,7 +63,9 @@ class Settings:
 
 def versions() -> dict[str, str]:
     """Of robustlip and of what its numbers rest on."""
-    found = {"robustlip": __version__, "python": platform.python_version()}
+    from robustlip.certifiers import RULES_VERSION
+
+    found = {"robustlip": __version__, "rules": RULES_VERSION, "python": platform.python_version()}
     for package in ("torch", "numpy", "torchattacks"):
         try:
             found[package] = metadata.version(package)
