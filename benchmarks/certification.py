@@ -21,7 +21,8 @@ from robustlip.threats import parse_threat
 
 CASES = {
     "mlp 64-256-256-10, batch 1024": (lambda: LipschitzMLP([64, 256, 256, 10]), lambda: torch.rand(1024, 1, 8, 8), "l2"),
-    "mlp 3072-1024-1024-10, batch 256": (lambda: LipschitzMLP([3072, 1024, 1024, 10]), lambda: torch.rand(256, 3, 32, 32), "linf"),
+    "mlp 64-256-256-10, batch 4096": (lambda: LipschitzMLP([64, 256, 256, 10]), lambda: torch.rand(4096, 1, 8, 8), "l2"),
+    "mlp 3072-1024-1024-10, batch 1024": (lambda: LipschitzMLP([3072, 1024, 1024, 10]), lambda: torch.rand(1024, 3, 32, 32), "linf"),
     "patch transformer 64x2, batch 256": (lambda: LipschitzTransformer((1, 8, 8), 2, 10), lambda: torch.rand(256, 1, 8, 8), "embedding-l2"),
     "gpt 256x3, context 256, batch 8": (
         lambda: LipschitzGPT("".join(map(chr, range(32, 97))), 256, 4, 3, distance_bias=64),

@@ -46,7 +46,7 @@ def certify(
     *,
     dtype: str | None = None,
     index: Tensor | np.ndarray | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Certificate:
     """Per sample, the largest radius proved for `threat`, rounded down; 0 with the reason where none is.
 
@@ -55,7 +55,7 @@ def certify(
     dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
     Inputs that the covered dtype cannot hold are cast, and an input radius still counts from the point that was given.
-    index: sample numbers (N,), 0, 1, … unless given. With threat.radius set, samples proved for less are 'abstained'.
+    index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given. With threat.radius set, samples proved for less are 'abstained'.
     Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 5 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
     if method != "best" and method not in METHODS:
@@ -73,7 +73,7 @@ def certify(
         context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
         device = next(chain.parameters()).device
         parts = []
-        for part in batches(len(x), batch_size):
+        for part in batches(len(x), batch_size or _batch_size(chain, x)):
             xb, yb = x[part].to(device), y[part].to(device).long()
             given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
@@ -87,6 +87,13 @@ def certify(
     radius, bound, which, prediction, finite = (torch.cat(column) for column in zip(*parts))
     radius = torch.where(finite, radius, torch.zeros_like(radius)).nan_to_num(0.0)
     return _assemble(chain, context, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite)
+
+
+def _batch_size(chain: Chain, x: Tensor) -> int:
+    """Samples at a time: few enough for the widest activation to stay under 2²⁵ numbers, at most 4096."""
+    widest = max(max(p.shape) for p in chain.parameters())
+    tokens = x.shape[1:].numel() if chain.embedding_depth else 1
+    return max(1, min(4096, 2**25 // (widest * tokens)))
 
 
 def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from robustlip.certifiers.samples import head_of, margins
 from robustlip.certifiers.search import largest_radius
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
-from robustlip.rounding import norm_up, up
+from robustlip.rounding import norm_up, quick_norm_up, up
 from robustlip.rules import Context, State, run_rules
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
@@ -33,8 +33,8 @@ def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Ten
         inside, layers = x, list(model)
     if not inside.is_floating_point():
         rows = model[0].weight.detach()[inside] if isinstance(model[0], nn.Embedding) else inside
-        return layers, inside, norm_up(rows).amax(-1).cpu()
-    norm = norm_up(inside).amax(-1) if isinstance(threat, EmbeddingBall) else norm_up(inside.flatten(1))
+        return layers, inside, quick_norm_up(rows).amax(-1).cpu()
+    norm = quick_norm_up(inside).amax(-1) if isinstance(threat, EmbeddingBall) else quick_norm_up(inside.flatten(1))
     return layers, inside, norm.cpu()
 
 
