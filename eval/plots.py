@@ -58,7 +58,7 @@ def _draw_one(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec, folder: Pa
     scales = np.concatenate([scales, np.asarray(threat.radii)])
     low, high = float(scales.min()), float(scales.max())
     # A baseline certified at 1e-9 would be invisible on a linear axis.
-    logarithmic = high / float(np.quantile(scales, 0.02)) > 100
+    logarithmic = high / float(np.quantile(scales, 0.02)) > 40
     # … and with all of 1e-14 on the axis, everything else would be squeezed against its right end: curves left of it are named instead.
     left, right = (max(low / 2, high / DECADES), high * 2) if logarithmic else (0.0, high * 1.08)
     beyond: list[str] = []
@@ -86,10 +86,8 @@ def _draw_one(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec, folder: Pa
             axes.set_xscale("log")
         axes.set_xlim(left, right)
         axes.set_ylim(0, 102)
-        axes.set_xlabel(f"radius: {_units(threat)}")
+        axes.set_xlabel("\n".join([f"radius: {_units(threat)}", *beyond]))
         axes.set_ylabel("accuracy (% of samples)")
-        for k, text in enumerate(beyond):
-            axes.text(0.015, 0.03 + 0.07 * k, text, transform=axes.transAxes, fontsize=9, color="#444444")
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.set_title(f"{pair.title or pair.name}, {threat.name}", loc="left", fontsize=11.5)
