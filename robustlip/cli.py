@@ -161,7 +161,11 @@ def certify(
             for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}")
         ]
     certificate = concatenate(parts)
-    out.json({"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, **certificate.to_json_dict()})
+    if json is not None:
+        from robustlip.certificate_file import from_certificate
+
+        about = {"spec": data, "model": model, "limit": limit, "seed": seed, "context": context, "device": where.partition(":")[0]}
+        out.json(from_certificate(certificate, samples, **about).document())
     correct = np.asarray(certificate.prediction) == np.asarray(certificate.label)
     rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
     rows += [("proved robust (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
@@ -336,3 +340,6 @@ def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in card.items():
         rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]
     return rows
+
+
+import robustlip.cli_trust  # noqa: E402, F401  (the verbs verify and gate; last, because that file takes its options from this one)

@@ -1,0 +1,347 @@
+"""The certificate file: JSON that holds a certificate and everything that is needed to compute it again.
+
+    from robustlip.certificate_file import from_certificate, read, write
+    write(path, from_certificate(certificate, data, spec="digits:test", model="digits-mlp-lipschitz"))
+    file = read(path)                                   # BadInput unless it is whole, known and consistent with itself
+
+A file from outside is hostile. `read` limits its size, takes no NaN, no infinity, no unknown and no repeated key, and refuses
+claims that contradict each other (a radius on a misclassified sample). What it cannot know is whether the claims are true:
+`robustlip.verification.verify` recomputes them. No path and no code named in a file is ever opened or run.
+
+Published as docs/certificate.schema.json; `robustlip verify --schema` prints it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
+
+from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
+from robustlip.data import Dataset
+from robustlip.data.load import parse_spec
+from robustlip.errors import BadInput
+from robustlip.files import json_text, write_text
+from robustlip.rounding import NAMES
+from robustlip.threats import InputBall, Threat, parse_threat
+
+SCHEMA = "robustlip-certificate-1"
+SIZE_LIMIT = 128 * 2**20  # bytes: about 400 000 samples
+REMEDY = "make it again with `robustlip certify --json`"
+DTYPES = (*NAMES, "real")
+
+# One line without control characters: what a file says is shown in terminals.
+Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits")]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Radius = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Unknown keys, strings for numbers, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataSource(Strict):
+    """The rows that the samples are of, as `robustlip.data.load_data` finds them again."""
+
+    spec: Line = Field(description="name:split; of a file its name alone, without folders")
+    note: Line = Field(description="what a table must say of the source, e.g. 'subset'")
+    limit: Annotated[int, Field(ge=1)] | None = Field(description="at most so many rows, drawn by seed; null for all")
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    context: Annotated[int, Field(ge=1)] | None = Field(description="tokens per window of text; null for the default and for images")
+    requested: Annotated[int, Field(ge=1, le=2**63 - 1)] = Field(description="how many rows spec and limit stand for")
+    sha256: Sha256 = Field(description="SHA-256 over the row_sha256 of all samples (as ASCII), in the order of the file")
+
+    @field_validator("spec")
+    @classmethod
+    def _no_folder(cls, spec: str) -> str:
+        if spec.startswith(("/", ".", "~")) or "\\" in spec or spec.count("/") > 1:
+            raise ValueError(f"expected a data name or the name of a file without folders, got {spec!r}; {REMEDY}")
+        return spec
+
+
+class Sample(Strict):
+    """What is claimed of one row."""
+
+    index: Count = Field(description="row in the split, or offset of the window in the split's token stream")
+    label: Count
+    prediction: Count
+    radius: Radius = Field(description="proved: no perturbation of the threat up to this radius changes the prediction; 0 where nothing is proved")
+    status: Literal["certified", "abstained", "misclassified"]
+    reason: Line = Field(description="why it is not certified; empty where it is")
+    row_sha256: Sha256 = Field(description="of dtype NUL shape NUL label NUL and the row's bytes: raw inputs or token ids, little endian")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sample:
+        right = self.prediction == self.label
+        wrong = ""
+        if self.status == CERTIFIED and not right:
+            wrong = f"a certified prediction equal to the label, got prediction {self.prediction} and label {self.label}"
+        elif self.status == CERTIFIED and self.radius == 0:
+            wrong = "a radius above 0 where the status is certified, got 0"
+        elif self.status == CERTIFIED and self.reason:
+            wrong = f"no reason where the status is certified, got {self.reason!r}"
+        elif self.status == MISCLASSIFIED and right:
+            wrong = f"a misclassified prediction that is not the label, got {self.label} for both"
+        elif self.radius > 0 and (self.status == MISCLASSIFIED or not right):
+            wrong = f"radius 0 where the prediction is not the label or the status is misclassified, got {self.radius}"
+        if wrong:
+            raise ValueError(f"sample {self.index}: expected {wrong}; {REMEDY}")
+        return self
+
+
+class CertificateFile(Strict):
+    """A robustlip certificate: for each sample a radius within which the named model's prediction cannot change."""
+
+    schema_version: Literal["robustlip-certificate-1"] = Field(alias="schema", description="version of this format")
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] = Field(description="UTC")
+    model: Line = Field(description="as it was named: zoo name, file name without folders, or package.module:callable")
+    weights_sha256: Sha256 = Field(description="of the weights cast to the covered dtype; see robustlip.hashing")
+    architecture_sha256: Sha256
+    threat: Line = Field(description="name, e.g. l2, linf, embedding-l2@-1, weights-spectral; positions and 'absolute' are part of it")
+    norm: Line
+    units: Line = Field(description="of every radius in this file")
+    clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        description="[low, high]: inputs outside cannot occur; null for the whole ball"
+    )
+    requested_radius: Annotated[float, Field(gt=0)] | None = Field(
+        description="null: the largest radius; a number: samples proved for less are abstained"
+    )
+    method: Line
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "real"] = Field(
+        description="the arithmetic that is covered; 'real' is exact arithmetic only"
+    )
+    device: Line = Field(description="kind of device that computed it: cpu, cuda")
+    versions: Annotated[dict[Line, Line], Field(max_length=20)] = Field(description="of robustlip, its rules and torch")
+    bound: Annotated[dict[Line, float | Line], Field(max_length=50)] = Field(
+        description="Lipschitz constants, for information: verification does not use them"
+    )
+    data: DataSource
+    partial: bool = Field(description="there are fewer samples than data.requested")
+    samples: Annotated[list[Sample], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CertificateFile:
+        missing = {"robustlip", "rules", "torch"} - self.versions.keys()
+        if missing:
+            raise ValueError(f"expected the versions of robustlip, rules and torch, got none of {', '.join(sorted(missing))}; {REMEDY}")
+        try:
+            threat = self.ball()
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+        if (threat.norm, threat.units) != (self.norm, self.units):
+            raise ValueError(
+                f"expected norm {threat.norm!r} and units {threat.units!r} of {self.threat}, got {self.norm!r} and {self.units!r}; {REMEDY}"
+            )
+        seen: set[int] = set()
+        for sample in self.samples:
+            if sample.index in seen:
+                raise ValueError(f"expected each sample once, got index {sample.index} twice; {REMEDY}")
+            seen.add(sample.index)
+            if self.requested_radius is None and sample.status == ABSTAINED and sample.radius > 0:
+                raise ValueError(f"sample {sample.index}: expected radius 0 where the status is abstained, got {sample.radius}; {REMEDY}")
+            if self.requested_radius is not None and (sample.radius >= self.requested_radius) != (sample.status == CERTIFIED):
+                raise ValueError(
+                    f"sample {sample.index}: expected the status certified exactly for a radius of at least the requested {self.requested_radius}, "
+                    f"got {sample.status} at {sample.radius}; {REMEDY}"
+                )
+        count = len(self.samples)
+        if count > self.data.requested:
+            raise ValueError(f"expected at most the {self.data.requested} samples that were requested, got {count}; {REMEDY}")
+        if self.partial != (count < self.data.requested):
+            raise ValueError(
+                f"expected partial to say whether samples are missing, got {self.partial} with {count} of {self.data.requested}; {REMEDY}"
+            )
+        if self.data.sha256 != rows_sha256([sample.row_sha256 for sample in self.samples]):
+            raise ValueError(f"expected data.sha256 to be the hash over the samples' row_sha256, got another; {REMEDY}")
+        return self
+
+    def ball(self) -> Threat:
+        """The threat that was certified."""
+        return parse_threat(self.threat, self.requested_radius, None if self.clip is None else (self.clip[0], self.clip[1]))
+
+    def document(self) -> dict[str, Any]:
+        """The file's JSON as plain types."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def from_certificate(
+    certificate: Certificate,
+    data: Dataset,
+    *,
+    spec: str,
+    model: str,
+    limit: int | None = None,
+    seed: int = 0,
+    context: int | None = None,
+    device: str = "cpu",
+) -> CertificateFile:
+    """The file of a certificate of rows of `data`.
+
+    data: what load_data(spec, limit=limit, seed=seed, context=context) gave; certificate.index names rows of it, not necessarily all:
+    a file with fewer is marked partial. model: how the user named it; folders are left out.
+    Radii are written as they are (JSON of a float64 reads back as the same float64), an infinite one as the largest float64.
+    Raises BadInput when certificate and rows do not belong together.
+    """
+    position = {int(i): at for at, i in enumerate(data.index.tolist())}
+    unknown = [int(i) for i in certificate.index if int(i) not in position]
+    if unknown:
+        raise BadInput(f"expected certified samples among the rows of {spec}, got index {unknown[0]}; certify the rows that load_data gives")
+    at = [position[int(i)] for i in certificate.index]
+    hashes = row_hashes(data.x[at], data.y[at])
+    threat = certificate.threat
+    clip = list(threat.clip) if isinstance(threat, InputBall) and threat.clip is not None else None
+    columns = zip(
+        certificate.index, certificate.label, certificate.prediction, certificate.radius, certificate.status, certificate.reason, hashes, strict=True
+    )
+    document = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "model": Path(model).name if model.endswith(".safetensors") else model,
+        "weights_sha256": certificate.weights_sha256,
+        "architecture_sha256": certificate.architecture_sha256,
+        "threat": threat.name,
+        "norm": threat.norm,
+        "units": threat.units,
+        "clip": None if clip is None else [float(c) for c in clip],
+        "requested_radius": None if threat.radius is None else float(threat.radius),
+        "method": certificate.method,
+        "dtype": certificate.dtype,
+        "device": device,
+        "versions": {key: str(value) for key, value in certificate.versions.items()},
+        "bound": {key: _finite(value) for key, value in certificate.bound.items()},
+        "data": {
+            "spec": _portable(spec, data.split),
+            "note": data.note,
+            "limit": limit,
+            "seed": seed,
+            "context": context,
+            "requested": len(data),
+            "sha256": rows_sha256(hashes),
+        },
+        "partial": len(at) < len(data),
+        "samples": [
+            {
+                "index": int(i), "label": int(y), "prediction": int(p), "radius": min(float(r), sys.float_info.max), "status": s,
+                "reason": why[:300], "row_sha256": sha,
+            }
+            for i, y, p, r, s, why, sha in columns
+        ],
+    }  # fmt: skip
+    file = _validated(document, "the certificate")
+    if file.ball() != threat:
+        raise BadInput(f"expected a threat that its name, radius and clip describe, got {threat}; use one that parse_threat gives")
+    return file
+
+
+def write(path: Path, file: CertificateFile) -> None:
+    """Write the file whole or not at all. Raises BadInput when the place cannot be written."""
+    write_text(path, json_text(file.document()))
+
+
+def read(path: str | Path) -> CertificateFile:
+    """The certificate in a file. Raises BadInput, one sentence, for anything else."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > SIZE_LIMIT:
+            raise BadInput(f"expected a certificate of at most {SIZE_LIMIT} bytes, got {path.name} with {size}; certify fewer samples a file")
+        text = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"expected a certificate file, got {str(path)!r} ({error.strerror or error}); check the path") from None
+    return parse(text, path.name)
+
+
+def parse(text: bytes, source: str = "the certificate") -> CertificateFile:
+    """The certificate that a text is. source: what messages call it. Raises BadInput for anything else."""
+
+    def constant(name: str) -> NoReturn:
+        raise BadInput(f"{source}: expected numbers, got {name}; {REMEDY}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise BadInput(f"{source}: expected each key once, got {next(n for n in names if names.count(n) > 1)!r} twice; {REMEDY}")
+        return found
+
+    try:
+        raw = json.loads(text.decode("utf-8"), parse_constant=constant, object_pairs_hook=once)
+    except BadInput:
+        raise
+    except RecursionError:
+        raise BadInput(f"{source}: expected a certificate, got JSON nested without end; {REMEDY}") from None
+    except ValueError as error:  # not JSON, not UTF-8, or an integer of thousands of digits
+        raise BadInput(f"{source}: expected whole JSON in UTF-8, got something else ({str(error)[:120]}); copy the file again, or {REMEDY}") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"{source}: expected a JSON object, got {type(raw).__name__}; {REMEDY}")
+    if raw.get("schema") != SCHEMA:
+        raise BadInput(f"{source}: expected the schema {SCHEMA!r}, got {_shown(raw.get('schema'))}; {REMEDY} of this version")
+    return _validated(raw, source)
+
+
+def json_schema() -> dict[str, Any]:
+    """The published schema of the file. Rules between fields (a misclassified sample has radius 0) are checked by `read` on top."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **CertificateFile.model_json_schema(by_alias=True)}
+
+
+def row_hashes(x: Tensor, y: Tensor) -> list[str]:
+    """SHA-256 of each row (input and label): x (N, …) as loaded, before any cast; y (N,). Independent of the device."""
+    array = np.ascontiguousarray(x.detach().cpu().numpy())
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    head = f"{str(x.dtype).removeprefix('torch.')}\0{tuple(array.shape[1:])}\0"
+    return [hashlib.sha256(f"{head}{label}\0".encode() + row.tobytes()).hexdigest() for row, label in zip(array, y.tolist(), strict=True)]
+
+
+def rows_sha256(hashes: list[str]) -> str:
+    """SHA-256 over row hashes in their order."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def explain(error: ValidationError, source: str, remedy: str) -> str:
+    """The first complaint of pydantic as one sentence: where, what was expected, what was got, what to do."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "top level"
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, Exception):  # raised by our own validators: already a whole sentence
+        return f"{source}: {cause}"
+    if first["type"] == "extra_forbidden":
+        return f"{source}: expected only known keys, got {where[:100]!r}; remove or correct it"
+    if first["type"] == "missing":
+        return f"{source}: expected the key {where!r}, got none; {remedy}"
+    expected = first["msg"].removeprefix("Input should be ")
+    return f"{source}: expected at {where} {expected[:1].lower()}{expected[1:]}, got {_shown(first.get('input'))}; {remedy}"
+
+
+def _validated(raw: dict[str, Any], source: str) -> CertificateFile:
+    try:
+        return CertificateFile.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(explain(error, source, REMEDY)) from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _finite(value: float | str) -> float | str:
+    return value if isinstance(value, str) or math.isfinite(value) else "infinite"
+
+
+def _portable(spec: str, split: str) -> str:
+    """The specification with its split and without the folders of this machine."""
+    name, _ = parse_spec(spec)
+    if name.endswith(".parquet"):
+        return Path(name).name
+    return f"{Path(name).name if name.endswith('.txt') else name}:{split}"

@@ -1,0 +1,316 @@
+"""The gate: yes or no before deployment, by a policy that a person wrote.
+
+    policy = load_policy("policy.toml")
+    report = gate(policy, model, policy_rows(policy, data_dir, model.vocabulary))
+    report.exit_code                # 0 pass, 1 below (or no usable certificate), 3 unsound
+
+The rule is the policy's and nothing else: every accuracy is a count over all rows of the policy's data, divided by their number, and is met
+when it is ≥ the required one. A sample counts as certified at a radius when it is classified correctly and a radius of at least that
+one is proved. The Wilson bound beside it says what such a count means for data like these; it decides nothing.
+
+Without certificate files the gate certifies. With them it verifies each first (`robustlip.verification`) and counts the smaller of the
+claimed and the recomputed radius. A partial, stale or unverifiable file fails the gate, also beside good ones.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError, field_validator, model_validator
+from torch import nn
+
+from robustlip.certificate_file import CertificateFile, Line, Strict, explain
+from robustlip.data import Dataset, load_data
+from robustlip.data.load import is_text, parse_spec
+from robustlip.errors import BadInput
+from robustlip.threats import InputBall, Threat, parse_threat
+from robustlip.verification import Advance, Verification, cast, prove, verify
+
+SIZE_LIMIT = 2**20
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ThreatRequirement(Strict):
+    """At least min_certified_accuracy of all rows certified at `radius`, in the units of the threat.
+
+    name: see `robustlip.threats.parse_threat`. clip: [low, high] of the inputs. method: None takes any proof ('best' where the gate certifies).
+    """
+
+    name: Line
+    radius: Annotated[float, Field(gt=0)]
+    min_certified_accuracy: Share
+    method: Line | None = None
+    clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> ThreatRequirement:
+        self.ball()
+        return self
+
+    def ball(self) -> Threat:
+        return parse_threat(self.name, self.radius, None if self.clip is None else (self.clip[0], self.clip[1]))
+
+
+class Policy(Strict):
+    """What a model has to show, on which rows and in which arithmetic.
+
+    data, limit, seed, context: as in `robustlip.data.load_data`; a file is named relative to where the gate runs. min_samples: fewer rows
+    fail, whatever they show. min_clean_accuracy: share of rows whose prediction is the label, in `dtype`.
+    require_attack: `attack` runs at every radius, and success inside a certified radius is a soundness bug (exit code 3).
+    """
+
+    data: Line
+    limit: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    context: Annotated[int, Field(ge=1)] | None = None
+    dtype: Literal["float64", "float32", "bfloat16", "float16", "real"]
+    min_samples: Annotated[int, Field(ge=1)]
+    min_clean_accuracy: Share
+    require_attack: bool = False
+    attack: Literal["min", "pgd"] = "min"
+    threat: Annotated[list[ThreatRequirement], Field(min_length=1)]
+
+    @field_validator("threat")
+    @classmethod
+    def _once(cls, threats: list[ThreatRequirement]) -> list[ThreatRequirement]:
+        keys = [(t.name, t.radius, t.clip and tuple(t.clip)) for t in threats]
+        if len(set(keys)) != len(keys):
+            raise ValueError("expected each threat once at each radius, got one twice; keep the stricter one")
+        return threats
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One line of the table. got: None where nothing could be measured. lower: Wilson bound (95 %, one-sided) of an accuracy, for information."""
+
+    what: str
+    required: float
+    got: float | None
+    passed: bool
+    lower: float | None = None
+    remark: str = ""
+
+    @property
+    def slack(self) -> float:
+        """How far above (or, negative, below) the requirement, relative to it; −∞ where nothing was measured."""
+        if self.got is None:
+            return -math.inf
+        return (self.got - self.required) / self.required if self.required > 0 else self.got - self.required
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """requirements: in the order of the policy. refusals: certificate files that cannot be used, and why. violations: proved, and yet broken."""
+
+    requirements: tuple[Requirement, ...]
+    refusals: tuple[str, ...] = ()
+    violations: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        if self.violations:
+            return 3
+        passed = bool(self.requirements) and all(r.passed for r in self.requirements) and not self.refusals
+        return 0 if passed else 1
+
+    @property
+    def verdict(self) -> str:
+        return {0: "pass", 1: "fail", 3: "unsound"}[self.exit_code]
+
+    @property
+    def worst(self) -> Requirement | None:
+        """The requirement that is missed by most; where all are met, the accuracy that is met by least."""
+        shares = [r for r in self.requirements if r.lower is not None or not r.passed]
+        return min(shares, key=lambda r: (r.passed, r.slack), default=None)
+
+    def sentence(self) -> str:
+        """Why the gate does not pass, or what is closest to failing."""
+        if self.violations or self.refusals:
+            reasons = self.violations or self.refusals
+            return reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
+        worst = self.worst
+        if worst is None:
+            return "no requirement was measured"
+        got = "nothing" if worst.got is None else f"{worst.got:.6g}"
+        remark = f" ({worst.remark})" if worst.remark else ""
+        more = sum(not r.passed for r in self.requirements) - 1
+        others = f"; {more} more {'is' if more == 1 else 'are'} not met" if more > 0 else ""
+        return f"{'closest: ' if worst.passed else ''}{worst.what}: expected at least {worst.required:g}, got {got}{remark}{others}"
+
+    def to_json_dict(self) -> dict[str, Any]:
+        worst = self.worst
+        return {
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "requirements": [asdict(r) for r in self.requirements],
+            "worst": None if worst is None else worst.what,
+            "refusals": list(self.refusals),
+            "violations": list(self.violations),
+            "notes": list(self.notes),
+        }
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The policy of a TOML file. Raises BadInput, one sentence, for anything else."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > SIZE_LIMIT:
+            raise BadInput(f"expected a policy of at most {SIZE_LIMIT} bytes, got {path.name} with more; name a policy file")
+        raw = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise BadInput(f"expected a policy file, got {str(path)!r} ({error.strerror or error}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"expected a policy in TOML, got {path.name}, which does not parse ({error}); mend that place") from None
+    try:
+        return Policy.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(explain(error, path.name, "correct the policy")) from None
+
+
+def policy_rows(policy: Policy, data_dir: str | Path | None = None, vocabulary: str | None = None) -> Dataset:
+    """The rows that the policy speaks of. vocabulary: the model's. Raises BadInput and DataUnavailable as load_data does."""
+    words = vocabulary if is_text(parse_spec(policy.data)[0]) else None
+    return load_data(policy.data, data_dir=data_dir, limit=policy.limit, seed=policy.seed, context=policy.context, vocabulary=words)
+
+
+def gate(
+    policy: Policy,
+    model: nn.Module,
+    data: Dataset,
+    certificates: Sequence[tuple[str, CertificateFile]] | None = None,
+    *,
+    attack: Any = None,
+    batch_size: int = 256,
+    advance: Advance | None = None,
+) -> GateReport:
+    """Hold a model against a policy.
+
+    data: from `policy_rows`. certificates: (name, file) pairs to verify and count; None: certify here; an empty list has no certificate at all.
+    attack: an Attack (see robustlip.attacks), needed exactly where the policy requires one; the core knows none by itself.
+    Raises BadInput when the model cannot be certified as the policy asks.
+    """
+    if policy.require_attack and attack is None:
+        raise BadInput(f"expected the attack {policy.attack!r} that the policy requires, got none; pass attack=")
+    chain = cast(model, policy.dtype)
+    rows = list(range(len(data)))
+    labels = data.y.numpy()
+    refusals: list[str] = []
+    violations: list[str] = []
+    notes: list[str] = []
+    usable: list[tuple[CertificateFile, Verification]] = []
+    for name, file in certificates or ():
+        checked = _usable(name, file, policy, model, data, batch_size, advance)
+        notes += [f"{name}: {note}" for note in checked.notes]
+        if checked.exit_code == 0:
+            usable.append((file, checked))
+        else:
+            (violations if checked.exit_code == 3 else refusals).append(f"{name}: {checked.sentence()}")
+
+    prediction: np.ndarray | None = None
+    lines: list[Requirement] = []
+    for wanted in policy.threat:
+        ball, what = wanted.ball(), f"certified accuracy against {wanted.name} at {wanted.radius:g}"
+        if certificates is None:
+            radius, prediction = prove(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size, advance)
+        else:
+            matching = [pair for pair in usable if _covers(pair[0], wanted)]
+            if not matching:
+                lines.append(Requirement(what, wanted.min_certified_accuracy, None, False, remark="no usable certificate of this threat"))
+                continue
+            file, checked = max(matching, key=lambda pair: float(np.mean(_counted(*pair, data) >= wanted.radius)))
+            radius = _counted(file, checked, data)
+            prediction = _in_order(file, checked.prediction, data)
+        right = prediction == labels
+        lines.append(_share(what, wanted.min_certified_accuracy, right & (radius >= wanted.radius)))
+        if attack is not None and policy.require_attack:
+            broken = _broken(attack, chain, data, ball, radius, policy.seed)
+            lines.append(
+                Requirement(
+                    f"share that withstands {attack.name} inside its proved radius, {wanted.name}", 1.0, 1 - len(broken) / len(data), not broken
+                )
+            )
+            violations += broken
+    if prediction is None:
+        clean = Requirement("clean accuracy", policy.min_clean_accuracy, None, False, remark="no usable certificate")
+    else:
+        clean = _share("clean accuracy", policy.min_clean_accuracy, prediction == labels)
+    count = Requirement("samples", policy.min_samples, len(data), len(data) >= policy.min_samples)
+    if data.note:
+        notes.append(f"data: {data.note}")
+    return GateReport((count, clean, *lines), tuple(refusals), tuple(violations), tuple(notes))
+
+
+def wilson_lower(count: int, total: int, z: float = 1.6449) -> float:
+    """Lower end of the one-sided Wilson interval of a share (95 % for z = 1.6449). Wilson 1927."""
+    share = count / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, (centre - spread) / (1 + z * z / total))
+
+
+def _share(what: str, required: float, hits: np.ndarray) -> Requirement:
+    count, total = int(hits.sum()), len(hits)
+    # One correctly rounded division: 342 of 360 is the very float64 that 0.95 reads as.
+    got = count / total
+    return Requirement(what, required, got, got >= required, wilson_lower(count, total))
+
+
+def _usable(
+    name: str, file: CertificateFile, policy: Policy, model: nn.Module, data: Dataset, batch_size: int, advance: Advance | None
+) -> Verification:
+    """The verification of a file on the policy's rows; not verified without recomputing when it is of another arithmetic."""
+    from robustlip.verification import Finding
+
+    if file.dtype != policy.dtype:
+        sentence = f"expected a certificate that covers {policy.dtype}, got one that covers {file.dtype}; certify with --dtype {policy.dtype}"
+        return Verification((Finding("dtype", sentence),))
+    return verify(file, model, data, batch_size=batch_size, advance=advance)
+
+
+def _covers(file: CertificateFile, wanted: ThreatRequirement) -> bool:
+    """A certificate of the whole ball covers the clipped one."""
+    same = file.threat == wanted.name and file.clip in (None, wanted.clip)
+    return same and wanted.method in (None, file.method)
+
+
+def _counted(file: CertificateFile, checked: Verification, data: Dataset) -> np.ndarray:
+    claimed = np.array([sample.radius for sample in file.samples])
+    assert checked.radius is not None
+    return _in_order(file, np.minimum(claimed, checked.radius), data)
+
+
+def _in_order(file: CertificateFile, values: np.ndarray | None, data: Dataset) -> np.ndarray:
+    """Values in the order of the file's samples → in the order of the data. A verified file has every row of the data once."""
+    assert values is not None
+    at = {sample.index: i for i, sample in enumerate(file.samples)}
+    return values[[at[i] for i in data.index.tolist()]]
+
+
+def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: np.ndarray, seed: int) -> list[str]:
+    """Samples on which the attack succeeds inside the certified radius: none, unless there is a soundness bug."""
+    first = next(chain.parameters())
+    x = data.x
+    moved = np.zeros(len(x))
+    if x.is_floating_point() and x.dtype != first.dtype:
+        seen = x.to(first.dtype)
+        if isinstance(ball, InputBall):  # the attack starts from the cast point; radii count from the given one
+            order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[ball.norm]
+            moved = torch.linalg.vector_norm((seen.double() - x.double()).flatten(1), ord=order, dim=1).numpy()
+        x = seen
+    generator = torch.Generator().manual_seed(seed)
+    observed = attack(chain, x.to(first.device), data.y.to(first.device), ball, generator=generator, index=data.index)
+    # `not <=`, so that a NaN counts as a contradiction. Misclassified samples have radius 0 on both sides.
+    wrong = np.flatnonzero(~(radius <= observed.radius + moved))
+    return [
+        f"expected no success inside the certified radius {radius[i]!r} of sample {int(data.index[i])} ({ball.name}), got {attack.name} at distance "
+        f"{float(observed.radius[i])!r}; this is a soundness bug: report it and do not rely on these certificates"
+        for i in wrong.tolist()
+    ]

@@ -1,0 +1,253 @@
+"""Is a certificate file of this model and these rows, and do its radii recompute?
+
+    verification = verify(file, model, load_rows(file.data, data_dir, model.vocabulary))
+    verification.exit_code          # 0 verified; 1 of something else, or not reproduced; 3 claims more than can be proved
+
+What is compared, in this order: weights (their SHA-256 in the covered dtype), architecture, version of the rules, rows (index, SHA-256,
+label). Where one differs the certificate is *stale*: it speaks of something else, and nothing is recomputed. Then the radii: the same
+method in the same dtype on the same rows; every claim has to be at most what this machine proves. A smaller claim is fine.
+
+Tolerance. The recomputed radius r is a proof by itself, on any machine: its allowance covers the rounding of every order of
+summation. A claim above r is therefore proved only if another machine had larger margins, within rounding. Logits of two BLAS
+libraries, devices or batch sizes differ by about 10⁻⁷ to 10⁻⁶ of their size in float32, and a radius is a margin over a constant, so
+radii of margins of at least a thousandth of the logits agree to 10⁻³ (in practice to 10⁻⁵). Hence three zones for a claim c:
+
+- c ≤ r·(1 + 10⁻⁹): reproduced (10⁻⁹: float64 arithmetic of the formula itself).
+- c ≤ r·(1 + 10⁻³): reproduced within rounding; said, and never used: a gate counts min(c, r).
+- above: not reproduced. It is reported as *unsound*, unless torch or the kind of device is not the one that wrote the file and c is at
+  most the radius in real arithmetic, which no honest allowance lets a claim exceed: then rounding of the other build can explain it (margins
+  close to the allowance, and the 8 or 11 bits of bfloat16 and float16), it counts as not verified, and certifying here settles it.
+
+bfloat16 and float16 margins can move by more than 10⁻³ with the batch size too; verify with the one that certified.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import robustlip.certifiers as certifiers
+from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
+from robustlip.data import Dataset, load_data
+from robustlip.data.load import is_text, parse_spec
+from robustlip.hashing import architecture_sha256, weights_sha256
+from robustlip.layers import Chain, as_chain
+from robustlip.rounding import NAMES, dtype_of
+from robustlip.threats import Threat
+
+ARITHMETIC = 1e-9
+ROUNDING = 1e-3
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference. kind: weights, architecture, dtype, rules, data, row, label, prediction, radius or partial. sample: its index, or None."""
+
+    kind: str
+    sentence: str
+    sample: int | None = None
+    unsound: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """findings: empty exactly when the file is verified. notes: what a reader should know anyway.
+
+    radius, prediction: recomputed, in the order of the file's samples (N,); None where nothing was recomputed.
+    """
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    radius: np.ndarray | None = field(default=None)
+    prediction: np.ndarray | None = field(default=None)
+
+    @property
+    def exit_code(self) -> int:
+        return 3 if any(f.unsound for f in self.findings) else 1 if self.findings else 0
+
+    @property
+    def verdict(self) -> str:
+        return {0: "verified", 1: "not verified", 3: "unsound"}[self.exit_code]
+
+    def sentence(self) -> str:
+        """Everything that differs, in one sentence; long lists are cut."""
+        worst = sorted(self.findings, key=lambda f: not f.unsound)
+        more = f"; and {len(worst) - 3} more" if len(worst) > 3 else ""
+        return "; ".join(f.sentence for f in worst[:3]) + more
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "findings": [{"kind": f.kind, "sample": f.sample, "unsound": f.unsound, "sentence": f.sentence} for f in self.findings],
+            "notes": list(self.notes),
+        }
+
+
+def load_rows(source: DataSource, data_dir: str | Path | None = None, vocabulary: str | None = None, *, spec: str | None = None) -> Dataset:
+    """The rows that a certificate names, loaded again.
+
+    A file is looked for by its name in data_dir, then in the current folder. spec: where they are instead; what they are is checked by hash.
+    vocabulary: the model's. Raises BadInput, DataUnavailable as load_data does.
+    """
+    where = spec or source.spec
+    name, _, split = where.partition(":")
+    if spec is None and data_dir is not None and name.endswith((".parquet", ".txt")) and (Path(data_dir) / name).is_file():
+        where = str(Path(data_dir) / name) + (f":{split}" if split else "")
+    # The vocabulary belongs to texts; a model of images has none.
+    words = vocabulary if is_text(parse_spec(where)[0]) else None
+    return load_data(where, data_dir=data_dir, limit=source.limit, seed=source.seed, context=source.context, vocabulary=words)
+
+
+def cast(model: nn.Module, dtype: str) -> Chain:
+    """The model as a certificate of `dtype` covers it: itself, or a copy in that dtype ('real': float64)."""
+    chain = as_chain(model)
+    wanted = torch.float64 if dtype == "real" else dtype_of(dtype)
+    if all(p.dtype == wanted for p in chain.parameters()):
+        return chain
+    return copy.deepcopy(chain).to(wanted)
+
+
+def prove(
+    model: nn.Module, data: Dataset, rows: Sequence[int], threat: Threat, method: str, dtype: str, batch_size: int, advance: Advance | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(radius float64, prediction int64) of `rows` of the data, certified batch by batch; model: already cast to dtype."""
+    radius, prediction = [], []
+    chosen = torch.as_tensor(rows, dtype=torch.int64)
+    for start in range(0, len(rows), batch_size):
+        if advance is not None:
+            advance(start, len(rows))
+        part = chosen[start : start + batch_size]
+        found = certifiers.certify(model, data.x[part], data.y[part], threat, method, dtype=dtype, index=data.index[part], batch_size=batch_size)
+        radius.append(found.radius)
+        prediction.append(found.prediction)
+    return np.concatenate(radius), np.concatenate(prediction)
+
+
+@torch.no_grad()
+def verify(file: CertificateFile, model: nn.Module, data: Dataset, *, batch_size: int = 256, advance: Advance | None = None) -> Verification:
+    """Compare a certificate file with a model and with the rows it names, and recompute its radii. See the head of this module.
+
+    data: from `load_rows`. advance: called with (samples done, samples). Raises BadInput when the model cannot be certified in that way at all.
+    """
+    chain = cast(model, file.dtype)
+    notes = _notes(file, data)
+    stale = [*_model_differs(file, model, chain), *_rows_differ(file, data)]
+    if file.partial:
+        sentence = f"expected all {file.data.requested} samples that were requested, got {len(file.samples)}: it is partial; certify to the end"
+        stale.append(Finding("partial", sentence))
+    if any(finding.kind != "partial" for finding in stale):
+        return Verification(tuple(stale), notes)
+    position = {i: at for at, i in enumerate(data.index.tolist())}
+    rows = [position[sample.index] for sample in file.samples]
+    radius, prediction = prove(chain, data, rows, file.ball(), file.method, file.dtype, batch_size, advance)
+    differ, close = _compare(file, radius, prediction, chain, data, rows)
+    if close:
+        largest = max(excess for _, excess in close)
+        notes += (f"{len(close)} of {len(rows)} radii are reproduced within rounding only: claims exceed them by up to a relative {largest:.1e}",)
+    return Verification((*stale, *differ), notes, radius, prediction)
+
+
+def _model_differs(file: CertificateFile, model: nn.Module, chain: Chain) -> list[Finding]:
+    found = []
+    got = weights_sha256(chain)
+    if got != file.weights_sha256:
+        other = next((name for name in NAMES if weights_sha256(cast(model, name)) == file.weights_sha256), None)
+        if other is None:
+            sentence = f"expected weights with SHA-256 {file.weights_sha256[:12]}…, got {got[:12]}…: it is of other weights; certify this model"
+            found.append(Finding("weights", sentence))
+        else:
+            sentence = f"expected the dtype {other} of the certified weights, got {file.dtype}: the dtype was changed; certify in {file.dtype}"
+            found.append(Finding("dtype", sentence))
+    if architecture_sha256(chain) != file.architecture_sha256:
+        hint = "" if _same_torch(file) else f" (torch {file.versions['torch']} wrote it and may print layers differently)"
+        found.append(Finding("architecture", f"expected the architecture that was certified, got another{hint}; certify this model"))
+    rules = certifiers.RULES_VERSION
+    if file.versions["rules"] != rules:
+        sentence = f"expected version {rules} of the rules, got a certificate of version {file.versions['rules']}; certify again with these rules"
+        found.append(Finding("rules", sentence))
+    return found
+
+
+def _rows_differ(file: CertificateFile, data: Dataset) -> list[Finding]:
+    found = []
+    if len(data) != file.data.requested:
+        sentence = (
+            f"expected the {file.data.requested} rows of {file.data.spec}, got {len(data)}: the data source differs; use the one that was certified"
+        )
+        found.append(Finding("data", sentence))
+    position = {i: at for at, i in enumerate(data.index.tolist())}
+    present = [sample for sample in file.samples if sample.index in position]
+    at = [position[sample.index] for sample in present]
+    hashes = row_hashes(data.x[at], data.y[at]) if at else []
+    labels = data.y[at].tolist() if at else []
+    for sample in file.samples:
+        if sample.index not in position:
+            sentence = f"expected row {sample.index} among the rows of {file.data.spec}, got none; use the data, limit and seed that were certified"
+            found.append(Finding("data", sentence, sample.index))
+    for sample, sha, label in zip(present, hashes, labels, strict=True):
+        if sha != sample.row_sha256:
+            sentence = f"expected row {sample.index} with SHA-256 {sample.row_sha256[:12]}…, got {sha[:12]}…: that row was changed; certify this data"
+            found.append(Finding("row", sentence, sample.index))
+        elif label != sample.label:
+            sentence = f"expected the label {label} of row {sample.index}, got {sample.label} in the file: it was altered; certify again"
+            found.append(Finding("label", sentence, sample.index))
+    return found
+
+
+def _compare(
+    file: CertificateFile, radius: np.ndarray, prediction: np.ndarray, chain: Chain, data: Dataset, rows: list[int]
+) -> tuple[list[Finding], list[tuple[int, float]]]:
+    """(what is not reproduced, (index, relative excess) of what is within rounding)."""
+    claims = np.array([sample.radius for sample in file.samples])
+    # `not <=`, so that a NaN counts as not reproduced.
+    beyond = ~(claims <= radius * (1 + ROUNDING))
+    excusable = np.zeros(len(claims), dtype=bool)
+    if beyond.any() and not (_same_torch(file) and _device(chain) == file.device) and file.dtype not in ("real", "float64"):
+        failing = [row for row, failed in zip(rows, beyond, strict=True) if failed]
+        ideal, _ = prove(cast(chain, "real"), data, failing, file.ball(), file.method, "real", 256)
+        excusable[beyond] = claims[beyond] <= ideal * (1 + ARITHMETIC)
+    found, close = [], []
+    for sample, r, p, failed, excused in zip(file.samples, radius.tolist(), prediction.tolist(), beyond.tolist(), excusable.tolist(), strict=True):
+        if failed:
+            sentence = f"expected a radius of at most {r!r} for sample {sample.index} (recomputed), got the claim {sample.radius!r}"
+            why = "it is not proved; do not rely on this file"
+            if excused:
+                why = f"rounding of torch {file.versions['torch']} on {file.device} can explain it; certify on this machine"
+            found.append(Finding("radius", f"{sentence}; {why}", sample.index, unsound=not excused))
+        elif p != sample.prediction:
+            sentence = f"expected the prediction {p} for sample {sample.index} (recomputed), got {sample.prediction} in the file; certify again"
+            found.append(Finding("prediction", sentence, sample.index))
+        elif sample.radius > r * (1 + ARITHMETIC):
+            close.append((sample.index, sample.radius / r - 1 if r > 0 else math.inf))
+    return found, close
+
+
+def _notes(file: CertificateFile, data: Dataset) -> tuple[str, ...]:
+    from robustlip import __version__
+
+    notes = []
+    if data.note != file.data.note:
+        notes.append(f"the data source says {data.note or 'nothing'!r} now and said {file.data.note or 'nothing'!r}; rows are compared by hash")
+    for name, now in (("robustlip", __version__), ("torch", torch.__version__)):
+        if file.versions[name] != str(now):
+            notes.append(f"certified with {name} {file.versions[name]}, recomputed with {now}")
+    return tuple(notes)
+
+
+def _same_torch(file: CertificateFile) -> bool:
+    return file.versions["torch"] == str(torch.__version__)
+
+
+def _device(chain: Chain) -> str:
+    return next(chain.parameters()).device.type
