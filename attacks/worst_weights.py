@@ -5,12 +5,22 @@ Random weights hide unsound bounds: their heads share the norm evenly and their 
 
 from __future__ import annotations
 
+import copy
+import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from robustlip.layers import Attention
+from robustlip.errors import BadInput
+from robustlip.layers import Attention, Chain, NextTokenChain, Normalize, Residual, ScaledGELU
+from robustlip.rules.elementwise import GELU_SLOPE
+from robustlip.spectral import spectral_norm_bound
+
+# Above this width a step normalises by warm-started power iteration; the weights that are returned are always normalised by an exact SVD.
+_EXACT_WIDTH = 64
+_NAMES = ("query", "key", "value", "output")
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,24 @@ class WorstAttention:
     sensitivity: float
 
 
-def _normalised(raw: Tensor, cap: float) -> Tensor:
-    """raw scaled to spectral norm `cap`, differentiably."""
-    return cap * raw / torch.linalg.matrix_norm(raw, 2)
+class _Capped:
+    """A stack of raw matrices (B, m, n), scaled differentiably to spectral norms `cap` (B,) each."""
+
+    def __init__(self, raw: Tensor, cap: Tensor) -> None:
+        self.raw, self.cap = raw, cap
+        self.right = torch.ones(*raw.shape[:-2], raw.shape[-1], 1, dtype=raw.dtype, device=raw.device)
+
+    def matrix(self, exact: bool) -> Tensor:
+        """(B·m, n)."""
+        if exact:
+            sigma = torch.linalg.matrix_norm(self.raw, 2)
+        else:
+            with torch.no_grad():
+                for _ in range(4):
+                    self.right = nn.functional.normalize(self.raw.mT @ (self.raw @ self.right), dim=-2)
+            # With the right singular vector held fixed, the gradient of ‖Wv‖ is uvᵀ: that of σ(W).
+            sigma = (self.raw @ self.right).norm(dim=(-2, -1))
+        return (self.raw * (self.cap / sigma)[:, None, None]).flatten(0, 1)
 
 
 def worst_attention(
@@ -51,7 +76,29 @@ def worst_attention(
 
     The objective is Σ_t ‖J_{i,t}ᵀu‖₂ for an output direction u at the last token i: exactly ‖Jδ‖ along u for the best per-token unit δ.
     """
-    domain = width**0.5 if domain is None else domain
+    layer = Attention(width, heads, scale=scale, causal=causal)
+    norms = {name: torch.full((1,), caps, dtype=torch.float64) for name in _NAMES}
+    if per_head:
+        norms |= {name: torch.full((heads,), caps / heads**0.5, dtype=torch.float64) for name in _NAMES[:3]}
+    return _ascend(layer, norms, tokens, width**0.5 if domain is None else domain, steps, starts, seed)
+
+
+def worst_attention_like(
+    layer: Attention, *, domain: float, tokens: int = 3, per_head: bool = False, steps: int = 300, starts: int = 1, seed: int = 0
+) -> WorstAttention:
+    """The worst weights for a given layer: its shape, scale, mask and positions, and for each matrix the spectral norm that it has now
+    (with per_head, for each head's slice of query, key and value). Tokens at ‖x_t‖₂ ≤ domain.
+    """
+    norms = {}
+    for name in _NAMES:
+        weight = getattr(layer, name).weight.detach().double().cpu()
+        parts = weight.unflatten(0, (layer.heads, -1)) if per_head and name != "output" else weight[None]
+        norms[name] = torch.linalg.matrix_norm(parts, 2)
+    return _ascend(layer, norms, tokens, domain, steps, starts, seed)
+
+
+def _ascend(template: Attention, norms: dict[str, Tensor], tokens: int, domain: float, steps: int, starts: int, seed: int) -> WorstAttention:
+    width = template.width
     best: WorstAttention | None = None
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed + start)
@@ -59,31 +106,22 @@ def worst_attention(
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: B023 (used at once)
 
-        layer = Attention(width, heads, scale=scale, causal=causal).double().requires_grad_(False)
-        names = ("query", "key", "value", "output")
-        raw = {name: draw(width, width) for name in names}
+        layer = copy.deepcopy(template).cpu().double().requires_grad_(False)
+        raw = {name: _Capped(draw(len(norms[name]), width // len(norms[name]), width), norms[name]) for name in _NAMES}
         tokens_raw, u_raw = draw(1, tokens, width), draw(width)
 
-        def weights() -> dict[str, Tensor]:
-            out = {}
-            for name, matrix in raw.items():  # noqa: B023
-                if per_head and name != "output":
-                    out[name] = torch.cat([_normalised(part, caps / heads**0.5) for part in matrix.chunk(heads)])
-                else:
-                    out[name] = _normalised(matrix, caps)
-            return {f"{name}.weight": matrix for name, matrix in out.items()}
+        def weights(exact: bool) -> dict[str, Tensor]:
+            return {f"{name}.weight": capped.matrix(exact or width <= _EXACT_WIDTH) for name, capped in raw.items()}  # noqa: B023
 
-        def jacobian_rows() -> tuple[Tensor, Tensor]:
+        def jacobian_rows(exact: bool = False) -> tuple[Tensor, Tensor]:
             norm = tokens_raw.norm(dim=-1, keepdim=True)  # noqa: B023
             x = tokens_raw * (domain / norm).clamp_max(1.0)  # noqa: B023
-            if not x.requires_grad:
-                x = x.requires_grad_()
-            out = torch.func.functional_call(layer, weights(), (x,))  # noqa: B023
+            out = torch.func.functional_call(layer, weights(exact), (x,))  # noqa: B023
             u = u_raw / u_raw.norm()  # noqa: B023
             (g,) = torch.autograd.grad((out[0, -1] * u).sum(), x, create_graph=True)  # noqa: B023
             return x, g
 
-        optimizer = torch.optim.Adam([*raw.values(), tokens_raw, u_raw], lr=0.05)
+        optimizer = torch.optim.Adam([*(capped.raw for capped in raw.values()), tokens_raw, u_raw], lr=0.05)
         # The flash kernels have no second derivative; the plain one does.
         with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             for step in range(steps):
@@ -93,11 +131,105 @@ def worst_attention(
                 optimizer.zero_grad()
                 (-g.norm(dim=-1).sum()).backward()
                 optimizer.step()
-            x, g = jacobian_rows()
+            x, g = jacobian_rows(exact=True)
         value = float(g.detach().norm(dim=-1).sum())
         if best is None or value > best.sensitivity:
-            layer.load_state_dict({k: v.detach() for k, v in weights().items()})
+            layer.load_state_dict({k: v.detach() for k, v in weights(exact=True).items()}, strict=False)
             direction = (g / g.norm(dim=-1, keepdim=True).clamp_min(1e-300)).detach()
             best = WorstAttention(layer, x.detach(), direction, value)
     assert best is not None
     return best
+
+
+def steepest_gelu(approximate: str) -> float:
+    """Where GELU's slope is largest: √2 for the erf form (gelu'' = φ(z)(2 − z²)), by bisection for the tanh form."""
+    if approximate == "none":
+        return math.sqrt(2.0)
+    low, high = 1.0, 2.0
+    for _ in range(60):
+        middle = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(nn.functional.gelu(middle, approximate="tanh"), middle, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, middle)
+        low, high = ((low + high) / 2, high) if float(curvature) > 0 else (low, (low + high) / 2)
+    return (low + high) / 2
+
+
+def worst_mlp(layers: nn.Sequential, domain: float | None = None) -> tuple[nn.Sequential, Tensor]:
+    """The most sensitive weights of a chain of Linear and elementwise layers in which each matrix keeps its spectral norm, and the input (n,)
+    where they are: W = σ·e₁e₁ᵀ all the way, so that no norm is lost between layers, and biases (free, where there are any) that put every
+    activation where it is steepest. float64. domain: ‖x‖₂ ≤ domain, None for all inputs; without a bias the first activation is reached by x.
+
+    Raises BadInput for layers of other kinds.
+    """
+    worst = copy.deepcopy(layers).cpu().double().requires_grad_(False)
+    linear = [m for m in worst if type(m) is nn.Linear]
+    if not linear:
+        raise BadInput("expected at least one Linear layer, got none; there are no weights to choose")
+    value: float | None = None  # the one coordinate that is not 0, as it stands behind each layer
+    x = torch.zeros(linear[0].in_features, dtype=torch.float64)
+    for i, layer in enumerate(worst):
+        if type(layer) is nn.Linear:
+            sigma = float(spectral_norm_bound(layer.weight)) * (1 - 1e-9)
+            layer.weight.zero_()
+            layer.weight[0, 0] = sigma
+            wanted = _steepest(worst[i + 1]) if i + 1 < len(worst) else 0.0
+            if value is None:  # x itself
+                value = wanted / sigma if sigma > 0 and layer.bias is None else 0.0
+                if domain is not None:
+                    value = min(value, domain)
+                x[0] = value
+            value *= sigma
+            if layer.bias is not None:
+                layer.bias.zero_()
+                layer.bias[0] = wanted - value
+                value = wanted
+        elif type(layer) in (nn.ReLU, nn.Tanh, nn.GELU, ScaledGELU) and value is not None:
+            value = float(layer(torch.tensor(value, dtype=torch.float64)))
+        elif type(layer) not in (nn.Flatten, nn.Identity, Normalize) or value is not None:
+            raise BadInput(f"expected Linear and elementwise layers in an MLP, got {type(layer).__name__}; its worst weights are not known")
+        elif type(layer) is Normalize:
+            raise BadInput("expected an MLP without Normalize in front, got one with; audit it without --worst-weights")
+    return worst, x
+
+
+def _steepest(layer: nn.Module) -> float:
+    if type(layer) in (nn.GELU, ScaledGELU):
+        return steepest_gelu(layer.approximate)  # type: ignore[arg-type]
+    return 1.0 if type(layer) is nn.ReLU else 0.0
+
+
+def mlp_supremum(layers: nn.Sequential) -> float:
+    """Πσ(W)·Πslopes, the Lipschitz constant (ℓ2) that `worst_mlp` aims at."""
+    value = 1.0
+    for layer in layers:
+        if type(layer) is nn.Linear:
+            value *= float(spectral_norm_bound(layer.weight))
+        elif type(layer) in (nn.GELU, ScaledGELU):
+            value *= GELU_SLOPE[layer.approximate] / (layer.divisor if type(layer) is ScaledGELU else 1.0)  # type: ignore[index]
+    return value
+
+
+def newhouse_counterexample(*, width: int = 16, heads: int = 4, tokens: int = 3, steps: int = 250, seed: int = 0) -> Chain:
+    """A one-block transformer on which the published constant (formula newhouse2025) is too small by more than 2.5 times. MATH.md section 4.
+
+    Embedding (width tokens of RMS norm ≤ 1) → paper's attention, all four matrices of spectral norm 1, as a residual with skip 0 and weight 1
+    (α = 1) → head. The head is orthogonal, so logits move exactly as the attention's output does, and the whole model's published constant
+    is the layer's: (1/3)(1 + 2) = 1.00. The weights are not stored anywhere: this runs the ascent of `worst_attention` (a few seconds, the same
+    result each time). The first `tokens` rows of the embedding are the tokens that it found, so token ids 0, 1, 2 … are the place to look.
+    float32, as models are. `robustlip audit robustlip.attacks.worst_weights:newhouse_counterexample --formula newhouse2025` exits with 3.
+    """
+    worst = worst_attention(width, heads, tokens, steps=steps, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    table = table * (0.9 * width**0.5 / table.norm(dim=-1, keepdim=True))
+    table[:tokens] = worst.x[0] * (1 - 1e-6)  # float32 must not round a token out of the domain
+    rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    embedding, head = nn.Embedding(width, width), nn.Linear(width, width, bias=False)
+    attention = Attention(width, heads)
+    with torch.no_grad():
+        embedding.weight.copy_(table)
+        head.weight.copy_(rotation)
+        attention.load_state_dict(worst.layer.state_dict())
+    model = NextTokenChain(OrderedDict(embed_tokens=embedding, attn0=Residual.convex(attention, 1.0), head=head))
+    model.vocabulary = "".join(chr(ord("a") + i) for i in range(width))
+    return model.eval()
