@@ -311,12 +311,12 @@ def rows_sha256(hashes: list[str]) -> str:
 def explain(error: ValidationError, source: str, remedy: str) -> str:
     """The first complaint of pydantic as one sentence: where, what was expected, what was got, what to do."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "top level"
+    where = "".join(c if c.isprintable() else "?" for c in ".".join(str(part) for part in first["loc"]))[:100] or "top level"
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, Exception):  # raised by our own validators: already a whole sentence
         return f"{source}: {cause}"
     if first["type"] == "extra_forbidden":
-        return f"{source}: expected only known keys, got {where[:100]!r}; remove or correct it"
+        return f"{source}: expected only known keys, got {where!r}; remove or correct it"
     if first["type"] == "missing":
         return f"{source}: expected the key {where!r}, got none; {remedy}"
     expected = first["msg"].removeprefix("Input should be ")

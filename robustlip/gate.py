@@ -214,7 +214,8 @@ def gate(
         else:
             (violations if checked.exit_code == 3 else refusals).append(f"{name}: {checked.sentence()}")
 
-    prediction: np.ndarray | None = None
+    # Every verified file has the same rows, model and dtype, hence the same predictions.
+    prediction = _in_order(usable[0][0], usable[0][1].prediction, data) if usable else None
     lines: list[Requirement] = []
     for wanted in policy.threat:
         ball, what = wanted.ball(), f"certified accuracy against {wanted.name} at {wanted.radius:g}"
@@ -225,9 +226,9 @@ def gate(
             if not matching:
                 lines.append(Requirement(what, wanted.min_certified_accuracy, None, False, remark="no usable certificate of this threat"))
                 continue
-            file, checked = max(matching, key=lambda pair: float(np.mean(_counted(*pair, data) >= wanted.radius)))
+            file, checked = max(matching, key=lambda pair: float(np.mean(_counted(pair[0], pair[1], data) >= wanted.radius)))
             radius = _counted(file, checked, data)
-            prediction = _in_order(file, checked.prediction, data)
+            assert prediction is not None
         right = prediction == labels
         lines.append(_share(what, wanted.min_certified_accuracy, right & (radius >= wanted.radius)))
         if attack is not None and policy.require_attack:
@@ -272,7 +273,10 @@ def _usable(
     if file.dtype != policy.dtype:
         sentence = f"expected a certificate that covers {policy.dtype}, got one that covers {file.dtype}; certify with --dtype {policy.dtype}"
         return Verification((Finding("dtype", sentence),))
-    return verify(file, model, data, batch_size=batch_size, advance=advance)
+    try:
+        return verify(file, model, data, batch_size=batch_size, advance=advance)
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from None
 
 
 def _covers(file: CertificateFile, wanted: ThreatRequirement) -> bool:
