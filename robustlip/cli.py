@@ -164,8 +164,9 @@ def certify(
     if json is not None:
         from robustlip.certificate_file import from_certificate
 
-        about = {"spec": data, "model": model, "limit": limit, "seed": seed, "context": context, "device": where.partition(":")[0]}
-        out.json(from_certificate(certificate, samples, **about).document())
+        kind = where.partition(":")[0]
+        file = from_certificate(certificate, samples, spec=data, model=model, limit=limit, seed=seed, context=context, device=kind)
+        out.json(file.document())
     correct = np.asarray(certificate.prediction) == np.asarray(certificate.label)
     rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
     rows += [("proved robust (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
