@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustlip.errors import BadInput
-from robustlip.rounding import TINY, U64, gamma, up
+from robustlip.rounding import TINY, U64, gamma, norm_up, up
 
 
 def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,11 +115,49 @@ def infinity_to_two_bound(weight: Tensor) -> Tensor:
     """
     a = weight.detach().to(torch.float64)
     m, n = a.shape
-    by_rows = up(torch.linalg.vector_norm(a.abs().sum(-1)) * (1 + gamma(m + n + 4, U64)))
+    # norm_up scales: squares of weights below 1e-154 would vanish, and with them the bound.
+    by_rows = up(norm_up(a.abs().sum(-1)) * (1 + gamma(m + n + 4, U64)))
     return torch.minimum(by_rows, up(spectral_norm_bound(a) * math.sqrt(n)))
 
 
 def one_to_two_bound(weight: Tensor) -> Tensor:
     """c ≥ max ‖Wx‖₂ over ‖x‖₁ ≤ 1, for W (m, n): the largest column norm. float64 scalar."""
     a = weight.detach().to(torch.float64)
-    return up(torch.linalg.vector_norm(a, dim=0).amax() * (1 + gamma(a.shape[0] + 4, U64)))
+    return norm_up(a, 0).amax()
+
+
+def symbol_bound(kernel: Tensor, torus: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
+    """σ ≥ the operator norm of the circular convolution (stride 1) with `kernel` (out, in, kh, kw) on a torus: float64 scalar.
+
+    The discrete Fourier transform is unitary and makes it block diagonal: one out×in matrix Σ_ab W[:, :, a, b]·exp(2πi(u·a·dh/H + v·b·dw/W))
+    for each frequency (u, v) of the torus (H, W) (Sedghi, Gupta & Long 2019). Real kernels: −(u, v) has the conjugate matrix, so
+    half of the v suffice. Each complex matrix is bounded by its real embedding [[Re, −Im], [Im, Re]], of the same norm.
+    """
+    out, into, kh, kw = kernel.shape
+    flat, exponent = _scaled(kernel.flatten(1))
+    taps = kh * kw
+    device = kernel.device
+    h, w = torus
+
+    def turns(count: int, size: int, step: int, frequencies: int) -> Tensor:
+        """(frequency·tap·step mod size)/size: the angle as a fraction of a turn, reduced exactly (frequencies, taps)."""
+        frequency = torch.arange(frequencies, device=device)[:, None]
+        return (frequency * torch.arange(count, device=device) * step % size).double() / size
+
+    turn = turns(kh, h, dilation[0], h)[:, None, :, None] + turns(kw, w, dilation[1], w // 2 + 1)[None, :, None, :]
+    phases = (2 * math.pi * turn).reshape(-1, taps)
+    # turn < 2 is off by 4u (two divisions, one sum), so the angle by 25u, and by another 25u for π and the product; cos and sin add an ulp or two.
+    phase_error = 64 * U64
+    rows = flat.reshape(out * into, taps)
+    biggest = 2 * max(out, into)
+    chunk = max(1, 2**24 // biggest**2)
+    iterations = 10 if len(phases) * biggest**3 <= 2**36 else 6
+    best = []
+    for part in phases.split(chunk):
+        real, imaginary = ((rows @ f(part).mT).mT.reshape(-1, out, into) for f in (torch.cos, torch.sin))
+        embedded = torch.cat([torch.cat([real, -imaginary], -1), torch.cat([imaginary, real], -1)], -2)
+        best.append(gram_iteration_bound(embedded, iterations).amax())
+    # Each entry, real and imaginary, is off by at most (γ_taps + phase_error)·Σ_ab|W_ab|; √2 for the two of them, √taps by Cauchy-Schwarz.
+    relative = (gamma(taps + 2, U64) + phase_error) * (1 + 1e-9)
+    error = relative * math.sqrt(2 * taps) * norm_up(flat.flatten(), 0) + out * into * taps * TINY[torch.float64]
+    return _unscaled(up(torch.stack(best).amax() + error), exponent)

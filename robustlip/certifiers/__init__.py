@@ -18,7 +18,9 @@ from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certific
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import global_radii
-from robustlip.certifiers.samples import batches, check_labels, check_model, check_samples
+from robustlip.certifiers.samples import (
+    batches, check_arithmetic, check_entry, check_labels, check_model, check_samples, evaluated, outside_range, train_mode_reason,
+)  # fmt: skip
 from robustlip.certifiers.trace import traced_scores
 from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256
@@ -56,6 +58,7 @@ def certify(
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
     Inputs that the covered dtype cannot hold are cast, and an input radius still counts from the point that was given.
     index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given. With threat.radius set, samples proved for less are 'abstained'.
+    A model that is in train mode and behaves otherwise there, and samples outside the model's input_range, are abstained with the reason.
     Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 5 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
     if method != "best" and method not in METHODS:
@@ -63,12 +66,14 @@ def certify(
     chain = as_chain(model)
     own = check_model(chain)
     check_samples(chain, x, y)
+    check_entry(chain, x, threat)
     covered = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
     if covered != own:
         chain = copy.deepcopy(chain).to(covered)
-    was_training = chain.training
-    chain.eval()
-    try:
+    check_arithmetic(chain, covered)
+    training, outside = train_mode_reason(chain), outside_range(chain, x)
+    refused = [training or (f"the input is outside {chain.input_range}, the range of the model" if out else "") for out in outside.tolist()]
+    with evaluated(chain):
         sha, store = constants_of(chain)
         context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
         device = next(chain.parameters()).device
@@ -82,11 +87,9 @@ def certify(
             radii, bounds, winner = _best(chain, xb, yb, logits, threat, method, replace(context, clean=clean))
             radii = _around(given, xb, threat, radii)
             parts.append((radii, bounds, winner, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
-    finally:
-        chain.train(was_training)
     radius, bound, which, prediction, finite = (torch.cat(column) for column in zip(*parts))
-    radius = torch.where(finite, radius, torch.zeros_like(radius)).nan_to_num(0.0)
-    return _assemble(chain, context, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite)
+    radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
+    return _assemble(chain, context, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite, refused)
 
 
 def _batch_size(chain: Chain, x: Tensor) -> int:
@@ -122,7 +125,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _assemble(
     chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
-    radius: Tensor, bound: Tensor, which: Tensor, prediction: Tensor, finite: Tensor,
+    radius: Tensor, bound: Tensor, which: Tensor, prediction: Tensor, finite: Tensor, refused: list[str],
 ) -> Certificate:  # fmt: skip
     from robustlip import __version__
 
@@ -130,11 +133,13 @@ def _assemble(
     short = radius < (threat.radius or 0.0)
     radius = torch.where(wrong, torch.zeros_like(radius), radius)
     proved = (radius > 0) & ~short
+    wrong = wrong & ~torch.tensor([bool(why) for why in refused])
     status = np.where(wrong.numpy(), MISCLASSIFIED, np.where(proved.numpy(), CERTIFIED, ABSTAINED)).tolist()
     reason = [""] * len(y)
     for i in (~proved).nonzero()[:, 0].tolist():
         reason[i] = (
-            "the prediction is not the label" if wrong[i]
+            refused[i] if refused[i]
+            else "the prediction is not the label" if wrong[i]
             else "logits are not finite" if not finite[i]
             else f"proved for a radius of {float(radius[i]):.6g} only" if radius[i] > 0
             else "the margin is not above what rounding and the bound can move"

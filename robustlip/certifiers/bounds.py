@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import entry, first_state
-from robustlip.certifiers.samples import batches, check_model
+from robustlip.certifiers.samples import batches, check_entry, check_model
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, Patchify, as_chain
 from robustlip.rounding import norm_up, up
@@ -43,7 +44,9 @@ def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
         layers = layers[1:]  # the bound is of the input as one vector already
     if any(type(m) in (nn.Flatten, Patchify) for m in layers):
         raise BadInput("expected a model whose bound does not depend on the number of tokens, got one that flattens them; certify samples instead")
-    state = run_rules(layers, state, context)
+    start, state = state, run_rules(layers, state, context)
+    if not embedding and bool(run_rules(layers, replace(start, norm=start.norm * 1e6), context).change > state.change):
+        raise BadInput("expected a model whose bound holds for all inputs, got one whose bound depends on their size (attention); certify samples instead")
     value = float(up(state.change / step))
     return {"l2": value, "rms": value * math.sqrt(width / state.width) * (1 + 1e-15), "domain": float(norm) if embedding else "all"}
 
@@ -75,6 +78,7 @@ def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, ba
         raise BadInput("expected a weight threat with a radius, got none; give one, e.g. WeightBall('spectral', 0.01)")
     chain = as_chain(model)
     dtype = check_model(chain)
+    check_entry(chain, x, threat)
     _, store = constants_of(chain)
     device = next(chain.parameters()).device
     out = []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from robustlip.errors import BadInput
-from robustlip.hashing import weights_sha256
+from robustlip.hashing import architecture_sha256, weights_sha256
 
 _STORES: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[tuple[int, str], Any]]] = weakref.WeakKeyDictionary()
 
@@ -27,9 +27,11 @@ def constants_of(model: nn.Module) -> tuple[str, dict[tuple[int, str], Any]]:
     Raises BadInput for weights that are not finite. Keyed by content: version counters miss writes through `.data` and shared memory, and a stale constant would be a false certificate.
     """
     sha = weights_sha256(model)
+    # Constants of the whole model depend on scales and residual weights too, which the structure prints.
+    state = sha + architecture_sha256(model)
     known = _STORES.get(model)
-    if known is None or known[0] != sha:
+    if known is None or known[0] != state:
         check_finite(model)
-        known = (sha, {})
+        known = (state, {})
         _STORES[model] = known
-    return known
+    return sha, known[1]

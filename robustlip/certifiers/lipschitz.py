@@ -76,9 +76,11 @@ class GlobalBound:
 
         def compute() -> Tensor:
             rows = self.head.weight.detach().double().cpu()
-            order = {"l2": 2.0, "linf": 1.0, "l1": float("inf")}[space]
+            order = {"l2": 2.0, "linf": 1.0, "l1": float("inf")}[space]  # the dual norm
             # u_y − u_j rounds once per entry, the norm a few times per entry; gamma of the width covers both.
             difference = rows[:, None] - rows[None]
+            if space == "l2":
+                return up(norm_up(difference))  # scaled: squares of tiny rows do not vanish
             return up(torch.linalg.vector_norm(difference, ord=order, dim=-1) * (1 + 1e-12 * rows.shape[1] ** 0.5))
 
         return self.context.constant(self.head, f"pairs-{space}", compute)

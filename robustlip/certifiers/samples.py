@@ -3,20 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
+from robustlip.rounding import UNIT
+from robustlip.rules import rule_for
+from robustlip.threats import InputBall, Threat
 
 
 def check_model(model: Chain) -> torch.dtype:
-    """The one dtype of the weights. Raises BadInput when they are mixed or not floating point."""
+    """The one dtype of the weights. Raises BadInput when they are mixed, empty or of no dtype that rounding is known for, UnsupportedLayer
+    for a layer without a rule: of every layer, for a certifier may look at the last one's weights only."""
+    for layer in model:
+        rule_for(layer)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise BadInput(f"expected weights in every layer, got {name} of shape {tuple(parameter.shape)}; give the layer at least one output")
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         raise BadInput(f"expected weights of one floating dtype, got {sorted(map(str, dtypes))}; cast the model with .to(dtype)")
-    return dtypes.pop()
+    dtype = dtypes.pop()
+    if dtype not in UNIT:
+        raise BadInput(f"expected weights in float64, float32, bfloat16 or float16, got {dtype}; cast the model with .to(dtype)")
+    return dtype
+
+
+def check_arithmetic(model: Chain, covered: torch.dtype) -> None:
+    """Raises BadInput where torch is told to compute in less than the covered dtype: the logits would be those of another program."""
+    kind = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(kind):
+        raise BadInput(f"expected arithmetic in {covered}, got torch.autocast on; certify outside of it, and cast the model for a lower dtype")
+    backend = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(kind)
+    settings = [torch.backends, backend, *(getattr(backend, part, None) for part in ("matmul", "conv"))]
+    lower = {getattr(s, "fp32_precision", "none") for s in settings} - {"none", "ieee"}
+    if covered == torch.float32 and (lower or torch.get_float32_matmul_precision() != "highest"):
+        raise BadInput(
+            f"expected float32 products in float32, got {', '.join(sorted(lower)) or 'a lower precision'}; "
+            f"call torch.set_float32_matmul_precision('highest') and leave fp32_precision alone"
+        )
+
+
+def train_mode_reason(model: nn.Module) -> str | None:
+    """Why no sample can be certified in the mode the model is in, or None: dropout is random, batch norm lets samples change each other."""
+    active = (isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0) for m in model.modules() if m.training)
+    return "the model is in train mode; call model.eval()" if any(active) else None
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every layer's own mode comes back behind."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def outside_range(model: Chain, x: Tensor) -> Tensor:
+    """(N,) bool on the CPU: samples with a number outside model.input_range; none where the model states no range."""
+    if model.input_range is None or not x.is_floating_point():
+        return torch.zeros(len(x), dtype=torch.bool)
+    low, high = model.input_range
+    flat = x.detach().flatten(1).double()
+    return ((flat < low) | (flat > high)).any(-1).cpu()
+
+
+def check_entry(model: Chain, x: Tensor, threat: Threat) -> None:
+    """Raises BadInput for inputs that are not numbers to a threat that changes them, or not token ids to a model that has no table for them."""
+    if x.is_floating_point():
+        return
+    if isinstance(threat, InputBall):
+        raise BadInput(f"expected floating-point inputs for the threat {threat.name}, got {x.dtype}; convert images, or use an embedding or weight threat for token ids")
+    if type(model[0]) is not nn.Embedding or x.dim() != 2:
+        raise BadInput(
+            f"expected token ids (N, T) in front of an Embedding, or floating-point inputs, got {x.dtype} of shape {tuple(x.shape)} "
+            f"in front of {type(model[0]).__name__}; convert the inputs"
+        )
 
 
 def check_samples(model: Chain, x: Tensor, y: Tensor) -> None:

@@ -76,6 +76,8 @@ class Attention(nn.Module):
         return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            raise BadInput(f"expected tokens (N, T, D), got {tuple(x.shape)}: without a batch dimension samples would attend to each other; add it")
         q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
         if self.rope:
             q, k = rotary(q), rotary(k)

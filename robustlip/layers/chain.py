@@ -18,12 +18,14 @@ class Chain(nn.Sequential):
     task: 'classification', logits (N, C); or 'next-token', logits (N, T, V), of which the last position is the prediction.
     vocabulary: the characters of token ids 0, 1, …, for next-token models; None otherwise.
     config: what `robustlip.models.build` needs to make the model again; None for chains of other people's layers.
+    input_range: (low, high) that every number of a raw input lies in, or None for anything; samples outside are not certified.
     """
 
     embedding_depth: int = 0
     task: str = "classification"
     vocabulary: str | None = None
     config: dict[str, Any] | None = None
+    input_range: tuple[float, float] | None = None
 
     def check_inputs(self, x: torch.Tensor) -> None:
         """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward: it waits for the device and reads values."""
@@ -81,6 +83,7 @@ class NextTokenChain(Chain):
 
 # A certificate speaks of the layers in their order; a subclass that overrides any of these could do something else between them.
 _PLAIN = {
+    "__call__": (nn.Module.__call__,),
     "forward": (nn.Sequential.forward, NextTokenChain.forward),
     "embed": (Chain.embed, NextTokenChain.embed),
     "from_embeddings": (Chain.from_embeddings,),
@@ -90,11 +93,18 @@ _PLAIN = {
 }
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Raises UnsupportedLayer for hooks or a forward of the object's own: a chain of the layers would leave them out."""
+    if "forward" in vars(model) or any(getattr(model, hooks, None) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+        raise UnsupportedLayer(f"expected a plain {type(model).__name__}, got one with hooks or its own forward; remove them before certifying")
+
+
 def as_chain(model: nn.Module) -> Chain:
     """The model itself if it is a Chain, or a Chain that shares the layers of an nn.Sequential.
 
     Raises UnsupportedLayer for any other module: its forward could do anything between its layers.
     """
+    _check_plain(model)
     if isinstance(model, Chain):
         for method, plain in _PLAIN.items():
             if getattr(type(model), method) not in plain or method in vars(model):
@@ -107,8 +117,12 @@ def as_chain(model: nn.Module) -> Chain:
         flat: list[tuple[str, nn.Module]] = []
 
         def walk(prefix: str, module: nn.Module) -> None:
-            for name, child in module.named_children():
+            # Not named_children: it leaves out a layer that is used a second time.
+            for name, child in module._modules.items():
+                if child is None:
+                    continue
                 if type(child) is nn.Sequential:
+                    _check_plain(child)
                     walk(f"{prefix}{name}_", child)
                 else:
                     flat.append((f"{prefix}{name}", child))

@@ -52,6 +52,8 @@ class AddPositions(nn.Module):
         self.positions = nn.Parameter(torch.zeros(length, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            raise BadInput(f"expected tokens (N, T, D), got {tuple(x.shape)}; add the missing dimension")
         if x.shape[-2] > self.positions.shape[0]:
             raise BadInput(f"expected at most {self.positions.shape[0]} tokens, got {x.shape[-2]}; shorten the input")
         return x + self.positions[: x.shape[-2]]
@@ -61,4 +63,6 @@ class MeanTokens(nn.Module):
     """The mean over tokens: (N, T, D) → (N, D)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            raise BadInput(f"expected tokens (N, T, D), got {tuple(x.shape)}: without a batch dimension the mean would be over samples; add it")
         return x.mean(dim=-2)

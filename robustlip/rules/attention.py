@@ -14,11 +14,12 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention
 from robustlip.rounding import norm_up
-from robustlip.rules.base import Context, Rule, State, register
+from robustlip.rules.base import Context, Rule, State, register, rule_for
 from robustlip.rules.elementwise import FUNCTION_ULPS
 from robustlip.rules.linear import Matrix
 from robustlip.spectral import spectral_norm_bound
@@ -56,7 +57,18 @@ class Heads:
 
 def join_heads(output: Tensor, whole: float | Tensor, per_head: Tensor) -> Tensor:
     """‖W_o·concat_h(u_h)‖ for ‖u_h‖ ≤ per_head (..., H): min(σ(W_o)·sqrt(Σ_h u_h²), Σ_h σ(W_o[:,h])·u_h)."""
-    return torch.minimum(whole * per_head.square().sum(-1).sqrt(), (output * per_head).sum(-1))
+    return torch.minimum(whole * norm_up(per_head), (output * per_head).sum(-1))
+
+
+def check_projections(layer: Attention) -> None:
+    """Raises UnsupportedLayer for projections that are not plain matrices: the rule reads their weights and nothing else."""
+    for name in ("query", "key", "value", "output"):
+        projection = getattr(layer, name)
+        if type(projection) is not nn.Linear or projection.bias is not None or tuple(projection.weight.shape) != (layer.width, layer.width):
+            raise UnsupportedLayer(
+                f"expected Attention's {name} to be Linear({layer.width}, {layer.width}) without a bias, got {projection}; leave it as it was built"
+            )
+        rule_for(projection)  # refuses hooks
 
 
 @register(Attention)
@@ -65,6 +77,7 @@ class AttentionRule(Rule):
 
     def step(self, layer: Attention, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
+        check_projections(layer)
         heads: Heads = context.constant(layer, "heads", lambda: Heads.of(layer))
         scale, d, factor = layer.scale / layer.head_width, layer.head_width, abs(layer.output_scale)
         a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
@@ -85,19 +98,22 @@ class AttentionRule(Rule):
 
         output_columns = heads.output + (e_o.unsqueeze(-1) if isinstance(e_o, Tensor) and e_o.dim() else e_o)
         whole = heads.whole["output"] + e_o
-        mixed = value_norm.square().sum(-1).sqrt()
+        mixed = norm_up(value_norm)
         change = join_heads(heads.output, heads.whole["output"], head_change(r, e_q, e_k, e_v)) + e_o * mixed
         norm = factor * join_heads(output_columns, whole, value_norm)
 
         # Rounding made here, on executed inputs (whose norm `a` bounds too), and rounding that arrives and is passed on like a change.
         head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v))
-        fresh = heads.output_matrix.rounding(mixed + head_error.square().sum(-1).sqrt(), e_o, context)
+        fresh = heads.output_matrix.rounding(mixed + norm_up(head_error), e_o, context)
         fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
         fresh = fresh + 3 * context.unit * (norm + fresh) + math.sqrt(layer.width) * context.tiny
         passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
         behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.width)
         largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
-        return context.finite(behind, torch.maximum(largest_logit, mixed * heads.output_matrix.frobenius))
+        # Partial sums of queries, keys and values: one that overflows is lost even where the logits are small.
+        projected = torch.stack([(heads.frobenius[n] + math.sqrt(d) * e) * a for n, e in (("query", e_q), ("key", e_k), ("value", e_v))]).amax((0, -1))
+        mixed_sums = mixed * (heads.output_matrix.frobenius + math.sqrt(layer.width) * e_o)
+        return context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0))
 
     def _rounding(
         self,
@@ -127,6 +143,8 @@ class AttentionRule(Rule):
             q, k = q * (1 + 6 * u) + 4 * d * tiny, k * (1 + 6 * u) + 4 * d * tiny
         logit = scale * q * k
         logit_error = scale * (q_error * k + q * k_error + q_error * k_error) + context.gamma(d + 6) * logit + (d + 4) * tiny * (1 + scale)
+        # Kernels may scale queries and keys by √scale each first, and what vanishes there is multiplied by the other.
+        logit_error = logit_error + math.sqrt(d * scale) * tiny * (q + k)
         # Subtracting the row's maximum and adding the bias round at the size of the logits; then exp (once more per block of a
         # blockwise softmax), the sum, the division.
         spread = 2 * (logit + heads.bias)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
+from robustlip.errors import BadInput
 from robustlip.layers import Normalize, ScaledGELU
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register
 
 # sup |gelu'|, rounded up; tests/test_rules_contract.py finds both maxima anew in 50 digits.
 GELU_SLOPE = {"none": 1.1289042, "tanh": 1.1289932}
+
+# sup |silu'|, rounded up, found anew by the same test.
+SILU_SLOPE = 1.0998394
 
 # How many units in the last place (of |x|, not of the result) an elementwise function of torch may be off in any dtype. Its vectorised
 # erf, tanh and exp are good to 1 to 20 ulp (SLEEF and the flash kernel's exp_u20); 64 leaves room for both and for the products around.
@@ -49,11 +54,49 @@ class GELURule(Rule):
         return context.finite(behind, cube)
 
 
+@register(nn.Sigmoid)
+class SigmoidRule(Rule):
+    """|sigmoid'| ≤ 1/4, 0 < sigmoid < 1. Where exp(−x) overflows the result is 0 instead of less than 1/max: added once."""
+
+    def step(self, layer: nn.Sigmoid, state: State, context: Context) -> State:
+        root = state.width**0.5 * (1 + 1e-15)
+        # sigmoid(0) = ½, so ‖y‖ is at most √n/2 + ‖x‖/4, and at most √n.
+        norm = (root / 2 + state.norm / 4).clamp_max(root)
+        fresh = FUNCTION_ULPS * context.unit * norm + root * (context.tiny + 1 / torch.finfo(context.dtype).max)
+        return replace(state, norm=norm + fresh, change=state.change / 4, rounding=state.rounding / 4 + fresh)
+
+
+@register(nn.SiLU)
+class SiLURule(Rule):
+    """|silu'| ≤ 1.0998…, |silu x| ≤ |x|. Where exp(−x) overflows the result is 0 instead of less than |x|/max: added once."""
+
+    def step(self, layer: nn.SiLU, state: State, context: Context) -> State:
+        fresh = (FUNCTION_ULPS + 2) * context.unit * state.norm + state.norm / torch.finfo(context.dtype).max
+        fresh = fresh + state.width**0.5 * context.tiny * (1 + state.norm)
+        behind = replace(state, norm=state.norm + fresh, change=SILU_SLOPE * state.change, rounding=SILU_SLOPE * state.rounding + fresh)
+        return context.finite(behind)
+
+
+@register(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+class DropoutRule(Rule):
+    """The identity, in eval mode or with p = 0. Raises BadInput in train mode, where the layer is random."""
+
+    def step(self, layer: nn.Dropout, state: State, context: Context) -> State:
+        if layer.training and layer.p > 0:
+            raise BadInput(f"expected {type(layer).__name__} in eval mode, got it in train mode, where it is random; call model.eval()")
+        return state
+
+
 @register(Normalize)
 class NormalizeRule(Rule):
     """(x − mean)/std by channel: gain 1/min std."""
 
     def step(self, layer: Normalize, state: State, context: Context) -> State:
+        channels = state.whole[0] if state.whole is not None and len(state.whole) == 3 else state.whole[-1] if state.whole is not None else state.width
+        sizes = {layer.mean.numel(), layer.std.numel()} - {1}
+        if sizes - {channels}:
+            # Broadcasting would make one channel into several, each with its own share of the change.
+            raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
         gain = context.constant(layer, "gain", lambda: 1 / float(layer.std.double().min()) * (1 + 1e-15))
         # One mean per channel, subtracted from every number of the channel: at most √(numbers)·max|mean| in ℓ2.
         shift = context.constant(layer, "shift", lambda: float(norm_up(layer.mean.abs().amax().expand(1), 0)))

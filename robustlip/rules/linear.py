@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register
 from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
@@ -29,7 +30,9 @@ class Matrix:
     def rounding(self, norm: Tensor, change: Tensor | float, context: Context) -> Tensor:
         """‖fl((W + E)x) − (W + E)x‖₂ ≤ γ_n‖W + E‖_F‖x‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change, any order of summation; underflow added."""
         frobenius = self.frobenius + math.sqrt(min(self.fan_out, self.fan_in)) * change
-        return context.gamma(self.fan_in) * frobenius * norm + self.fan_in * math.sqrt(self.fan_out) * context.tiny
+        # Products may vanish, and so may inputs where a processor takes subnormals for zero.
+        lost = (self.fan_in + frobenius * math.sqrt(self.fan_in)) * math.sqrt(self.fan_out) * context.tiny
+        return context.gamma(self.fan_in) * frobenius * norm + lost
 
 
 @register(nn.Linear)
@@ -38,6 +41,8 @@ class LinearRule(Rule):
 
     def step(self, layer: nn.Linear, state: State, context: Context) -> State:
         state = state.by_token(layer)
+        if state.width != layer.weight.shape[1]:
+            raise BadInput(f"expected {layer.weight.shape[1]} numbers in front of Linear, got {state.width}; match the widths")
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         bias = context.constant(layer, "bias", lambda: 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0)))
         if state.space == "linf":
@@ -48,7 +53,9 @@ class LinearRule(Rule):
             gain = matrix.sigma
         perturbed = context.weight_change(matrix.sigma)
         norm = (matrix.sigma + perturbed) * state.norm + bias
-        fresh = matrix.rounding(state.norm, perturbed, context) + (2 * context.unit * norm if layer.bias is not None else 0.0)
+        fresh = matrix.rounding(state.norm, perturbed, context)
+        if layer.bias is not None:
+            fresh = fresh + 2 * context.unit * (norm + fresh)  # the sum rounds at the size of what was computed
         rounding = (matrix.sigma + perturbed) * state.rounding + fresh
         behind = replace(
             state,
@@ -67,6 +74,8 @@ class EmbeddingRule(Rule):
     """A row of the table for each token id. Its input cannot change by a norm; its table can, by E: ‖E's row‖₂ ≤ ‖E‖₂."""
 
     def step(self, layer: nn.Embedding, state: State, context: Context) -> State:
+        if layer.max_norm is not None:
+            raise UnsupportedLayer("expected Embedding without max_norm, got one that rewrites its own weights in forward; rescale the rows once instead")
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.weight.detach()).amax()))
         perturbed = context.weight_change(matrix.sigma) + torch.zeros_like(state.norm)

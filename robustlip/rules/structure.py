@@ -64,6 +64,8 @@ class AddPositionsRule(Rule):
 
     def step(self, layer: AddPositions, state: State, context: Context) -> State:
         state = state.by_token(layer)
+        if layer.positions.dim() != 2 or layer.positions.shape[1] != state.width:
+            raise BadInput(f"expected positions of width {state.width}, got {tuple(layer.positions.shape)}; match the tokens' width")
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.positions.detach()).amax()))
         norm = state.norm + largest
         fresh = context.unit * norm
@@ -83,11 +85,19 @@ class MeanTokensRule(Rule):
 
 @register(Residual)
 class ResidualRule(Rule):
-    """skip·x + weight·f(x): the triangle inequality on every bound."""
+    """skip·x + weight·f(x): the triangle inequality on every bound. Tokens by token, images as a whole."""
 
     def step(self, layer: Residual, state: State, context: Context) -> State:
-        state = state.by_token(layer).in_l2()
+        if state.whole is None or len(state.whole) != 3:
+            state = state.by_token(layer)
+        state = state.in_l2()
         branch = apply_rule(layer.branch, state, context)
+        if (branch.tokens, branch.width, branch.whole) != (state.tokens, state.width, state.whole):
+            # torch would broadcast the sum, and every copy has its own share of the change.
+            raise BadInput(
+                f"expected a residual branch that keeps the shape, got {branch.whole or (branch.tokens, branch.width)} "
+                f"from {state.whole or (state.tokens, state.width)}; match the widths"
+            )
         skip, weight = abs(layer.skip), abs(layer.weight)
         norm = skip * state.norm + weight * branch.norm
         # The two scalars, two products and the sum round once each.
