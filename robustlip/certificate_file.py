@@ -6,7 +6,8 @@
 
 A file from outside is hostile. `read` limits its size, takes no NaN, no infinity, no unknown and no repeated key, and refuses
 claims that contradict each other (a radius on a misclassified sample). What it cannot know is whether the claims are true:
-`robustlip.verification.verify` recomputes them. No path and no code named in a file is ever opened or run.
+`robustlip.verification.verify` recomputes them. The model that a file names is never loaded (the caller gives one); its data are loaded as
+`--data` would load them: a data set by its name, or a file of that name, without folders, where the caller says.
 
 Published as docs/certificate.schema.json; `robustlip verify --schema` prints it.
 """
