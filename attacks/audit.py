@@ -27,7 +27,7 @@ from robustlip.attacks.worst_weights import worst_attention_like, worst_mlp
 from robustlip.checkpoints import load_tensors, save_tensors
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.hashing import architecture_sha256, weights_sha256
-from robustlip.layers import Attention, Chain, Residual, ScaledGELU, as_chain
+from robustlip.layers import Attention, Chain, ScaledGELU, as_chain
 from robustlip.rounding import U64, gamma, norm_up
 from robustlip.rules import Context, State, run_rules
 
@@ -198,6 +198,15 @@ class _Target:
         return torch.where(good, found, 0.0), change, distance, rounding
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How long a search is, and whom it tells: advance(what, done, total)."""
+
+    power: int
+    ascent: int
+    advance: Callable[[str, int, int], None]
+
+
 def _unit(x: Tensor) -> Tensor:
     """Every token scaled to ℓ2 norm 1 (0 stays 0): the steepest per-token direction along x."""
     return safe_divide(x, x.norm(dim=-1, keepdim=True))
@@ -248,9 +257,11 @@ def _pair(f: _Target, x: Tensor, v: Tensor, length: Tensor) -> tuple[Tensor, Ten
 
 
 def _search(
-    f: _Target, starts: Tensor, size: float, power_steps: int, ascent_steps: int, generator: torch.Generator, direction: Tensor | None = None
+    f: _Target, starts: Tensor, size: float, steps: Steps, generator: torch.Generator, direction: Tensor | None = None
 ) -> _Keeper:
     """Power iteration at every start (S, T, D), ascent of the Jacobian's norm on x, then ascent of finite differences. size: of an input."""
+
+    power_steps, ascent_steps = steps.power, steps.ascent
 
     def random_like(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
@@ -265,7 +276,7 @@ def _search(
         return [torch.full((len(x), 1, 1), size * r, dtype=torch.float64, device=x.device) for r in relative]
 
     def offer(x: Tensor, v: Tensor) -> None:
-        for length in lengths(1e-6, 1e-4, 1e-2, 0.3):
+        for length in lengths(1e-5, 1e-4, 1e-2, 0.3):
             keeper.offer(*_pair(f, x, v, length), floor=floor)
 
     def iterate(x: Tensor, v: Tensor, steps: int) -> Tensor:
@@ -281,6 +292,7 @@ def _search(
     optimizer = torch.optim.Adam([moving], lr=rate)
     best, best_x, best_v = torch.zeros(len(x), dtype=torch.float64, device=x.device), x.clone(), v.clone()
     for step in range(ascent_steps):
+        steps.advance("ascent of the Jacobian", step, ascent_steps)
         optimizer.param_groups[0]["lr"] = rate * (1 - 0.95 * step / ascent_steps)
         u = _best_output(_push(f, moving, v))
         inner, g = _pull(f, moving, u, create_graph=True)
@@ -305,6 +317,7 @@ def _search(
     points = [best_x.clone().requires_grad_(), best_v.clone().requires_grad_()]
     optimizer = torch.optim.Adam([{"params": [points[0]], "lr": rate}, {"params": [points[1]], "lr": 0.1 / math.sqrt(x.shape[-1])}])
     for step in range(ascent_steps):
+        steps.advance("ascent of finite differences", step, ascent_steps)
         a, b = _pair(f, points[0], points[1], h)
         change = (f(b) - f(a)).norm(dim=-1).amax(-1)
         gradients = torch.autograd.grad(change.sum(), points, allow_unused=True)
@@ -338,14 +351,17 @@ def _measure(f: _Target, a: Tensor, b: Tensor) -> tuple[int, float, float, float
         return other, found, change, distance, rounding, "estimated"
 
 
-def _hunt(f: _Target, starts: Tensor, size: float, power_steps: int, ascent_steps: int, generator: torch.Generator, direction: Tensor | None = None):
+def _hunt(
+    f: _Target, starts: Tensor, size: float, steps: Steps, generator: torch.Generator, direction: Tensor | None = None
+) -> tuple[Tensor, Tensor, float, float, float, float, str]:
+    """(x, x', found, change, distance, rounding, its kind) of the best pair that `_search` finds."""
     # Neither the flash kernels' second derivative nor their forward mode exists; the plain kernel has both.
     with torch.inference_mode(False), torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        keeper = _search(f, starts, size, power_steps, ascent_steps, generator, direction)
-        which, *numbers = _measure(f, keeper.a, keeper.b)
-    if not math.isfinite(numbers[1]):
+        keeper = _search(f, starts, size, steps, generator, direction)
+        which, found, change, distance, rounding, kind = _measure(f, keeper.a, keeper.b)
+    if not math.isfinite(change):
         raise RobustlipError("expected finite outputs, got NaN or infinity inside the domain; find the layer that overflows")
-    return keeper.a[which].cpu(), keeper.b[which].cpu(), *numbers
+    return keeper.a[which].cpu(), keeper.b[which].cpu(), found, change, distance, rounding, kind
 
 
 # ---------------------------------------------------------------------------------------------------------------- the audit
@@ -421,6 +437,7 @@ def audit(
     box: tuple[float, float] | None = None,
     worst_weights: bool = False,
     seed: int = 0,
+    advance: Callable[[str, int, int], None] | None = None,
 ) -> Audit:
     """Looks for two inputs in the claim's domain between which the model moves by more than the claim allows.
 
@@ -429,7 +446,7 @@ def audit(
     of gradient ascent on the input, first of the Jacobian's norm and then of the finite difference. box: (low, high) for every coordinate
     of models without an embedding; None lets inputs range over everything, as claims without a domain do.
     worst_weights: also try the formula on weights of the same shapes and norms that an adversary chooses, layer by layer.
-    The model is copied. Raises BadInput.
+    advance(what, done, total) is called as it goes. The model is copied. Raises BadInput.
     """
     began = time.perf_counter()
     if starts < 1 or tokens < 1 or power_steps < 1 or ascent_steps < 0:
@@ -446,8 +463,10 @@ def audit(
         with torch.no_grad():
             f(f.project(points[:1]))
     except RuntimeError as error:
-        raise BadInput(f"expected inputs of the shape that the model takes, got {shape} ({str(error).splitlines()[0]}); give samples (--data)") from None
-    a, b, found, change, distance, rounding, kind = _hunt(f, points, size, power_steps, ascent_steps, generator)
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"expected inputs of the shape that the model takes, got {shape} ({reason}); give samples (--data)") from None
+    steps = Steps(power_steps, ascent_steps, advance or (lambda what, done, total: None))
+    a, b, found, change, distance, rounding, kind = _hunt(f, points, size, steps, generator)
     tokens_in = chain.embedding_depth > 0
     result = Audit(
         formula=claim.formula, claimed=claim.value, found=found * claim.unit(), units=claim.units, domain=claim.domain,
@@ -457,22 +476,22 @@ def audit(
         weights_sha256=weights_sha256(chain), architecture_sha256=architecture_sha256(chain), layers=claim.layers,
     )  # fmt: skip
     if worst_weights:
-        result = replace(result, worst=_worst(chain, claim, seed, power_steps, ascent_steps))
+        result = replace(result, worst=_worst(chain, claim, seed, steps))
     if result.violated:
         result = replace(result, why=formulas.explain(chain, claim))
     return replace(result, seconds=time.perf_counter() - began)
 
 
-def _worst(chain: Chain, claim: Claim, seed: int, power_steps: int, ascent_steps: int) -> tuple[WorstLayer, ...]:
+def _worst(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[WorstLayer, ...]:
     """Every different attention and MLP layer of a transformer, or the whole of an MLP, with its worst weights."""
     if claim.formula not in formulas.FORMULAS:
-        raise BadInput("expected a formula with --worst-weights, got a number, which says nothing of other weights; give --formula instead of --claim")
+        raise BadInput("expected a formula with --worst-weights, got a number, which says nothing of other weights; give --formula")
     out: list[WorstLayer] = []
     if chain.embedding_depth == 0:
         module, x = worst_mlp(chain)
         model = as_chain(module)
-        said = formulas.claim_of(model, claim.formula)
-        out.append(_worst_layer("model", "mlp", "every matrix's spectral norm", model, said, x[None, None], x.shape[0], seed, power_steps, ascent_steps))
+        said = formulas.claim_of(model, claim.formula).in_units(claim.units)
+        out.append(_worst_layer("model", "mlp", "every matrix's spectral norm", model, said, x[None, None], x.shape[0], seed, steps))
         return tuple(out)
     seen: set[tuple[Any, ...]] = set()
     for name, layer, domain in formulas.norms_in_front(chain, claim.formula):
@@ -481,6 +500,7 @@ def _worst(chain: Chain, claim: Claim, seed: int, power_steps: int, ascent_steps
         if key in seen:
             continue
         seen.add(key)
+        steps.advance(f"worst weights of {name}", 0, 1)
         if isinstance(layer, Attention):
             for per_head in (False, True) if claim.formula == "ours" else (False,):
                 found = worst_attention_like(layer, domain=domain, per_head=per_head, tokens=max(3, min(layer.heads, 8)), seed=seed)
@@ -488,20 +508,22 @@ def _worst(chain: Chain, claim: Claim, seed: int, power_steps: int, ascent_steps
                 said = formulas.layer_claim(found.layer, claim.formula, domain)
                 module = nn.Sequential(found.layer)
                 out.append(
-                    _worst_layer(name, "attention", kept, module, said, found.x, found.x.shape[1:], seed, power_steps, ascent_steps, found.direction)
+                    _worst_layer(name, "attention", kept, module, said, found.x, found.x.shape[1:], seed, steps, found.direction)
                 )
         else:
             assert isinstance(layer, nn.Sequential)
             module, x = worst_mlp(layer, domain)
             said = formulas.layer_claim(module, claim.formula, domain)
             out.append(
-                _worst_layer(name, "mlp", "every matrix's spectral norm", module, said, x[None, None], (1, len(x)), seed, power_steps, ascent_steps)
+                _worst_layer(name, "mlp", "every matrix's spectral norm", module, said, x[None, None], (1, len(x)), seed, steps)
             )
+    if not out:
+        raise BadInput("expected attention or MLP layers as the paper has them for --worst-weights, got none; audit the weights as they are")
     return tuple(out)
 
 
 def _worst_layer(
-    name: str, part: str, kept: str, module: nn.Sequential, said: Claim, x: Tensor, shape: Any, seed: int, power_steps: int, ascent_steps: int,
+    name: str, part: str, kept: str, module: nn.Sequential, said: Claim, x: Tensor, shape: Any, seed: int, steps: Steps,
     direction: Tensor | None = None,
 ) -> WorstLayer:  # fmt: skip
     tokens = isinstance(shape, (tuple, torch.Size))
@@ -511,7 +533,7 @@ def _worst_layer(
     if direction is None:
         direction = torch.zeros_like(x)
         direction[..., 0] = 1.0
-    a, b, found, *_ = _hunt(f, x.double(), size, power_steps, min(ascent_steps, 20), generator, direction)
+    a, b, found, *_ = _hunt(f, x.double(), size, replace(steps, ascent=min(steps.ascent, 20)), generator, direction)
     return WorstLayer(said.formula, name, part, kept, said.value, found * said.unit(), said.units, said.domain, tokens, module, a, b)
 
 
@@ -578,7 +600,8 @@ def recheck(path: Path, model: nn.Module) -> Audit:
     result = Audit(
         formula=formula, claimed=claim.value, found=again, units=units, domain=domain, space="embedding" if tokens else "input",
         x=tensors["x"], x_prime=tensors["x_prime"], distance=distance, change=change, rounding=rounding, rounding_kind=kind,
-        starts=int(header.get("starts", 1)), seed=int(header.get("seed", 0)), layers=claim.layers, **mine,
+        starts=int(header.get("starts", 1)), seed=int(header.get("seed", 0)), layers=claim.layers,
+        weights_sha256=mine["weights_sha256"], architecture_sha256=mine["architecture_sha256"],
     )  # fmt: skip
     return replace(result, why=formulas.explain(chain, claim)) if result.violated else result
 
@@ -621,11 +644,12 @@ def recheck_worst(path: Path) -> WorstLayer:
         described = [dict(d) for d in header["layers"]]
         module = nn.Sequential(*(_BUILDERS[d.pop("type")](**d) for d in described)).double().eval()
         module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")})
-        texts = [str(header[k]) for k in ("formula", "layer", "part", "kept")]
+        formula, layer, part, kept = (str(header[k]) for k in ("formula", "layer", "part", "kept"))
         claimed, found, units, tokens = float(header["claimed"]), float(header["found"]), str(header["units"]), bool(header["tokens"])
         a, b = tensors["x"].double(), tensors["x_prime"].double()
         domain = None if header["domain"] is None else float(header["domain"])
-        claim = formulas.layer_claim(module, texts[0], domain) if tokens and domain is not None else formulas.claim_of(module, texts[0])
+        whole = not tokens or domain is None
+        claim = (formulas.claim_of(module, formula) if whole else formulas.layer_claim(module, formula, domain or 0.0)).in_units(units)
         f = _Target(copy.deepcopy(module), tuple(a.shape) if tokens else (a.numel(),), tokens=tokens, domain=claim.domain)
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             again = _measure(f, a[None], b[None])[1] * claim.unit()
@@ -636,4 +660,4 @@ def recheck_worst(path: Path) -> WorstLayer:
     if not (math.isclose(claim.value, claimed, rel_tol=1e-9) and math.isclose(again, found, rel_tol=1e-6)):
         shown = f"{again:.6g} against a claim of {claim.value:.6g}"
         raise BadInput(f"expected a file that shows {found:.6g} against a claim of {claimed:.6g}, got {shown} in {name}; the file was altered")
-    return WorstLayer(*texts, claim.value, again, units, domain, tokens, module, a, b)
+    return WorstLayer(formula, layer, part, kept, claim.value, again, units, domain, tokens, module, a, b)

@@ -111,7 +111,8 @@ def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) 
         third = abs(layer.output_scale)
         on_values, on_logits = (1.0, layer.scale) if 4 in repair else (layer.scale, layer.scale)
         if 1 in repair:
-            heads = [spectral_norm_bound(getattr(layer, n).weight.detach().unflatten(0, (layer.heads, -1))) for n in ("query", "key", "value")]
+            stacks = (getattr(layer, n).weight.detach() for n in ("query", "key", "value"))
+            heads = [spectral_norm_bound(stack.unflatten(0, (layer.heads, -1))) for stack in stacks]
             # In RMS the logits of one head are H·σ_q,h σ_k,h‖x‖²/D: section 4's a²/d = H·norm².
             each = heads[2] * (on_values + 2 * on_logits * heads[0] * heads[1] * layer.heads * norm**2)
             return third * o * float(each.square().sum().sqrt()), third * o * float(heads[2].square().sum().sqrt())
@@ -141,7 +142,7 @@ def newhouse2025(model: nn.Module, repair: Collection[int] = ()) -> Claim:
     """
     chain = as_chain(model)
     if chain.embedding_depth == 0:
-        raise BadInput("expected a transformer with an embedding for the formula newhouse2025, got a model without; audit it with --formula product or ours")
+        raise BadInput("expected a transformer with an embedding for newhouse2025, got a model without; audit it with --formula product or ours")
     constant, norm, rows = 1.0, 1.0, []
     body = list(chain.named_children())[chain.embedding_depth :]
     for i, (name, layer) in enumerate(body):
@@ -174,10 +175,10 @@ def _product(layer: nn.Module) -> float:
     if type(layer) is nn.LayerNorm:
         return 1.0 if layer.weight is None else float(layer.weight.detach().abs().amax())
     if type(layer) is Normalize:
-        return 1 / float(layer.std.double().min())
+        return 1 / float(layer.get_buffer("std").double().min())
     if type(layer) is ScaledGELU:
         return 1 / layer.divisor
-    if type(layer) in (nn.ReLU, nn.Tanh, nn.GELU, nn.Flatten, nn.Identity, nn.Dropout, MeanTokens, AddPositions):
+    if type(layer) in (nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Flatten, nn.Identity, nn.Dropout, MeanTokens, AddPositions):
         return 1.0
     raise BadInput(f"expected layers that the formula product speaks of, got {type(layer).__name__}; audit with --formula ours or --claim")
 
@@ -273,7 +274,8 @@ def explain(model: nn.Module, claim: Claim) -> str:
         said = newhouse2025(model).value
         if repaired[worst] <= said * (1 + 1e-9):
             return f"No single one of its mistakes lowers this value (MATH.md section 4): {MISTAKES[5]}."
-        return f"Mistake {worst} of the published formula: {MISTAKES[worst]}; without it the formula says {repaired[worst]:.4g} instead of {said:.4g} (RMS)."
+        instead = f"without it the formula says {repaired[worst]:.4g} instead of {said:.4g} (RMS)"
+        return f"Mistake {worst} of the published formula: {MISTAKES[worst]}; {instead}."
     if claim.formula == "product":
         kinds = {type(m) for m in model.modules()}
         if Attention in kinds:

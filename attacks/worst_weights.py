@@ -118,7 +118,7 @@ def _ascend(template: Attention, norms: dict[str, Tensor], tokens: int, domain: 
             x = tokens_raw * (domain / norm).clamp_max(1.0)  # noqa: B023
             out = torch.func.functional_call(layer, weights(exact), (x,))  # noqa: B023
             u = u_raw / u_raw.norm()  # noqa: B023
-            (g,) = torch.autograd.grad((out[0, -1] * u).sum(), x, create_graph=True)  # noqa: B023
+            (g,) = torch.autograd.grad((out[0, -1] * u).sum(), x, create_graph=True)
             return x, g
 
         optimizer = torch.optim.Adam([*(capped.raw for capped in raw.values()), tokens_raw, u_raw], lr=0.05)

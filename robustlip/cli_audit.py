@@ -1,0 +1,138 @@
+"""`robustlip audit`: a claimed Lipschitz constant against what can be observed. Exit codes: 0 holds, 2 bad input, 3 violated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from robustlip.cli import Context, DataDir, Device, Json, Model, Seed, app
+from robustlip.errors import BadInput, CertificateViolation
+
+if TYPE_CHECKING:
+    import torch
+
+    from robustlip.attacks.audit import Audit
+    from robustlip.console import Out
+    from robustlip.layers import Chain
+
+
+@app.command()
+def audit(
+    model: Model,
+    formula: Annotated[Optional[str], typer.Option("--formula", help="newhouse2025, product or ours  [default: ours]")] = None,
+    claim: Annotated[Optional[float], typer.Option("--claim", help="a number instead of a formula, in --units")] = None,
+    domain: Annotated[Optional[float], typer.Option("--domain", help="of --claim: largest token norm in --units  [default: the embedding]")] = None,
+    units: Annotated[Optional[str], typer.Option("--units", help="l2 or rms  [default: rms for newhouse2025, else l2]")] = None,
+    data: Annotated[Optional[str], typer.Option("--data", help="start from these samples too: a data set or file, with :split")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="at most so many samples")] = 16,
+    worst_weights: Annotated[bool, typer.Option("--worst-weights", help="also try the formula on adversarial weights of the same norms")] = False,
+    witness: Annotated[Optional[Path], typer.Option("--witness", help="only measure the pair in this file again")] = None,
+    out_folder: Annotated[Path, typer.Option("--out", help="folder for the witness")] = Path("runs/audit"),
+    starts: Annotated[int, typer.Option("--starts", min=1, help="how many inputs to search from, in one batch")] = 32,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="of gradient ascent on the input")] = 60,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="length of sequences without --data")] = 8,
+    json: Json = None, device: Device = None, seed: Seed = 0, data_dir: DataDir = None, context: Context = None,
+) -> None:  # fmt: skip
+    """Try to break a claimed Lipschitz constant: find two inputs between which the model moves by more. Exit code 3 when it does."""
+    from robustlip.attacks import formulas
+    from robustlip.attacks.audit import audit as run
+    from robustlip.attacks.audit import recheck, save_witness, save_worst
+    from robustlip.console import Out, Progress, choose_device
+    from robustlip.eval.runner import load_model
+
+    out = Out(json)
+    _check(formula, claim, domain, units, witness, worst_weights)
+    where = choose_device(device, out)
+    chain = load_model(model, where)
+    if witness is not None:
+        _show(model, recheck(witness, chain), [witness], out, "measured again")
+        return
+    if claim is not None:
+        fan_in = formulas.widths(chain)[0]
+        radius = domain if domain is None or units != "rms" else domain * fan_in**0.5
+        said = formulas.stated(chain, claim, units or "l2", radius)
+    else:
+        said = formulas.claim_of(chain, formula or "ours")
+        said = said.in_units(units) if units else said
+    x = _samples(chain, data, limit, seed, context, data_dir) if data else None
+    with Progress() as progress:
+        result = run(
+            chain, said, x, starts=starts, tokens=tokens, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
+        )
+    stem = f"{_safe(model)}-{result.formula}"
+    files = [out_folder / f"{stem}.safetensors"]
+    save_witness(files[0], result)
+    for w in result.worst:
+        files.append(out_folder / f"{stem}-worst-{w.layer}{'-heads' if 'head' in w.kept else ''}.safetensors")
+        save_worst(files[-1], w)
+    if said.formula == "newhouse2025":
+        own = formulas.own_domain(chain)
+        if own is not None and said.domain is not None and own > said.domain * (1 + 1e-6):
+            out.say(f"note: the model's own embeddings have norms up to {own:.4g}, outside the domain {said.domain:.4g} that the formula speaks of")
+    _show(model, result, files, out, "searched")
+
+
+def _check(formula: str | None, claim: float | None, domain: float | None, units: str | None, witness: Path | None, worst_weights: bool) -> None:
+    if units not in (None, "l2", "rms"):
+        raise BadInput(f"expected units l2 or rms, got {units!r}; name one of them")
+    if formula is not None and claim is not None:
+        raise BadInput("expected --formula or --claim, got both; leave one out")
+    if domain is not None and claim is None:
+        raise BadInput("expected --domain with --claim only, got it with a formula, which has its own domain; leave it out")
+    if worst_weights and claim is not None:
+        raise BadInput("expected a formula with --worst-weights, got a number, which says nothing of other weights; give --formula")
+    if witness is not None and (formula, claim, worst_weights) != (None, None, False):
+        raise BadInput("expected --witness alone, got it with a claim; the file names the claim that it is about")
+
+
+def _samples(chain: Chain, data: str, limit: int, seed: int, context: int | None, data_dir: str | None) -> torch.Tensor:
+    import torch
+
+    from robustlip.data import load_data
+
+    samples = load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary)
+    return torch.as_tensor(samples.x)
+
+
+def _safe(text: str) -> str:
+    name = Path(text).stem if text.endswith(".safetensors") else text.rpartition(":")[2]
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
+def _show(model: str, result: Audit, files: list[Path], out: Out, how: str) -> None:
+    """JSON, the table, the sentence, and the exit code."""
+    out.json({"model": model, **result.to_json_dict(), "witness": str(files[0]), "files": [str(f) for f in files]})
+    domain = "all inputs" if result.domain is None else f"tokens of ℓ2 norm ≤ {result.domain:.6g}"
+    rows = [
+        ("claimed", f"{result.claimed:.6g}  ({result.formula})"),
+        ("found", f"{result.found:.6g}  (rounding subtracted: {result.rounding:.1e} of a change of {result.change:.3g}, {result.rounding_kind})"),
+        ("ratio", f"{result.ratio:.4g}"),
+        ("verdict", result.verdict),
+        ("norm", result.norm),
+        ("domain", domain),
+        ("distance of the pair", f"{result.distance:.3g} (ℓ2)"),
+        ("starts", f"{result.starts}, seed {result.seed}, {how} in {result.seconds:.1f} s" if result.seconds else f"{result.starts}, {how}"),
+        ("witness", str(files[0])),
+        ("weights", result.weights_sha256),
+    ]
+    out.table(f"{model}: claimed against found", ["", "Lipschitz constant to the logits"], rows)
+    if result.worst:
+        worst = [[w.layer, w.part, w.kept, w.units, f"{w.claimed:.5g}", f"{w.found:.5g}", f"{w.ratio:.4g}", w.verdict] for w in result.worst]
+        headings = ["Layer", "Kind", "Kept", "Units", "Claimed", "Found", "Ratio", "Verdict"]
+        out.table("Weights that an adversary would choose, same shapes and norms", headings, worst, left=4)
+    if not result.violated:
+        out.say("The claim holds as far as this search can see; a search proves nothing.")
+        return
+    top = max(result.worst, key=lambda w: w.ratio, default=None)
+    if result.verdict == "violated":
+        out.say(f"VIOLATED: two inputs inside the domain move the output {result.ratio:.4g} times as far as {result.formula} allows. {result.why}")
+    elif top is not None:
+        out.say(
+            f"VIOLATED as a formula: these weights pass, but other weights of the same norms in {top.layer} move its output {top.ratio:.4g} times "
+            f"as far as {result.formula} allows. {result.why}"
+        )
+    if result.formula == "ours":
+        raise CertificateViolation(f"expected the proved bound {result.claimed:.9g} to hold, found {result.found:.9g}; report this with {files[0]}")
+    raise typer.Exit(3)
