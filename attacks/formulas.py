@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from robustlip.certifiers import lipschitz_bound
 from robustlip.errors import BadInput
-from robustlip.layers import AddPositions, Attention, Chain, MeanTokens, Normalize, Residual, ScaledGELU, as_chain
+from robustlip.layers import (
+    AddPositions,
+    Attention,
+    Chain,
+    GroupSort,
+    Householder,
+    MaxMin,
+    MeanTokens,
+    Normalize,
+    Residual,
+    ScaledGELU,
+    as_chain,
+)
 from robustlip.rules import Context, State, run_rules
 from robustlip.spectral import spectral_norm_bound
 
@@ -162,6 +174,11 @@ def newhouse2025(model: nn.Module, repair: Collection[int] = ()) -> Claim:
     )  # fmt: skip
 
 
+_TAKEN_AS_ONE = (
+    nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, MaxMin, GroupSort, Householder, nn.Flatten, nn.Identity, nn.Dropout, MeanTokens, AddPositions,
+)  # fmt: skip
+
+
 def _product(layer: nn.Module) -> float:
     """What folk wisdom gives one layer, in ℓ2."""
     if isinstance(layer, Residual):
@@ -178,7 +195,7 @@ def _product(layer: nn.Module) -> float:
         return 1 / float(layer.get_buffer("std").double().min())
     if type(layer) is ScaledGELU:
         return 1 / layer.divisor
-    if type(layer) in (nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Flatten, nn.Identity, nn.Dropout, MeanTokens, AddPositions):
+    if type(layer) in _TAKEN_AS_ONE:
         return 1.0
     raise BadInput(f"expected layers that the formula product speaks of, got {type(layer).__name__}; audit with --formula ours or --claim")
 
