@@ -7,6 +7,7 @@ perturbation and on the weight change, inside the domain that the state claims.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import mpmath
@@ -14,9 +15,10 @@ import pytest
 import torch
 from robustlip.attacks.worst_weights import worst_attention
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, MeanTokens, Normalize, Patchify, Residual, ScaledGELU
+from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Patchify, Residual, ScaledGELU
 from robustlip.rules import Context, State, rule_for
-from robustlip.rules.elementwise import GELU_SLOPE
+from robustlip.rules.elementwise import GELU_SLOPE, SILU_SLOPE
+from robustlip.rules.normalization import local_lipschitz
 from torch import nn
 
 D, T, H = 8, 3, 4
@@ -41,10 +43,39 @@ def layernorm() -> nn.LayerNorm:
     return layer
 
 
+def rmsnorm() -> nn.RMSNorm:
+    layer = nn.RMSNorm(D, eps=1e-2)
+    nn.init.uniform_(layer.weight, -2, 2)
+    return layer
+
+
+def batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.uniform_(-2, 2)
+        layer.bias.uniform_(-1, 1)
+        layer.running_mean.uniform_(-1, 1)
+        layer.running_var.uniform_(0.01, 2)
+    return layer.eval()
+
+
+def householder() -> Householder:
+    layer = Householder(D)
+    nn.init.uniform_(layer.angle, -7, 7)
+    return layer
+
+
 def positions() -> AddPositions:
     layer = AddPositions(T, D)
     nn.init.normal_(layer.positions)
     return layer
+
+
+# Shape of one sample where it is not (T, D): images, and vectors for BatchNorm1d.
+SHAPES = {"image": (4, 6, 5), "vector": (D,)}
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    return SHAPES.get(name.split("-")[0], (T, D))
 
 
 # name → (layer, how large the domain is)
@@ -68,14 +99,56 @@ CASES = {
     "attention-small-scale": (lambda: attention(scale=0.1), 3.0),
     "attention-no-rope": (lambda: attention(rope=False), 3.0),
     "attention-distance-bias": (lambda: attention(distance_bias=2, scale=2.0), 3.0),
+    "sigmoid": (nn.Sigmoid, 3.0),
+    "silu": (nn.SiLU, 5.0),
+    "dropout": (lambda: nn.Dropout(0.5).eval(), 2.0),
+    "rmsnorm": (rmsnorm, 0.3),
+    "layernorm-plain": (lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), 0.3),
+    "groupsort": (lambda: GroupSort(4), 3.0),
+    "maxmin": (MaxMin, 3.0),
+    "householder": (householder, 3.0),
+    "vector-batchnorm": (lambda: batchnorm(nn.BatchNorm1d(D)), 3.0),
+    "vector-maxmin": (MaxMin, 3.0),
+    "image-batchnorm": (lambda: batchnorm(nn.BatchNorm2d(4)), 3.0),
+    "image-normalize": (lambda: Normalize([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 3.0]), 2.0),
+    "image-maxmin": (MaxMin, 3.0),
+    "image-groupsort": (GroupSort, 3.0),
+    "image-householder": (lambda: Householder(4), 3.0),
+    "image-silu": (nn.SiLU, 5.0),
+    "image-flatten": (nn.Flatten, 3.0),
+    "image-conv": (lambda: nn.Conv2d(4, 3, 3, padding=1), 3.0),
+    "image-conv-valid": (lambda: nn.Conv2d(4, 6, (3, 2), bias=False), 3.0),
+    "image-conv-same": (lambda: nn.Conv2d(4, 2, (2, 3), padding="same"), 3.0),
+    "image-conv-stride": (lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1), 3.0),
+    "image-conv-dilated": (lambda: nn.Conv2d(4, 3, (3, 2), dilation=(2, 3), padding=(2, 3)), 3.0),
+    "image-conv-wide-padding": (lambda: nn.Conv2d(4, 3, 2, padding=3, stride=(1, 2)), 3.0),
+    "image-conv-groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), 3.0),
+    "image-conv-depthwise": (lambda: nn.Conv2d(4, 4, 3, padding=2, groups=4, dilation=2), 3.0),
+    "image-conv-circular": (lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), 3.0),
+    "image-conv-circular-twice": (lambda: nn.Conv2d(4, 3, 3, padding=3, padding_mode="circular"), 3.0),
+    "image-conv-reflect": (lambda: nn.Conv2d(4, 3, 3, padding=2, padding_mode="reflect"), 3.0),
+    "image-conv-replicate": (lambda: nn.Conv2d(4, 3, 3, padding=4, padding_mode="replicate"), 3.0),
+    "image-residual-conv": (lambda: Residual(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), skip=0.5, weight=-0.7), 3.0),
+    "image-avgpool": (lambda: nn.AvgPool2d(2), 3.0),
+    "image-avgpool-overlap": (lambda: nn.AvgPool2d(3, stride=1, padding=1), 3.0),
+    "image-globalpool": (lambda: nn.AdaptiveAvgPool2d(1), 3.0),
+    "image-maxpool": (lambda: nn.MaxPool2d(2), 3.0),
+    "image-maxpool-overlap": (lambda: nn.MaxPool2d(3, stride=1, padding=1), 3.0),
     "residual-mlp": (lambda: Residual.convex(nn.Sequential(nn.Linear(D, 12), ScaledGELU(), nn.Linear(12, D)), 0.3), 3.0),
     "residual-attention": (lambda: Residual(attention(), skip=0.5, weight=-1.5), 2.0),
 }
 
 
-def state(norm: float, change: float, dtype=torch.float64, **more) -> State:
+def state(norm: float, change: float, shape: tuple[int, ...] = (T, D), space: str = "l2") -> State:
+    """Bounds on samples of that shape: tokens (T, D) one by one, images and vectors as one vector."""
     one = torch.ones(1, dtype=torch.float64)
-    return State(one * norm, one * change, one * 0, "l2", T, D, **more)
+    tokens, width = shape if len(shape) == 2 else (1, math.prod(shape))
+    return State(one * norm, one * change, one * 0, space, tokens, width, shape if len(shape) == 3 else None)
+
+
+def sizes(x: torch.Tensor) -> torch.Tensor:
+    """ℓ2 norms of samples (N, …), by token (N, T) where samples are tokens (N, T, D), else (N, 1)."""
+    return x.norm(dim=-1) if x.dim() == 3 else x.flatten(1).norm(dim=-1, keepdim=True)
 
 
 def context(dtype=torch.float64, weight_radius: float | None = None) -> Context:
@@ -90,20 +163,33 @@ def lipschitz(layer: nn.Module, domain: float, tokens: int, width: int) -> float
 
 
 def into_ball(x: torch.Tensor, radius: float) -> torch.Tensor:
-    return x * (radius / x.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+    return x * (radius / sizes(x)).clamp_max(1.0).view(len(x), *([1] * (x.dim() - 1) if x.dim() != 3 else [-1, 1]))
 
 
 def matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
-    owners = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    owners = [(n, m) for n, m in layer.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return {f"{n}.weight" if n else "weight": m.weight for n, m in owners}
 
 
-def attacked_change(layer: nn.Module, domain: float, radius: float, weight_radius: float = 0.0, steps: int = 150, starts: int = 8) -> float:
-    """The largest per-token change found with ‖x‖, ‖x + δ‖ ≤ domain, ‖δ_t‖ ≤ radius and ‖E‖₂ ≤ weight_radius·σ(W): gradient ascent on all three."""
+def spectral(weight: torch.Tensor) -> torch.Tensor:
+    """σ of a matrix, of a convolution's kernel as (out, in·kh·kw)."""
+    return torch.linalg.matrix_norm(weight.flatten(1), 2)
+
+
+def attacked_change(
+    layer: nn.Module,
+    domain: float,
+    radius: float,
+    weight_radius: float = 0.0,
+    steps: int = 150,
+    starts: int = 8,
+    shape: tuple[int, ...] = (T, D),
+) -> float:
+    """The largest change (per token, or of the whole image) found with ‖x‖, ‖x + δ‖ ≤ domain, ‖δ_t‖ ≤ radius and ‖E‖₂ ≤ weight_radius·σ(W): gradient ascent on all three."""
     layer = copy.deepcopy(layer).double().requires_grad_(False)
     generator = torch.Generator().manual_seed(7)
-    x = (domain * torch.randn(starts, T, D, generator=generator, dtype=torch.float64)).requires_grad_()
-    delta = torch.randn(starts, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    x = (domain * torch.randn(starts, *shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    delta = torch.randn(starts, *shape, generator=generator, dtype=torch.float64).requires_grad_()
     weights = matrices(layer) if weight_radius else {}
     errors = {n: torch.randn(w.shape, generator=generator, dtype=torch.float64).requires_grad_() for n, w in weights.items()}
     optimizer = torch.optim.Adam([x, delta, *errors.values()], lr=0.05)
@@ -113,10 +199,10 @@ def attacked_change(layer: nn.Module, domain: float, radius: float, weight_radiu
             clean = into_ball(x, domain - radius)
             moved = clean + into_ball(delta, radius)
             changed = {
-                n: w + errors[n] * (weight_radius * torch.linalg.matrix_norm(w, 2) / torch.linalg.matrix_norm(errors[n], 2)) for n, w in weights.items()
+                n: w + errors[n] * (weight_radius * spectral(w) / spectral(errors[n])) for n, w in weights.items()
             }
             gap = torch.func.functional_call(layer, changed, (moved,)) - layer(clean)
-            change = gap.norm(dim=-1).flatten(1).amax(1) if gap.dim() > 2 else gap.norm(dim=-1)
+            change = sizes(gap).amax(1)
             best = max(best, float(change.detach().max()))
             optimizer.zero_grad()
             (-change.sum()).backward()
@@ -130,20 +216,20 @@ def test_change_is_never_exceeded(name) -> None:
     torch.manual_seed(3)
     layer = build().double()
     for radius in (1e-3 * domain, 0.5 * domain):
-        bound = float(rule_for(layer).step(layer, state(domain, radius), context()).change)
-        found = attacked_change(layer, domain, radius)
+        bound = float(rule_for(layer).step(layer, state(domain, radius, shape_of(name)), context()).change)
+        found = attacked_change(layer, domain, radius, shape=shape_of(name))
         assert found <= bound * (1 + 1e-12)
         assert found > bound / 60  # a bound that nothing comes near would hide a broken attack
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "linear" in n or "attention" in n or "residual" in n])
+@pytest.mark.parametrize("name", [n for n in CASES if any(part in n for part in ("linear", "attention", "residual", "conv"))])
 def test_weight_perturbations_are_never_exceeded(name) -> None:
     build, domain = CASES[name]
     torch.manual_seed(3)
     layer = build().double()
     for weight_radius, radius in ((0.05, 0.0), (0.3, 0.2)):
-        bound = float(rule_for(layer).step(layer, state(domain, radius), context(weight_radius=weight_radius)).change)
-        found = attacked_change(layer, domain, radius + 1e-15, weight_radius)
+        bound = float(rule_for(layer).step(layer, state(domain, radius, shape_of(name)), context(weight_radius=weight_radius)).change)
+        found = attacked_change(layer, domain, radius + 1e-15, weight_radius, shape=shape_of(name))
         assert found <= bound * (1 + 1e-12)
         assert found > bound / 60
 
@@ -156,12 +242,17 @@ def test_norm_and_rounding_are_never_exceeded(name, dtype) -> None:
     torch.manual_seed(3)
     layer = build().to(dtype).requires_grad_(False)
     exact = copy.deepcopy(layer).double()
-    behind = rule_for(layer).step(layer, state(domain, 0.0), context(dtype))
-    x = into_ball(torch.randn(500, T, D) * torch.logspace(-4, 1, 500)[:, None, None], domain * (1 - 2**-7)).to(dtype)
+    shape = shape_of(name)
+    behind = rule_for(layer).step(layer, state(domain, 0.0, shape), context(dtype))
+    spread = torch.logspace(-4, 1, 500).view(500, *[1] * len(shape))
+    x = into_ball(torch.randn(500, *shape) * spread, domain * (1 - 2**-7)).to(dtype)
     executed, truth = layer(x).double(), exact(x.double())
-    assert float((executed - truth).norm(dim=-1).max()) <= float(behind.rounding)
-    assert float(executed.norm(dim=-1).max()) <= float(behind.norm)
-    assert float(truth.norm(dim=-1).max()) <= float(behind.norm)
+    assert executed.shape[1:].numel() == behind.tokens * behind.width
+    if behind.whole is not None:
+        assert executed.shape[1:] == behind.whole
+    assert float(sizes(executed - truth).max()) <= float(behind.rounding) < torch.inf
+    assert float(sizes(executed).max()) <= float(behind.norm)
+    assert float(sizes(truth).max()) <= float(behind.norm)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -169,13 +260,24 @@ def test_bounds_grow_with_everything(name) -> None:
     build, domain = CASES[name]
     torch.manual_seed(3)
     layer = build().double()
-    base = rule_for(layer).step(layer, state(domain, 0.1), context(weight_radius=0.01))
+    shape = shape_of(name)
+    base = rule_for(layer).step(layer, state(domain, 0.1, shape), context(weight_radius=0.01))
     for more in (
-        rule_for(layer).step(layer, state(domain, 0.2), context(weight_radius=0.01)),
-        rule_for(layer).step(layer, state(2 * domain, 0.1), context(weight_radius=0.01)),
-        rule_for(layer).step(layer, state(domain, 0.1), context(weight_radius=0.02)),
+        rule_for(layer).step(layer, state(domain, 0.2, shape), context(weight_radius=0.01)),
+        rule_for(layer).step(layer, state(2 * domain, 0.1, shape), context(weight_radius=0.01)),
+        rule_for(layer).step(layer, state(domain, 0.1, shape), context(weight_radius=0.02)),
     ):
         assert float(more.change) >= float(base.change) and float(more.norm) >= float(base.norm)
+
+
+def test_silu_slope_is_the_supremum() -> None:
+    with mpmath.workdps(30):
+        silu = lambda z: z / (1 + mpmath.exp(-z))  # noqa: E731
+        top = mpmath.findroot(lambda z: mpmath.diff(silu, z, 2), 2.4)
+        slope = mpmath.diff(silu, top)
+        grid = max(abs(mpmath.diff(silu, mpmath.mpf(z) / 50)) for z in range(-500, 501))
+    assert grid <= slope + mpmath.mpf("1e-9")
+    assert slope <= SILU_SLOPE <= slope * (1 + mpmath.mpf("1e-6"))
 
 
 @pytest.mark.parametrize("form", ["none", "tanh"])
@@ -272,6 +374,58 @@ def test_infinity_and_one_balls_through_the_first_layer() -> None:
         delta = ball(torch.randn(20000, 10, dtype=torch.float64) * 10)
         found = float((delta @ layer.weight.T).norm(dim=-1).max())
         assert bound.change / 3 < found <= float(bound.change)
+
+
+VERTICES = ["relu", "tanh", "silu", "sigmoid", "groupsort", "maxmin", "image-maxmin", "image-householder", "image-avgpool", "image-avgpool-overlap",
+            "image-globalpool", "image-maxpool", "image-maxpool-overlap", "image-batchnorm", "image-normalize"] + [n for n in CASES if "image-conv" in n]  # fmt: skip
+
+
+@pytest.mark.parametrize("space", ["linf", "l1"])
+@pytest.mark.parametrize("name", VERTICES)
+def test_infinity_and_one_balls_through_every_layer(name, space) -> None:
+    """Changes inside ℓ∞ and ℓ1 balls, random and at vertices, measured in the norm that the rule says it bounds."""
+    build, _ = CASES[name]
+    torch.manual_seed(3)
+    layer, shape = build().double(), shape_of(name)
+    radius, n = 0.5, math.prod(shape)
+    behind = rule_for(layer).step(layer, replace(state(50.0, radius, shape, space), tokens=1, width=n), context())
+    x = torch.randn(400, *shape, dtype=torch.float64)
+    delta = torch.randn(400, n, dtype=torch.float64)
+    if space == "linf":
+        delta[:200] = delta[:200].sign()
+        delta = delta.clamp(-1, 1)
+    else:
+        delta[:200] = delta[:200] * torch.nn.functional.one_hot(torch.arange(200) % n, n)
+        delta = delta / delta.abs().sum(-1, keepdim=True)
+    gap = (layer(x + radius * delta.view_as(x)) - layer(x)).flatten(1)
+    order = {"l2": 2, "linf": torch.inf, "l1": 1}[behind.space]
+    found = float(torch.linalg.vector_norm(gap, ord=order, dim=-1).max())
+    assert float(behind.change) / 60 < found <= float(behind.change) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("radius", [0.01, 0.3, 2.0])
+def test_local_constants_of_normalisation(kind, radius) -> None:
+    """Gradient ascent on two points in the ball: their slope never exceeds the local constant, and comes near it for small balls."""
+    torch.manual_seed(1)
+    layer = kind(D, eps=1e-3).double().requires_grad_(False)
+    torch.nn.init.uniform_(layer.weight, 0.5, 2)
+    centre = torch.randn(6, D, dtype=torch.float64)
+    bound = local_lipschitz(layer, centre, radius)
+    a, b = (torch.randn(6, D, dtype=torch.float64).requires_grad_() for _ in range(2))
+    optimizer = torch.optim.Adam([a, b], lr=0.02)
+    best = torch.zeros(6, dtype=torch.float64)
+    for _ in range(300):
+        p, q = centre + into_ball(a, radius), centre + into_ball(b, radius)
+        slope = (layer(p) - layer(q)).norm(dim=-1) / (p - q).norm(dim=-1).clamp_min(1e-9)
+        best = torch.maximum(best, slope.detach())
+        optimizer.zero_grad()
+        (-slope.sum()).backward()
+        optimizer.step()
+    assert bool((best <= bound).all()) and bool((best > bound / 20).all())
+    everywhere = float(rule_for(layer).step(layer, state(9.0, 1e-3), context()).change) * 1e3
+    assert bool((bound <= everywhere * (1 + 1e-9)).all())
+    assert float(local_lipschitz(layer, centre, 1e9).min()) == pytest.approx(everywhere)
 
 
 def test_patchify_and_tokens() -> None:
