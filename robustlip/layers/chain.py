@@ -129,7 +129,7 @@ def as_chain(model: nn.Module) -> Chain:
 
         walk("layer", model)
         chain = Chain(OrderedDict(flat))
-        chain.train(model.training)
+        chain.training = model.training  # not train(): the layers are shared, and their modes are their own
         return chain
     raise UnsupportedLayer(
         f"expected a robustlip model or an nn.Sequential of known layers, got {type(model).__name__}; "
