@@ -570,6 +570,7 @@ def recheck(path: Path, model: nn.Module) -> Audit:
         units, domain, box = str(header["units"]), header["domain"], header["box"]
         domain = None if domain is None else float(domain)
         box = None if box is None else (float(box[0]), float(box[1]))
+        starts, seed = int(header["starts"]), int(header["seed"])
         if formula in formulas.FORMULAS:
             claim = formulas.claim_of(chain, formula).in_units(units)
         else:
@@ -600,7 +601,7 @@ def recheck(path: Path, model: nn.Module) -> Audit:
     result = Audit(
         formula=formula, claimed=claim.value, found=again, units=units, domain=domain, space="embedding" if tokens else "input",
         x=tensors["x"], x_prime=tensors["x_prime"], distance=distance, change=change, rounding=rounding, rounding_kind=kind,
-        starts=int(header.get("starts", 1)), seed=int(header.get("seed", 0)), layers=claim.layers,
+        starts=starts, seed=seed, layers=claim.layers,
         weights_sha256=mine["weights_sha256"], architecture_sha256=mine["architecture_sha256"],
     )  # fmt: skip
     return replace(result, why=formulas.explain(chain, claim)) if result.violated else result
@@ -608,7 +609,8 @@ def recheck(path: Path, model: nn.Module) -> Audit:
 
 def save_worst(path: Path, worst: WorstLayer) -> None:
     """The weights that an adversary chose for one layer, with the pair of inputs, to a safetensors file that `recheck_worst` reads."""
-    weights = {f"module.{name}": value for name, value in worst.module.state_dict().items()}
+    # By number, as `recheck_worst` builds the layers again without the names they had in the model.
+    weights = {f"module.{name}": value for name, value in nn.Sequential(*worst.module).state_dict().items()}
     header = {"kind": "audit-worst-weights", **worst.to_json_dict(), "tokens": worst.tokens, "layers": [_describe(layer) for layer in worst.module]}
     save_tensors(path, {"x": worst.x, "x_prime": worst.x_prime, **weights}, header)
 

@@ -19,7 +19,7 @@ from robustlip.rules.elementwise import GELU_SLOPE
 from robustlip.spectral import spectral_norm_bound
 
 # Above this width a step normalises by warm-started power iteration; the weights that are returned are always normalised by an exact SVD.
-_EXACT_WIDTH = 64
+_EXACT_WIDTH = 128
 _NAMES = ("query", "key", "value", "output")
 
 
@@ -50,7 +50,7 @@ class _Capped:
             sigma = torch.linalg.matrix_norm(self.raw, 2)
         else:
             with torch.no_grad():
-                for _ in range(4):
+                for _ in range(10):
                     self.right = nn.functional.normalize(self.raw.mT @ (self.raw @ self.right), dim=-2)
             # With the right singular vector held fixed, the gradient of ‖Wv‖ is uvᵀ: that of σ(W).
             sigma = (self.raw @ self.right).norm(dim=(-2, -1))
