@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from robustlip.attacks import by_name
 from robustlip.certifiers import certify
 from robustlip.errors import BadInput, UnsupportedLayer
@@ -16,7 +18,6 @@ from robustlip.rules import Context, State, rule_for
 from robustlip.rules.convolution import Convolution
 from robustlip.spectral import symbol_bound
 from robustlip.threats import InputBall, WeightBall, parse_threat
-from torch import nn
 
 
 def dense(layer: nn.Module, shape: tuple[int, int, int]) -> torch.Tensor:

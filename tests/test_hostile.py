@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from robustlip.certifiers import certify, lipschitz_bound
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, Chain, MeanTokens, Normalize, Residual, as_chain
+from robustlip.layers import AddPositions, Attention, Chain, MeanTokens, Normalize, Residual, ScaledGELU, as_chain
 from robustlip.rules import Context, State, rule_for
 from robustlip.spectral import infinity_to_two_bound, one_to_two_bound
 from robustlip.threats import InputBall, WeightBall
-from torch import nn
 
 ONE = torch.ones(1, dtype=torch.float64)
 
@@ -34,6 +35,9 @@ def test_a_layer_used_twice_is_counted_twice() -> None:
     assert len(chain) == 5
     x = torch.randn(20, 4)
     torch.testing.assert_close(chain(x), model(x))
+    flat = nn.Sequential(layer, act, layer, act, layer)
+    assert len(as_chain(flat)) == 5
+    torch.testing.assert_close(as_chain(flat)(x), flat(x))
     with torch.no_grad():
         layer.weight.copy_(3 * torch.eye(4))
     tripled = certify(model, x, model(x).argmax(-1), InputBall("l2"), dtype="real").bound["model_l2"]
@@ -72,7 +76,7 @@ def test_attention_with_other_projections_is_refused(change) -> None:
     ],
 )  # fmt: skip
 def test_broadcasting_is_refused(layer, before) -> None:
-    with pytest.raises(BadInput, match="match|as many"):
+    with pytest.raises(BadInput, match=r"match|as many"):
         step(layer, before)
 
 
@@ -101,7 +105,24 @@ def test_integer_inputs_have_no_input_ball() -> None:
     with pytest.raises(BadInput, match="in front of an Embedding"):
         certify(late, ids, late(ids).argmax(-1), WeightBall())
     with pytest.raises(BadInput, match="floating-point"):
-        certify(nn.Sequential(Normalize(0.0, 255.0), nn.Flatten(), nn.Linear(4, 3)), torch.ones(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2).long(), InputBall())
+        images = torch.ones(2, 1, 2, 2, dtype=torch.uint8)
+        certify(nn.Sequential(Normalize(0.0, 255.0), nn.Flatten(), nn.Linear(4, 3)), images, torch.zeros(2).long(), InputBall())
+
+
+def test_signs_of_scales_make_no_bound_negative() -> None:
+    """Loaded weights and attributes are not what the constructor checked: a negative std would shrink the change it multiplies."""
+    layer = Normalize([0.0, 0.0], [1.0, 1.0])
+    layer.load_state_dict({"mean": torch.zeros(2), "std": torch.tensor([-0.125, 1.0])})
+    assert float(step(layer, state(1.0, 1.0, 1, 2)).change) >= 8
+    layer.std[0] = 0.0
+    with pytest.raises(BadInput, match="std"):
+        step(layer, state(1.0, 1.0, 1, 2))
+    gelu, attention = ScaledGELU(), Attention(4, 2)
+    gelu.divisor, attention.scale = -1.1289, -4.0
+    assert float(step(gelu, state(1.0, 1.0, 3, 4)).change) >= 1
+    bound = float(step(attention, state(1.0, 1e-3, 3, 4)).change)
+    attention.scale = 4.0
+    assert bound == float(step(attention, state(1.0, 1e-3, 3, 4)).change) > 0
 
 
 def test_embeddings_that_rewrite_themselves_are_refused() -> None:

@@ -24,7 +24,8 @@ def check_finite(model: nn.Module) -> None:
 def constants_of(model: nn.Module) -> tuple[str, dict[tuple[int, str], Any]]:
     """(SHA-256 of the weights as they are now, the store of constants that belongs to them).
 
-    Raises BadInput for weights that are not finite. Keyed by content: version counters miss writes through `.data` and shared memory, and a stale constant would be a false certificate.
+    Raises BadInput for weights that are not finite. Keyed by content: version counters miss writes through `.data` and shared memory, and a
+    stale constant would be a false certificate.
     """
     sha = weights_sha256(model)
     # Constants of the whole model depend on scales and residual weights too, which the structure prints.

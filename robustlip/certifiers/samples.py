@@ -81,7 +81,10 @@ def check_entry(model: Chain, x: Tensor, threat: Threat) -> None:
     if x.is_floating_point():
         return
     if isinstance(threat, InputBall):
-        raise BadInput(f"expected floating-point inputs for the threat {threat.name}, got {x.dtype}; convert images, or use an embedding or weight threat for token ids")
+        raise BadInput(
+            f"expected floating-point inputs for the threat {threat.name}, got {x.dtype}; "
+            f"convert images, or use an embedding or weight threat for token ids"
+        )
     if type(model[0]) is not nn.Embedding or x.dim() != 2:
         raise BadInput(
             f"expected token ids (N, T) in front of an Embedding, or floating-point inputs, got {x.dtype} of shape {tuple(x.shape)} "

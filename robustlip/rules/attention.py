@@ -63,8 +63,9 @@ def join_heads(output: Tensor, whole: float | Tensor, per_head: Tensor) -> Tenso
 def check_projections(layer: Attention) -> None:
     """Raises UnsupportedLayer for projections that are not plain matrices: the rule reads their weights and nothing else."""
     for name in ("query", "key", "value", "output"):
-        projection = getattr(layer, name)
-        if type(projection) is not nn.Linear or projection.bias is not None or tuple(projection.weight.shape) != (layer.width, layer.width):
+        projection: nn.Module = getattr(layer, name)
+        plain = isinstance(projection, nn.Linear) and type(projection) is nn.Linear and projection.bias is None
+        if not plain or tuple(layer.get_parameter(f"{name}.weight").shape) != (layer.width, layer.width):
             raise UnsupportedLayer(
                 f"expected Attention's {name} to be Linear({layer.width}, {layer.width}) without a bias, got {projection}; leave it as it was built"
             )
@@ -79,7 +80,7 @@ class AttentionRule(Rule):
         state = state.by_token(layer).in_l2()
         check_projections(layer)
         heads: Heads = context.constant(layer, "heads", lambda: Heads.of(layer))
-        scale, d, factor = layer.scale / layer.head_width, layer.head_width, abs(layer.output_scale)
+        scale, d, factor = abs(layer.scale) / layer.head_width, layer.head_width, abs(layer.output_scale)
         a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
 
         def perturbed(name: str) -> Tensor | float:
@@ -111,7 +112,8 @@ class AttentionRule(Rule):
         behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.width)
         largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
         # Partial sums of queries, keys and values: one that overflows is lost even where the logits are small.
-        projected = torch.stack([(heads.frobenius[n] + math.sqrt(d) * e) * a for n, e in (("query", e_q), ("key", e_k), ("value", e_v))]).amax((0, -1))
+        inner = (("query", e_q), ("key", e_k), ("value", e_v))
+        projected = torch.stack([(heads.frobenius[name] + math.sqrt(d) * e) * a for name, e in inner]).amax((0, -1))
         mixed_sums = mixed * (heads.output_matrix.frobenius + math.sqrt(layer.width) * e_o)
         return context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0))
 
@@ -126,7 +128,7 @@ class AttentionRule(Rule):
     ) -> Tensor:
         """‖fl(o_i) − o_i‖₂ of each head (..., H), given the executed input: products, rotation, logits, softmax, weighted sum, in turn."""
         u, tiny, d, length = context.unit, context.tiny, layer.head_width, state.tokens
-        scale = layer.scale / d
+        scale = abs(layer.scale) / d
         a = state.norm.unsqueeze(-1)
 
         def projected(i: int, name: str) -> tuple[Tensor, Tensor]:
@@ -149,5 +151,6 @@ class AttentionRule(Rule):
         # blockwise softmax), the sum, the division.
         spread = 2 * (logit + heads.bias)
         logit_error = logit_error + 3 * u * (spread + logit_error)
-        relative = torch.expm1(2 * logit_error) * (1 + 1e-12) + context.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16)) * (2 + torch.expm1(2 * logit_error))
+        grown = torch.expm1(2 * logit_error)
+        relative = grown * (1 + 1e-12) + context.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16)) * (2 + grown)
         return relative * v + v_error + 2 * length * tiny * (v + 1)

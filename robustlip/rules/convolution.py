@@ -62,7 +62,8 @@ class Windows:
 def image_shape(layer: nn.Module, state: State) -> tuple[int, int, int]:
     """(C, H, W) of the images in front of the layer. Raises BadInput where the state does not know them."""
     if state.whole is None or len(state.whole) != 3:
-        raise BadInput(f"expected images (N, C, H, W) in front of {type(layer).__name__}, got vectors or tokens; put it in front of Flatten and Patchify")
+        name = type(layer).__name__
+        raise BadInput(f"expected images (N, C, H, W) in front of {name}, got vectors or tokens; put it in front of Flatten and Patchify")
     return state.whole[0], state.whole[1], state.whole[2]
 
 
@@ -126,7 +127,7 @@ def sides(layer: nn.Conv2d, i: int, kernel: int) -> Pair:
     if layer.padding == "same":
         total = pair(layer.dilation)[i] * (kernel - 1)
         return total // 2, total - total // 2
-    before = 0 if layer.padding == "valid" else pair(layer.padding)[i]
+    before = 0 if isinstance(layer.padding, str) else pair(layer.padding)[i]  # 'valid'
     return before, before
 
 
@@ -137,9 +138,10 @@ def check_algorithm(layer: nn.Conv2d) -> None:
             "expected convolutions that sum products, got cuDNN, which may choose Winograd or FFT or TF32, whose rounding has no proved bound; "
             "set torch.backends.cudnn.enabled = False, or certify on the CPU"
         )
-    if layer.weight.device.type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and torch.backends.nnpack.is_available():
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if layer.weight.device.type == "cpu" and not onednn and torch.backends.nnpack.is_available():
         raise UnsupportedLayer(
-            "expected convolutions that sum products, got NNPACK without oneDNN, which may choose Winograd; call torch.backends.nnpack.set_flags(False)"
+            "expected convolutions that sum products, got NNPACK without oneDNN, which may choose Winograd; enable torch.backends.mkldnn"
         )
 
 
@@ -182,7 +184,8 @@ def pooled(layer: nn.AvgPool2d | nn.MaxPool2d, state: State) -> tuple[int, int, 
     kernel, stride, padding = pair(layer.kernel_size), pair(layer.stride), pair(layer.padding)
     dilation = pair(getattr(layer, "dilation", 1))
     if dilation != (1, 1) and padding != (0, 0):
-        raise UnsupportedLayer(f"expected {type(layer).__name__} with dilation or padding, not both, got both: a window may see only padding; drop one")
+        name = type(layer).__name__
+        raise UnsupportedLayer(f"expected {name} with dilation or padding, not both, got both: a window may see only padding; drop one")
     rows, columns = (Windows.along(shape[1 + i], kernel[i], stride[i], dilation[i], padding[i], padding[i]) for i in (0, 1))
     return rows.reads * columns.reads, kernel[0] * kernel[1], (shape[0], rows.positions, columns.positions)
 
@@ -193,7 +196,7 @@ class AvgPool2dRule(Rule):
 
     def step(self, layer: nn.AvgPool2d, state: State, context: Context) -> State:
         if layer.divisor_override is not None or (not layer.count_include_pad and pair(layer.padding) != (0, 0)):
-            raise UnsupportedLayer("expected AvgPool2d that divides by the size of its kernel, got another divisor; leave the options at their defaults")
+            raise UnsupportedLayer("expected AvgPool2d that divides by its kernel's size, got another divisor; leave the options at their defaults")
         reads, size, out = pooled(layer, state)
         return averaged(state, context, reads, size, out)
 

@@ -45,7 +45,7 @@ class GELURule(Rule):
     """|gelu'| ≤ 1.1289…, by form; |gelu x| ≤ |x|; both divided by the layer's divisor, once."""
 
     def step(self, layer: nn.GELU | ScaledGELU, state: State, context: Context) -> State:
-        divisor = layer.divisor if isinstance(layer, ScaledGELU) else 1.0
+        divisor = abs(layer.divisor) if isinstance(layer, ScaledGELU) else 1.0
         slope = GELU_SLOPE[layer.approximate] / divisor
         fresh = (FUNCTION_ULPS + 2) * context.unit * state.norm / divisor + state.width**0.5 * context.tiny * (1 + 1 / divisor)
         # The tanh form cubes its argument: x³ must not overflow. finite() sees the cube where it is computed.
@@ -92,14 +92,19 @@ class NormalizeRule(Rule):
     """(x − mean)/std by channel: gain 1/min std."""
 
     def step(self, layer: Normalize, state: State, context: Context) -> State:
-        channels = state.whole[0] if state.whole is not None and len(state.whole) == 3 else state.whole[-1] if state.whole is not None else state.width
-        sizes = {layer.mean.numel(), layer.std.numel()} - {1}
+        whole = state.whole or (state.width,)
+        channels = whole[0] if len(whole) == 3 else whole[-1]
+        mean, std = layer.mean, layer.std
+        assert isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor)
+        if not bool((std != 0).all()):
+            raise BadInput(f"expected std other than 0 in {std.dtype}, got {std.tolist()}; use a wider dtype, or leave constant channels at 1")
+        sizes = {mean.numel(), std.numel()} - {1}
         if sizes - {channels}:
             # Broadcasting would make one channel into several, each with its own share of the change.
             raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
-        gain = context.constant(layer, "gain", lambda: 1 / float(layer.std.double().min()) * (1 + 1e-15))
+        gain = context.constant(layer, "gain", lambda: 1 / float(std.double().abs().min()) * (1 + 1e-15))
         # One mean per channel, subtracted from every number of the channel: at most √(numbers)·max|mean| in ℓ2.
-        shift = context.constant(layer, "shift", lambda: float(norm_up(layer.mean.abs().amax().expand(1), 0)))
+        shift = context.constant(layer, "shift", lambda: float(norm_up(mean.abs().amax().expand(1), 0)))
         reach = state.norm + shift * state.width**0.5 * state.tokens**0.5
         fresh = 4 * context.unit * gain * reach + state.width**0.5 * context.tiny * (1 + gain)
         behind = replace(

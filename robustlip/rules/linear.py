@@ -75,7 +75,7 @@ class EmbeddingRule(Rule):
 
     def step(self, layer: nn.Embedding, state: State, context: Context) -> State:
         if layer.max_norm is not None:
-            raise UnsupportedLayer("expected Embedding without max_norm, got one that rewrites its own weights in forward; rescale the rows once instead")
+            raise UnsupportedLayer("expected Embedding without max_norm, got one that rewrites its weights in forward; rescale the rows once")
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.weight.detach()).amax()))
         perturbed = context.weight_change(matrix.sigma) + torch.zeros_like(state.norm)

@@ -14,8 +14,8 @@ from robustlip.rounding import TINY, U64, gamma, norm_up, up
 from robustlip.rules.base import Context, Rule, State, register
 
 
-def normalized_width(layer: nn.LayerNorm | nn.RMSNorm, state_width: int | None = None) -> int:
-    """The width D of the tokens that are normalised. Raises UnsupportedLayer for layers that no constant here is proved for."""
+def normalized(layer: nn.LayerNorm | nn.RMSNorm, state_width: int | None = None) -> tuple[int, float]:
+    """(width D of the tokens that are normalised, eps). Raises UnsupportedLayer for layers that no constant here is proved for."""
     name = type(layer).__name__
     if len(layer.normalized_shape) != 1:
         raise UnsupportedLayer(f"expected {name} over the last dimension, got {tuple(layer.normalized_shape)}; normalise tokens one by one")
@@ -26,7 +26,7 @@ def normalized_width(layer: nn.LayerNorm | nn.RMSNorm, state_width: int | None =
     width = layer.normalized_shape[0]
     if state_width not in (None, width):
         raise BadInput(f"expected tokens of width {width} in front of {name}, got {state_width}; match them")
-    return width
+    return width, float(layer.eps)
 
 
 def largest_gain(layer: nn.LayerNorm | nn.RMSNorm) -> float:
@@ -40,13 +40,13 @@ def local_lipschitz(layer: nn.LayerNorm | nn.RMSNorm, x: Tensor, radius: Tensor 
     The Jacobian at x' is γ(I − ccᵀ/(D s²))/s·P with c = Px', s² = ‖c‖²/D + eps, of norm at most ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the
     ball, which is convex. P centres (LayerNorm) or is the identity (RMSNorm). MATH.md section 3. Exact arithmetic; rounding comes on top.
     """
-    width = normalized_width(layer, x.shape[-1])
+    width, eps = normalized(layer, x.shape[-1])
     x = x.detach().double()
     centred = x - x.mean(-1, keepdim=True) if isinstance(layer, nn.LayerNorm) else x
     # The computed ‖Px‖ is off by γ_{D+4} of itself and, through the mean, of ‖x‖.
     size = torch.linalg.vector_norm(centred, dim=-1) * (1 - 2 * gamma(width + 8, U64)) - 2 * gamma(width + 8, U64) * norm_up(x)
     least = ((size - radius) * (1 - 8 * U64)).clamp_min(0.0)
-    return up(largest_gain(layer) / (least.square() / width * (1 - 8 * U64) + layer.eps * (1 - 8 * U64)).sqrt())
+    return up(largest_gain(layer) / (least.square() / width * (1 - 8 * U64) + eps * (1 - 8 * U64)).sqrt())
 
 
 @register(nn.LayerNorm)
@@ -55,15 +55,15 @@ class LayerNormRule(Rule):
 
     def step(self, layer: nn.LayerNorm, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
-        width = normalized_width(layer, state.width)
+        width, eps = normalized(layer, state.width)
         scale = context.constant(layer, "scale", lambda: largest_gain(layer))
         shift = context.constant(layer, "shift", lambda: 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0)))
-        gain = scale / math.sqrt(layer.eps) * (1 + 1e-15)
+        gain = scale / math.sqrt(eps) * (1 + 1e-15)
         norm = state.norm * 0 + scale * math.sqrt(width) * (1 + 1e-15) + shift
         # Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and
         # LeVeque 1983), so 1/s by a relative ½D·u(1 + |μ|/(2√eps)) since √v/(v + eps) ≤ 1/(2√eps); twice that here, |μ| ≤ ‖x‖/√D.
         g = context.gamma(2 * width + 16)
-        relative = g * (1 + state.norm / (2 * math.sqrt(width * layer.eps)))
+        relative = g * (1 + state.norm / (2 * math.sqrt(width * eps)))
         # The first-order form holds while the variance keeps its size; beyond, its square root may be of anything.
         relative = torch.where(relative < 1, relative, torch.full_like(relative, math.inf))
         fresh = g * state.norm * gain * (1 + relative) + (relative + 8 * context.unit) * norm + math.sqrt(width) * context.tiny
@@ -77,12 +77,12 @@ class RMSNormRule(Rule):
 
     def step(self, layer: nn.RMSNorm, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
-        width = normalized_width(layer, state.width)
+        width, eps = normalized(layer, state.width)
         scale = context.constant(layer, "scale", lambda: largest_gain(layer))
-        gain = scale / math.sqrt(layer.eps) * (1 + 1e-15)
+        gain = scale / math.sqrt(eps) * (1 + 1e-15)
         norm = torch.minimum(gain * state.norm, torch.full_like(state.norm, scale * math.sqrt(width) * (1 + 1e-15)))
         # Every factor is off by a few u, the mean of squares by γ_D; squares that vanish (torch sums them in float32 at least) move s² by a tiny/eps.
-        relative = context.gamma(2 * width + 16) + 2 * max(TINY[torch.float32], TINY[context.dtype] if context.dtype == torch.float64 else 0.0) / layer.eps
+        relative = context.gamma(2 * width + 16) + 2 * TINY[torch.float32] / eps
         if relative >= 1:
             relative = math.inf
         fresh = relative * norm + 4 * math.sqrt(width) * context.tiny * (1 + norm)
@@ -109,15 +109,17 @@ class BatchNormRule(Rule):
         if layer.num_features != channels:
             raise BadInput(f"expected {channels} channels in BatchNorm, got {layer.num_features}; match them")
 
+        mean_of, variance_of = layer.running_mean, layer.running_var
+
         def constants() -> tuple[float, float, float, float]:
             """(max|g|, ‖β‖ + ‖g·mean‖, max|mean|, smallest var + eps), rounded outward."""
-            variance = layer.running_var.double() + layer.eps
+            variance = variance_of.double() + layer.eps
             if not bool((variance > 0).all()):
                 raise BadInput(f"expected running variances + eps above 0, got {float(variance.min())}; retrain the layer")
             gains = up(1 / variance.sqrt()) if layer.weight is None else up(layer.weight.detach().double().abs() / variance.sqrt())
-            shift = norm_up(gains * layer.running_mean.double().abs(), 0)
+            shift = norm_up(gains * mean_of.double().abs(), 0)
             beta = 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0))
-            return float(gains.amax()), float(up(shift)) + beta, float(layer.running_mean.abs().amax()), float(variance.min()) * (1 - 1e-12)
+            return float(gains.amax()), float(up(shift)) + beta, float(mean_of.abs().amax()), float(variance.min()) * (1 - 1e-12)
 
         gain, shift, mean, variance = context.constant(layer, f"batch-{layer.eps}", constants)
         reach = gain * state.norm + shift * math.sqrt(positions) * (1 + 1e-12)
