@@ -1,0 +1,501 @@
+"""A search for violations: perturbations inside a certified radius under which the executed model answers otherwise. There must be none.
+
+    python benchmarks/violations.py [--samples 1000000] [--seed 0] [--minutes 30] [--json FILE] [--state FILE] [--unit N]
+
+Work comes in units, each drawn from (seed, number): a model of one family with random, optimised, huge or tiny weights, one dtype, a few thousand
+samples and every threat that applies. A sample that gets a radius is attacked at 1.0 times that radius and inside it, by gradients, by random
+points, at vertices, and by points that differ in single roundings. A plain forward pass in the dtype judges; a flip counts when the distance of
+the stored point, computed again as an exact fraction, is at most the radius.
+
+Counted are attacked samples, (sample, threat, dtype) with a radius above 0 whose perturbations were tried, and apart from them the perturbations.
+Weight threats change the weights of a whole group of samples of nearly equal radius by the smallest of the group's radii.
+--state FILE: counts so far, written after every unit; the same command goes on from there. --unit N: that unit alone, to reproduce a finding.
+Exit code 0: none found. 3: a violation, printed with all it takes to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip import __version__
+from robustlip.attacks.worst_weights import newhouse_counterexample
+from robustlip.certifiers import RULES_VERSION, certify
+from robustlip.data import load_data
+from robustlip.layers import AddPositions, Chain, GroupSort, Householder, MaxMin, Residual, ScaledGELU
+from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer, zoo
+from robustlip.spectral import spectral_norm_bound
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+
+FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Draw = torch.Generator
+
+
+# ---- models
+
+
+def number(g: Draw, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=g))
+
+
+def pick(g: Draw, options: Any) -> Any:
+    return options[int(torch.randint(len(options), (), generator=g))]
+
+
+def gain(g: Draw) -> float:
+    """Mostly near 1, one in eight from 1e-6 to 1e4."""
+    return 10 ** number(g, -6, 4) if number(g, 0, 1) < 0.125 else 2 ** number(g, -2, 2)
+
+
+def randomised(model: nn.Module, g: Draw) -> nn.Module:
+    """Every parameter drawn anew, in the proportions of the first draw, each matrix with a gain of its own."""
+    overall = gain(g)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            spread = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3
+            p.copy_(torch.randn(p.shape, generator=g) * spread * (overall if p.dim() > 1 else 1.0) * 2 ** number(g, -0.5, 0.5))
+            if name.endswith("norm.weight"):
+                p.abs_().add_(0.5)
+    return model
+
+
+def vectors(g: Draw, count: int, *shape: int) -> Tensor:
+    size = pick(g, (1.0, 1.0, 1.0, 1e-3, 50.0))
+    return size * (torch.rand(count, *shape, generator=g) if number(g, 0, 1) < 0.5 else torch.randn(count, *shape, generator=g))
+
+
+def mlp(g: Draw) -> tuple[Chain, Tensor]:
+    widths = [pick(g, (2, 5, 12, 24)), *(pick(g, (4, 16, 40)) for _ in range(pick(g, (0, 1, 2, 3)))), pick(g, (2, 3, 10))]
+    options = {} if number(g, 0, 1) < 0.5 else {"mean": 0.4, "std": 0.25}
+    model = randomised(LipschitzMLP(widths, pick(g, ("relu", "gelu", "scaled-gelu", "tanh")), **options), g)
+    return model, vectors(g, 1536, widths[0])
+
+
+ACTIVATIONS = (
+    nn.ReLU, ScaledGELU, MaxMin, nn.SiLU, nn.Sigmoid, lambda: GroupSort(4), lambda: Householder(24), lambda: nn.GELU(approximate="tanh"),
+)  # fmt: skip
+
+
+def mlp_residual(g: Draw) -> tuple[Chain, Tensor]:
+    n, width = pick(g, (4, 12)), pick(g, (8, 16))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), first=nn.Linear(n, width))
+    for i in range(pick(g, (1, 2, 3))):
+        act = pick(g, ACTIVATIONS)()
+        parts = [nn.Linear(width, 24), act, nn.Linear(24, width)]
+        if number(g, 0, 1) < 0.3:
+            parts.insert(0, pick(g, (nn.LayerNorm, nn.RMSNorm))(width, eps=1e-2))
+        layers[f"block{i}"] = Residual(nn.Sequential(*parts), skip=pick(g, (1.0, 0.5, 0.9)), weight=pick(g, (1.0, 0.5, -0.3)))
+    layers["head"] = nn.Linear(width, pick(g, (2, 6)))
+    return randomised(Chain(layers), g), vectors(g, 1536, n)
+
+
+def mlp_tight(g: Draw) -> tuple[Chain, Tensor]:
+    """Positive rank-one weights whose singular vectors meet, so that the product of norms is attained: nothing but rounding is left over."""
+    n, width, depth = pick(g, (3, 16, 64)), pick(g, (4, 32)), pick(g, (1, 2, 3))
+    model = LipschitzMLP([n, *[width] * depth, 2], "relu")
+    left = torch.rand(n, generator=g) + 0.1
+    factor = gain(g)
+    with torch.no_grad():
+        for i in range(1, depth + 1):
+            right = left / left.norm()
+            left = torch.rand(width, generator=g) + 0.1
+            layer = model.get_submodule(f"linear{i}")
+            layer.weight.copy_(factor * torch.outer(left / left.norm(), right))
+            layer.bias.zero_()
+        head = model.get_submodule(f"linear{depth + 1}")
+        row = left / left.norm()
+        head.weight.copy_(factor * torch.stack([row, -row]))
+        x = torch.rand(1536, n, generator=g) + 0.2
+        # Logits far larger than their difference: the centre of the scores goes to the bias.
+        logits = model(x).mean(0)
+        head.bias.copy_(-logits + logits.abs().amax() * pick(g, (0.0, 1.0, 30.0)))
+    return model, x
+
+
+def gpt(g: Draw) -> tuple[Chain, Tensor]:
+    width, heads = pick(g, ((8, 1), (8, 2), (16, 4)))
+    scale, bias, alpha = pick(g, (0.3, 1.0, 4.0)), pick(g, (0, 3)), pick(g, (None, 0.9, 0.05))
+    letters = "".join(map(chr, range(64, 128)))
+    model = LipschitzGPT(letters, width, heads, pick(g, (1, 2)), attention_scale=scale, distance_bias=bias, alpha=alpha)
+    model = randomised(model, g)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(width**0.5)
+        if alpha == 0.05:  # tied to the table: margins that half precision leaves something of
+            model.head.weight.copy_(model.embed_tokens.weight / model.embed_tokens.weight.norm(dim=-1, keepdim=True))
+    return model, torch.randint(64, (1024, pick(g, (2, 3, 6))), generator=g).unique(dim=0)
+
+
+@functools.cache
+def counterexample(seed: int, heads: int) -> Chain:
+    return newhouse_counterexample(width=16, heads=heads, steps=80, seed=seed)
+
+
+def gpt_worst(g: Draw) -> tuple[Chain, Tensor]:
+    """Attention weights optimised for sensitivity, at the tokens that go with them, in front of random heads."""
+    model = copy.deepcopy(counterexample(pick(g, (0, 1)), pick(g, (1, 4))))
+    factor = gain(g) if number(g, 0, 1) < 0.3 else 1.0
+    with torch.no_grad():
+        model.head.weight.copy_(torch.randn(16, 16, generator=g))
+        model.attn0.branch.query.weight.mul_(factor)
+    # The optimised tokens are ids 0, 1, 2; no sequence twice.
+    return model, torch.randint(16, (1024, 3), generator=g).unique(dim=0)
+
+
+def transformer(g: Draw) -> tuple[Chain, Tensor]:
+    image = pick(g, ((1, 4, 4), (3, 4, 4)))
+    model = randomised(LipschitzTransformer(image, 2, pick(g, (2, 5)), 8, pick(g, (1, 2)), pick(g, (1, 2)), attention_scale=pick(g, (0.5, 2.0))), g)
+    return model, torch.rand(1024, *image, generator=g)
+
+
+def conv(g: Draw) -> tuple[Chain, Tensor]:
+    pad, stride = pick(g, (0, 1)), pick(g, (1, 2))
+    size = (6 + 2 * pad - 3) // stride + 1
+    layers: list[nn.Module] = [nn.Conv2d(2, 4, 3, padding=pad, stride=stride, bias=pick(g, (True, False))), pick(g, (nn.ReLU, nn.Tanh, MaxMin))()]
+    if size % 2 == 0 and number(g, 0, 1) < 0.5:
+        layers.append(pick(g, (nn.AvgPool2d, nn.MaxPool2d))(2))
+        size //= 2
+    model = Chain(*layers, nn.Flatten(), nn.Linear(4 * size * size, pick(g, (2, 4))))
+    return randomised(model, g), vectors(g, 1024, 2, 6, 6)
+
+
+@functools.cache
+def digits() -> Tensor:
+    return load_data("digits").x
+
+
+def from_zoo(g: Draw) -> tuple[Chain, Tensor]:
+    name = pick(g, zoo.names())
+    model = zoo.load(name)
+    if model.task == "next-token":
+        return model, torch.randint(len(model.vocabulary or ""), (16, 12), generator=g)
+    x = digits()
+    rows = torch.randint(len(x), (1024 if "mlp" in name else 96,), generator=g)
+    return model, (x[rows] + 0.02 * torch.rand(len(rows), *x.shape[1:], generator=g)).clamp(0, 1)
+
+
+BUILD = dict(zip(FAMILIES, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo), strict=True))
+
+
+def threats_for(model: Chain, x: Tensor, g: Draw) -> list[Threat]:
+    found: list[Threat] = []
+    if x.is_floating_point():
+        found += [InputBall("l2"), InputBall("linf"), InputBall("l1")]
+    if model.embedding_depth:
+        length = x.shape[1] if x.dim() == 2 else model.embed(x[:1].to(next(model.parameters()).dtype)).shape[1]
+        named = tuple(torch.randperm(length, generator=g)[: max(1, length // 2)].tolist())
+        found += [EmbeddingBall(), EmbeddingBall(tokens=named), EmbeddingBall(joint=True)]
+    return [*found, WeightBall(pick(g, ("spectral", "frobenius")), relative=pick(g, (True, False)))]
+
+
+# ---- balls of inputs and embeddings: everything in float64, (N, …), radii (N,)
+
+
+def across(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def allowed(threat: Threat, like: Tensor) -> Tensor:
+    """1 where the threat may change a number, 0 elsewhere."""
+    mask = torch.ones_like(like[:1])
+    if isinstance(threat, EmbeddingBall):
+        mask.zero_()[:, threat.positions(like.shape[1])] = 1
+    return mask
+
+
+def measure(threat: Threat, delta: Tensor) -> Tensor:
+    if isinstance(threat, EmbeddingBall) and not threat.joint:
+        return torch.linalg.vector_norm(delta, dim=-1).amax(-1)
+    order = {"l1": 1.0, "linf": torch.inf}.get(threat.norm, 2.0)
+    return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=-1)
+
+
+def steepest(threat: Threat, grad: Tensor) -> Tensor:
+    """The change of norm 1 that goes along the gradient farthest."""
+    grad = grad * allowed(threat, grad)
+    if threat.norm == "linf":
+        return grad.sign()
+    if threat.norm == "l1":
+        flat = grad.flatten(1)
+        top = flat.abs().argmax(-1, keepdim=True)
+        return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).view_as(grad)
+    if isinstance(threat, EmbeddingBall) and not threat.joint:
+        return grad / grad.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    return grad / across(measure(threat, grad).clamp_min(1e-300), grad)
+
+
+def scaled(threat: Threat, delta: Tensor, radius: Tensor) -> Tensor:
+    """delta brought to the sphere of the radius."""
+    return delta * across(radius / measure(threat, delta).clamp_min(1e-300), delta)
+
+
+def inward(point: Tensor, clean: Tensor) -> Tensor:
+    """The neighbour of `point` on the side of `clean`, in any dtype."""
+    if point.dtype in (torch.float32, torch.float64):
+        return torch.nextafter(point, clean)
+    bits = point.view(torch.int16)
+    away_from_zero = torch.where(point >= 0, clean > point, clean < point)
+    moved = torch.where(away_from_zero, bits + 1, bits - 1).view(point.dtype)
+    return torch.where(point == clean, point, torch.where(point == 0, clean.sign() * torch.finfo(point.dtype).smallest_normal, moved))
+
+
+def land(threat: Threat, clean: Tensor, delta: Tensor, radius: Tensor, toward: bool) -> Tensor:
+    """A point in the model's dtype within the ball: rounded to nearest where that stays inside, else (or `toward`) toward the clean point."""
+    base = clean.double()
+    nearest = (base + delta).to(clean.dtype)
+    inner = torch.where((nearest.double() - base).abs() > delta.abs(), inward(nearest, clean), nearest)
+    point = inner if toward else torch.where(across(measure(threat, nearest.double() - base) <= radius, clean), nearest, inner)
+    return torch.where(across(measure(threat, point.double() - base) <= radius, clean), point, clean)
+
+
+def exactly_inside(threat: Threat, clean: Tensor, point: Tensor, radius: float) -> bool:
+    """Whether the distance of one sample's stored point is at most the radius, in fractions."""
+    pairs = zip(*(t.double().view(-1, t.shape[-1]).tolist() for t in (clean, point)), strict=True)
+    rows = [[Fraction(b) - Fraction(a) for a, b in zip(p, q, strict=True)] for p, q in pairs]
+    flat, r = [v for row in rows for v in row], Fraction(radius)
+    if threat.norm == "linf":
+        return max(map(abs, flat)) <= r
+    if threat.norm == "l1":
+        return sum(map(abs, flat)) <= r
+    if isinstance(threat, EmbeddingBall) and not threat.joint:
+        return all(sum(v * v for v in row) <= r * r for row in rows)
+    return sum(v * v for v in flat) <= r * r
+
+
+def worst_margin(logits: Tensor, y: Tensor) -> Tensor:
+    rivals = logits.scatter(1, y[:, None], -torch.inf)
+    return rivals.amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+class Finding(Exception):
+    """A violation, with what it takes to repeat it."""
+
+
+def attack_points(model: Chain, exact: Chain, clean: Tensor, y: Tensor, radius: Tensor, threat: Threat, g: Draw) -> int:
+    """Perturbs inputs or embeddings of samples that all have a radius. Returns how many perturbations were judged; raises Finding."""
+    inside = isinstance(threat, EmbeddingBall)
+    run, run_exact = (m.scores_from_embeddings if inside else m.scores for m in (model, exact))
+    base = clean.double()
+    edge = radius * (1 - 1e-12)
+    mask = allowed(threat, base)
+
+    def gradient(delta: Tensor) -> Tensor:
+        point = (base + delta).requires_grad_()
+        with torch.enable_grad():
+            return torch.nan_to_num(torch.autograd.grad(worst_margin(run_exact(point), y).sum(), point)[0])
+
+    def noise() -> Tensor:
+        return torch.randn(base.shape, generator=g, dtype=torch.float64) * mask
+
+    deltas = [scaled(threat, steepest(threat, gradient(0 * base)), edge)]
+    step = scaled(threat, noise(), edge / 2)
+    for _ in range(3):
+        step = step + across(edge, base) * steepest(threat, gradient(step)) * 0.7
+        size = measure(threat, step)
+        step = step * across((edge / size.clamp_min(1e-300)).clamp_max(1.0), step)
+    deltas.append(scaled(threat, step, edge))
+    deltas.append(scaled(threat, deltas[1] + 0.2 * scaled(threat, noise(), edge), edge))
+    deltas.append(scaled(threat, noise(), edge))
+    deltas.append(scaled(threat, noise(), edge * torch.rand(edge.shape, generator=g, dtype=torch.float64)))
+    deltas.append(across(edge, base) * steepest(threat, noise()))
+    points = [land(threat, clean, d, radius, False) for d in deltas] + [land(threat, clean, d, radius, True) for d in deltas[:2]]
+    # Points that differ from the best ones in single roundings.
+    for d in deltas[:2]:
+        points.append(land(threat, clean, d * (1 + 0.1 * (torch.rand(base.shape, generator=g, dtype=torch.float64) - 1)), radius, False))
+    with torch.no_grad():
+        for point in points:
+            flipped = (run(point).argmax(-1) != y).nonzero()[:, 0].tolist()
+            for i in flipped:
+                if exactly_inside(threat, clean[i], point[i], float(radius[i])):
+                    raise Finding(f"sample {i}, radius {float(radius[i])!r}, label {int(y[i])}\nclean {clean[i].tolist()}\npoint {point[i].tolist()}")
+    return len(points) * len(clean)
+
+
+def attack_weights(model: Chain, exact: Chain, x: Tensor, y: Tensor, radius: Tensor, threat: WeightBall) -> int:
+    """Perturbs the weights under groups of samples of nearly equal radius, by the smallest radius of each group."""
+    skip = {f"{n}.positions" for n, m in model.named_modules() if isinstance(m, AddPositions)}
+    skip |= {n for n, _ in model.named_parameters() if n.endswith("distance_bias")}
+    stored = {n: p.detach() for n, p in model.named_parameters() if p.dim() in (2, 4) and n not in skip}
+    weights = {n: p.double() for n, p in stored.items()}
+    sigma = {n: float(torch.linalg.matrix_norm(w.flatten(1), 2)) * (1 - 1e-12) if threat.relative else 1.0 for n, w in weights.items()}
+    order = radius.argsort()
+    judged = 0
+    for rows in order.chunk(max(1, len(order) // 16)):
+        limit, xs, ys = float(radius[rows[0]]), x[rows], y[rows]
+        inputs = xs.double() if xs.is_floating_point() else xs
+        loose = {n: w.clone().requires_grad_() for n, w in weights.items()}
+        with torch.enable_grad():
+            violation = worst_margin(exact.decide(torch.func.functional_call(exact, loose, (inputs,))), ys)
+            grads = torch.autograd.grad((violation / violation.detach().abs().clamp_min(1e-300)).sum(), list(loose.values()), allow_unused=True)
+        for fraction in (1.0, 0.9):
+            changed = {}
+            for (name, w), grad in zip(weights.items(), grads, strict=True):
+                flat = torch.zeros_like(w.flatten(1)) if grad is None else torch.nan_to_num(grad.flatten(1))
+                if threat.norm == "spectral":
+                    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+                    unit = (u * (s > 1e-9 * s[0])) @ vh
+                else:
+                    unit = flat / flat.norm().clamp_min(1e-300)
+                room, size = limit * sigma[name], limit * sigma[name] * fraction * (1 - 1e-12)
+                changed[name] = stored[name]
+                for _ in range(4):
+                    moved = (w + size * unit.view_as(w)).to(stored[name].dtype)
+                    change = (moved.double() - w).flatten(1)
+                    length = float(spectral_norm_bound(change) if threat.norm == "spectral" else change.norm() * (1 + 1e-12))
+                    if length <= room:
+                        changed[name] = moved
+                        break
+                    size *= 0.999 * room / length if math.isfinite(length) else 0.0
+            with torch.no_grad():
+                found = model.decide(torch.func.functional_call(model, changed, (xs,))).argmax(-1)
+            judged += len(rows)
+            bad = (found != ys).nonzero()[:, 0].tolist()
+            if bad:
+                answers = f"labels {ys[bad].tolist()}, answers {found[bad].tolist()}"
+                raise Finding(f"samples {rows[bad].tolist()}, radius {limit!r}, {answers}, at {fraction} of the radius")
+    return judged
+
+
+# ---- units
+
+
+def lean(model: Chain, x: Tensor, g: Draw) -> None:
+    """In half precision most margins are within what rounding can move: half of the models are made to lean to one class, by the last bias."""
+    head = model[len(model) - 1]
+    if head.bias is not None and number(g, 0, 1) < 0.6:
+        with torch.no_grad():
+            head.bias[pick(g, range(len(head.bias)))] += model.scores(x).abs().amax() * pick(g, (0.5, 2.0, 8.0))
+
+
+def attack_unit(seed: int, unit: int, counts: dict[str, dict[str, Any]]) -> int:
+    """Runs one unit, adds to the counts, and returns how many samples were attacked. Raises Finding."""
+    family, dtype = FAMILIES[unit % len(FAMILIES)], DTYPES[unit // len(FAMILIES) % len(DTYPES)]
+    g = torch.Generator().manual_seed(seed * 1_000_003 + unit)
+    torch.manual_seed(seed * 1_000_003 + unit)
+    model, x = BUILD[family](g)
+    model.eval()
+    if dtype in (torch.float16, torch.bfloat16) and family != "zoo":
+        lean(model, x, g)
+    model = model.to(dtype).requires_grad_(False)
+    x = x.to(dtype) if x.is_floating_point() else x
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        logits = model.scores(x)
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        return 0
+    y = logits.argmax(-1)
+    attacked = 0
+    for threat in threats_for(model, x, g):
+        start = time.perf_counter()
+        xs, ys = (x[:256], y[:256]) if isinstance(threat, WeightBall) else (x, y)
+        radius = torch.from_numpy(certify(model, xs, ys, threat).radius)
+        # A radius too large for the dtype would only overflow.
+        certified = (radius > 0) & (radius < float(torch.finfo(dtype).max) / 4)
+        rows = certified.nonzero()[:, 0]
+        judged = 0
+        try:
+            if len(rows) and isinstance(threat, WeightBall):
+                judged = attack_weights(model, exact, xs[rows], ys[rows], radius[rows], threat)
+            elif len(rows):
+                with torch.no_grad():
+                    clean = model.embed(xs[rows]) if isinstance(threat, EmbeddingBall) else xs[rows]
+                judged = attack_points(model, exact, clean, ys[rows], radius[rows], threat, g)
+        except Finding as finding:
+            raise Finding(f"VIOLATION: unit {unit}, seed {seed}, {family}, {dtype}, {threat}\n{model}\n{finding}") from None
+        name = replace(threat, tokens=None).name + "@named" if isinstance(threat, EmbeddingBall) and threat.tokens else threat.name
+        key = f"{family} | {name} | {str(dtype).removeprefix('torch.')}"
+        cell = counts.setdefault(key, {"samples": 0, "perturbations": 0, "abstained": 0, "seconds": 0.0})
+        cell["samples"] += len(rows)
+        cell["perturbations"] += judged
+        cell["abstained"] += len(xs) - len(rows)
+        cell["seconds"] = round(cell["seconds"] + time.perf_counter() - start, 3)
+        attacked += len(rows)
+    return attacked
+
+
+def table(counts: dict[str, dict[str, Any]]) -> str:
+    """Attacked samples by family and threat, one column a dtype (Markdown)."""
+    names = [str(d).removeprefix("torch.") for d in DTYPES]
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for key, cell in counts.items():
+        family, threat, dtype = key.split(" | ")
+        rows.setdefault((family, threat), {})[dtype] = cell["samples"]
+    ordered = sorted(rows.items(), key=lambda item: (FAMILIES.index(item[0][0]), item[0][1]))
+    lines = [f"| model | threat | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
+    lines += [f"| {family} | {threat} | {' | '.join(f'{cells.get(n, 0):,}' for n in names)} |" for (family, threat), cells in ordered]
+    sums = [sum(cells.get(n, 0) for _, cells in ordered) for n in names]
+    return "\n".join([*lines, f"| all | | {' | '.join(f'{s:,}' for s in sums)} |"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--samples", type=int, default=20_000, help="attacked samples to reach")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--unit", type=int)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    state: dict[str, Any] = {"seed": args.seed, "rules": RULES_VERSION, "next": 0, "samples": 0, "seconds": 0.0, "counts": {}}
+    if args.state and args.state.exists():
+        state = json.loads(args.state.read_text(encoding="utf-8"))
+        if (state["seed"], state["rules"]) != (args.seed, RULES_VERSION):
+            parser.error(f"expected a state of seed {args.seed} and rules {RULES_VERSION}, got {state['seed']}, {state['rules']}; name another file")
+    before, start = state["seconds"], time.monotonic()
+    violation = ""
+    try:
+        if args.unit is not None:
+            state["samples"] += attack_unit(args.seed, args.unit, state["counts"])
+        while args.unit is None and state["samples"] < args.samples and time.monotonic() - start < 60 * args.minutes:
+            state["samples"] += attack_unit(args.seed, state["next"], state["counts"])
+            state["next"] += 1
+            state["seconds"] = round(before + time.monotonic() - start, 1)
+            if args.state:
+                scratch = args.state.with_suffix(".tmp")
+                scratch.write_text(json.dumps(state), encoding="utf-8")
+                os.replace(scratch, args.state)
+            if state["next"] % 50 == 0:
+                print(f"{state['next']} units, {state['samples']:,} samples, {state['seconds']:.0f} s", file=sys.stderr, flush=True)
+    except Finding as finding:
+        violation = str(finding)
+    state["seconds"] = round(before + time.monotonic() - start, 1)
+    result = {
+        "command": " ".join(["python benchmarks/violations.py", f"--samples {args.samples} --seed {args.seed}"]),
+        "attacked_samples": state["samples"],
+        "perturbations": sum(cell["perturbations"] for cell in state["counts"].values()),
+        "abstained": sum(cell["abstained"] for cell in state["counts"].values()),
+        "violations": int(bool(violation)),
+        "violation": violation,
+        "units": state["next"],
+        "seconds": state["seconds"],
+        "versions": {"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        "counts": state["counts"],
+    }
+    print(table(state["counts"]))
+    print("\n".join(f"{key}: {value}" for key, value in result.items() if key not in ("counts", "violation")))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if violation:
+        print(violation)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
