@@ -247,12 +247,12 @@ def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tu
 
 @contextmanager
 def _threads(chain: Chain) -> Iterator[None]:
-    """One thread for models under a million weights: their products are too small to share, and threads that wait for each other on a busy
+    """One thread for models under four million weights: their products are too small to share, and threads that wait for each other on a busy
     machine made the demo five times slower."""
     import torch
 
     before = torch.get_num_threads()
-    if sum(p.numel() for p in chain.parameters()) < 1_000_000:
+    if sum(p.numel() for p in chain.parameters()) < 4_000_000:
         torch.set_num_threads(1)
     try:
         yield
