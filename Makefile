@@ -18,7 +18,7 @@ LINT_READY := $(READY)-lint
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint clean
+.PHONY: help demo test setup lint clean certificates
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
@@ -70,3 +70,13 @@ $(READY): pyproject.toml constraints.txt
 $(LINT_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[lint]'
 	@touch $@
+
+# After any change that moves a radius: the version in robustlip/certifiers/__init__.py goes up, and the zoo's certificates are made again.
+certificates: $(READY)  ## make the zoo's certificates again, after a change of the rules
+	@set -eu; certify() { $(BIN)/robustlip certify "$$1" --data "$$2" --threat "$$3" --limit "$$4" --json "models/zoo/certificates/$$1.$$3.json"; }; \
+	for role in lipschitz baseline; do \
+	  certify digits-mlp-$$role digits:test l2 100; \
+	  certify digits-mlp-$$role digits:test linf 100; \
+	  certify digits-transformer-$$role digits:test embedding-l2 100; \
+	  certify shakespeare-gpt-$$role page:test embedding-l2 40; \
+	done

@@ -322,14 +322,16 @@ def test_a_misclassified_sample_passed_off_as_certified(model):
 
 
 def test_another_build_is_excused_only_up_to_real_arithmetic(model):
-    """float16 radii carry a large allowance: between them and the real radius, another build's rounding may explain a claim."""
+    """float16 radii carry a large allowance: a twentieth of it any processor's rounding may explain, all of it another build's."""
     made, real = (certified(model, dtype=name, limit=None) for name in ("float16", "real"))
     at = next(i for i, s in enumerate(made.samples) if s.status == "certified")
     assert made.samples[at].radius * 1.01 < real.samples[at].radius
     raw = made.document()
+    gap = real.samples[at].radius - made.samples[at].radius
     for torch_version, radius, code in (
-        (made.versions["torch"], made.samples[at].radius * 1.01, 3),
-        ("1.0", made.samples[at].radius * 1.01, 1),
+        (made.versions["torch"], made.samples[at].radius + 0.04 * gap, 0),
+        (made.versions["torch"], made.samples[at].radius + 0.5 * gap, 3),
+        ("1.0", made.samples[at].radius + 0.5 * gap, 1),
         ("1.0", real.samples[at].radius * 1.01, 3),
     ):
         raw["versions"]["torch"], raw["samples"][at]["radius"] = torch_version, radius
