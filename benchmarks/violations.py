@@ -137,7 +137,11 @@ def gpt(g: Draw) -> tuple[Chain, Tensor]:
     with torch.no_grad():
         model.embed_tokens.weight.mul_(width**0.5)
         if alpha == 0.05:  # tied to the table: margins that half precision leaves something of
-            model.head.weight.copy_(model.embed_tokens.weight / model.embed_tokens.weight.norm(dim=-1, keepdim=True))
+            model.embed_tokens.weight.div_(model.embed_tokens.weight.norm(dim=-1, keepdim=True))
+            model.head.weight.copy_(model.embed_tokens.weight)
+            for name, p in model.named_parameters():
+                if "query" in name or "key" in name:
+                    p.mul_(0.1)
     return model, torch.randint(64, (1024, pick(g, (2, 3, 6))), generator=g).unique(dim=0)
 
 
