@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -171,25 +173,52 @@ def test_a_model_that_ignores_its_input_is_robust_everywhere() -> None:
     assert np.isfinite(radius).all() and (radius > 1e6).all()
 
 
-def test_rounding_attack_breaks_the_real_certificate_and_not_the_executed_one() -> None:
-    """Jin et al. 2022, in bfloat16: inside the radius that exact arithmetic proves, the executed program answers otherwise."""
-    torch.manual_seed(0)
+def active_mlp() -> nn.Sequential:
+    """An MLP whose global bound is attained: the first layer copies positive inputs, so every ReLU is active and rounding alone decides."""
+    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.ReLU(), nn.Linear(48, 2))
+    nn.init.eye_(model[0].weight)
+    return model
+
+
+ROUNDED = {"linear": lambda: nn.Sequential(nn.Linear(64, 2)), "mlp": active_mlp}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounding_attack_breaks_the_real_certificate_and_not_the_executed_one(kind, dtype) -> None:
+    """Jin et al. 2022: inside the radius that exact arithmetic proves, the program executed in 16 bits answers otherwise.
+
+    The attack walks along the gradient of the margin and rounds to points that the dtype has; distances are those of the rounded points.
+    """
+    generator = torch.Generator().manual_seed(0)
     broken = 0
-    for _ in range(30):
-        model = nn.Sequential(nn.Linear(64, 2)).to(torch.bfloat16)
-        x = torch.rand(64, 64).to(torch.bfloat16)
+    for _ in range(40):
+        model = ROUNDED[kind]().to(dtype).requires_grad_(False)
+        exact = copy.deepcopy(model).double()
+        x = torch.rand(128, 64, generator=generator).to(dtype)
+        # Put the samples near the boundary, where rounding decides: shift the bias to the median margin.
+        logits = exact(x.double())
+        model[-1].bias[0] -= (logits[:, 0] - logits[:, 1]).median().to(dtype)
+        exact = copy.deepcopy(model).double()
         y = model(x).argmax(-1)
-        real, executed = (certify(model, x, y, InputBall("l2"), dtype=d).radius for d in ("real", None))
-        w = (model[0].weight[0] - model[0].weight[1]).detach().double()
-        sign = torch.where(y == 0, -1.0, 1.0).double()
-        for fraction in torch.linspace(0.5, 1.0, 12):
-            step = sign[:, None] * w / w.norm() * torch.from_numpy(real)[:, None] * float(fraction)
-            moved = (x.double() + step).to(torch.bfloat16)
-            distance = (moved.double() - x.double()).norm(dim=-1).numpy()
-            flipped = (model(moved).argmax(-1) != y).numpy()
+        real, executed = (torch.from_numpy(certify(model, x, y, InputBall("l2"), dtype=d).radius) for d in ("real", None))
+        point = x.double().requires_grad_()
+        logits = exact(point)
+        (gradient,) = torch.autograd.grad((logits.gather(1, y[:, None]) * 2 - logits.sum(1, keepdim=True)).sum(), point)
+        away = -gradient / gradient.norm(dim=-1, keepdim=True)
+        for fraction in torch.linspace(0.3, 1.0, 15, dtype=torch.float64):
+            moved = (x.double() + away * real[:, None] * fraction).to(dtype)
+            distance = (moved.double() - x.double()).norm(dim=-1)
+            flipped = model(moved).argmax(-1) != y
             broken += int((flipped & (distance <= real)).sum())
-            assert not (flipped & (distance <= executed)).any()
-    assert broken > 0
+            assert not bool((flipped & (distance <= executed)).any())
+    assert broken > 0  # the certificate about real numbers is false of the program
+
+
+def test_allowances_leave_most_of_a_float32_radius() -> None:
+    model, x, y = tiny("mlp", 0)
+    real, executed = (certify(model, x, y, InputBall("l2"), dtype=d).radius for d in ("real", None))
+    assert (executed < real).all() and (executed > 0.99 * real).all()
 
 
 def test_lipschitz_bound_is_above_sampled_slopes() -> None:
