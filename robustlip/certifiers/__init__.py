@@ -31,7 +31,7 @@ from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
 
-RULES_VERSION = "2"
+RULES_VERSION = "3"
 
 # method → radii of one batch. 'best' takes the largest over all of them, so a new method is one line here.
 Radii = Callable[[Chain, Tensor, Tensor, Tensor, Threat, Context], tuple[Tensor, Tensor]]
@@ -57,7 +57,8 @@ def certify(
     dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
     Inputs that the covered dtype cannot hold are cast, and an input radius still counts from the point that was given.
-    index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given. With threat.radius set, samples proved for less are 'abstained'.
+    index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given.
+    With threat.radius set, samples proved for less are 'abstained'.
     A model that is in train mode and behaves otherwise there, and samples outside the model's input_range, are abstained with the reason.
     Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 5 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
@@ -72,7 +73,9 @@ def certify(
         chain = copy.deepcopy(chain).to(covered)
     check_arithmetic(chain, covered)
     training, outside = train_mode_reason(chain), outside_range(chain, x)
-    refused = [training or (f"the input is outside {chain.input_range}, the range of the model" if out else "") for out in outside.tolist()]
+    refused: list[str] = []
+    if training or bool(outside.any()):
+        refused = [training or (f"the input is outside {chain.input_range}, the range of the model" if out else "") for out in outside.tolist()]
     with evaluated(chain):
         sha, store = constants_of(chain)
         context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
@@ -84,12 +87,13 @@ def certify(
             xb = xb.to(covered) if xb.is_floating_point() else xb
             logits, clean = traced_scores(chain, xb)
             check_labels(yb, logits.shape[-1])
-            radii, bounds, winner = _best(chain, xb, yb, logits, threat, method, replace(context, clean=clean))
+            radii, bounds = _best(chain, xb, yb, logits, threat, method, replace(context, clean=clean))
             radii = _around(given, xb, threat, radii)
-            parts.append((radii, bounds, winner, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
-    radius, bound, which, prediction, finite = (torch.cat(column) for column in zip(*parts))
+            parts.append((radii, bounds, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
+    radius, bound, prediction, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
-    return _assemble(chain, context, y.cpu(), threat, method, "real" if dtype == "real" else _name(covered), sha, index, radius, bound, which, prediction, finite, refused)
+    name = "real" if dtype == "real" else _name(covered)
+    return _assemble(chain, context, y.cpu(), threat, method, name, sha, index, radius, bound, prediction, finite, refused)
 
 
 def _batch_size(chain: Chain, x: Tensor) -> int:
@@ -110,13 +114,15 @@ def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tenso
 
 def _best(
     chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, method: str, context: Context
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     names = list(METHODS) if method == "best" else [method]
+    if len(names) == 1:
+        return METHODS[names[0]](chain, x, y, logits, threat, context)
     results = [METHODS[name](chain, x, y, logits, threat, context) for name in names]
     radii = torch.stack([r for r, _ in results])
     winner = radii.argmax(0)
     bounds = torch.stack([b for _, b in results]).gather(0, winner[None])[0]
-    return radii.amax(0), bounds, winner
+    return radii.amax(0), bounds
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -125,7 +131,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _assemble(
     chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
-    radius: Tensor, bound: Tensor, which: Tensor, prediction: Tensor, finite: Tensor, refused: list[str],
+    radius: Tensor, bound: Tensor, prediction: Tensor, finite: Tensor, refused: list[str],
 ) -> Certificate:  # fmt: skip
     from robustlip import __version__
 
@@ -133,15 +139,19 @@ def _assemble(
     short = radius < (threat.radius or 0.0)
     radius = torch.where(wrong, torch.zeros_like(radius), radius)
     proved = (radius > 0) & ~short
-    wrong = wrong & ~torch.tensor([bool(why) for why in refused])
+    if any(refused):
+        wrong = wrong & ~torch.tensor([bool(why) for why in refused])
     status = np.where(wrong.numpy(), MISCLASSIFIED, np.where(proved.numpy(), CERTIFIED, ABSTAINED)).tolist()
     reason = [""] * len(y)
-    for i in (~proved).nonzero()[:, 0].tolist():
+    unproved = (~proved).nonzero()[:, 0]
+    # Lists, because reading single numbers out of tensors costs more than all of the proof.
+    rows = (column[unproved].tolist() for column in (wrong, finite, radius))
+    for i, is_wrong, is_finite, r in zip(unproved.tolist(), *rows):
         reason[i] = (
-            refused[i] if refused[i]
-            else "the prediction is not the label" if wrong[i]
-            else "logits are not finite" if not finite[i]
-            else f"proved for a radius of {float(radius[i]):.6g} only" if radius[i] > 0
+            refused[i] if refused and refused[i]
+            else "the prediction is not the label" if is_wrong
+            else "logits are not finite" if not is_finite
+            else f"proved for a radius of {r:.6g} only" if r > 0
             else "the margin is not above what rounding and the bound can move"
         )  # fmt: skip
     largest = bound[torch.isfinite(bound)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustlip.layers import Chain
+from robustlip.layers import Chain, Residual, ScaledGELU
 from robustlip.rounding import quick_norm_up
 from robustlip.rules import rule_for
 
@@ -38,16 +38,21 @@ def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool
     return logits, seen
 
 
-def _with_states(model: nn.Module) -> list[nn.Module]:
-    """The layers in front of and behind which rules keep states: chains and residual branches are entered, attention is not."""
-    from robustlip.layers import Residual
+# Rules of these need no norm in front of them that is not also known behind them: tracing what they read would measure twice.
+_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, ScaledGELU)
 
+
+def _with_states(model: nn.Module) -> list[nn.Module]:
+    """The layers behind which a rule's state is worth tightening: chains and residual branches are entered, attention is not."""
     found: list[nn.Module] = []
-    for child in model.children():
+    children = list(model.children())
+    for child, following in zip(children, [*children[1:], None], strict=True):
+        if type(child) is nn.Flatten or type(following) in _ELEMENTWISE:
+            continue
         found.append(child)
         if isinstance(child, Residual):
-            found.append(child.branch)
-            found += _with_states(child.branch) if type(child.branch) is nn.Sequential else []
+            # What the branch puts out is measured again with the residual, right behind it.
+            found += _with_states(child.branch)[:-1] if type(child.branch) is nn.Sequential else []
         elif type(child) is nn.Sequential:
             found += _with_states(child)
     return list(dict.fromkeys(found))

@@ -51,6 +51,8 @@ class State:
 
     def in_l2(self) -> State:
         """The same bounds with `change` in ℓ2: ‖·‖₂ ≤ ‖·‖₁ and ‖·‖₂ ≤ √width·‖·‖_∞."""
+        if self.space == "l2":
+            return self
         factor = math.sqrt(self.width) * (1 + 1e-15) if self.space == "linf" else 1.0
         return replace(self, change=self.change * factor, space="l2")
 
@@ -110,6 +112,8 @@ class Context:
         """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
         size = state.norm if largest is None else torch.maximum(state.norm, largest)
         overflow = ~(size < torch.finfo(self.dtype).max / 4)
+        if not bool(overflow.any()):
+            return state
         return replace(state, rounding=torch.where(overflow, torch.full_like(state.rounding, math.inf), state.rounding))
 
 
