@@ -1,0 +1,197 @@
+"""Breaks one line of the rules at a time and reports which test notices. Every mutation must be caught.
+
+    python benchmarks/mutations.py [--only TEXT] [--jobs 1] [--markdown FILE]
+
+Each mutation is one replacement in one file, asserted to apply exactly once, in a temporary copy of the tree; the tests named with it run there
+until the first failure. Nothing in the checkout changes. Exit code 0: all caught. 1: at least one survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE = (
+    f"tests/test_{name}.py" for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations")
+)
+
+
+class Mutation(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest's arguments: files, and -k for the fast subset
+
+
+LIPSCHITZ, ATTENTION, LINEAR = "robustlip/certifiers/lipschitz.py", "robustlip/rules/attention.py", "robustlip/rules/linear.py"
+ELEMENTWISE, STRUCTURE, BASE = "robustlip/rules/elementwise.py", "robustlip/rules/structure.py", "robustlip/rules/base.py"
+SEARCH, SPECTRAL, ENTRY = "robustlip/certifiers/search.py", "robustlip/spectral.py", "robustlip/certifiers/__init__.py"
+CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/rules/normalization.py"
+
+MUTATIONS = [
+    Mutation("heads share the whole matrix's norm evenly (published formula, √H)", ATTENTION,
+             "sigma = {n: spectral_norm_bound(w).cpu() for n, w in slices.items()}",
+             "sigma = {n: spectral_norm_bound(w.flatten(0, 1)).cpu().expand(h) / h**0.5 for n, w in slices.items()}",
+             f"{RULES} -k optimised_heads"),
+    Mutation("heads joined by the largest instead of the root of squares", ATTENTION,
+             "whole * norm_up(per_head)", "whole * per_head.amax(-1)", f"{INDEPENDENT} -k rederived"),
+    Mutation("factor 2 of the attention logits dropped", ATTENTION,
+             "scale * (2 * s_q * s_k * a * r", "scale * (1 * s_q * s_k * a * r",
+             f"{RULES} -k 'change_is_never_exceeded and attention or nearly_attained'"),
+    Mutation("softmax's value term dropped", ATTENTION,
+             "s_v * r + e_v * a + value_norm * logits.clamp_max(2.0)", "s_v * r + e_v * a",
+             f"{RULES} -k 'change_is_never_exceeded and attention'"),
+    Mutation("attention scale left out of the logits", ATTENTION,
+             "scale, d, factor = abs(layer.scale) / layer.head_width,", "scale, d, factor = 1 / layer.head_width,",
+             f"{RULES} -k 'change_is_never_exceeded and attention or nearly_attained'"),
+    Mutation("perturbation of the output matrix dropped", ATTENTION,
+             "head_change(r, e_q, e_k, e_v)) + e_o * mixed", "head_change(r, e_q, e_k, e_v))", f"{MINE} -k output_matrix"),
+    Mutation("perturbation of the logits by the weights dropped", ATTENTION,
+             "+ (e_q * s_k + s_q * e_k) * a * a)", ")", f"{RULES} -k 'weight_perturbations and attention'"),
+    Mutation("domain not enlarged by the threat", LIPSCHITZ,
+             "norm=up(norm + state.in_l2().change)", "norm=up(norm)", f"{INDEPENDENT} {MINE} -k 'rederived or domain'"),
+    Mutation("domain tightened without the change", BASE,
+             "up(seen[1] + state.in_l2().change + 2 * state.rounding)", "up(seen[1] + 2 * state.rounding)",
+             f"{INDEPENDENT} {MINE} -k 'rederived or tighten'"),
+    Mutation("domain tightened without the rounding", BASE,
+             "up(seen[1] + state.in_l2().change + 2 * state.rounding)", "up(seen[1] + state.in_l2().change)",
+             f"{CERTIFY} {MINE} -k 'rounding or tighten'"),
+    Mutation("last rival left out", LIPSCHITZ,
+             "return (margin / factor).amin(-1),", "return (margin / factor)[:, :-1].amin(-1),", f"{CERTIFY} -k 'binding or exact_radius'"),
+    Mutation("only the runner-up compared", LIPSCHITZ,
+             "return (margin / factor).amin(-1),", "return (margin / factor).gather(-1, margin.argmin(-1, keepdim=True))[:, 0],",
+             f"{CERTIFY} -k 'binding or exact_radius'"),
+    Mutation("rounding allowance dropped", LIPSCHITZ,
+             "quotient * (1 - 1e-12) - up(lost)", "quotient * (1 - 1e-12)", f"{CERTIFY} {MINE} -k 'rounding'"),
+    Mutation("rounding of the hidden layers dropped", LIPSCHITZ,
+             "lost = 2 * l2_per_unit * state.rounding + 4 * single / smallest", "lost = 4 * single / smallest", f"{CERTIFY} {MINE} -k 'rounding'"),
+    Mutation("rounding of the last layer dropped", LIPSCHITZ,
+             "lost = 2 * l2_per_unit * state.rounding + 4 * single / smallest", "lost = 2 * l2_per_unit * state.rounding",
+             f"{CERTIFY} {MINE} -k 'rounding'"),
+    Mutation("rounding counted for the clean pass only", LIPSCHITZ,
+             "lost = 2 * l2_per_unit * state.rounding + 4 * single / smallest", "lost = l2_per_unit * state.rounding + 2 * single / smallest",
+             f"{CERTIFY} {MINE} -k 'rounding'"),
+    Mutation("√2 of the last layer's weight perturbation dropped", LIPSCHITZ,
+             "extra = 2**0.5 * (1 + 1e-15) * perturbed", "extra = perturbed", f"{MINE} -k weight_balls"),
+    Mutation("bias left out of the last layer's rounding", LIPSCHITZ,
+             "size = (rows + perturbed) * state.norm + bias", "size = (rows + perturbed) * state.norm", f"{CERTIFY} {MINE} -k 'rounding'"),
+    Mutation("a zero margin counts as correct, and NaN too", LIPSCHITZ,
+             "correct = margin.amin(-1) > 0", "correct = ~(margin.amin(-1) < 0)", f"{CERTIFY} {MINE} -k ties"),
+    Mutation("dual norm of ℓ∞ taken for ℓ2", LIPSCHITZ,
+             '{"l2": 2.0, "linf": 1.0, "l1": float("inf")}[space]', '{"l2": 2.0, "linf": 2.0, "l1": 2.0}[space]', f"{CERTIFY} -k exact_radius"),
+    Mutation("power iteration instead of the guaranteed norm (Linear)", LINEAR,
+             "from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound",
+             "from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_estimate as spectral_norm_bound",
+             f"{MINE} -k power"),
+    Mutation("power iteration instead of the guaranteed norm (Attention)", ATTENTION,
+             "from robustlip.spectral import spectral_norm_bound", "from robustlip.spectral import spectral_norm_estimate as spectral_norm_bound",
+             f"{MINE} -k power"),
+    Mutation("ℓ∞ gain replaced by σ(W)", LINEAR,
+             'gain = context.constant(layer, "linf", lambda: float(infinity_to_two_bound(layer.weight)))', "gain = matrix.sigma",
+             f"{RULES} -k infinity_and_one_balls_through_the"),
+    Mutation("ℓ∞ to ℓ2 without √n", BASE,
+             'factor = math.sqrt(self.width) * (1 + 1e-15) if self.space == "linf" else 1.0', "factor = 1.0", f"{MINE} -k 'infinity or domain'"),
+    Mutation("bias left out of Linear's norm", LINEAR,
+             "norm = (matrix.sigma + perturbed) * state.norm + bias", "norm = (matrix.sigma + perturbed) * state.norm",
+             f"{RULES} {MINE} -k 'norm_and_rounding and linear or biases'"),
+    Mutation("mean left out of Normalize's norm", ELEMENTWISE,
+             "reach = state.norm + shift * state.width**0.5 * state.tokens**0.5", "reach = state.norm",
+             f"{RULES} {MINE} -k 'norm_and_rounding and normalize or means'"),
+    Mutation("GELU's slope 1.0", ELEMENTWISE, 'GELU_SLOPE = {"none": 1.1289042, "tanh": 1.1289932}', 'GELU_SLOPE = {"none": 1.0, "tanh": 1.0}',
+             f"{RULES} -k gelu"),
+    Mutation("GELU's slope 1.1289, as published", ELEMENTWISE,
+             'GELU_SLOPE = {"none": 1.1289042, "tanh": 1.1289932}', 'GELU_SLOPE = {"none": 1.1289, "tanh": 1.1289}', f"{RULES} -k gelu"),
+    Mutation("MLP constant divided by 1.1289 twice", ELEMENTWISE,
+             "slope = GELU_SLOPE[layer.approximate] / divisor", "slope = GELU_SLOPE[layer.approximate] / divisor**2", f"{MINE} {RULES} -k gelu"),
+    Mutation("LayerNorm's eps dropped from its constant", NORMALIZATION,
+             "gain = scale / math.sqrt(eps) * (1 + 1e-15)\n        norm = state.norm * 0", "gain = scale\n        norm = state.norm * 0",
+             f"{RULES} -k layernorm"),
+    Mutation("√T dropped in Flatten", STRUCTURE,
+             "root = math.sqrt(state.tokens) * (1 + 1e-15)", "root = 1.0", f"{RULES} -k 'flatten or tokens'"),
+    Mutation("sign of the residual weight kept", STRUCTURE,
+             "skip, weight = abs(layer.skip), abs(layer.weight)", "skip, weight = layer.skip, layer.weight", f"{RULES} -k residual"),
+    Mutation("constants remembered by the model's identity alone", CONSTANTS,
+             "if known is None or known[0] != state:", "if known is None:", f"{CERTIFY} -k constants"),
+    Mutation("radius from the infeasible side of the bracket", SEARCH,
+             "return low, low_change", "return high, low_change", f"{CERTIFY} {MINE} -k 'exact_radius or binding'"),
+    Mutation("NaN counts as feasible", SEARCH,
+             "feasible = live & (change < room)", "feasible = live & ~(change >= room)", f"{CERTIFY} {MINE} -k 'ties or feasible'"),
+    Mutation("samples with logits that are not finite keep their radius", ENTRY,
+             "torch.where(finite & ~outside & (training is None), radius,", "torch.where(~outside & (training is None), radius,",
+             f"{CERTIFY} {MINE} -k 'ties or finite'"),
+    Mutation("the cast of the input not taken off the radius", ENTRY,
+             "return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)", "return radii", f"{HOSTILE} {MINE} -k 'cast or given'"),
+    Mutation("Gram eigenvalue without its residual", SPECTRAL,
+             "total = top * (1 + defect) + residual + gram_error", "total = top", "tests/test_spectral.py"),
+]  # fmt: skip
+
+
+def copy_tree(target: Path) -> None:
+    """The checkout without its history, caches and environments; links stay links."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist", ".demo", "shared")
+    shutil.copytree(ROOT, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+
+
+def caught_by(mutation: Mutation | None, tests: str = "") -> tuple[str, float, str]:
+    """(the first test that fails, or '', seconds, the tail of the output) of the mutated tree; of the tree as it is for None."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        if mutation is not None:
+            path = tree / mutation.file
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutation.old) != 1:
+                raise SystemExit(f"expected {mutation.old!r} once in {mutation.file}, found it {text.count(mutation.old)} times; adapt the mutation")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            tests = mutation.tests
+        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        where = subprocess.run(
+            [sys.executable, "-c", "import importlib.util as i; print(i.find_spec('robustlip').origin)"],
+            cwd=tree, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert Path(where.stdout.strip()).resolve().is_relative_to(tree.resolve()), "expected the copy to be imported"
+        arguments = [a.strip("'") for a in re.findall(r"'[^']*'|\S+", tests)]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments],
+            cwd=tree, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1) or (done.returncode == 1 and not failed):
+        raise SystemExit(f"expected tests to run, got exit code {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return (failed[0] if failed else ""), time.perf_counter() - start, done.stdout[-1500:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="mutations whose description contains this")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    chosen = [m for m in MUTATIONS if args.only in m.what]
+    lines = ["| mutation | caught by |", "|---|---|"]
+    survivors = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutation, (test, seconds, _) in zip(chosen, pool.map(caught_by, chosen), strict=True):
+            survivors += not test
+            print(f"{'caught  ' if test else 'SURVIVED'} {seconds:5.0f} s  {mutation.what}: {test or mutation.tests}", flush=True)
+            lines.append(f"| {mutation.what} | {f'`{test}`' if test else '**survived**'} |")
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    if args.markdown:
+        args.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
