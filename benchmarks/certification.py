@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from robustlip.certifiers import certify
 from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.threats import parse_threat
@@ -55,7 +56,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
 
     forward(), certified()  # warm up, and fill the cache of constants
     pairs = [(seconds(forward), seconds(certified)) for _ in range(repeats)]
-    plain, proved = (statistics.median(column) for column in zip(*pairs))
+    plain, proved = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {"case": name, "threat": threat_name, "forward_s": plain, "certify_s": proved, "ratio": proved / plain}
 
 
@@ -67,7 +68,8 @@ def main() -> None:
     rows = [measure(name, arguments.repeats) for name in CASES]
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     for row in rows:
-        print(f"{row['case']:<38} {row['threat']:<14} forward {row['forward_s'] * 1e3:8.2f} ms  certify {row['certify_s'] * 1e3:8.2f} ms  ratio {row['ratio']:.2f}")
+        times = f"forward {row['forward_s'] * 1e3:8.2f} ms  certify {row['certify_s'] * 1e3:8.2f} ms"
+        print(f"{row['case']:<38} {row['threat']:<14} {times}  ratio {row['ratio']:.2f}")
     print(machine)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from robustlip.spectral import gram_iteration_bound, spectral_norm_bound, spectral_norm_estimate
 
 SHAPES = [(256, 256), (1024, 256), (768, 3072), (12, 64, 768)]
@@ -48,7 +49,7 @@ def main() -> None:
         over, gap = float((bound / truth - 1).max()), float((1 - spectral_norm_estimate(weight).cpu() / bound).max())
         rows.append({"shape": shape, **{f"{k}_s": v for k, v in times.items()}, "ratio": times["bound"] / times["torch"], "over": over, "gap": gap})
         print(
-            f"{str(shape):<16} bound {times['bound'] * 1e3:8.2f} ms  torch {times['torch'] * 1e3:8.2f} ms  ratio {rows[-1]['ratio']:.2f}  "
+            f"{shape!s:<16} bound {times['bound'] * 1e3:8.2f} ms  torch {times['torch'] * 1e3:8.2f} ms  ratio {rows[-1]['ratio']:.2f}  "
             f"above the truth by {over:.1e}, power iteration below the bound by {gap:.1e}"
         )
     machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -33,8 +34,8 @@ class BaselineTransformer(Chain):
 
     embedding_depth = 3
 
-    def __init__(self, image: tuple[int, int, int], patch: int, classes: int, width: int = 64, heads: int = 4, blocks: int = 2) -> None:
-        layers = patch_embedding(tuple(image), patch, width)
+    def __init__(self, image: Sequence[int], patch: int, classes: int, width: int = 64, heads: int = 4, blocks: int = 2) -> None:
+        layers = patch_embedding(image, patch, width)
         layers.update(layernorm_blocks(width, heads, blocks, causal=False))
         layers["mean"] = MeanTokens()
         layers["head"] = nn.Linear(width, classes, bias=True)

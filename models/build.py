@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from robustlip.errors import BadInput
@@ -16,7 +17,7 @@ def _mlp(widths: list[int], activation: str = "relu", **options: Any) -> Lipschi
     return LipschitzMLP(widths, activation, **options)
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., Chain]] = {
     "mlp": _mlp,
     "lipschitz-gpt": LipschitzGPT,
     "baseline-gpt": BaselineGPT,

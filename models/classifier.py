@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from robustlip.layers import AddPositions, Chain, MeanTokens, Patchify
 from robustlip.models.blocks import lipschitz_blocks
 
 
-def patch_embedding(image: tuple[int, int, int], patch: int, width: int) -> OrderedDict[str, nn.Module]:
+def patch_embedding(image: Sequence[int], patch: int, width: int) -> OrderedDict[str, nn.Module]:
     """Images (N, C, H, W) → tokens (N, (H/p)(W/p), width): patches, a linear map, learned positions. Three layers."""
     channels, height, breadth = image
     tokens = (height // patch) * (breadth // patch)
@@ -28,7 +29,7 @@ class LipschitzTransformer(Chain):
 
     def __init__(
         self,
-        image: tuple[int, int, int],
+        image: Sequence[int],
         patch: int,
         classes: int,
         width: int = 64,
@@ -38,7 +39,7 @@ class LipschitzTransformer(Chain):
         attention_scale: float = 1.0,
         alpha: float | None = None,
     ) -> None:
-        layers = patch_embedding(tuple(image), patch, width)
+        layers = patch_embedding(image, patch, width)
         layers.update(lipschitz_blocks(width, heads, blocks, scale=attention_scale, causal=False, alpha=alpha))
         layers["mean"] = MeanTokens()
         layers["head"] = nn.Linear(width, classes, bias=True)

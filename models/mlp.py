@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import nn
 
@@ -31,7 +32,7 @@ class LipschitzMLP(Chain):
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         if (mean, std) != (0.0, 1.0):
             layers["normalize"] = Normalize(mean, std)
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
             if i:
                 layers[f"act{i}"] = activation(activation_name)
             layers[f"linear{i + 1}"] = nn.Linear(fan_in, fan_out, bias=bias)

@@ -31,14 +31,14 @@ _HOME = {
 }
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:
-    from robustlip.certificates import Certificate
-    from robustlip.certifiers import certify
-    from robustlip.data import load_data
-    from robustlip.errors import BadInput, CertificateViolation, RobustlipError
-    from robustlip.layers import Chain
-    from robustlip.models.zoo import load
-    from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
+if TYPE_CHECKING:  # the names that __getattr__ finds, for static tools
+    from robustlip.certificates import Certificate  # noqa: F401
+    from robustlip.certifiers import certify  # noqa: F401
+    from robustlip.data import load_data  # noqa: F401
+    from robustlip.errors import BadInput, CertificateViolation, RobustlipError  # noqa: F401
+    from robustlip.layers import Chain  # noqa: F401
+    from robustlip.models.zoo import load  # noqa: F401
+    from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

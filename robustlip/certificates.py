@@ -49,7 +49,7 @@ class Certificate:
         """The certificate file: plain JSON types only."""
         samples = [
             {"index": int(i), "label": int(y), "prediction": int(p), "radius": float(r), "status": s, "reason": why}
-            for i, y, p, r, s, why in zip(self.index, self.label, self.prediction, self.radius, self.status, self.reason)
+            for i, y, p, r, s, why in zip(self.index, self.label, self.prediction, self.radius, self.status, self.reason, strict=True)
         ]
         return {
             "threat": self.threat.name,

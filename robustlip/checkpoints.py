@@ -7,8 +7,6 @@ hash in its header against the tensors that were read.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,23 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput
+from robustlip.files import atomic
 from robustlip.hashing import weights_sha256
 
 FORMAT = "robustlip-1"
-
-
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Run write(temporary path) and move the result to `path` in one step: readers see the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -41,7 +26,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
     from safetensors.torch import save_file
 
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    atomic_write(path, lambda p: save_file(plain, p, metadata={"robustlip": json.dumps({"format": FORMAT, **header})}))
+    with atomic(path) as temporary:
+        save_file(plain, temporary, metadata={"robustlip": json.dumps({"format": FORMAT, **header})})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,7 +72,8 @@ def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Mo
     got = {k: tuple(v.shape) for k, v in tensors.items()}
     if wanted != got:
         odd = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
-        raise BadInput(f"expected the tensors of a {header['config'].get('kind')} model in {path.name}, got others for {odd[:3]}; the file was altered")
+        kind = header["config"].get("kind")
+        raise BadInput(f"expected the tensors of a {kind} model in {path.name}, got others for {odd[:3]}; the file was altered")
     dtypes = {v.dtype for v in tensors.values() if v.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -95,7 +82,8 @@ def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Mo
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BadInput(f"expected finite weights, got NaN or infinity in {name} of {path.name}; train the model again")
     if weights_sha256(model) != header.get("weights_sha256"):
-        raise BadInput(f"expected weights with SHA-256 {str(header.get('weights_sha256'))[:12]}… in {path.name}, got others; the file was altered")
+        said = str(header.get("weights_sha256"))[:12]
+        raise BadInput(f"expected weights with SHA-256 {said}… in {path.name}, got others; the file was altered")
     return model.eval()
 
 

@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -60,18 +61,24 @@ class Target:
         return float(spectral_norm_bound(self.split(self.weight)).max()) * self.rms_scale() * (1 + 1e-12)
 
 
+@lru_cache(maxsize=256)
 def soft_cap_coupling(w_max: float, update_norm: float, decay: float = 0.0) -> float:
     """The strength a of the soft cap that maps every singular value ≤ w_max(1 − decay) + update_norm to at most w_max.
 
     Newhouse et al. 2025, appendix on soft cap: a is the smallest non-negative real root of −k⁹a⁴ + 3k⁷a³ − 3k⁵a² + (k − w_max) = 0,
-    k = w_max(1 − decay) + update_norm. Raises BadInput when no root exists (the update is too large for w_max).
+    k = w_max(1 − decay) + update_norm. Raises BadInput when the update is too large for w_max: some value in [0, k] would
+    come out above it.
     """
     k = w_max * (1 - decay) + update_norm
     if k <= w_max:
         return 0.0
     roots = np.roots([-(k**9), 3 * k**7, -3 * k**5, 0.0, k - w_max])
     real = sorted(float(r.real) for r in roots if abs(r.imag) < 1e-9 * max(1.0, abs(r)) and r.real >= 0)
-    if not real:
+    # The root fixes the image of k alone. The promise is about all of [0, k], and fails for updates that are large against the cap.
+    values = np.linspace(0, k, 513)
+    image = values - real[0] * values**3 if real else values
+    image = image + real[0] * image**3 if real else values
+    if not (np.abs(image) <= w_max * (1 + 1e-9)).all():
         raise BadInput(
             f"expected an update small enough for a soft cap at {w_max}, got one of norm {update_norm:.4g}; lower the learning rate or raise w_max"
         )
@@ -118,7 +125,8 @@ class Constraint:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Apply the constraint to this optimiser's weights after each step. Raises BadInput for soft-cap without a stated update norm."""
-        owned = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        # The number of the group, not the group: load_state_dict puts new dictionaries in their place.
+        owned = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         mine = [(t, owned[id(t.weight)]) for t in self.targets if id(t.weight) in owned]
         if self.method == "none" or not mine:
             return
@@ -130,7 +138,8 @@ class Constraint:
 
         @torch.no_grad()
         def after_step(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-            for target, group in mine:
+            for target, number in mine:
+                group = opt.param_groups[number]
                 update = opt.update_norm(group["lr"]) if hasattr(opt, "update_norm") else None  # type: ignore[operator]
                 self.apply(target, update, group["lr"] * group.get("weight_decay", 0.0))
 

@@ -115,7 +115,7 @@ class Muon(torch.optim.Muon):
                 # One batched product for all matrices of a shape, instead of one small product for each.
                 updates = orthogonalize(directions.to(self.compute_dtype or directions.dtype), self.polynomial)
                 step = group["lr"] * math.sqrt(fan_out / fan_in)
-                for i, update in zip(members, updates):
+                for i, update in zip(members, updates, strict=True):
                     params[i].mul_(1 - group["lr"] * group["weight_decay"])
                     params[i].add_(update.to(params[i].dtype), alpha=-step)
         return loss

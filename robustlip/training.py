@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from torch import Tensor, nn
 
-from robustlip.checkpoints import atomic_write, load_tensors, save_model, save_tensors, toml_text
+from robustlip.checkpoints import load_tensors, save_model, save_tensors, toml_text
 from robustlip.constraints import Constraint, targets_of
 from robustlip.errors import BadInput
+from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain
 from robustlip.muon import Muon
@@ -68,8 +69,8 @@ class LossPart(_Strict):
     """Cross entropy of logit_scale·logits: a bounded model cannot grow its logits, so the loss has to say how sharp they should count."""
 
     logit_scale: PositiveFloat = 1.0
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    input_noise: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    input_noise: float = Field(default=0.0, ge=0)
 
 
 class RunPart(_Strict):
@@ -155,7 +156,7 @@ class _Source:
                 window = self.test[part[:, None] + torch.arange(self.context + 1)]
                 yield window[:, :-1], window[:, 1:]
         else:
-            yield from zip(self.test_x.split(1000), self.test_y.split(1000))
+            yield from zip(self.test_x.split(1000), self.test_y.split(1000), strict=True)
 
 
 def _make_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -262,8 +263,8 @@ def train(
 
     for step in range(first, recipe.run.steps):
         started = time.perf_counter()
-        for optimizer, rates in zip(optimizers, base_rates):
-            for group, rate in zip(optimizer.param_groups, rates):
+        for optimizer, rates in zip(optimizers, base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _schedule(recipe, step)
         x, y = (t.to(device) for t in source.batch(step))
         logits = model(x).flatten(0, -2)
@@ -295,6 +296,7 @@ def train(
 
 def _finish(recipe: Recipe, model: Chain, source: _Source, constraint: Constraint, history: list[dict[str, float]], out: Path) -> Path:
     from robustlip import __version__
+    from robustlip.certifiers import lipschitz_bound
 
     path = out / f"{recipe.name}.safetensors"
     save_model(path, model)
@@ -317,13 +319,7 @@ def _finish(recipe: Recipe, model: Chain, source: _Source, constraint: Constrain
         "largest_constrained_norm_rms": max(measured.values()) if measured else None,
         "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"name", "description", "paper", "caveats", "seed"}),
     }
-    bound = _bound_of(model)
-    card |= bound
-    atomic_write(path.with_suffix(".toml"), lambda p: p.write_text(toml_text(card), encoding="utf-8") and None)
+    card["bound"] = lipschitz_bound(model)
+    write_text(path.with_suffix(".toml"), toml_text(card))
     return path
 
-
-def _bound_of(model: Chain) -> dict[str, Any]:
-    from robustlip.certifiers import lipschitz_bound
-
-    return {"bound": lipschitz_bound(model)}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from robustlip.attacks import by_name
 from robustlip.certifiers import certify, lipschitz_bound, weight_sensitivity_bound
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.models.build import build
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
-from torch import nn
 
 DUAL = {"l2": 2, "linf": 1, "l1": float("inf")}
 
@@ -145,7 +146,7 @@ def test_requested_radius_and_statuses() -> None:
     wrong[0] = (wrong[0] + 1) % 4
     asked = certify(model, x, wrong, InputBall("l2", middle))
     assert asked.status[0] == "misclassified" and asked.radius[0] == 0
-    for status, radius in zip(asked.status[1:], asked.radius[1:]):
+    for status, radius in zip(asked.status[1:], asked.radius[1:], strict=True):
         assert status == ("certified" if radius >= middle else "abstained")
     assert asked.certified_accuracy(middle) == pytest.approx(np.mean(asked.radius >= middle))
 

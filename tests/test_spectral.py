@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from robustlip.errors import BadInput
 from robustlip.spectral import (
     gram_iteration_bound,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from robustlip.certificate_file import read
 from robustlip.certifiers import lipschitz_bound
 from robustlip.data import load_data

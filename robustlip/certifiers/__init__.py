@@ -19,7 +19,15 @@ from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import global_radii
 from robustlip.certifiers.samples import (
-    batches, check_arithmetic, check_entry, check_labels, check_model, check_samples, evaluated, outside_range, train_mode_reason,
+    batches,
+    check_arithmetic,
+    check_entry,
+    check_labels,
+    check_model,
+    check_samples,
+    evaluated,
+    outside_range,
+    train_mode_reason,
 )  # fmt: skip
 from robustlip.certifiers.trace import traced_scores
 from robustlip.errors import BadInput
@@ -146,7 +154,7 @@ def _assemble(
     unproved = (~proved).nonzero()[:, 0]
     # Lists, because reading single numbers out of tensors costs more than all of the proof.
     rows = (column[unproved].tolist() for column in (wrong, finite, radius))
-    for i, is_wrong, is_finite, r in zip(unproved.tolist(), *rows):
+    for i, is_wrong, is_finite, r in zip(unproved.tolist(), *rows, strict=True):
         reason[i] = (
             refused[i] if refused and refused[i]
             else "the prediction is not the label" if is_wrong

@@ -74,8 +74,11 @@ class GlobalBound:
     def pairs(self, space: str) -> Tensor:
         """c[y, j] ≥ the dual norm of u_y − u_j (C, C), rounded up: how far the margin of y over j moves per unit of the last hidden state."""
 
+        head = self.head
+        assert head is not None
+
         def compute() -> Tensor:
-            rows = self.head.weight.detach().double().cpu()
+            rows = head.weight.detach().double().cpu()
             order = {"l2": 2.0, "linf": 1.0, "l1": float("inf")}[space]  # the dual norm
             # u_y − u_j rounds once per entry, the norm a few times per entry; gamma of the width covers both.
             difference = rows[:, None] - rows[None]
@@ -83,20 +86,21 @@ class GlobalBound:
                 return up(norm_up(difference))  # scaled: squares of tiny rows do not vanish
             return up(torch.linalg.vector_norm(difference, ord=order, dim=-1) * (1 + 1e-12 * rows.shape[1] ** 0.5))
 
-        return self.context.constant(self.head, f"pairs-{space}", compute)
+        return self.context.constant(head, f"pairs-{space}", compute)
 
     def at(self, radius: Tensor) -> tuple[State, Tensor, Tensor]:
         """(state in front of the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
         context = self._context(radius)
         state = run_rules(self.layers, first_state(self.inside, self.norm, self.threat, radius, self.layers), context)
         zero = torch.zeros_like(radius)
-        if self.head is None:
+        head = self.head
+        if head is None:
             return state.in_l2(), zero, zero
         from robustlip.rules.linear import Matrix
 
-        matrix: Matrix = context.constant(self.head, "matrix", lambda: Matrix.of(self.head.weight))
-        rows = context.constant(self.head, "rows", lambda: float(norm_up(self.head.weight.detach()).amax()))
-        bias = context.constant(self.head, "largest-bias", lambda: 0.0 if self.head.bias is None else float(self.head.bias.detach().abs().amax()))
+        matrix: Matrix = context.constant(head, "matrix", lambda: Matrix.of(head.weight))
+        rows = context.constant(head, "rows", lambda: float(norm_up(head.weight.detach()).amax()))
+        bias = context.constant(head, "largest-bias", lambda: 0.0 if head.bias is None else float(head.bias.detach().abs().amax()))
         perturbed = context.weight_change(matrix.sigma)
         # The head's own perturbation moves a pair by ‖(e_y − e_j)ᵀE h‖ ≤ √2‖E‖₂‖h‖.
         extra = 2**0.5 * (1 + 1e-15) * perturbed * state.norm + zero

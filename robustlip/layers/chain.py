@@ -73,7 +73,7 @@ class NextTokenChain(Chain):
 
     def check_inputs(self, x: torch.Tensor) -> None:
         super().check_inputs(x)
-        size = self[0].num_embeddings
+        size = int(self[0].num_embeddings)  # type: ignore[arg-type]
         if x.numel() and not (0 <= int(x.min()) and int(x.max()) < size):
             raise BadInput(f"expected token ids in [0, {size - 1}], got {int(x.min())} to {int(x.max())}; use the model's own vocabulary")
 

@@ -14,6 +14,9 @@ class Normalize(nn.Module):
     mean, std: one number or one per channel; std > 0. Kept inside the model, so that radii stay in raw input units.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, mean: float | list[float] = 0.0, std: float | list[float] = 1.0) -> None:
         super().__init__()
         self.register_buffer("mean", torch.atleast_1d(torch.as_tensor(mean, dtype=torch.float32)))
