@@ -124,7 +124,7 @@ MUTATIONS = [
     Mutation("constants remembered by the model's identity alone", CONSTANTS,
              "if known is None or known[0] != state:", "if known is None:", f"{CERTIFY} -k constants"),
     Mutation("radius from the infeasible side of the bracket", SEARCH,
-             "return low, low_change", "return high, low_change", f"{CERTIFY} {MINE} -k 'exact_radius or binding'"),
+             "return low, low_change", "return high, low_change", f"{MINE} -k search"),
     Mutation("NaN counts as feasible", SEARCH,
              "feasible = live & (change < room)", "feasible = live & ~(change >= room)", f"{CERTIFY} {MINE} -k 'ties or feasible'"),
     Mutation("samples with logits that are not finite keep their radius", ENTRY,
@@ -133,7 +133,7 @@ MUTATIONS = [
     Mutation("the cast of the input not taken off the radius", ENTRY,
              "return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)", "return radii", f"{HOSTILE} {MINE} -k 'cast or given'"),
     Mutation("Gram eigenvalue without its residual", SPECTRAL,
-             "total = top * (1 + defect) + residual + gram_error", "total = top", "tests/test_spectral.py"),
+             "total = top * (1 + defect) + residual + gram_error", "total = top", f"{MINE} -k eigensolver"),
 ]  # fmt: skip
 
 

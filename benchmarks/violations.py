@@ -1,6 +1,7 @@
 """A search for violations: perturbations inside a certified radius under which the executed model answers otherwise. There must be none.
 
     python benchmarks/violations.py [--samples 1000000] [--seed 0] [--minutes 30] [--json FILE] [--state FILE] [--unit N]
+        [--families gpt,gpt-aligned]
 
 Work comes in units, each drawn from (seed, number): a model of one family with random, optimised, huge or tiny weights, one dtype, a few thousand
 samples and every threat that applies. A sample that gets a radius is attacked at 1.0 times that radius and inside it, by gradients, by random
@@ -43,6 +44,7 @@ from robustlip.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")
+MORE = ("gpt-aligned",)  # only when named with --families
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Draw = torch.Generator
 
@@ -161,6 +163,36 @@ def gpt_worst(g: Draw) -> tuple[Chain, Tensor]:
     return model, torch.randint(16, (1024, 3), generator=g).unique(dim=0)
 
 
+def gpt_aligned(g: Draw) -> tuple[Chain, Tensor]:
+    """As gpt_worst, with tokens all near the optimised ones and two classes that differ along the output that they are most sensitive in."""
+    model = copy.deepcopy(counterexample(pick(g, (0, 1)), 4)).double()
+    body = list(model)[1:-1]
+
+    def hidden(tokens: Tensor) -> Tensor:
+        for layer in body:
+            tokens = layer(tokens)
+        return tokens[0, -1]
+
+    near = model.embed_tokens.weight[:3].detach().clone()
+    u = torch.randn(16, generator=g, dtype=torch.float64)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        for _ in range(20):
+            x = near[None].clone().requires_grad_()
+            delta = torch.autograd.grad(hidden(x) @ (u / u.norm()), x)[0]
+            delta = delta / delta.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+            u = torch.autograd.functional.jvp(hidden, near[None], delta)[1].detach()
+    u = u / u.norm()
+    with torch.no_grad():
+        noise = torch.randn(16, 16, generator=g, dtype=torch.float64) * pick(g, (1e-4, 1e-3, 1e-2))
+        model.embed_tokens.weight.copy_(near[torch.arange(16) % 3] + noise)
+        model.head = nn.Linear(16, 2).double()
+        model.head.weight.copy_(torch.stack([u, -u]))
+        offset = float(hidden(near[None]) @ u) - pick(g, (-1, 1)) * 10 ** number(g, -3, -0.5)
+        model.head.bias.copy_(torch.tensor([-offset, offset]))
+    ids = torch.cartesian_prod(torch.arange(0, 16, 3), torch.arange(1, 16, 3), torch.arange(2, 16, 3))
+    return model.float(), ids
+
+
 def transformer(g: Draw) -> tuple[Chain, Tensor]:
     image = pick(g, ((1, 4, 4), (3, 4, 4)))
     model = randomised(LipschitzTransformer(image, 2, pick(g, (2, 5)), 8, pick(g, (1, 2)), pick(g, (1, 2)), attention_scale=pick(g, (0.5, 2.0))), g)
@@ -193,7 +225,7 @@ def from_zoo(g: Draw) -> tuple[Chain, Tensor]:
     return model, (x[rows] + 0.02 * torch.rand(len(rows), *x.shape[1:], generator=g)).clamp(0, 1)
 
 
-BUILD = dict(zip(FAMILIES, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo), strict=True))
+BUILD = dict(zip(FAMILIES + MORE, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned), strict=True))
 
 
 def threats_for(model: Chain, x: Tensor, g: Draw) -> list[Threat]:
@@ -386,9 +418,9 @@ def lean(model: Chain, x: Tensor, g: Draw) -> None:
             head.bias[pick(g, range(len(head.bias)))] += model.scores(x).abs().amax() * pick(g, (0.5, 2.0, 8.0))
 
 
-def attack_unit(seed: int, unit: int, counts: dict[str, dict[str, Any]]) -> int:
+def attack_unit(seed: int, unit: int, counts: dict[str, dict[str, Any]], families: tuple[str, ...] = FAMILIES) -> int:
     """Runs one unit, adds to the counts, and returns how many samples were attacked. Raises Finding."""
-    family, dtype = FAMILIES[unit % len(FAMILIES)], DTYPES[unit // len(FAMILIES) % len(DTYPES)]
+    family, dtype = families[unit % len(families)], DTYPES[unit // len(families) % len(DTYPES)]
     g = torch.Generator().manual_seed(seed * 1_000_003 + unit)
     torch.manual_seed(seed * 1_000_003 + unit)
     model, x = BUILD[family](g)
@@ -439,7 +471,7 @@ def table(counts: dict[str, dict[str, Any]]) -> str:
     for key, cell in counts.items():
         family, threat, dtype = key.split(" | ")
         rows.setdefault((family, threat), {})[dtype] = cell["samples"]
-    ordered = sorted(rows.items(), key=lambda item: (FAMILIES.index(item[0][0]), item[0][1]))
+    ordered = sorted(rows.items(), key=lambda item: ((FAMILIES + MORE).index(item[0][0]), item[0][1]))
     lines = [f"| model | threat | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
     lines += [f"| {family} | {threat} | {' | '.join(f'{cells.get(n, 0):,}' for n in names)} |" for (family, threat), cells in ordered]
     sums = [sum(cells.get(n, 0) for _, cells in ordered) for n in names]
@@ -454,7 +486,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--unit", type=int)
+    parser.add_argument("--families", default=",".join(FAMILIES), help=f"among {', '.join(FAMILIES + MORE)}; units are numbered over those named")
     args = parser.parse_args()
+    families = tuple(args.families.split(","))
+    if not set(families) <= set(BUILD):
+        parser.error(f"expected families among {', '.join(BUILD)}, got {args.families}")
     torch.set_num_threads(1)
     state: dict[str, Any] = {"seed": args.seed, "rules": RULES_VERSION, "next": 0, "samples": 0, "seconds": 0.0, "counts": {}}
     if args.state and args.state.exists():
@@ -465,9 +501,9 @@ def main() -> int:
     violation = ""
     try:
         if args.unit is not None:
-            state["samples"] += attack_unit(args.seed, args.unit, state["counts"])
+            state["samples"] += attack_unit(args.seed, args.unit, state["counts"], families)
         while args.unit is None and state["samples"] < args.samples and time.monotonic() - start < 60 * args.minutes:
-            state["samples"] += attack_unit(args.seed, state["next"], state["counts"])
+            state["samples"] += attack_unit(args.seed, state["next"], state["counts"], families)
             state["next"] += 1
             state["seconds"] = round(before + time.monotonic() - start, 1)
             if args.state:
@@ -480,7 +516,8 @@ def main() -> int:
         violation = str(finding)
     state["seconds"] = round(before + time.monotonic() - start, 1)
     result = {
-        "command": " ".join(["python benchmarks/violations.py", f"--samples {args.samples} --seed {args.seed}"]),
+        "command": f"python benchmarks/violations.py --samples {args.samples} --seed {args.seed}"
+        + ("" if families == FAMILIES else f" --families {args.families}"),
         "attacked_samples": state["samples"],
         "perturbations": sum(cell["perturbations"] for cell in state["counts"].values()),
         "abstained": sum(cell["abstained"] for cell in state["counts"].values()),

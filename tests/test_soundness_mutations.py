@@ -17,6 +17,7 @@ from robustlip.models import LipschitzGPT
 from robustlip.rules import Context, State, rule_for
 from robustlip.rules import base as rules
 from robustlip.rules.attention import Heads
+from robustlip.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -251,3 +252,19 @@ def test_cast_of_the_given_point_is_taken_off(monkeypatch) -> None:
     moved = float((x - x.half().double()).abs())
     assert moved > 1e-5
     assert float(certify(nn.Sequential(layer), x, y, InputBall("l2")).radius[0]) <= 1 - moved
+
+
+@pytest.mark.parametrize("change", [lambda r: r * r, lambda r: r * (1 + 50 * r), torch.expm1, lambda r: torch.where(r < 0.3, r, 9 * r)])
+def test_search_returns_what_was_evaluated_as_feasible(change) -> None:
+    radius, at = largest_radius(lambda r: (change(r), torch.full_like(r, 0.7)), 1e-9 * torch.ones(3, dtype=torch.float64))
+    assert bool((change(radius) < 0.7).all() and (change(radius * 1.01) >= 0.7).all())
+    torch.testing.assert_close(at, change(radius))
+
+
+@pytest.mark.parametrize("spoil", [lambda v, q: (0.8 * v, q), lambda v, q: (v, q + 0.05), lambda v, q: (v.flip(-1), q), lambda v, q: (0 * v, 0 * q)])
+def test_norms_hold_whatever_the_eigensolver_answers(spoil, monkeypatch) -> None:
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    truth = float(torch.linalg.matrix_norm(weight, 2))
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: spoil(*eigh(gram)))
+    assert float(spectral_norm_bound(weight)) >= truth * (1 - 1e-12)
