@@ -14,6 +14,7 @@ from torch import nn
 from robustlip.attacks import by_name
 from robustlip.certifiers import certify, lipschitz_bound, weight_sensitivity_bound
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import as_chain
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.models.build import build
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
@@ -127,6 +128,18 @@ def test_constants_follow_the_weights_however_they_are_changed() -> None:
     fresh.load_state_dict(model.state_dict())
     np.testing.assert_array_equal(again.radius, certify(fresh, x, model(x).argmax(-1), InputBall("l2")).radius)
     assert before.weights_sha256 != again.weights_sha256
+
+
+def test_a_sequential_keeps_its_constants_and_sees_new_layers() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.rand(5, 6)
+    y = model(x).argmax(-1)
+    assert as_chain(model) is as_chain(model)
+    first = certify(model, x, y, InputBall("l2"))
+    model[2] = nn.Linear(8, 4)
+    second = certify(model, x, model(x).argmax(-1), InputBall("l2"))
+    fresh = certify(nn.Sequential(*model), x, model(x).argmax(-1), InputBall("l2"))
+    np.testing.assert_array_equal(second.radius, fresh.radius)
+    assert first.weights_sha256 != second.weights_sha256
 
 
 def test_batching_and_mode_change_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -99,6 +100,9 @@ def _check_plain(model: nn.Module) -> None:
         raise UnsupportedLayer(f"expected a plain {type(model).__name__}, got one with hooks or its own forward; remove them before certifying")
 
 
+_CHAINS: weakref.WeakKeyDictionary[nn.Module, Chain] = weakref.WeakKeyDictionary()
+
+
 def as_chain(model: nn.Module) -> Chain:
     """The model itself if it is a Chain, or a Chain that shares the layers of an nn.Sequential.
 
@@ -128,7 +132,10 @@ def as_chain(model: nn.Module) -> Chain:
                     flat.append((f"{prefix}{name}", child))
 
         walk("layer", model)
-        chain = Chain(OrderedDict(flat))
+        # The same chain for the same layers: constants are remembered by chain, and a new one every time would compute them every time.
+        chain = _CHAINS.get(model)
+        if chain is None or len(chain) != len(flat) or any(a is not b for a, (_, b) in zip(chain._modules.values(), flat, strict=True)):
+            chain = _CHAINS[model] = Chain(OrderedDict(flat))
         chain.training = model.training  # not train(): the layers are shared, and their modes are their own
         return chain
     raise UnsupportedLayer(
