@@ -104,7 +104,7 @@ def test_domain_of_attention_is_enlarged_in_certificates(monkeypatch) -> None:
     certify(model, ids, model.scores(ids).argmax(-1), EmbeddingBall())
     clean = model.embed(ids).detach().double().norm(dim=-1).amax(-1)
     per_sample = [(norm, change) for norm, change in seen if len(norm) == 2]
-    assert len(per_sample) > 3
+    assert len(per_sample) >= 2
     for norm, change in per_sample:
         assert bool((norm >= clean + change).all())
 
