@@ -39,7 +39,7 @@ from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
 
-RULES_VERSION = "3"
+RULES_VERSION = "4"
 
 # method → radii of one batch. 'best' takes the largest over all of them, so a new method is one line here.
 Radii = Callable[[Chain, Tensor, Tensor, Tensor, Threat, Context], tuple[Tensor, Tensor]]

@@ -12,7 +12,7 @@ LARGEST = 1e100
 
 
 def largest_radius(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, *, tolerance: float = 1e-4, steps: int = 40
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, *, tolerance: float = 5e-4, steps: int = 40
 ) -> tuple[Tensor, Tensor]:
     """(radius, change): for each sample the largest ε found with change(ε) < room(ε), and the change there; 0 where there is none.
 
@@ -30,7 +30,8 @@ def largest_radius(
     low = torch.zeros_like(start)
     low_change = torch.zeros_like(start)
     high = guess(start)
-    trial = guess(high.clamp_min(torch.finfo(torch.float64).tiny)) * (1 - 1e-9)
+    # Where change is proportional to ε, the first trial is feasible and within the tolerance: two evaluations in all.
+    trial = high * (1 - 0.8 * tolerance)
     for _ in range(steps):
         trial = torch.where(trial > 0, trial, high / 2)
         live = (high > 0) & (low < high * (1 - tolerance))
