@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from robustlip.attacks.spaces import Space, space_of
+from robustlip.checks import check_finite_weights
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.layers import as_chain
 from robustlip.threats import InputBall, Threat
@@ -135,7 +136,7 @@ class Attack(ABC):
             )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         with preserved(model), torch.inference_mode(False):
-            _check_weights(model)
+            check_finite_weights(model)
             chain = as_chain(model)
             chain.eval().requires_grad_(False)
             dtype = _dtype_of(chain, x)
@@ -242,12 +243,6 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 # ---- what is refused
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BadInput(f"expected finite weights, got NaN or infinity in {name!r}; train again or load another checkpoint")
 
 
 def _dtype_of(model: nn.Module, x: torch.Tensor) -> torch.dtype:

@@ -220,15 +220,12 @@ def _cards(suite: Suite) -> dict[str, Any]:
 
 def load_model(name: str, device: str) -> Chain:
     """A zoo model, one of our files, or package.module:callable, as a Chain in eval mode. Raises BadInput, also for NaN in the weights."""
-    import torch
-
+    from robustlip.checks import check_finite_weights
     from robustlip.layers import as_chain
     from robustlip.models import zoo
 
     chain = as_chain(zoo.load(name, device=device)).eval()
-    for key, tensor in chain.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BadInput(f"expected finite weights, got NaN or infinity in {key} of {name}; train or convert the model again")
+    check_finite_weights(chain, name)
     return chain
 
 

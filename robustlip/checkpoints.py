@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from robustlip.checks import check_finite_weights
 from robustlip.errors import BadInput
 from robustlip.files import atomic
 from robustlip.hashing import weights_sha256
@@ -78,9 +78,7 @@ def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Mo
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(tensors)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BadInput(f"expected finite weights, got NaN or infinity in {name} of {path.name}; train the model again")
+    check_finite_weights(model, path.name)
     if weights_sha256(model) != header.get("weights_sha256"):
         said = str(header.get("weights_sha256"))[:12]
         raise BadInput(f"expected weights with SHA-256 {said}… in {path.name}, got others; the file was altered")

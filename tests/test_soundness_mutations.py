@@ -84,7 +84,7 @@ def test_domain_contains_the_perturbed_points(threat) -> None:
     radius = 3 * ONE
     step = {"linf": torch.full_like(inside, 3.0), "l1": torch.tensor([3.0, 0, 0, 0], dtype=torch.float64).expand_as(inside)}
     moved = inside + step.get(threat.norm, 1.5 * inside)
-    first = lipschitz.first_state(inside, 2 * ONE, threat, radius, [])
+    first = lipschitz.first_state(inside, 2 * ONE, threat, radius)
     assert float(first.norm) >= float(moved.norm())
 
 

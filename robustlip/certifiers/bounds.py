@@ -90,6 +90,6 @@ def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, ba
         layers, inside, norm = entry(chain, xb.to(dtype) if xb.is_floating_point() else xb, threat)
         radius = torch.full_like(norm, threat.radius)
         context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
-        state = run_rules(layers, first_state(inside, norm, threat, radius, layers), context)
+        state = run_rules(layers, first_state(inside, norm, threat, radius), context)
         out.append(up(state.change))
     return torch.cat(out).numpy()

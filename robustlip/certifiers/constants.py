@@ -5,20 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
-from robustlip.errors import BadInput
+from robustlip.checks import check_finite_weights
 from robustlip.hashing import architecture_sha256, weights_sha256
 
 _STORES: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[tuple[int, str], Any]]] = weakref.WeakKeyDictionary()
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raises BadInput for weights that are not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BadInput(f"expected finite weights, got NaN or infinity in {name}; repair or retrain the model")
 
 
 def constants_of(model: nn.Module) -> tuple[str, dict[tuple[int, str], Any]]:
@@ -32,7 +24,7 @@ def constants_of(model: nn.Module) -> tuple[str, dict[tuple[int, str], Any]]:
     state = sha + architecture_sha256(model)
     known = _STORES.get(model)
     if known is None or known[0] != state:
-        check_finite(model)
+        check_finite_weights(model)
         known = (state, {})
         _STORES[model] = known
     return sha, known[1]

@@ -38,7 +38,7 @@ def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Ten
     return layers, inside, norm.cpu()
 
 
-def first_state(inside: Tensor, norm: Tensor, threat: Threat, radius: Tensor, layers: list[nn.Module]) -> State:
+def first_state(inside: Tensor, norm: Tensor, threat: Threat, radius: Tensor) -> State:
     """Bounds in front of the first layer behind the threat: the domain is the clean norm enlarged by the perturbation (MATH.md section 1)."""
     shape = inside.shape[1:]
     if not inside.is_floating_point():
@@ -91,7 +91,7 @@ class GlobalBound:
     def at(self, radius: Tensor) -> tuple[State, Tensor, Tensor]:
         """(state in front of the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
         context = self._context(radius)
-        state = run_rules(self.layers, first_state(self.inside, self.norm, self.threat, radius, self.layers), context)
+        state = run_rules(self.layers, first_state(self.inside, self.norm, self.threat, radius), context)
         zero = torch.zeros_like(radius)
         head = self.head
         if head is None:
@@ -125,7 +125,7 @@ class GlobalBound:
         if self.head is None or start == "l2":
             return "l2"
         one = torch.ones(1, dtype=torch.float64)
-        state = first_state(self.inside, self.norm[:1], self.threat, one, self.layers)
+        state = first_state(self.inside, self.norm[:1], self.threat, one)
         return run_rules(self.layers, state, replace(self.context, clean={})).space
 
     def evaluator(self, margin: Tensor) -> Any:
