@@ -1,0 +1,7 @@
+"""Layers expanded at clean activations; one file per kind of layer, as in robustlip.rules."""
+
+from robustlip.local import attention, linear, normalization, structure  # noqa: F401  (each registers its expansions)
+from robustlip.local.base import Expansion, Scope, expand, loss, register, token_norms, unsupported
+from robustlip.local.structure import ChainExpansion
+
+__all__ = ["ChainExpansion", "Expansion", "Scope", "expand", "loss", "register", "token_norms", "unsupported"]

@@ -1,0 +1,125 @@
+"""A layer at its clean activations: what a change in front of it does behind it, to first order exactly, the rest bounded. MATH.md sections 6, 7.
+
+Two trajectories are compared. The *reference*: the activations X_l of the clean input as this module computed them in float64. And any
+*executed* one: X'_l of a perturbed input, rounded as the covered dtype rounds. With `radius` ≥ ‖X'_t − X_t‖₂ for each token t in front of a
+layer F, its expansion bounds the radius behind it. And with J its Jacobian at the reference,
+
+    X'_{l+1} − X_{l+1} = J_l (X'_l − X_l) + R_l,
+
+where R_l holds everything else: the curvature of F, the rounding that execution makes in F, and the error that float64 made in the reference.
+For adjoints g^l = J_lᵀg^{l+1} a linear function of the last activations moves by ⟨g⁰, δ⟩ + Σ_l⟨g^{l+1}, R_l⟩ exactly, so |⟨g^{l+1}, R_l⟩| is all
+that has to be bounded: by a sum of products of *weights*, which depend on the adjoint alone, and *bounds*, which depend on the radius alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.rounding import U64
+from robustlip.rules import Context, rule_for
+
+# Of an adjoint that float64 computed: its error, as a fraction of the layer's gain (norms of all that was multiplied, nothing cancelled).
+# γ_n of a matrix product is n·2⁻⁵³ and a Frobenius norm at most √n spectral ones: 2⁻³⁰ covers widths up to 2¹⁴ many times over.
+ADJOINT_SLACK = 2.0**-30
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What holds while a chain is expanded, in front of the next layer.
+
+    context: arithmetic and constants. space: the norm of the radius. whole: the shape (C, H, W) or (T, D) of a sample that is still one
+    vector of all its numbers, (N, 1, n); None where bounds are by token.
+    """
+
+    context: Context
+    space: str = "l2"
+    whole: tuple[int, ...] | None = None
+
+    def both(self, rounding: Callable[[Context], Tensor]) -> Tensor:
+        """Rounding in the covered dtype plus rounding of the float64 reference, by the same formula."""
+        return rounding(self.context) + rounding(replace(self.context, dtype=torch.float64))
+
+    @property
+    def unit(self) -> float:
+        return self.context.unit + U64
+
+    @property
+    def tiny(self) -> float:
+        return self.context.tiny + 2.0**-1022
+
+    def fits(self, radius: Tensor, largest: Tensor) -> Tensor:
+        """The radius, infinite where an intermediate value could overflow the covered dtype."""
+        overflow = ~(largest < torch.finfo(self.context.dtype).max / 4)
+        return torch.where(overflow, torch.full_like(radius, torch.inf), radius) if bool(overflow.any()) else radius
+
+
+class Expansion:
+    """One layer at the reference activations (N, T, D), float64.
+
+    clean: the reference behind the layer (N, T', D'). space, whole: of the radius behind it, as in Scope.
+    Radii have shape (…, N, T), adjoints (A, N, T, D): any number of radii and of adjoints at once.
+    """
+
+    clean: Tensor
+    space: str = "l2"
+    whole: tuple[int, ...] | None = None
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        """The radius behind the layer, (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order."""
+        raise NotImplementedError
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(Jᵀg (A, N, T, D), the weights (A, N, ·) of g in the order of the bounds)."""
+        raise NotImplementedError
+
+
+Expand = Callable[[Any, Tensor, Scope], Expansion]
+_EXPANSIONS: dict[type, Expand] = {}
+
+
+def register(*layers: type) -> Callable[[Expand], Expand]:
+    """Class or function decorator: this makes the expansion of exactly these layer classes, from (layer, clean (N, T, D), scope)."""
+
+    def add(make: Expand) -> Expand:
+        for layer in layers:
+            _EXPANSIONS[layer] = make
+        return make
+
+    return add
+
+
+def unsupported(layer: nn.Module) -> str:
+    """'' when the layer itself can be expanded, otherwise its class name."""
+    return "" if type(layer) in _EXPANSIONS else type(layer).__name__
+
+
+def expand(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
+    """The expansion of one layer. Raises UnsupportedLayer for a class without one, or one that has no rule, or carries hooks."""
+    rule_for(layer)
+    make = _EXPANSIONS.get(type(layer))
+    if make is None:
+        known = ", ".join(sorted(t.__name__ for t in _EXPANSIONS))
+        raise UnsupportedLayer(
+            f"expected layers with a local expansion ({known}), got {type(layer).__name__}; use method='global', or add an expansion"
+        )
+    return make(layer, clean, scope)
+
+
+def token_norms(g: Tensor) -> Tensor:
+    """‖g_t‖₂ of adjoints (A, N, T, D), rounded up: (A, N, T)."""
+    return torch.linalg.vector_norm(g, dim=-1) * (1 + 2.0**-35)
+
+
+def loss(weights: list[Tensor], bounds: list[Tensor]) -> Tensor:
+    """Σ over all pairs: (A, N, ·) with (N, ·) → (A, N)."""
+    total = weights[0].new_zeros(weights[0].shape[:2])
+    for w, b in zip(weights, bounds, strict=True):
+        # 0·∞ would be NaN and is a radius that overflowed: infeasible either way.
+        total = total + torch.einsum("anm,nm->an", w, b)
+    return total

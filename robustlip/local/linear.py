@@ -1,0 +1,227 @@
+"""Linear layers, and Linear followed by an elementwise function, expanded as one.
+
+Together they are tighter than one after the other. Behind z = Wx + b each neuron moves by at most ‖w_n‖·r + e (e: rounding) and all of them together
+by σ(W)·r + e, so slopes hold on intervals, and with |f''| ≤ κ the remainder of the function meets its adjoint ω as
+    |Σ_n ω_n R_n| ≤ ½κ Σ_n |ω_n| Δz_n² ≤ ½κ·(√λ·r + √max|ω|·e)²,   λ = min(max_n|ω_n|·σ(W)², Σ_n|ω_n|‖w_n‖²) ≥ λ_max(Wᵀdiag|ω|W).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.layers import ScaledGELU
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, token_norms
+from robustlip.rounding import norm_up, up
+from robustlip.rules import Context
+from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
+from robustlip.rules.linear import Matrix
+from robustlip.spectral import infinity_to_two_bound, one_to_two_bound
+
+# (√λ r + √a e)² ≤ (1 + η)λr² + (1 + 1/η)a e², so that weights stay apart from bounds; e is rounding, far below r.
+_SPLIT = 1e-3
+
+
+@dataclass(frozen=True)
+class LinearConstants:
+    """Norms of one weight matrix (fan_out, fan_in), rounded up. rows: (fan_out,) dual norms of its rows for a change in `space`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    matrix: Matrix
+    gain: float
+    rows: Tensor
+    bias_norm: float
+
+    @classmethod
+    def of(cls, layer: nn.Linear, space: str) -> LinearConstants:
+        weight = layer.weight.detach().double()
+        matrix = Matrix.of(layer.weight)
+        if space == "linf":
+            gain, rows = float(infinity_to_two_bound(weight)), up(weight.abs().sum(-1) * (1 + 1e-12))
+        elif space == "l1":
+            gain, rows = float(one_to_two_bound(weight)), weight.abs().amax(-1)
+        else:
+            gain, rows = matrix.sigma, norm_up(weight)
+        bias = None if layer.bias is None else layer.bias.detach().double()
+        return cls(weight, bias, matrix, gain, rows, 0.0 if bias is None else float(norm_up(bias, 0)))
+
+    def rounding(self, norm: Tensor, perturbed: Tensor | float, context: Context) -> Tensor:
+        """‖executed − exact‖ of (W + E)x + b for executed ‖x‖ ≤ norm, ‖E‖ ≤ perturbed; as rules.linear.LinearRule."""
+        fresh = self.matrix.rounding(norm, perturbed, context)
+        if self.bias is not None:
+            fresh = fresh + 2 * context.unit * ((self.matrix.sigma + perturbed) * norm + self.bias_norm + fresh)
+        return fresh
+
+
+def weight_change(scope: Scope, sigma: float) -> Tensor | float:
+    """‖E‖ of one matrix, of shape (…, N, 1) where it is not 0: radii by token broadcast against it."""
+    change = scope.context.weight_change(sigma)
+    return change.unsqueeze(-1) if isinstance(change, Tensor) else change
+
+
+class _Affine(Expansion):
+    """z = Wx + b by token."""
+
+    def __init__(self, layer: nn.Linear, clean: Tensor, scope: Scope) -> None:
+        self.scope = scope
+        self.constants: LinearConstants = scope.context.constant(layer, f"local-{scope.space}", lambda: LinearConstants.of(layer, scope.space))
+        self.norm = norm_up(clean)
+        self.clean = F.linear(clean, self.constants.weight, self.constants.bias)
+        self._space_factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
+
+    def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """(σ(W)·r, everything else) (…, N, T): the change of z is at most their sum. The first is exactly WΔx, the second rounding and weight changes."""
+        c = self.constants
+        perturbed = weight_change(self.scope, c.matrix.sigma)
+        norm = self.norm + self._space_factor * radius
+        fresh = self.scope.both(lambda context: c.rounding(norm, perturbed, context)) + perturbed * norm
+        largest = (c.matrix.frobenius + math.sqrt(min(c.weight.shape)) * perturbed) * norm + c.bias_norm
+        return up(c.gain * radius), self.scope.fits(up(fresh), largest)
+
+
+@register(nn.Linear)
+class LinearExpansion(_Affine):
+    """Linear alone."""
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        moved, fresh = self.parts(radius)
+        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        return moved + fresh
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        norms = token_norms(g)
+        slack = ADJOINT_SLACK * self.constants.gain * norms.sum(-1, keepdim=True)
+        return g @ self.constants.weight, [norms, slack]
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A function f of single numbers at reference values z: first derivative there, bounds of the rest.
+
+    value, slope: f(z), f'(z). steepest: sup|f'|. curvature: sup|f''|, or None for ReLU, which has none. ulps, absolute: |fl(f(z)) − f(z)| ≤
+    ulps·u·|z|·scale + absolute (with u the unit and `tiny` added by the caller).
+    """
+
+    value: Tensor
+    slope: Tensor
+    steepest: float
+    curvature: float | None
+    ulps: float
+    offset: float = 0.0
+
+
+_SQRT_2PI = math.sqrt(2 * math.pi)
+
+
+def _gelu_slope(z: Tensor, approximate: str) -> Tensor:
+    if approximate == "tanh":
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(c * (z + k * z**3))
+        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * k * z * z)
+    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / _SQRT_2PI
+
+
+def elementwise(layer: nn.Module, z: Tensor) -> Elementwise:
+    """The function of an elementwise layer at z (float64). tests/test_local.py finds every supremum anew in 50 digits."""
+    if isinstance(layer, nn.ReLU):
+        return Elementwise(torch.relu(z), (z > 0).to(z.dtype), 1.0, None, 0.0)
+    if isinstance(layer, (nn.GELU, ScaledGELU)):
+        divisor = layer.divisor if isinstance(layer, ScaledGELU) else 1.0
+        value = F.gelu(z, approximate=layer.approximate) / divisor
+        steepest, curvature = GELU_SLOPE[layer.approximate] / divisor, 0.7978846 / divisor
+        return Elementwise(value, _gelu_slope(z, layer.approximate) / divisor, steepest, curvature, (FUNCTION_ULPS + 2) / divisor)
+    if isinstance(layer, nn.Tanh):
+        value = torch.tanh(z)
+        return Elementwise(value, 1 - value * value, 1.0, 0.7698004, FUNCTION_ULPS)
+    if isinstance(layer, nn.Sigmoid):
+        value = torch.sigmoid(z)
+        return Elementwise(value, value * (1 - value), 0.25, 0.0962251, FUNCTION_ULPS, FUNCTION_ULPS)
+    assert isinstance(layer, nn.SiLU)
+    s = torch.sigmoid(z)
+    return Elementwise(z * s, s * (1 + z * (1 - s)), SILU_SLOPE, 0.5000001, FUNCTION_ULPS + 2)
+
+
+ELEMENTWISE = (nn.ReLU, nn.GELU, ScaledGELU, nn.Tanh, nn.Sigmoid, nn.SiLU)
+
+
+class ElementwiseExpansion(Expansion):
+    """f(z) for z = Wx + b, or for z = x when there is no Linear in front (`affine` None: every number moves by at most the token's ℓ2 radius)."""
+
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
+        self.scope, self.layer, self.whole = scope, layer, None if linear is not None else scope.whole
+        self.affine = None if linear is None else _Affine(linear, clean, scope)
+        z = clean if self.affine is None else self.affine.clean
+        self.f = elementwise(layer, z)
+        self.clean, self.size, self.z_norm = self.f.value, self.f.value.abs(), norm_up(z)
+        # f' as float64 gives it is off by a few units of a number near 1.
+        self.slope = self.f.slope.abs() + 2.0**-45
+        self.distance = z.abs()
+
+    def _rounding(self, norm: Tensor) -> Tensor:
+        """‖fl(f(z)) − f(z)‖ for executed ‖z‖ ≤ norm."""
+        root = math.sqrt(self.clean.shape[-1]) * (1 + 1e-15)
+
+        def one(context: Context) -> Tensor:
+            # exp(−x) may overflow to give 0 where the truth is below |x|/max; the tanh form cubes its argument.
+            lost = root * context.tiny * (2 + norm) + (root + norm) / torch.finfo(context.dtype).max * 4
+            if self.f.ulps == 0.0:
+                return torch.zeros_like(norm)
+            return self.f.ulps * context.unit * norm + self.f.offset * context.unit * root + lost
+
+        cube = norm**3 if getattr(self.layer, "approximate", "") == "tanh" else norm
+        return self.scope.fits(up(self.scope.both(one)), cube)
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        if self.affine is None:
+            moved, fresh, rows = radius, torch.zeros_like(radius), torch.ones(1, dtype=radius.dtype, device=radius.device)
+        else:
+            moved, fresh = self.affine.parts(radius)
+            rows = self.affine.constants.rows
+        whole = moved + fresh
+        # Neuron by neuron, (…, N, T, n).
+        each = torch.minimum(rows * radius.unsqueeze(-1) * (1 + 1e-12) + fresh.unsqueeze(-1), whole.unsqueeze(-1))
+        if self.f.curvature is None:
+            crossing = (each - self.distance).clamp_min(0.0)
+            slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)
+            bounds.append(crossing.flatten(-2))
+        else:
+            slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)
+            bounds += [moved_square(radius), fresh.square()]
+        behind = torch.minimum(slope.amax(-1) * whole, torch.linalg.vector_norm(slope * each, dim=-1))
+        rounding = self._rounding(self.z_norm + whole)
+        bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
+        return up(behind * (1 + 1e-12)) + rounding
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        size = g.abs()
+        inner = g * self.f.slope
+        norms, inner_norms = token_norms(g), token_norms(inner)
+        gain = self.f.steepest if self.affine is None else self.f.steepest * self.affine.constants.gain
+        tail = [inner_norms, norms, ADJOINT_SLACK * gain * norms.sum(-1, keepdim=True)]
+        if self.f.curvature is None:
+            # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
+            weights = [(-g).clamp_min(0.0).flatten(-2), *tail]
+        else:
+            largest = size.amax(-1)
+            if self.affine is None:
+                form = largest
+            else:
+                c = self.affine.constants
+                form = torch.minimum(largest * c.gain**2, (size * c.rows.square()).sum(-1))
+            half = 0.5 * self.f.curvature * (1 + 1e-9)
+            weights = [half * (1 + _SPLIT) * form, half * (1 + 1 / _SPLIT) * largest, *tail]
+        return inner if self.affine is None else inner @ self.affine.constants.weight, weights
+
+
+def moved_square(radius: Tensor) -> Tensor:
+    return radius.square() * (1 + 1e-12)
+
+
+@register(*ELEMENTWISE)
+def _elementwise_alone(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
+    return ElementwiseExpansion(layer, clean, scope)

@@ -1,0 +1,71 @@
+"""LayerNorm and RMSNorm on the ball around a token, where they are far from their worst point. MATH.md section 3.
+
+y = γ·c/s (+ β), c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity. On the ball ‖c‖ ≥ ‖c₀‖ − r, so s ≥ s_min, and there
+    ‖dy‖ ≤ ‖γ‖_∞‖dc‖/s_min,      ‖d²y[u, u]‖ ≤ ‖γ‖_∞ · C‖u‖²/(√D s_min²),  C = 2/√3.
+Second derivative of c/s: −[2(c·u)u + c‖u‖²]/(D s³) + 3c(c·u)²/(D² s⁵). With θ = ‖c‖/(√D s) ≤ 1 and u = (u_∥, u_⊥) along and across c its part
+along c is −θ(3(1 − θ²)u_∥² + u_⊥²), across c it is −2θ u_∥u_⊥, both over √D s². The largest norm over θ in [0, 1] and unit u is 2/√3 (θ = 1,
+u_⊥² = 2/3); tests/test_local.py checks it on a grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, token_norms
+from robustlip.rounding import TINY, norm_up, up
+from robustlip.rules import Context
+from robustlip.rules.normalization import largest_gain, local_lipschitz, normalized
+
+CURVATURE = 1.15471  # above 2/√3 = 1.1547005…
+
+
+@register(nn.LayerNorm, nn.RMSNorm)
+class NormalizationExpansion(Expansion):
+    def __init__(self, layer: nn.LayerNorm | nn.RMSNorm, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.layer = scope, layer
+        self.width, self.eps = normalized(layer, clean.shape[-1])
+        self.centres = isinstance(layer, nn.LayerNorm)
+        self.largest = scope.context.constant(layer, "scale", lambda: largest_gain(layer))
+        bias = layer.bias if isinstance(layer, nn.LayerNorm) else None
+        self.shift = 0.0 if bias is None else float(norm_up(bias.detach(), 0))
+        self.input, self.norm = clean, norm_up(clean)
+        self.gamma = torch.ones(self.width, dtype=torch.float64, device=clean.device) if layer.weight is None else layer.weight.detach().double()
+        self.centred = clean - clean.mean(-1, keepdim=True) if self.centres else clean
+        self.inverse = torch.rsqrt(self.centred.square().mean(-1, keepdim=True) + self.eps)
+        self.clean = self.gamma * self.centred * self.inverse
+        if bias is not None:
+            self.clean = self.clean + bias.detach().double()
+        self.at_centre = local_lipschitz(layer, clean, 0.0)
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
+        root = math.sqrt(self.width) * (1 + 1e-15)
+        norm = self.largest * root + self.shift
+        inverse = gain / self.largest if self.largest else gain  # 1/s_min
+
+        def one(context: Context) -> Tensor:
+            """As rules.normalization, with the variance's own lower bound on the ball in the place of eps alone."""
+            g = context.gamma(2 * self.width + 16)
+            mean = (self.norm + radius) / math.sqrt(self.width) if self.centres else torch.zeros_like(radius)
+            relative = g * (1 + mean * inverse) + 2 * (context.tiny + TINY[torch.float32]) / self.eps
+            relative = torch.where(relative < 0.5, relative, torch.full_like(relative, torch.inf))
+            centring = g * (self.norm + radius) * gain if self.centres else torch.zeros_like(radius)
+            return centring * (1 + relative) + (relative + 8 * context.unit) * norm + 4 * math.sqrt(self.width) * context.tiny * (1 + norm)
+
+        fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square())
+        curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()
+        bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]
+        return torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        norms = token_norms(g)
+        slack = 4 * ADJOINT_SLACK * (self.at_centre * norms).sum(-1, keepdim=True)
+        inner = self.gamma * g
+        # d(c/s) = (I − ccᵀ/(D s²))/s·dc, symmetric.
+        inner = self.inverse * (inner - self.centred * (self.centred * inner).sum(-1, keepdim=True) * self.inverse.square() / self.width)
+        if self.centres:
+            inner = inner - inner.mean(-1, keepdim=True)
+        return inner, [norms, norms, slack]

@@ -1,0 +1,275 @@
+"""Layers that move numbers, join branches or average tokens, and chains of layers: all linear, so their adjoints are exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput
+from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, expand, register, token_norms
+from robustlip.local.linear import ELEMENTWISE, ElementwiseExpansion
+from robustlip.rounding import norm_up, up
+from robustlip.rules import Context
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
+_ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *_DROPOUT)
+# Layers that take a sample as one vector of all its numbers, whatever its shape.
+_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *_DROPOUT, *ELEMENTWISE)
+
+
+class ToL2(Expansion):
+    """‖·‖₂ ≤ √D‖·‖_∞ and ‖·‖₂ ≤ ‖·‖₁: a change of norm, not of the activations."""
+
+    def __init__(self, clean: Tensor, space: str) -> None:
+        self.clean = clean
+        self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == "linf" else 1.0
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        return radius * self.factor
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return g, []
+
+
+class Same(Expansion):
+    """The identity."""
+
+    def __init__(self, clean: Tensor, scope: Scope) -> None:
+        self.clean, self.space, self.whole = clean, scope.space, scope.whole
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        return radius
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return g, []
+
+
+@register(nn.Identity, *_DROPOUT)
+def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
+    if not isinstance(layer, nn.Identity) and layer.training and layer.p > 0:
+        raise BadInput(f"expected {type(layer).__name__} in eval mode, got it in train mode, where it is random; call model.eval()")
+    return Same(clean, scope)
+
+
+class ChainExpansion(Expansion):
+    """Layers one after the other; a Linear and the elementwise function behind it are expanded together."""
+
+    def __init__(self, layers: Iterable[nn.Module], clean: Tensor, scope: Scope) -> None:
+        self.parts: list[Expansion] = []
+        layers, i = list(layers), 0
+        space, whole = scope.space, scope.whole
+        while i < len(layers):
+            layer, following = layers[i], layers[i + 1] if i + 1 < len(layers) else None
+            if whole is not None and type(layer) not in _ANY_SHAPE:
+                if len(whole) != 2:
+                    raise BadInput(
+                        f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; put Flatten or Patchify in front"
+                    )
+                self.parts.append(ToTokens(clean, whole, space))
+                clean, whole = self.parts[-1].clean, None
+            if space != "l2" and type(layer) not in _ANY_SPACE:
+                self.parts.append(ToL2(clean, space))
+                space = "l2"
+            here = Scope(scope.context, space, whole)
+            if type(layer) is nn.Linear and type(following) in ELEMENTWISE:
+                expand(following, clean[:1], here)  # refuses hooks and unknown classes
+                expand(layer, clean[:1], here)
+                part: Expansion = ElementwiseExpansion(following, clean, here, layer)
+                i += 1
+            else:
+                part = expand(layer, clean, here)
+            self.parts.append(part)
+            clean, space, whole = part.clean, part.space, part.whole
+            i += 1
+        self.clean, self.space, self.whole = clean, space, whole
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        for part in self.parts:
+            radius = part.advance(radius, bounds)
+        return radius
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        groups: list[list[Tensor]] = []
+        for part in reversed(self.parts):
+            g, weights = part.adjoint(g)
+            groups.append(weights)
+        return g, [w for group in reversed(groups) for w in group]
+
+
+@register(nn.Sequential)
+def _sequential(layer: nn.Sequential, clean: Tensor, scope: Scope) -> Expansion:
+    return ChainExpansion(layer, clean, scope)
+
+
+@register(Residual)
+class ResidualExpansion(Expansion):
+    """skip·x + weight·f(x), token by token."""
+
+    def __init__(self, layer: Residual, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.skip, self.weight = scope, layer.skip, layer.weight
+        self.branch = ChainExpansion([layer.branch], clean, scope)
+        if self.branch.clean.shape != clean.shape:
+            raise BadInput(
+                f"expected a residual branch that keeps the shape, got {tuple(self.branch.clean.shape[1:])} from {tuple(clean.shape[1:])}; match the widths"
+            )
+        self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
+        self.clean = layer.skip * clean + layer.weight * self.branch.clean
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        inner = self.branch.advance(radius, bounds)
+        skip, weight = abs(self.skip), abs(self.weight)
+        norm = skip * (self.norm + radius) + weight * (self.branch_norm + inner)
+        # The two scalars, two products and the sum round once each.
+        fresh = 4 * self.scope.unit * norm + 3 * math.sqrt(self.clean.shape[-1]) * self.scope.tiny
+        fresh = self.scope.fits(up(fresh), norm)
+        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        return up(skip * radius + weight * inner) + fresh
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        norms = token_norms(g)
+        through, weights = self.branch.adjoint(self.weight * g)
+        slack = ADJOINT_SLACK * (abs(self.skip) + abs(self.weight)) * norms.sum(-1, keepdim=True)
+        return self.skip * g + through, [*weights, norms, slack]
+
+
+@register(AddPositions)
+class AddPositionsExpansion(Expansion):
+    """x_t + p_t: one rounding of the sum."""
+
+    def __init__(self, layer: AddPositions, clean: Tensor, scope: Scope) -> None:
+        self.scope = scope
+        if layer.positions.dim() != 2 or layer.positions.shape[1] != clean.shape[-1]:
+            raise BadInput(f"expected positions of width {clean.shape[-1]}, got {tuple(layer.positions.shape)}; match the tokens' width")
+        self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
+        self.norm = norm_up(self.clean)
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        fresh = self.scope.fits(up(2 * self.scope.unit * (self.norm + radius)), self.norm + radius)
+        bounds.append(fresh)
+        return radius + fresh
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return g, [token_norms(g)]
+
+
+@register(MeanTokens)
+class MeanTokensExpansion(Expansion):
+    """The mean of the tokens: it moves by at most the mean of their radii."""
+
+    def __init__(self, layer: MeanTokens, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.tokens = scope, clean.shape[1]
+        self.norm = norm_up(clean)
+        self.clean = clean.mean(1, keepdim=True)
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        largest = (self.norm + radius).amax(-1, keepdim=True)
+
+        def one(context: Context) -> Tensor:
+            return context.gamma(self.tokens + 1) * largest + math.sqrt(self.clean.shape[-1]) * context.tiny * self.tokens
+
+        fresh = self.scope.fits(up(self.scope.both(one)), largest * self.tokens)
+        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        return up(radius.mean(-1, keepdim=True)) + fresh
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        norms = token_norms(g)
+        return (g / self.tokens).expand(*g.shape[:-2], self.tokens, g.shape[-1]), [norms, ADJOINT_SLACK * norms]
+
+
+@register(nn.Flatten)
+class FlattenExpansion(Expansion):
+    """All numbers of a sample become one vector: nothing to do while they are one, the norm of the tokens' radii otherwise."""
+
+    def __init__(self, layer: nn.Flatten, clean: Tensor, scope: Scope) -> None:
+        if layer.start_dim != 1 or layer.end_dim != -1:
+            raise BadInput(f"expected Flatten(1, -1), got Flatten({layer.start_dim}, {layer.end_dim}); flatten all but the batch")
+        self.space, self.shape = scope.space, clean.shape[1:]
+        self.clean = clean.flatten(1).unsqueeze(1)
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        order = {"l2": 2.0, "l1": 1.0, "linf": torch.inf}[self.space]
+        return up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return g.squeeze(-2).unflatten(-1, self.shape), []
+
+
+class ToTokens(Expansion):
+    """One vector of all numbers (T, D) → tokens: none of them moves by more than the whole."""
+
+    def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
+        self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        return radius.expand(*radius.shape[:-1], self.clean.shape[1])
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return g.flatten(-2).unsqueeze(-2), []
+
+
+@register(Patchify)
+class PatchifyExpansion(Expansion):
+    """One vector of all pixels (C, H, W) → patches; no patch moves by more than the image."""
+
+    def __init__(self, layer: Patchify, clean: Tensor, scope: Scope) -> None:
+        if scope.whole is None or len(scope.whole) != 3:
+            raise BadInput("expected images (N, C, H, W) in front of Patchify, got vectors or tokens; patchify first")
+        self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
+        self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        return radius.expand(*radius.shape[:-1], self.clean.shape[1])
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        (c, h, w), p = self.shape, self.patch
+        grid = g.unflatten(-1, (c, p, p)).unflatten(-4, (h // p, w // p))  # (…, H/p, W/p, C, p, p)
+        k = grid.dim()
+        order = (*range(k - 5), k - 3, k - 5, k - 2, k - 4, k - 1)
+        return grid.permute(order).reshape(*g.shape[:-2], 1, c * h * w), []
+
+
+@register(Normalize)
+class NormalizeExpansion(Expansion):
+    """(x − mean)/std by channel: the gain of each channel, the largest where all are bounded together."""
+
+    def __init__(self, layer: Normalize, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.space, self.whole = scope, scope.space, scope.whole
+        shape = scope.whole or clean.shape[-1:]
+        channels = shape[0] if len(shape) == 3 else shape[-1]
+        mean, std = layer.mean.detach().double(), layer.std.detach().double()
+        if not bool((std != 0).all()):
+            raise BadInput(f"expected std other than 0 in {layer.std.dtype}, got {std.tolist()}; use a wider dtype, or leave constant channels at 1")
+        if sizes := {mean.numel(), std.numel()} - {1, channels}:
+            raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
+
+        def spread(v: Tensor) -> Tensor:
+            """By channel → by number of the vector in front (D,)."""
+            v = v.expand(channels)
+            v = v.repeat_interleave(shape[1] * shape[2]) if len(shape) == 3 else v
+            return v.repeat(shape[0]) if scope.whole is not None and len(shape) == 2 else v
+
+        self.scale = 1 / spread(std)
+        self.shift = spread(mean)
+        self.gain = float(self.scale.abs().amax()) * (1 + 1e-15)
+        self.clean = (clean - self.shift) * self.scale
+        self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
+        self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
+
+    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+        size = self.gain * (self.reach + self.factor * radius)
+        root = math.sqrt(self.clean.shape[-1])
+        # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
+        fresh = 4 * self.scope.unit * size + root * self.scope.tiny * (1 + self.gain)
+        fresh = self.scope.fits(up(fresh), size)
+        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        return up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        norms = token_norms(g)
+        # In ℓ∞ a unit of radius moves a linear function by ‖g‖₁ ≤ √n‖g‖₂.
+        return g * self.scale, [norms, ADJOINT_SLACK * self.gain * self.factor * norms.sum(-1, keepdim=True)]
