@@ -1,0 +1,266 @@
+"""Randomized smoothing: radii of the SMOOTHED classifier, true with a stated probability. Cohen, Rosenfeld & Kolter 2019.
+
+For a base classifier F and σ > 0 the smoothed classifier is g(x) = the class that F gives most often at x + σε, ε standard normal. If F gives class
+A at x + σε with probability at least p > ½, then g is A everywhere within σ·Φ⁻¹(p) of x in ℓ2 (Neyman-Pearson; theorem 1 there). p is bounded
+from below by Clopper & Pearson 1934 from n draws, after n₀ others chose A (CERTIFY there), so each radius is wrong with probability at most α.
+
+This says nothing about the model itself, and nothing that is certain: hence a result of its own, `SmoothedCertificate`, which no function that
+takes a `Certificate` accepts, whose radii have another name, and which carries its confidence, σ, the number of draws and the seed.
+
+Arithmetic. F is the program: noise and sum in float64, the sum rounded to the dtype of the weights, the model executed on it. Theorem 1 holds for
+any F, its rounding included, if the draws are normal; it is not proved that they are. Draws come from a pseudo-random generator, are float64
+numbers (so their support is finite), and x + σε rounds to float64 before F sees it. Jin et al. 2022 break certificates whose noise is added in
+the model's float32 by choosing x so that the rounding of the sum tells x apart. Here the sum has 29 more bits than a float32 model reads, and an
+attack of that kind must act on the draws (about one in 10⁸ a coordinate) whose float32 value depends on the last of them; for a float64 model
+there is no such gap. A model whose results depend on the size of the batch it is run in is not one function F; draws run in batches of one size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from robustlip.certificates import ABSTAINED, MISCLASSIFIED
+from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, check_samples, evaluated, train_mode_reason
+from robustlip.errors import BadInput
+from robustlip.hashing import architecture_sha256, weights_sha256
+from robustlip.layers import Chain, as_chain
+from robustlip.rounding import NAMES
+from robustlip.threats import InputBall
+
+SMOOTHED = "certified-smoothed"
+
+# The class of a prediction that is none.
+NO_CLASS = -1
+
+# Rows in one execution of the model.
+_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class SmoothedCertificate:
+    """Per sample, a radius around which the smoothed classifier keeps its prediction, wrong with probability at most 1 − confidence each.
+
+    smoothed_radius: float64 (N,), ℓ2 in raw input units, 0 where there is none. prediction: int64 (N,), of the smoothed classifier, −1 where
+    it abstained. probability: float64 (N,), the lower bound of the predicted class's probability. status: N strings among
+    certified-smoothed, abstained, misclassified. confidence: of each sample on its own; all hold together with `joint_confidence`.
+    sigma: raw input units. selection, samples: draws a sample to choose the class, and to bound its probability. seed: of the draws, with `index`.
+    Source: Cohen, Rosenfeld & Kolter 2019. What is not proved of the arithmetic: the module's docstring.
+    """
+
+    threat: InputBall
+    confidence: float
+    sigma: float
+    selection: int
+    samples: int
+    seed: int
+    dtype: str
+    weights_sha256: str
+    architecture_sha256: str
+    index: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    probability: np.ndarray
+    smoothed_radius: np.ndarray
+    status: tuple[str, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+    guarantee: Literal["probabilistic"] = "probabilistic"
+    method: Literal["smoothing"] = "smoothing"
+
+    def __post_init__(self) -> None:
+        if self.guarantee != "probabilistic" or self.method != "smoothing":
+            raise BadInput(f"expected guarantee 'probabilistic' of method 'smoothing', got {self.guarantee!r} of {self.method!r}; leave both out")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def joint_confidence(self) -> float:
+        """With what probability all N statements hold together: 1 − N(1 − confidence), at least 0 (Bonferroni)."""
+        return max(0.0, 1 - len(self) * (1 - self.confidence))
+
+    def smoothed_accuracy(self, radius: float) -> float:
+        """The fraction of samples whose smoothed prediction is the label and certified at `radius`; each with the stated confidence."""
+        kept = np.array([s == SMOOTHED for s in self.status]) & (self.smoothed_radius >= radius)
+        return float(np.mean(kept)) if len(self) else float("nan")
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON types only. No key is named as in a deterministic certificate's samples: the radius is `smoothed_radius`."""
+        columns = zip(self.index, self.label, self.prediction, self.probability, self.smoothed_radius, self.status, strict=True)
+        rows = [
+            {"index": int(i), "label": int(y), "prediction": int(p), "probability": float(q), "smoothed_radius": float(r), "status": s}
+            for i, y, p, q, r, s in columns
+        ]
+        return {
+            "guarantee": self.guarantee, "method": self.method, "threat": self.threat.name, "requested_radius": self.threat.radius,
+            "confidence": self.confidence, "joint_confidence": self.joint_confidence, "sigma": self.sigma, "selection": self.selection,
+            "draws": self.samples, "seed": self.seed, "dtype": self.dtype, "weights_sha256": self.weights_sha256,
+            "architecture_sha256": self.architecture_sha256, "versions": self.versions, "smoothed_samples": rows,
+        }  # fmt: skip
+
+
+def clopper_pearson_lower(successes: int, draws: int, alpha: float) -> float:
+    """A p with P(Binomial(draws, p) ≥ successes) ≤ alpha, nearly the largest: below the true probability except with probability alpha.
+
+    The beta quantile comes from scipy; it is lowered until the binomial tail, computed anew, is below alpha less what a tail can be off by.
+    """
+    if not 0 <= successes <= draws or draws < 1 or not 0 < alpha < 1:
+        raise BadInput(f"expected 0 ≤ successes ≤ draws and alpha in (0, 1), got {successes} of {draws} at {alpha}; check the counts")
+    if successes == 0:
+        return 0.0
+    p = float(stats.beta.ppf(alpha, successes, draws - successes + 1))
+    for lowered in (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2):
+        q = p * (1 - lowered)
+        if float(stats.binom.sf(successes - 1, draws, q)) <= alpha * (1 - 1e-12):
+            return q
+    return 0.0
+
+
+def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, counts: dict[str, int]) -> tuple[Chain, torch.dtype]:
+    chain = as_chain(model)
+    dtype = check_model(chain)
+    check_samples(chain, x, torch.zeros(len(x), dtype=torch.int64))
+    check_entry(chain, x, InputBall("l2"))
+    check_arithmetic(chain, dtype)
+    training = train_mode_reason(chain)
+    if training:
+        raise BadInput(f"expected a model in eval mode, got: {training}")
+    if chain.task != "classification":
+        raise BadInput(f"expected a classifier of images or vectors, got a {chain.task} model; noise cannot be added to token ids")
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise BadInput(f"expected sigma above 0, got {sigma}; give the noise's standard deviation in raw input units, e.g. 0.25")
+    if not 0 < alpha < 1:
+        raise BadInput(f"expected alpha in (0, 1), got {alpha}; 0.001 is usual")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise BadInput(f"expected a seed of at least 0, got {seed!r}; give an integer, and another one for independent draws")
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise BadInput(f"expected {name} of at least 1, got {count!r}; the paper uses n0 = 100 and n = 100000")
+    return chain, dtype
+
+
+def _votes(chain: Chain, x: Tensor, dtype: torch.dtype, sigma: float, draws: int, key: tuple[int, int, int]) -> Tensor:
+    """How often F gave each class at x + σε: int64 (C + 1,), the last for logits that are not finite. x: one sample. key: seeds the draws.
+
+    Every execution has _BATCH rows; surplus rows are not counted.
+    """
+    # Independent streams for every seed, sample and stage, whatever the order or the batches in which samples come.
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+    device = next(chain.parameters()).device
+    centre = x.detach().double().cpu()
+    total: Tensor | None = None
+    left = draws
+    while left > 0:
+        noise = torch.from_numpy(generator.standard_normal((_BATCH, *centre.shape)))
+        logits = chain.scores((centre + sigma * noise).to(dtype).to(device))
+        classes = logits.shape[-1]
+        winner = torch.where(torch.isfinite(logits).all(-1), logits.argmax(-1), classes)[:left].cpu()
+        votes = torch.bincount(winner, minlength=classes + 1)
+        total = votes if total is None else total + votes
+        left -= _BATCH
+    assert total is not None
+    return total
+
+
+@torch.no_grad()
+def predict_smoothed(
+    model: nn.Module, x: Tensor, *, sigma: float, n: int = 1000, alpha: float = 0.001, seed: int = 0, index: np.ndarray | None = None
+) -> np.ndarray:
+    """The smoothed classifier's class (N,), −1 where it abstains: each is not the true one of g with probability at most alpha.
+
+    PREDICT of Cohen et al. 2019: the two classes seen most are compared by an exact two-sided binomial test at ½.
+    """
+    chain, dtype = _check(model, x, sigma, alpha, seed, {"n": n})
+    numbers = _numbers(index, len(x))
+    out = np.full(len(x), NO_CLASS, dtype=np.int64)
+    with evaluated(chain):
+        for i in range(len(x)):
+            votes = _votes(chain, x[i], dtype, sigma, n, (seed, int(numbers[i]), 0))
+            counts, classes = votes.sort(descending=True)
+            first, second = int(counts[0]), int(counts[1])
+            sure = float(stats.binomtest(first, first + second, 0.5).pvalue) <= alpha
+            if sure and int(classes[0]) < len(votes) - 1:
+                out[i] = int(classes[0])
+    return out
+
+
+@torch.no_grad()
+def certify_smoothed(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    sigma: float,
+    threat: InputBall | None = None,
+    n0: int = 100,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    seed: int = 0,
+    index: np.ndarray | None = None,
+) -> SmoothedCertificate:
+    """Radii of the smoothed classifier (module's docstring), each with confidence 1 − alpha. For all N together take alpha/N (Bonferroni).
+
+    model: any Chain classifier. x: raw inputs (N, …), floating point. y: labels (N,). sigma: the noise's standard deviation, raw input units.
+    threat: InputBall('l2'); with a radius, samples certified for less are abstained. n0, n: draws to choose a class and to bound its probability.
+    seed, index: the draws of a sample depend on these two alone. Raises BadInput.
+    """
+    threat = threat or InputBall("l2")
+    if not isinstance(threat, InputBall) or threat.norm != "l2":
+        raise BadInput(f"expected the threat l2, which normal noise certifies, got {threat.name}; use InputBall('l2')")
+    chain, dtype = _check(model, x, sigma, alpha, seed, {"n0": n0, "n": n})
+    check_samples(chain, x, y)
+    numbers = _numbers(index, len(x))
+    prediction = np.full(len(x), NO_CLASS, dtype=np.int64)
+    probability, radius = np.zeros(len(x)), np.zeros(len(x))
+    status = [ABSTAINED] * len(x)
+    with evaluated(chain):
+        for i in range(len(x)):
+            seen = _votes(chain, x[i], dtype, sigma, n0, (seed, int(numbers[i]), 1))
+            check_labels(y[i : i + 1].cpu(), len(seen) - 1)
+            chosen = int(seen[:-1].argmax())
+            counted = _votes(chain, x[i], dtype, sigma, n, (seed, int(numbers[i]), 2))
+            probability[i] = clopper_pearson_lower(int(counted[chosen]), n, alpha)
+            if probability[i] <= 0.5:
+                continue
+            prediction[i] = chosen
+            if chosen != int(y[i]):
+                status[i] = MISCLASSIFIED
+                continue
+            # The quantile is good to a few units in the last place.
+            proved = sigma * float(stats.norm.ppf(probability[i])) * (1 - 1e-12)
+            radius[i] = proved
+            if proved > 0 and proved >= (threat.radius or 0.0):
+                status[i] = SMOOTHED
+    from robustlip import __version__
+
+    return SmoothedCertificate(
+        threat=threat,
+        confidence=1 - alpha,
+        sigma=float(sigma),
+        selection=n0,
+        samples=n,
+        seed=seed,
+        dtype=next(name for name, value in NAMES.items() if value == dtype),
+        weights_sha256=weights_sha256(chain),
+        architecture_sha256=architecture_sha256(chain),
+        index=numbers,
+        label=y.cpu().numpy().astype(np.int64),
+        prediction=prediction,
+        probability=probability,
+        smoothed_radius=radius,
+        status=tuple(status),
+        versions={"robustlip": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    )
+
+
+def _numbers(index: np.ndarray | None, count: int) -> np.ndarray:
+    numbers = np.arange(count) if index is None else np.asarray(index, dtype=np.int64)
+    if numbers.shape != (count,) or bool((numbers < 0).any()):
+        raise BadInput(f"expected {count} sample numbers of at least 0, got shape {numbers.shape}; leave index out to count from 0")
+    return numbers
