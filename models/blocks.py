@@ -10,6 +10,23 @@ from torch import nn
 from robustlip.errors import BadInput
 from robustlip.layers import Attention, Residual, ScaledGELU
 
+GELU_FORMS = {"erf": "none", "tanh": "tanh"}  # our name: torch's
+NORM_EPS = 1e-5  # of the published code
+
+
+def substitute(norm: str, width: int) -> nn.Module:
+    """What the published code offers in the place of LayerNorm (its option layernorm_substitute), on tokens (…, width), nothing learned.
+
+    'tanh': elementwise, free in the bound. 'rmsnorm', 'layernorm': with eps 1e-5, so a constant of 316 for tokens that may be near 0.
+    """
+    if norm == "tanh":
+        return nn.Tanh()
+    if norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=NORM_EPS, elementwise_affine=False)
+    if norm == "layernorm":
+        return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+    raise BadInput(f"expected a norm among none, tanh, rmsnorm, layernorm, got {norm!r}; name one of them")
+
 
 def lipschitz_blocks(
     width: int,
@@ -21,23 +38,31 @@ def lipschitz_blocks(
     alpha: float | None = None,
     hidden: int | None = None,
     distance_bias: int = 0,
+    gelu: str = "erf",
+    norm: str = "none",
 ) -> OrderedDict[str, nn.Module]:
     """`blocks` pairs of convex residuals (Newhouse et al. 2025, section 3): attention/3, then W_out·gelu(W_in x)/1.1289. No norm, no bias.
 
     alpha: residual weight, 1/(2·blocks) unless given (one over the number of residual connections).
     distance_bias: see Attention, 0 for the paper's. hidden: MLP width, 4·width unless given.
+    gelu: 'erf', or 'tanh', the form that the published code runs. norm: what stands in front of each branch, see `substitute`.
     """
+    if gelu not in GELU_FORMS:
+        raise BadInput(f"expected a GELU among {', '.join(GELU_FORMS)}, got {gelu!r}; name one of them")
     if blocks < 1:
         raise BadInput(f"expected at least one block, got {blocks}; give blocks >= 1")
     alpha = 1 / (2 * blocks) if alpha is None else alpha
     hidden = 4 * width if hidden is None else hidden
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(blocks):
-        layers[f"attn{i}"] = Residual.convex(Attention(width, heads, scale=scale, causal=causal, distance_bias=distance_bias), alpha)
-        mlp = nn.Sequential(
-            OrderedDict(up=nn.Linear(width, hidden, bias=False), act=ScaledGELU(), down=nn.Linear(hidden, width, bias=False))
-        )
-        layers[f"mlp{i}"] = Residual.convex(mlp, alpha)
+        attention: nn.Module = Attention(width, heads, scale=scale, causal=causal, distance_bias=distance_bias)
+        parts = OrderedDict[str, nn.Module](up=nn.Linear(width, hidden, bias=False), act=ScaledGELU(approximate=GELU_FORMS[gelu]))
+        parts["down"] = nn.Linear(hidden, width, bias=False)
+        if norm != "none":
+            attention = nn.Sequential(OrderedDict(norm=substitute(norm, width), attention=attention))
+            parts = OrderedDict(norm=substitute(norm, width)) | parts
+        layers[f"attn{i}"] = Residual.convex(attention, alpha)
+        layers[f"mlp{i}"] = Residual.convex(nn.Sequential(parts), alpha)
     return layers
 
 
