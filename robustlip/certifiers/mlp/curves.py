@@ -1,0 +1,197 @@
+"""Elementwise activations: what of them is proved on an interval. All float64, all rounded outward.
+
+For a curve φ on [l, u]:
+- `band`: l' ≤ φ ≤ u'. ReLU, tanh, sigmoid rise; GELU and SiLU fall to one minimum and rise from there, so their maximum is at an end, and
+  their minimum at an end too, or the global one where the interval may hold its place.
+- `lines`: s z + t_lower ≤ φ(z) ≤ s' z + t_upper. ReLU: the chord above, 0 or z below. Smooth curves: one slope s for both, that of the chord, and
+  the extremes of ψ = φ − s z from a grid: between neighbours at distance w, ψ differs from its chord by at most sup|φ''| w²/8.
+- `slopes`: a ≤ (φ(z) − φ(z₀))/(z − z₀) ≤ b for all z ≠ z₀ in the interval and all z₀ in one of its own. ReLU: a secant from z₀ > 0 to −d' is z₀/(z₀ + d'), and so on; smooth
+  curves: the extremes of φ', from a grid of φ', which changes by at most sup|φ''| w/2 within half a cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.layers import ScaledGELU
+from robustlip.rounding import U64
+from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
+
+POINTS = 33  # of a grid over an interval
+
+Lines = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _rounding(*parts: Tensor) -> Tensor:
+    """More than a short formula with these terms can have lost."""
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total = total + part.abs()
+    return (2 * FUNCTION_ULPS + 16) * U64 * total + 1e-300
+
+
+@dataclass(frozen=True)
+class Curve:
+    """lipschitz ≥ sup|φ'|, at_zero = φ(0)."""
+
+    lipschitz: float
+    at_zero: float
+    piecewise_linear: bool
+
+    def value(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def band(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def lines(self, low: Tensor, high: Tensor) -> Lines:
+        """(s_lower, t_lower, s_upper, t_upper)."""
+        raise NotImplementedError
+
+    def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of the secants from z₀ in the interval `centre`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Identity(Curve):
+    def value(self, z: Tensor) -> Tensor:
+        return z
+
+
+@dataclass(frozen=True)
+class Relu(Curve):
+    def value(self, z: Tensor) -> Tensor:
+        return z.clamp_min(0.0)
+
+    def band(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return low.clamp_min(0.0), high.clamp_min(0.0)
+
+    def lines(self, low: Tensor, high: Tensor) -> Lines:
+        zero, one = torch.zeros_like(low), torch.ones_like(low)
+        crossing = (low < 0) & (high > 0)
+        chord = torch.where(crossing, high / (high - low).clamp_min(1e-300), (low >= 0).double())
+        # The intercept by both ends, so that a rounded slope still makes a line above both: convexity does the rest.
+        top = torch.where(crossing, torch.maximum(-chord * low, high - chord * high) + 4 * U64 * (high - low), zero)
+        below = torch.where(crossing, (high > -low).double(), chord)
+        return below * one, zero, chord, top
+
+    def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        # From z₀ > 0 the flattest secant is the longest one to the left; from z₀ ≤ 0 the steepest is the longest one to the right.
+        first, last = centre
+        one, zero = torch.ones_like(low), torch.zeros_like(low)
+        up = torch.where(last > 0, one, (high.clamp_min(0.0) / (high - last).clamp_min(1e-300)).clamp(0, 1))
+        left = torch.where(low < 0, (first / (first - low).clamp_min(1e-300)).clamp(0, 1), one)
+        down = torch.where(first > 0, left, zero)
+        return (down * (1 - 8 * U64)).clamp_min(0.0), (up * (1 + 8 * U64)).clamp_max(1.0)
+
+
+@dataclass(frozen=True)
+class Smooth(Curve):
+    """curvature ≥ sup|φ''|; lowest: (place, value) of the global minimum, each rounded outward by `slack`, or None for rising curves."""
+
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    curvature: float
+    lowest: tuple[float, float] | None
+
+    def value(self, z: Tensor) -> Tensor:
+        return self.function(z)
+
+    def band(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.value(low), self.value(high)
+        least = torch.minimum(a, b)
+        if self.lowest is not None:
+            place, value = self.lowest
+            holds = (low <= place + 1e-3) & (high >= place - 1e-3)
+            least = torch.where(holds, torch.full_like(least, value), least)
+        slack = _rounding(a, b, low, high)
+        return least - slack, torch.maximum(a, b) + slack
+
+    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Points (POINTS, …) from low to high, and the distance of neighbours, rounded up."""
+        share = torch.linspace(0, 1, POINTS, dtype=low.dtype, device=low.device).view(-1, *[1] * low.dim())
+        width = (high - low).clamp_min(0.0)
+        grid = torch.minimum(low + share * width, high)
+        grid[-1] = high
+        return grid, width / (POINTS - 1) * (1 + 1e-9) + 8 * U64 * (low.abs() + high.abs())
+
+    def lines(self, low: Tensor, high: Tensor) -> Lines:
+        grid, width = self._grid(low, high)
+        values = self.value(grid)
+        span = high - low
+        chord = torch.where(span > 1e-12, (values[-1] - values[0]) / span.clamp_min(1e-12), self.derivative(low))
+        chord = chord.clamp(-self.lipschitz, self.lipschitz)
+        rest = values - chord * grid
+        # |ψ − chord of ψ| ≤ sup|φ''| w²/8 between neighbours; never more than what a slope of at most 2·lipschitz can reach in half a cell.
+        sag = torch.minimum(self.curvature * width.square() / 8, self.lipschitz * width)
+        slack = _rounding(values.abs().amax(0), chord * low, chord * high, low, high) + sag
+        return chord, rest.amin(0) - slack, chord, rest.amax(0) + slack
+
+    def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        grid, width = self._grid(torch.minimum(low, centre[0]), torch.maximum(high, centre[1]))
+        values = self.derivative(grid)
+        slack = self.curvature * width / 2 + 1e-12
+        return (values.amin(0) - slack).clamp_min(-self.lipschitz), (values.amax(0) + slack).clamp_max(self.lipschitz)
+
+
+_ROOT2, _ROOT2PI = math.sqrt(2.0), math.sqrt(2 * math.pi)
+_C, _A = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_prime(z: Tensor) -> Tensor:
+    return torch.special.ndtr(z) + z * torch.exp(-z.square() / 2) / _ROOT2PI
+
+
+def _gelu_tanh_prime(z: Tensor) -> Tensor:
+    # Beyond ±20 tanh is ±1 in float64 and z² would only overflow.
+    z = z.clamp(-20, 20)
+    t = torch.tanh(_C * (z + _A * z**3))
+    return (1 + t) / 2 + z * (1 - t * t) / 2 * _C * (1 + 3 * _A * z * z)
+
+
+def _silu_prime(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+# curvature, and the place and value of the minimum: tests/test_mlp_certifiers.py finds all of them anew in 40 digits.
+CURVES: dict[str, Curve] = {
+    "relu": Relu(1.0, 0.0, True),
+    "identity": Identity(1.0, 0.0, True),
+    "tanh": Smooth(1.0, 0.0, False, torch.tanh, lambda z: 1 - torch.tanh(z).square(), 0.7698004, None),
+    "sigmoid": Smooth(0.25, 0.5, False, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), 0.0962251, None),
+    "silu": Smooth(SILU_SLOPE, 0.0, False, F.silu, _silu_prime, 0.5000001, (-1.2784645, -0.2784646)),
+    "gelu-none": Smooth(GELU_SLOPE["none"], 0.0, False, F.gelu, _gelu_prime, 0.7978846, (-0.7517916, -0.1699713)),
+    "gelu-tanh": Smooth(
+        GELU_SLOPE["tanh"], 0.0, False, lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_prime, 0.8, (-0.7524614, -0.1700410)
+    ),
+}
+
+
+def _divided(curve: Smooth, divisor: float) -> Smooth:
+    lowest = None if curve.lowest is None else (curve.lowest[0], curve.lowest[1] / divisor * (1 + 1e-12))
+    more = (1 + 1e-12) / divisor
+    return Smooth(
+        curve.lipschitz * more, curve.at_zero / divisor, False,
+        lambda z: curve.function(z) / divisor, lambda z: curve.derivative(z) / divisor, curve.curvature * more, lowest,
+    )  # fmt: skip
+
+
+def curve_of(layer: nn.Module) -> Curve:
+    """The curve of an activation layer. Raises UnsupportedLayer for one without."""
+    names: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu"}
+    if type(layer) in names:
+        return CURVES[names[type(layer)]]
+    if isinstance(layer, (nn.GELU, ScaledGELU)):
+        curve = CURVES[f"gelu-{layer.approximate}"]
+        assert isinstance(curve, Smooth)
+        return _divided(curve, abs(layer.divisor)) if isinstance(layer, ScaledGELU) else curve
+    raise UnsupportedLayer(f"expected an activation with proved relaxations ({', '.join(CURVES)}), got {type(layer).__name__}; use 'global'")
