@@ -1,4 +1,4 @@
-"""Muon with a stated bound of its update: torch.optim.Muon, its orthogonalisation made selectable. MATH.md section 10.
+"""Optimisers with a stated bound of their update: torch.optim.Muon, its orthogonalisation made selectable, and row momentum. MATH.md section 10.
 
 torch's own always orthogonalises in bfloat16 with five fixed quintic steps. On processors without bfloat16 units that is hundreds of
 times slower than float32, and a constraint needs to know how large an update can be; both are parameters here.
@@ -98,24 +98,56 @@ class Muon(torch.optim.Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # One batched product for all matrices of a shape, whichever groups they are in, instead of one small product for each.
+        together: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, Tensor, Tensor]]] = {}
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             buffers: list[Tensor] = []
             self._init_group(group, params, grads, buffers)
-            by_shape: dict[tuple[int, ...], list[int]] = {}
-            for i, p in enumerate(params):
-                by_shape.setdefault(tuple(p.shape), []).append(i)
-            for (fan_out, fan_in), members in by_shape.items():
-                for i in members:
-                    buffers[i].lerp_(grads[i], 1 - group["momentum"])
-                directions = torch.stack(
-                    [grads[i].lerp(buffers[i], group["momentum"]) if group["nesterov"] else buffers[i] for i in members]
-                )
-                # One batched product for all matrices of a shape, instead of one small product for each.
-                updates = orthogonalize(directions.to(self.compute_dtype or directions.dtype), self.polynomial)
-                step = group["lr"] * math.sqrt(fan_out / fan_in)
-                for i, update in zip(members, updates, strict=True):
-                    params[i].mul_(1 - group["lr"] * group["weight_decay"])
-                    params[i].add_(update.to(params[i].dtype), alpha=-step)
+            for p, grad, buffer in zip(params, grads, buffers, strict=True):
+                key = (tuple(p.shape), p.dtype, p.device, group["momentum"], group["nesterov"])
+                together.setdefault(key, []).append((group, p, grad, buffer))
+        for ((fan_out, fan_in), _, _, momentum, nesterov), members in together.items():
+            for _, _, grad, buffer in members:
+                buffer.lerp_(grad, 1 - momentum)
+            directions = torch.stack([grad.lerp(buffer, momentum) if nesterov else buffer for _, _, grad, buffer in members])
+            updates = orthogonalize(directions.to(self.compute_dtype or directions.dtype), self.polynomial)
+            for (group, p, _, _), update in zip(members, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.to(p.dtype), alpha=-group["lr"] * math.sqrt(fan_out / fan_in))
+        return loss
+
+
+class RowMomentum(torch.optim.Optimizer):
+    """Momentum whose every row is divided to RMS norm 1 before the step, but multiplied by no more than `inflation`: for embedding tables.
+
+    row ← row − lr·m/max(1/inflation, rms(m)), m the running mean of the gradient (weight 1 − momentum for the newest). Tokens that a batch
+    does not have keep small steps. Newhouse et al. 2025 inflate at most 16 times. `update_norm(lr)`: RMS norm of a row's step, at most lr.
+    """
+
+    def __init__(self, params: Any, lr: float = 0.02, momentum: float = 0.9, inflation: float = 16.0) -> None:
+        if not inflation > 0:
+            raise BadInput(f"expected an inflation above 0, got {inflation}; the paper uses 16")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "inflation": inflation})
+
+    def update_norm(self, lr: float) -> float:
+        return lr
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                rms = torch.linalg.vector_norm(mean, dim=-1, keepdim=True) / math.sqrt(p.shape[-1])
+                p.sub_(mean / rms.clamp_min(1 / group["inflation"]), alpha=group["lr"])
         return loss

@@ -1,0 +1,232 @@
+"""A method and the weights it holds, attached to an optimiser; and the check that it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robustlip.constraints.decay import SpectralWeightDecay, WeightDecay
+from robustlip.constraints.hammer import SpectralHammer
+from robustlip.constraints.hardcap import HardCap, HardCapMsign
+from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.normalize import SpectralNormalize
+from robustlip.constraints.norms import fixed_vectors, probe
+from robustlip.constraints.softcap import SoftCap
+from robustlip.constraints.stiefel import Stiefel
+from robustlip.constraints.targets import Target
+from robustlip.errors import BadInput, RobustlipError
+
+METHODS = (
+    "none", "weight-decay", "spectral-weight-decay", "spectral-normalize", "stiefel", "spectral-hammer", "soft-cap", "hard-cap", "hard-cap-msign",
+)  # fmt: skip
+
+_LARGEST_STACK = 2**25
+
+
+class ConstraintViolation(RobustlipError):
+    """A weight is outside what its constraint guarantees: the method's premise was broken, or the method is wrong. Training stops."""
+
+
+def make_method(name: str, *, strength: float | None = None, polynomial: str | None = None) -> Method | None:
+    """The method of that name (METHODS), None for 'none'.
+
+    strength: λ of the two decays, 0.1 unless given. polynomial: Stiefel's, 'six-step' unless given. Raises BadInput for other names and for
+    an option that the method does not have.
+    """
+    if name not in METHODS:
+        raise BadInput(f"expected a constraint method among {', '.join(METHODS)}, got {name!r}; name one of them")
+    if strength is not None and name not in ("weight-decay", "spectral-weight-decay"):
+        raise BadInput(f"expected no strength for {name}, got {strength}; only weight-decay and spectral-weight-decay have one")
+    if polynomial is not None and name != "stiefel":
+        raise BadInput(f"expected no polynomial for {name}, got {polynomial!r}; only stiefel has one")
+    decay = 0.1 if strength is None else strength
+    table = {
+        "none": lambda: None,
+        "weight-decay": lambda: WeightDecay(decay),
+        "spectral-weight-decay": lambda: SpectralWeightDecay(decay),
+        "spectral-normalize": SpectralNormalize,
+        "stiefel": lambda: Stiefel(polynomial or "six-step"),
+        "spectral-hammer": SpectralHammer,
+        "soft-cap": SoftCap,
+        "hard-cap": HardCap,
+        "hard-cap-msign": HardCapMsign,
+    }
+    return table[name]()
+
+
+@dataclass
+class _Group:
+    """Targets of one slice shape, dtype and device, mapped as one stack. numbers: of their parameter groups. block: see `probe`."""
+
+    targets: list[Target]
+    numbers: list[int]
+    caps: Tensor
+    block: Tensor | None = field(default=None)
+
+
+class Constraint:
+    """A method and the weights it holds; `attach` makes an optimiser apply it after each of its steps.
+
+    method: a name of METHODS or a Method. `guarantee` says what then holds of every target after every step, if it held before the first
+    (`project`); rows are always divided down to RMS norm ≤ w_max, whatever the method. A sure violation after a step raises
+    ConstraintViolation: found with a lower bound of the norm, so there is no false alarm, and what it misses `check` finds with a guaranteed bound.
+    """
+
+    def __init__(self, targets: Iterable[Target], method: str | Method) -> None:
+        self.method = make_method(method) if isinstance(method, str) else method
+        self.targets = list(targets)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What the method promises of matrices. Rows are held hard by every method but 'none'."""
+        return Guarantee(math.inf) if self.method is None else self.method.guarantee
+
+    def limit(self, target: Target) -> float:
+        """The largest norm (RMS units) that this target may have after a step, rounding included; inf where nothing is promised."""
+        factor = math.inf if self.method is None else 1.0 if target.rows else self.guarantee.factor
+        return target.w_max * factor * (1 + target.rounding())
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Apply the constraint to this optimiser's weights after each step. Any torch optimiser will do.
+
+        An optimiser with `update_norm(lr)` states how large its steps are (robustlip.muon.Muon); for others the methods that need it measure.
+        """
+        # The number of the group, not the group: load_state_dict puts new dictionaries in their place.
+        owned = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        mine = [(t, owned[id(t.weight)]) for t in self.targets if id(t.weight) in owned]
+        if self.method is None or not mine:
+            return
+        groups = _grouped([(t, n) for t, n in mine if not t.rows])
+        rows = [t for t, _ in mine if t.rows]
+
+        @torch.no_grad()
+        def after_step(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+            for target in rows:
+                _cap_rows(target)
+            norms = [self._map(group, _step_of(group, opt)) for group in groups]
+            norms += [_row_norms(target).amax(0, keepdim=True) for target in rows]
+            self._refuse_violations(groups, rows, norms)
+
+        optimizer.register_step_post_hook(after_step)
+
+    def _map(self, group: _Group, step: StepTaken) -> Tensor:
+        """Map the weights of a group in place; returns lower bounds of the norms (RMS units) that they then have, one a slice."""
+        assert self.method is not None
+        scale = group.targets[0].rms_scale()
+        stacks = [t.split(t.weight) for t in group.targets]
+        dtype = stacks[0].dtype
+        stack = (stacks[0] if len(stacks) == 1 else torch.cat(stacks)) * scale
+        # Polynomials of matrices need more digits than the 16-bit dtypes have.
+        stack = self.method(stack.float() if dtype.itemsize < 4 else stack, group.caps, step)
+        if group.block is None:
+            group.block = fixed_vectors(2, stack)
+        norms, group.block = probe(stack, group.block)
+        for target, part in zip(group.targets, stack.split([t.slices for t in group.targets]), strict=True):
+            target.weight.copy_(target.join(part) / scale)
+        return norms
+
+    def _refuse_violations(self, groups: list[_Group], rows: list[Target], norms: list[Tensor]) -> None:
+        found = torch.cat([n.double().cpu() for n in norms]).tolist()
+        owners = [t for group in groups for t in group.targets for _ in range(t.slices)] + rows
+        for target, norm in zip(owners, found, strict=True):
+            if not norm <= self.limit(target):
+                raise self._violation(target, norm, "at least")
+
+    def _violation(self, target: Target, norm: float, how: str) -> ConstraintViolation:
+        name = "row normalisation" if target.rows or self.method is None else self.method.name
+        promise = "hard" if target.rows else str(self.guarantee)
+        if not math.isfinite(norm):
+            return ConstraintViolation(
+                f"expected finite weights under {name}, got {norm} in {target.name}; the step before was not finite: lower the learning rate"
+            )
+        return ConstraintViolation(
+            f"expected {target.name} within its cap {target.w_max:.6g} ({name}, guarantee: {promise}), got a norm of {how} {norm:.6g} in RMS units; "
+            f"weights that were outside before the step need Constraint.project() first, and an optimiser must not move further than it states"
+        )
+
+    @torch.no_grad()
+    def apply(self, target: Target, update_norm: float | None = None, decay: float = 0.0, rate: float = 0.0) -> None:
+        """Map one weight in place. update_norm: RMS→RMS norm of the step just taken, of the whole matrix, None if unknown; decay: λη; rate: η."""
+        if self.method is None:
+            return
+        if target.rows:
+            _cap_rows(target)
+            return
+        update = None if update_norm is None else (_of_slice(target, update_norm),) * target.slices
+        self._map(_grouped([(target, 0)])[0], StepTaken((target.w_max,) * target.slices, update, (decay,) * target.slices, (rate,) * target.slices))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring every target inside once, by normalisation: for the initial weights, from which all guarantees start."""
+        inside = Constraint([], SpectralNormalize())
+        for target in self.targets:
+            if self.method is not None:
+                inside.apply(target)
+
+    def measured(self) -> dict[str, float]:
+        """Guaranteed upper bounds of all constrained norms, RMS units."""
+        return {t.name: t.measured() for t in self.targets}
+
+    def check(self) -> dict[str, float]:
+        """`measured`, compared with what the method guarantees. Raises ConstraintViolation."""
+        measured = self.measured()
+        for target in self.targets:
+            if not measured[target.name] <= self.limit(target):
+                raise self._violation(target, measured[target.name], "at most")
+        return measured
+
+
+def _grouped(pairs: list[tuple[Target, int]]) -> list[_Group]:
+    """Targets whose slices can be mapped together, in stacks of bounded size."""
+    parts: dict[tuple[object, ...], list[list[tuple[Target, int]]]] = {}
+    for target, number in pairs:
+        key = (target.shape(), target.weight.dtype, target.weight.device)
+        stacks = parts.setdefault(key, [[]])
+        if sum(t.weight.numel() for t, _ in stacks[-1]) + target.weight.numel() > _LARGEST_STACK and stacks[-1]:
+            stacks.append([])
+        stacks[-1].append((target, number))
+    groups = []
+    for stacks in parts.values():
+        for members in stacks:
+            targets, numbers = [t for t, _ in members], [n for _, n in members]
+            weight = targets[0].weight
+            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+            caps = torch.tensor([t.w_max for t in targets for _ in range(t.slices)], dtype=dtype, device=weight.device)
+            groups.append(_Group(targets, numbers, caps[:, None, None]))
+    return groups
+
+
+def _of_slice(target: Target, update_norm: float) -> float:
+    """A bound of the whole matrix's update bounds each slice's, in the slice's own RMS units."""
+    fan_out, fan_in = target.weight.shape
+    return update_norm * math.sqrt(fan_out / fan_in) * target.rms_scale()
+
+
+def _step_of(group: _Group, optimizer: torch.optim.Optimizer) -> StepTaken:
+    state = getattr(optimizer, "update_norm", None)
+    caps: list[float] = []
+    update: list[float] = []
+    decay: list[float] = []
+    rate: list[float] = []
+    for target, number in zip(group.targets, group.numbers, strict=True):
+        settings = optimizer.param_groups[number]
+        lr = float(settings["lr"])
+        caps += [target.w_max] * target.slices
+        rate += [lr] * target.slices
+        decay += [lr * settings.get("weight_decay", 0.0)] * target.slices
+        if state is not None:
+            update += [_of_slice(target, state(lr))] * target.slices
+    return StepTaken(tuple(caps), tuple(update) if state is not None else None, tuple(decay), tuple(rate))
+
+
+def _row_norms(target: Target) -> Tensor:
+    return torch.linalg.vector_norm(target.weight, dim=-1) * target.rms_scale()
+
+
+def _cap_rows(target: Target) -> None:
+    norms = torch.linalg.vector_norm(target.weight, dim=-1, keepdim=True) * target.rms_scale()
+    target.weight.div_((norms / target.w_max * (1 + 1e-6)).clamp_min(1.0))

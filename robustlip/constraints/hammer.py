@@ -1,0 +1,24 @@
+"""The spectral hammer: the largest singular value set, nothing else touched."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.norms import top_singular
+
+
+class SpectralHammer(Method):
+    """σ₁ → w_max, one direction a step. No guarantee: a step may push several singular values over w_max, and all but one stay there.
+
+    Source: Newhouse et al. 2025, section 3, who use it with AdamW, whose steps have low rank. Power iteration finds the direction.
+    """
+
+    name = "spectral-hammer"
+    guarantee = Guarantee(math.inf)
+
+    def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+        u, sigma, v = top_singular(stack)
+        return stack + ((cap - sigma) * u) @ v.mT

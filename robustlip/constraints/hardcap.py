@@ -1,0 +1,98 @@
+"""Hard cap: min(w_max, σ), by the published polynomials or exactly through the matrix sign."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.norms import fast_norm_bound
+from robustlip.muon import POLYNOMIALS, orthogonalize
+
+# Odd quintics that together approximate min(1, x) on [0, 3] from above and below, at most 1.0109 (MATH.md section 10).
+_QUINTICS = (
+    (0.805032, 0.206361, -0.019763),
+    (0.649867, 0.162935, -0.011150),
+    (1.810259, -0.200265, 0.008251),
+    (1.004384, -0.183490, 0.014413),
+)
+_QUINTIC_DOMAIN, _QUINTIC_PEAK = 3.0, 1.0109
+
+# Cubic steps x(3 − x²)/2 after Muon's six: [0.9955, 0.9994] to 1 within 10⁻¹⁶, and slope enough near 0 for an overshoot of 1.2·10⁻⁵.
+_POLISH = 4
+_MSIGN_OVERSHOOT = 2e-5
+
+
+def hard_cap_polynomial(matrix: Tensor) -> Tensor:
+    """The published polynomials, ≈ min(1, σ) for singular values of (..., m, n) in [0, 3], at most 1.0109."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    for a, b, c in _QUINTICS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _polished(x: Tensor) -> Tensor:
+    for _ in range(_POLISH):
+        x = 1.5 * x - 0.5 * (x @ x.mT) @ x
+    return x
+
+
+def hard_cap_msign(matrix: Tensor, cap: Tensor) -> Tensor:
+    """min(w, σ) = ½[(w + σ) − |w − σ|] on the singular values of (K, m, n); cap: w, (K, 1, 1). Source: Su 2025; Cesista 2025.
+
+    With s = sign(w − σ) = sign(w² − σ²) it is ½[(1 − s)w + (1 + s)σ]: the sign is that of the symmetric matrix w²I − MMᵀ, and w stands for
+    w·msign(M), which is needed only where σ > w and there converges at once. Signs are polynomials with values in [0, 1]: below w the
+    result is a mean of σ and at most w, never above w; above w it exceeds w by at most ½(1 − |s|)(σ − w), under 2·10⁻⁵ w for σ ≤ √2·w.
+    Matrices above √2·w are capped again until they are not; each round takes away at least a third of what is above.
+    """
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    bound = fast_norm_bound(x, 4)
+    while True:
+        # The largest |w² − σ²|: w² at σ = 0, bound² − w² at the other end.
+        size = torch.maximum(cap.square(), (bound.square()[:, None, None] - cap.square()))
+        signs = _sign((cap.square() * eye - x @ x.mT) / size)
+        x = 0.5 * ((eye - signs) @ (cap * _polished(orthogonalize(x))) + (eye + signs) @ x)
+        if bool((bound <= 1.41 * cap[:, 0, 0]).all()) or not bool(torch.isfinite(bound).all()):
+            return x.mT if tall else x
+        bound = fast_norm_bound(x, 4)
+
+
+def _sign(symmetric: Tensor) -> Tensor:
+    """The matrix sign of symmetric (K, m, m) with eigenvalues in [−1, 1]. Odd polynomials, so eigenvalues stay in [−1, 1] and signs are right."""
+    # Not orthogonalize, which divides by the Frobenius norm, up to √m times more than needed: too little slope would be left near 0.
+    x = symmetric
+    for a, b, c in POLYNOMIALS["six-step"].steps:
+        square = x @ x
+        x = a * x + (b * square + c * square @ square) @ x
+    x = (x + x.mT) / 2
+    return _polished(x)
+
+
+class HardCap(Method):
+    """≈ min(w_max, σ) by the published quintics. Hard up to overshoot 0.0109; values under w_max move by up to 5 %.
+
+    The polynomials hold on [0, 3 w_max]. What an optimiser leaves further out is divided down to there first.
+    """
+
+    name = "hard-cap"
+    guarantee = Guarantee(_QUINTIC_PEAK)
+
+    def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+        x = stack / cap
+        if step.update is None or any(u > (_QUINTIC_DOMAIN - _QUINTIC_PEAK) * w for u, w in zip(step.update, step.w_max, strict=True)):
+            x = x / (fast_norm_bound(x, 4) / _QUINTIC_DOMAIN).clamp_min(1.0)[:, None, None]
+        return cap * hard_cap_polynomial(x)
+
+
+class HardCapMsign(Method):
+    """min(w_max, σ) through the matrix sign: values under the cap stay what they are. Hard up to overshoot 2·10⁻⁵, after any step."""
+
+    name = "hard-cap-msign"
+    guarantee = Guarantee(1 + _MSIGN_OVERSHOOT)
+
+    def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+        return hard_cap_msign(stack, cap)

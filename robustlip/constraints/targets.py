@@ -1,0 +1,109 @@
+"""Which weights are held, in which units: whole matrices, heads of attention, rows of embeddings."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput
+from robustlip.layers import AddPositions, Attention
+from robustlip.rounding import UNIT
+from robustlip.spectral import spectral_norm_bound
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight under a constraint, seen as a stack of `slices` matrices (or as rows that each have their own norm).
+
+    axis: 0 stacks rows (query, key, value by head), 1 stacks columns (output by head). rows: True caps each row's RMS norm
+    (an embedding's tokens). w_max: the largest RMS→RMS norm of a slice (RMS norm of a row).
+    """
+
+    name: str
+    weight: nn.Parameter
+    w_max: float
+    slices: int = 1
+    axis: int = 0
+    rows: bool = False
+
+    def split(self, weight: Tensor) -> Tensor:
+        """(fan_out, fan_in) → (slices, m, n)."""
+        if self.axis == 0:
+            return weight.unflatten(0, (self.slices, -1))
+        return weight.unflatten(1, (self.slices, -1)).movedim(1, 0)
+
+    def join(self, stack: Tensor) -> Tensor:
+        return stack.flatten(0, 1) if self.axis == 0 else stack.movedim(0, 1).flatten(1)
+
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of one slice."""
+        fan_out, fan_in = self.weight.shape
+        return (fan_out // self.slices, fan_in) if self.axis == 0 else (fan_out, fan_in // self.slices)
+
+    def rms_scale(self) -> float:
+        """sqrt(fan_in/fan_out) of one slice: ‖W‖ times this is its RMS→RMS norm. For rows: 1/sqrt(width)."""
+        m, n = self.shape()
+        return 1 / math.sqrt(n) if self.rows else math.sqrt(n / m)
+
+    def rounding(self) -> float:
+        """The relative excess over a guaranteed cap that the rounding of a step is allowed: 10⁻⁴, and √min(m, n) units of the dtype.
+
+        A margin, not a proof. Storing alone moves each entry by up to u, the norm by up to u times the Frobenius norm.
+        """
+        return 1e-4 + UNIT[self.weight.dtype] * math.sqrt(min(self.shape()))
+
+    @torch.no_grad()
+    def measured(self) -> float:
+        """A guaranteed upper bound of the largest constrained norm, in RMS units."""
+        if self.rows:
+            return float(torch.linalg.vector_norm(self.weight.double(), dim=-1).max()) * self.rms_scale() * (1 + 1e-12)
+        return float(spectral_norm_bound(self.split(self.weight)).max()) * self.rms_scale() * (1 + 1e-12)
+
+
+def targets_of(
+    model: nn.Module, w_max: float, *, per_head: bool = True, overrides: dict[str, float] | None = None, rows: Iterable[str] = ()
+) -> list[Target]:
+    """Every weight matrix of a model as a Target: attention by head, embeddings and position tables by row, Linear and the rest whole.
+
+    overrides: {pattern: w_max}; the last pattern that matches a weight's name wins ('head.weight', 'attn*.query.weight').
+    rows: patterns of matrices whose rows are capped instead of the whole, for an unembedding ('head.weight'): a margin
+    moves by ‖u_y − u_j‖, at most twice the longest row.
+    Raises BadInput for a pattern that matches nothing, or a w_max ≤ 0.
+    """
+    overrides = overrides or {}
+    by_row = tuple(rows)
+    used: set[str] = set()
+    targets: list[Target] = []
+    row_tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    row_tables |= {id(m.positions) for m in model.modules() if isinstance(m, AddPositions)}
+    by_head: dict[int, tuple[int, int]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention) and per_head:
+            for linear in (module.query, module.key, module.value):
+                by_head[id(linear.weight)] = (module.heads, 0)
+    matrices = row_tables | {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in matrices:
+            continue
+        limit = w_max
+        for pattern, value in overrides.items():
+            if fnmatch.fnmatch(name, pattern):
+                limit = value
+                used.add(pattern)
+        if not limit > 0:
+            raise BadInput(f"expected w_max above 0, got {limit} for {name}; give a positive cap")
+        matching = {pattern for pattern in by_row if fnmatch.fnmatch(name, pattern)}
+        used |= matching
+        if matching or id(parameter) in row_tables:
+            targets.append(Target(name, parameter, limit, rows=True))
+        else:
+            slices, axis = by_head.get(id(parameter), (1, 0))
+            targets.append(Target(name, parameter, limit, slices, axis))
+    if missing := set(overrides).union(by_row) - used:
+        raise BadInput(f"expected override patterns that match a weight, got {sorted(missing)}; the weights are {[t.name for t in targets]}")
+    return targets

@@ -1,0 +1,355 @@
+"""Every constraint method: its map on singular values, its guarantee on adversarial spectra, and the error when the guarantee fails."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustlip.constraints import (
+    METHODS,
+    Constraint,
+    ConstraintViolation,
+    Target,
+    fast_norm_bound,
+    hard_cap_msign,
+    make_method,
+    soft_cap_coupling,
+    targets_of,
+    top_singular,
+)
+from robustlip.constraints.hardcap import _QUINTICS
+from robustlip.constraints.norms import fixed_vectors, probe
+from robustlip.errors import BadInput
+from robustlip.models import LipschitzGPT
+from robustlip.muon import POLYNOMIALS, Muon, RowMomentum
+
+REAL = [name for name in METHODS if name != "none"]
+PROMISING = [name for name in REAL if math.isfinite(make_method(name).guarantee.factor)]
+
+SPECTRA = {
+    "flat at the cap": lambda r: torch.ones(r),
+    "one large": lambda r: torch.cat([torch.tensor([3.0]), torch.full((r - 1,), 1e-3)]),
+    "rank one": lambda r: torch.cat([torch.tensor([2.0]), torch.zeros(r - 1)]),
+    "two that tie": lambda r: torch.cat([torch.tensor([1.5, 1.5]), torch.full((r - 2,), 0.5)]),
+    "a cluster around the cap": lambda r: 1 + 1e-3 * torch.linspace(-1, 1, r),
+    "geometric": lambda r: 10.0 ** torch.linspace(0.5, -6, r),
+    "zeros": lambda r: torch.zeros(r),
+    "uniform": lambda r: torch.linspace(0, 1.2, r),
+    "far out": lambda r: torch.linspace(0, 1e3, r),
+    "tiny": lambda r: torch.full((r,), 1e-20),
+}
+
+
+def with_spectrum(values: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """A float64 matrix (m, n) with these singular values and random directions."""
+    u, _ = torch.linalg.qr(torch.randn(m, len(values), dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(n, len(values), dtype=torch.float64))
+    return (u * values.double()) @ v.mT
+
+
+def singular(weight: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.svdvals(weight.detach().double())
+
+
+def square(values: torch.Tensor, w_max: float = 1.0) -> Target:
+    return Target("weight", nn.Parameter(with_spectrum(values, len(values), len(values)).float()), w_max)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n", "slices", "axis"), [(24, 40, 1, 0), (40, 24, 1, 0), (32, 24, 4, 0), (24, 32, 4, 1)])
+@pytest.mark.parametrize("method", PROMISING)
+def test_one_map_of_any_spectrum_keeps_the_guarantee(method, m, n, slices, axis, spectrum) -> None:
+    """float32, measured with the guaranteed bound; nothing is known of the step, as under AdamW. Whole and by head."""
+    rows, columns = (m // slices, n) if axis == 0 else (m, n // slices)
+    parts = [with_spectrum(SPECTRA[spectrum](min(rows, columns)), rows, columns) * math.sqrt(rows / columns) * 0.7 for _ in range(slices)]
+    target = Target("weight", nn.Parameter(torch.cat(parts, axis).float()), 0.7, slices, axis)
+    constraint = Constraint([target], method)
+    constraint.apply(target)
+    assert constraint.check()["weight"] <= 0.7 * constraint.guarantee.factor * (1 + 2e-4)
+    if not target.weight.any():
+        assert spectrum in ("zeros", "tiny")
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
+@pytest.mark.parametrize("method", REAL)
+def test_every_method_attaches_to_every_optimiser(method, name) -> None:
+    """One call; a model with heads, embeddings and an unembedding; gradients that push one head and one token. No guarantee, no error."""
+    model = LipschitzGPT("abcdef", 16, 4, 1)
+    constraint = Constraint(targets_of(model, 1.0, overrides={"head.weight": 3.0, "mlp*": 2.0}, rows=["head.weight"]), method)
+    constraint.project()
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = {
+        "muon": lambda: [Muon(matrices, lr=0.05), RowMomentum(rest, lr=1.0)],
+        "adamw": lambda: [torch.optim.AdamW(model.parameters(), lr=0.3)],
+        "sgd": lambda: [torch.optim.SGD(model.parameters(), lr=1e-3)],
+    }[name]()
+    for optimizer in optimizers:
+        constraint.attach(optimizer)
+    heads = model[1].branch.query.weight
+    for _ in range(12):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (-model(torch.randint(6, (4, 8))).square().sum() - 1e3 * heads[:4].sum() - 1e3 * model[0].weight[2].sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        measured = constraint.check()  # raises where something is promised and does not hold
+    for target in constraint.targets:
+        if target.rows or method in PROMISING:
+            assert measured[target.name] <= constraint.limit(target) < math.inf
+    assert bool(torch.isfinite(model(torch.randint(6, (2, 8)))).all())
+
+
+def test_guarantees_are_as_stated() -> None:
+    kinds = {name: str(make_method(name).guarantee) for name in REAL}
+    assert kinds == {
+        "weight-decay": "none", "spectral-weight-decay": "none", "spectral-normalize": "hard", "stiefel": "hard", "spectral-hammer": "none",
+        "soft-cap": "hard", "hard-cap": "up to overshoot 0.011", "hard-cap-msign": "up to overshoot 2e-05",
+    }  # fmt: skip
+    assert str(make_method("stiefel", polynomial="torch").guarantee) == "up to overshoot 0.2"
+    assert Constraint([], "none").guarantee.kind == "none"
+    for method in REAL:
+        assert type(make_method(method)).__doc__
+
+
+def test_published_hard_cap_overshoots_to_what_is_stated() -> None:
+    """MATH.md section 10: 1.0109 on [0, 3], in exact arithmetic; and the matrix version has that image."""
+    x = np.linspace(0, 3, 10**6 + 1)
+    for a, b, c in _QUINTICS:
+        x = a * x + b * x**3 + c * x**5
+    assert 1.0108 < x.max() <= make_method("hard-cap").guarantee.factor and x.min() >= 0
+    target = square(torch.linspace(0, 3, 64))
+    Constraint([target], "hard-cap").apply(target, update_norm=1.9)
+    assert float(singular(target.weight).max()) == pytest.approx(1.0109, abs=2e-3)
+    inside = square(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
+    Constraint([inside], "hard-cap").apply(inside, update_norm=0.1)
+    assert torch.allclose(singular(inside.weight).flip(0), torch.tensor([0.0953, 0.2908, 0.4979, 0.7118, 0.9005]).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
+def test_hard_cap_through_msign_is_the_clipped_svd(shape, spectrum) -> None:
+    """½[(w + σ) − |w − σ|] against the definition, float64; 'far out' loses digits of what is far below its largest value."""
+    w = 0.8
+    matrix = with_spectrum(w * SPECTRA[spectrum](min(shape)), *shape)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    wanted = (u * s.clamp_max(w)) @ v
+    got = hard_cap_msign(matrix[None], torch.tensor([[[w]]], dtype=torch.float64))[0]
+    assert float(singular(got).max()) <= w * (1 + 2e-5)
+    if spectrum != "far out":
+        assert float(torch.linalg.matrix_norm(got - wanted, 2)) <= 1e-3 * w
+
+
+def test_msign_overshoot_by_its_polynomial() -> None:
+    """Scalar maps on a fine grid: the stated overshoot for σ ≤ √2 w, and no value under w leaves [σ, w]."""
+
+    def sign(t: np.ndarray) -> np.ndarray:
+        y = np.abs(t)
+        for a, b, c in POLYNOMIALS["six-step"].steps:
+            y = a * y + b * y**3 + c * y**5
+        for _ in range(4):
+            y = 1.5 * y - 0.5 * y**3
+        return np.sign(t) * y
+
+    sigma = 1 + np.geomspace(1e-8, 2**0.5 - 1, 10**6)
+    s = sign(1 - sigma**2)
+    assert 1e-6 < (0.5 * ((1 - s) + (1 + s) * sigma)).max() - 1 <= 2e-5
+    sigma = np.linspace(0, 1, 10**6)
+    s = sign(1 - sigma**2)
+    capped = 0.5 * ((1 - s) + (1 + s) * sigma)
+    assert capped.max() <= 1 + 1e-12 and (capped - sigma).min() >= -1e-12 and (capped - sigma).max() <= 2e-5
+
+
+def test_the_maps_of_the_methods_without_a_guarantee() -> None:
+    """MATH.md section 10, first column: what happens to each singular value."""
+    values = torch.tensor([3.0, 1.5, 0.5, 0.2])
+    for method, rate, wanted in (
+        (make_method("spectral-hammer"), 0.0, [1.5, 1.0, 0.5, 0.2]),
+        (make_method("spectral-weight-decay", strength=0.25), 0.0, [2.25, 1.5, 0.5, 0.2]),
+        (make_method("weight-decay", strength=0.5), 0.2, [2.7, 1.35, 0.45, 0.18]),
+    ):
+        target = square(values)
+        constraint = Constraint([target], method)
+        constraint.apply(target, rate=rate)
+        assert torch.allclose(singular(target.weight), torch.tensor(wanted).double(), atol=1e-4), method.name
+        assert constraint.limit(target) == math.inf and constraint.check()["weight"] > 1
+
+
+def test_stiefel_makes_all_singular_values_equal() -> None:
+    target = square(torch.linspace(0.05, 2, 20), 0.7)
+    Constraint([target], "stiefel").apply(target)
+    values = singular(target.weight)
+    assert float(values.max()) <= 0.7 and float(values.min()) >= 0.7 * 0.99
+
+
+def test_weight_decay_under_muon_stays_at_its_equilibrium() -> None:
+    """‖W‖ ≤ max(initial, peak/λ) at any schedule: (1 − λη)(p/λ + pη) < p/λ. Same-sign gradients, which is the worst."""
+    target = square(torch.full((12,), 0.5))
+    optimizer = Muon([target.weight], lr=0.3)
+    Constraint([target], make_method("weight-decay", strength=0.5)).attach(optimizer)
+    gradient = torch.randn(12, 12)
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 0.3 if step % 2 else 0.01
+        target.weight.grad = gradient
+        optimizer.step()
+    assert 1.5 < float(singular(target.weight)[0]) <= POLYNOMIALS["six-step"].peak / 0.5 * (1 + 1e-5)
+
+
+def test_soft_cap_without_a_stated_update_leaves_what_is_inside() -> None:
+    inside = square(torch.linspace(0.1, 0.98, 8))
+    before = inside.weight.detach().clone()
+    Constraint([inside], "soft-cap").apply(inside)
+    assert torch.equal(inside.weight, before)
+    outside = square(torch.cat([torch.tensor([1.1]), torch.full((7,), 0.2)]))
+    Constraint([outside], "soft-cap").apply(outside)
+    values = singular(outside.weight)
+    assert 0.97 < float(values[0]) <= 1 and torch.allclose(values[1:], torch.full((7,), 0.2).double(), atol=1e-3)
+    with pytest.raises(BadInput, match="lower the learning rate"):
+        soft_cap_coupling(1.0, 0.5)
+
+
+def test_one_batch_maps_as_each_alone() -> None:
+    """Same-shaped matrices are mapped in one stack: with caps and learning rates of their own."""
+    torch.manual_seed(1)
+    for method in REAL:
+        weights = [nn.Parameter(torch.randn(8, 12)) for _ in range(3)]
+        alone = [nn.Parameter(w.detach().clone()) for w in weights]
+        targets = [Target(str(i), w, 1.0 + i) for i, w in enumerate(weights)]
+        for target in targets:
+            Constraint([target], "spectral-normalize").apply(target)
+        for w, a in zip(weights, alone, strict=True):
+            a.data.copy_(w.data)
+        gradients = [torch.randn(8, 12) for _ in weights]
+        together = torch.optim.SGD([{"params": [w], "lr": 0.1 * (i + 1)} for i, w in enumerate(weights)])
+        Constraint(targets, method).attach(together)
+        for w, g in zip(weights, gradients, strict=True):
+            w.grad = g
+        together.step()
+        for i, (w, a, g) in enumerate(zip(weights, alone, gradients, strict=True)):
+            single = torch.optim.SGD([a], lr=0.1 * (i + 1))
+            Constraint([Target("a", a, 1.0 + i)], method).attach(single)
+            a.grad = g
+            single.step()
+            assert torch.allclose(w, a, atol=1e-5), method
+
+
+class Lying(torch.optim.SGD):
+    """Moves ten times further than it states."""
+
+    def update_norm(self, lr: float) -> float:
+        return lr / 10
+
+
+def test_a_broken_premise_is_an_error() -> None:
+    """A step larger than stated, weights that were never projected, weights changed by hand: the step says so."""
+    weight = nn.Parameter(torch.eye(6))
+    optimizer = Lying([weight], lr=0.4)
+    Constraint([Target("w", weight, 1.0)], "soft-cap").attach(optimizer)
+    weight.grad = -torch.eye(6)
+    with pytest.raises(ConstraintViolation, match="must not move further than it states"):
+        optimizer.step()
+
+    far = nn.Parameter(5 * torch.eye(6))
+    optimizer = Muon([far], lr=0.05)
+    constraint = Constraint([Target("w", far, 1.0)], "soft-cap")
+    constraint.attach(optimizer)
+    far.grad = torch.eye(6)
+    with pytest.raises(ConstraintViolation, match="project"):
+        optimizer.step()
+    with pytest.raises(ConstraintViolation, match="at most"):
+        constraint.check()
+    constraint.project()
+    for _ in range(5):
+        optimizer.step()
+    with torch.no_grad():
+        far.add_(torch.outer(torch.randn(6), torch.randn(6)))  # one direction, by hand
+    with pytest.raises(ConstraintViolation):
+        for _ in range(3):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["spectral-normalize", "soft-cap", "weight-decay"])
+def test_weights_that_are_not_finite_are_an_error(method) -> None:
+    weight = nn.Parameter(torch.eye(4))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    Constraint([Target("w", weight, 1.0)], method).attach(optimizer)
+    weight.grad = torch.full((4, 4), torch.nan)
+    with pytest.raises(ConstraintViolation, match="lower the learning rate"):
+        optimizer.step()
+
+
+def test_the_probe_is_below_and_finds_a_new_direction() -> None:
+    matrix = with_spectrum(torch.linspace(0.1, 1, 40), 40, 40).float()[None]
+    block = fixed_vectors(2, matrix)
+    for _ in range(60):
+        norm, block = probe(matrix, block)
+        assert float(norm) <= float(singular(matrix[0])[0]) * (1 + 1e-5)
+    assert float(norm) > 0.97
+    u, v = torch.randn(40, 1), torch.randn(40, 1)
+    u, v = u / u.norm(), v / v.norm()
+    risen = matrix + 1.5 * u @ v.mT
+    for _ in range(8):
+        norm, block = probe(risen, block)
+    assert float(norm) > 1.4
+    zero = torch.zeros(1, 5, 5)
+    _, block = probe(zero, fixed_vectors(2, zero))
+    assert float(probe(torch.eye(5)[None], block)[0]) > 0.99
+
+
+def test_norms_for_training() -> None:
+    for values in SPECTRA.values():
+        matrix = with_spectrum(values(20), 20, 30)
+        u, sigma, v = top_singular(matrix, 200)
+        assert float(sigma) <= float(fast_norm_bound(matrix)) * (1 + 1e-6) + 1e-18
+        assert float(u.norm()) == pytest.approx(1, abs=1e-6) or not float(sigma) > 1e-12
+        assert float(v.norm()) == pytest.approx(1, abs=1e-6) or not float(sigma) > 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", PROMISING)
+def test_other_dtypes(method, dtype) -> None:
+    target = Target("w", nn.Parameter(with_spectrum(torch.linspace(0, 2, 16), 16, 16).to(dtype)), 1.0)
+    constraint = Constraint([target], method)
+    constraint.apply(target)
+    assert target.weight.dtype == dtype and constraint.check()["w"] > 0.9
+
+
+def test_row_momentum_moves_rows_by_no_more_than_it_states() -> None:
+    table = nn.Parameter(torch.zeros(4, 9))
+    optimizer = RowMomentum([table], lr=0.2, inflation=16)
+    table.grad = torch.stack([torch.full((9,), g) for g in (0.0, 1e-4, 5.0, 1e6)])
+    optimizer.step()
+    rms = table.detach().square().mean(-1).sqrt()
+    # momentum 0.9: the mean after one step is a tenth of the gradient.
+    assert torch.allclose(rms, torch.tensor([0.0, 16 * 1e-5 * 0.2, 0.2, 0.2]), atol=1e-7)
+    with pytest.raises(BadInput, match="inflation"):
+        RowMomentum([table], inflation=0.0)
+
+
+def test_muon_batches_across_groups() -> None:
+    """Learning rates by layer do not change what each matrix gets."""
+    a, b = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6, 8))
+    starts, gradients = (a.detach().clone(), b.detach().clone()), (torch.randn(6, 8), torch.randn(6, 8))
+    optimizer = Muon([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.05}])
+    a.grad, b.grad = gradients
+    optimizer.step()
+    for p, start, gradient, rate in ((a, starts[0], gradients[0], 0.1), (b, starts[1], gradients[1], 0.05)):
+        alone = nn.Parameter(start.clone())
+        single = Muon([alone], lr=rate)
+        alone.grad = gradient
+        single.step()
+        assert torch.allclose(p, alone, atol=1e-6)
+
+
+def test_options_that_a_method_does_not_have() -> None:
+    for options, message in (
+        ({"name": "wishful"}, "constraint method"),
+        ({"name": "soft-cap", "strength": 0.1}, "no strength"),
+        ({"name": "soft-cap", "polynomial": "torch"}, "no polynomial"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            make_method(**options)
