@@ -5,8 +5,8 @@ For a curve φ on [l, u]:
   their minimum at an end too, or the global one where the interval may hold its place.
 - `lines`: s z + t_lower ≤ φ(z) ≤ s' z + t_upper. ReLU: the chord above, 0 or z below. Smooth curves: one slope s for both, that of the chord, and
   the extremes of ψ = φ − s z from a grid: between neighbours at distance w, ψ differs from its chord by at most sup|φ''| w²/8.
-- `slopes`: a ≤ (φ(z) − φ(z₀))/(z − z₀) ≤ b for all z ≠ z₀ in the interval and all z₀ in one of its own. ReLU: a secant from z₀ > 0 to −d' is z₀/(z₀ + d'), and so on; smooth
-  curves: the extremes of φ', from a grid of φ', which changes by at most sup|φ''| w/2 within half a cell.
+- `slopes`: a ≤ (φ(z) − φ(z₀))/(z − z₀) ≤ b for all z ≠ z₀ in the interval and all z₀ in one of its own. ReLU: a secant from z₀ > 0 to −d'
+  is z₀/(z₀ + d'), and so on; smooth curves: the extremes of φ', from a grid of φ', which changes by at most sup|φ''| w/2 within half a cell.
 """
 
 from __future__ import annotations
@@ -58,12 +58,6 @@ class Curve:
     def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of the secants from z₀ in the interval `centre`."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Identity(Curve):
-    def value(self, z: Tensor) -> Tensor:
-        return z
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,6 @@ def _silu_prime(z: Tensor) -> Tensor:
 # curvature, and the place and value of the minimum: tests/test_mlp_certifiers.py finds all of them anew in 40 digits.
 CURVES: dict[str, Curve] = {
     "relu": Relu(1.0, 0.0, True),
-    "identity": Identity(1.0, 0.0, True),
     "tanh": Smooth(1.0, 0.0, False, torch.tanh, lambda z: 1 - torch.tanh(z).square(), 0.7698004, None),
     "sigmoid": Smooth(0.25, 0.5, False, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), 0.0962251, None),
     "silu": Smooth(SILU_SLOPE, 0.0, False, F.silu, _silu_prime, 0.5000001, (-1.2784645, -0.2784646)),

@@ -18,7 +18,6 @@ from torch import Tensor
 from robustlip.certifiers.mlp.network import Network, Stage
 from robustlip.rounding import U64, gamma, norm_up, up
 
-
 # Samples are taken so many at a time that the rows of all of them are at most this many numbers: what a processor's cache holds.
 CHUNK = 2**21
 
@@ -32,9 +31,9 @@ class Ball:
     norm: str
 
     def dual(self, rows: Tensor) -> Tensor:
-        """max ⟨row, δ⟩ over ‖δ‖ ≤ 1, rounded up: the dual norm over the last dimension."""
+        """max ⟨row, δ⟩ over ‖δ‖ ≤ 1, rounded up: the dual norm over the last dimension. Squares below 1e-300 may vanish: 1e-140 covers them."""
         order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]
-        return torch.linalg.vector_norm(rows, ord=order, dim=-1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-300
+        return torch.linalg.vector_norm(rows, ord=order, dim=-1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
 
     def part(self, index: slice) -> Ball:
         return Ball(self.x[index], self.radius[index], self.norm)
@@ -96,7 +95,8 @@ def band_of(stage: Stage, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def interval_boxes(network: Network, ball: Ball) -> Boxes:
     """IBP; the first stage takes the ball's own norm."""
-    lows, highs = [], []
+    lows: list[Tensor] = []
+    highs: list[Tensor] = []
     for i, stage in enumerate(network.hidden):
         low, high = first_box(stage, ball) if i == 0 else interval_step(stage, *band_of(network.stages[i - 1], lows[-1], highs[-1]))
         lows.append(low)

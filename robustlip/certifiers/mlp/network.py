@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.certifiers.mlp.curves import CURVES, Curve, Identity, curve_of
+from robustlip.certifiers.mlp.curves import CURVES, Curve, curve_of
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, Residual, ScaledGELU
 from robustlip.rounding import U64, gamma, norm_up, up
@@ -116,6 +116,10 @@ class _Linear:
 
     def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
         self.layer, self.shape = layer, shape
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.shift_error: Tensor | None = None
+        self.out: tuple[int, ...] = shape
         self.relative = 0.0  # of the weights themselves
         name = type(layer).__name__
         if isinstance(layer, nn.Linear):
@@ -127,11 +131,11 @@ class _Linear:
             self.weight, self.bias = layer.weight.detach().double(), layer.bias
             if layer.padding_mode != "zeros":
                 raise UnsupportedLayer(f"expected Conv2d padded by zeros, got padding_mode={layer.padding_mode!r}; use 'global'")
-            self.out, self.terms = tuple(self(torch.zeros(1, *shape, dtype=torch.float64, device=self.weight.device)).shape[1:]), self.weight[0].numel()
+            probe = torch.zeros(1, *shape, dtype=torch.float64, device=self.weight.device)
+            self.out, self.terms = tuple(self(probe).shape[1:]), self.weight[0].numel()
         elif isinstance(layer, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
             if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1), [1, 1]):
                 raise UnsupportedLayer(f"expected AdaptiveAvgPool2d(1), got output_size {layer.output_size}; use AvgPool2d for other sizes")
-            self.weight, self.bias = None, None
             self.out = tuple(layer(torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
             self.terms = math.prod(shape[1:]) + 2 if isinstance(layer, nn.AdaptiveAvgPool2d) else math.prod(pair(layer.kernel_size)) + 2
         else:
@@ -153,21 +157,22 @@ class _Linear:
             shift = beta - moved
             self.relative, self.shift_error = 16 * U64, 16 * U64 * (beta.abs() + moved.abs())
         view = (-1, 1, 1) if len(shape) == 3 else (-1,)
-        if gain.numel() not in (1, shape[0]) and len(shape) == 3 or len(shape) == 2:
+        if gain.numel() not in (1, shape[0]) or len(shape) == 2:
             raise UnsupportedLayer(f"expected a {type(layer).__name__} by channel of images or vectors, got samples of shape {shape}; flatten first")
         self.weight, self.bias = gain.view(view).expand(shape), shift.view(view).expand(shape)
         self.shift_error = self.shift_error.view(view).expand(shape)
 
     def __call__(self, columns: Tensor, absolute: bool = False) -> Tensor:
         """The linear part (no bias) of samples (k, *shape) → (k, *out); with |weights| if absolute."""
-        weight = self.weight.abs() if absolute and self.weight is not None else self.weight
+        if isinstance(self.layer, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+            return self.layer(columns)
+        assert self.weight is not None
+        weight = self.weight.abs() if absolute else self.weight
         if isinstance(self.layer, nn.Linear):
             return columns @ weight.mT
         if isinstance(self.layer, nn.Conv2d):
             c = self.layer
             return F.conv2d(columns, weight, None, c.stride, c.padding, c.dilation, c.groups)
-        if isinstance(self.layer, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
-            return self.layer(columns)
         return columns * weight
 
     def added(self) -> tuple[Tensor, Tensor]:
@@ -178,7 +183,7 @@ class _Linear:
         bias = self.bias.detach().double()
         if isinstance(self.layer, nn.Conv2d):
             bias = bias[:, None, None].expand(self.out)
-        error = self.shift_error if hasattr(self, "shift_error") else torch.zeros_like(bias)
+        error = torch.zeros_like(bias) if self.shift_error is None else self.shift_error
         return bias.reshape(-1), error.reshape(-1)
 
 
@@ -212,14 +217,14 @@ class _Builder:
     def linear(self, layer: nn.Module) -> None:
         op = _Linear(layer, self.shape)
         self._small(math.prod(op.out) + self.held, self.matrix.shape[1])
-        plain = self.pristine and self.held == 0 and isinstance(layer, nn.Linear)
+        plain = self.pristine and self.held == 0 and isinstance(layer, nn.Linear)  # W·I is W
         loss = 0.0 if plain else gamma(op.terms + 2, U64) + op.relative * 1.01
         h = self.held
 
         def through(rows: Tensor, absolute: bool) -> Tensor:
             return op(rows.mT.reshape(-1, *self.shape), absolute).flatten(1).mT
 
-        matrix = op.weight.clone() if plain else through(self.matrix[h:], False)
+        matrix = op.weight.clone() if plain and op.weight is not None else through(self.matrix[h:], False)
         # Whatever the order of summation: each entry is off by γ of the sum of absolute values, and carries on what its rows were off by.
         matrix_error = torch.zeros_like(matrix) if plain else through(loss * self.matrix[h:].abs() + self.matrix_error[h:], True) * (1 + 1e-9)
         added, added_error = (t.to(self.device) for t in op.added())
@@ -248,9 +253,11 @@ class _Builder:
         self._fresh(rows)
 
     def _close(self, curve: Curve | None, linear: Tensor) -> None:
-        errors = [float(norm_up(t.flatten(), 0)) if bool((t != 0).any()) else 0.0 for t in (self.matrix_error, self.vector_error)]
-        sizes = [float(norm_up(t.flatten(), 0)) for t in (self.matrix, self.vector)]
-        self.stages.append(Stage(self.matrix, self.vector, *errors, curve, linear, *sizes))
+        def size(t: Tensor) -> float:
+            return float(norm_up(t.flatten(), 0)) if bool((t != 0).any()) else 0.0
+
+        wrong, off = size(self.matrix_error), size(self.vector_error)
+        self.stages.append(Stage(self.matrix, self.vector, wrong, off, curve, linear, size(self.matrix), size(self.vector)))
 
     def sort(self, layer: nn.Module) -> None:
         """Pairs (a, b) → (max, min) in the layer's order, by a stage of (a − b, a, b) and the identity on the last two."""
@@ -332,8 +339,7 @@ def why_not(model: Chain, threat: Threat) -> str:
     def refused(layers: list[nn.Module]) -> str:
         for layer in layers:
             if type(layer) is nn.Sequential or type(layer) is Residual:
-                inside = list(layer) if type(layer) is nn.Sequential else [layer.branch]
-                if why := refused(inside):
+                if why := refused(list(layer.children())):
                     return why
             elif type(layer) not in (*_KNOWN, *_NOTHING):
                 return f"{type(layer).__name__} has no linear relaxation here"
@@ -360,5 +366,3 @@ def network_of(model: Chain, shape: tuple[int, ...], context: Context) -> Networ
 
     return context.constant(model, f"network-{shape}", compute)
 
-
-__all__ = ["Network", "Stage", "network_of", "why_not", "Identity"]

@@ -3,7 +3,7 @@
 Variables v = (δ, h of the neurons that can cross 0, except in the last hidden layer); every pre-activation is affine in v, z = Zv + z°. The margin is
 linear in the last layer's activations. For any numbers c, κ, q (of any sign) and λ ≥ 0, with [l, u] ∋ z proved for every neuron:
 
-    margin(x + δ) ≥ Σ_last [ a_n relu-part: c_n z_n + κ_n z_n² + min over z ∈ [l, u] of (a_n relu(z) − c_n z − κ_n z²) ] + the neurons that cannot cross
+    margin(x + δ) ≥ Σ_last [ c_n z_n + κ_n z_n² + min over [l, u] of (a_n relu(z) − c_n z − κ_n z²) ] + the neurons that cannot cross
                   − Σ_inner q_n(z_n, h_n) + Σ_inner min over z ∈ [l, u] of q_n(z, relu(z)) + λ(‖δ‖₂² − ε²)
 
 on the ball, q_n(z, h) = q₁z + q₂h + q₃z² + q₄h² + q₅zh: each bracket is at most what it replaces, on the graph of relu. The right side is a
@@ -74,8 +74,8 @@ class Form:
 
     def to(self, dtype: torch.dtype) -> Form:
         layers = tuple(layer.to(dtype) for layer in self.layers)
-        parts = [t.to(dtype) for t in (self.weights, self.fixed, self.constant, self.absolute, self.gradient, self.reach)]
-        return Form(layers, *parts, self.operations)
+        names = ("weights", "fixed", "constant", "absolute", "gradient", "reach")
+        return replace(self, layers=layers, **{name: getattr(self, name).to(dtype) for name in names})
 
 
 def _picked(t: Tensor, index: Tensor) -> Tensor:
@@ -103,8 +103,9 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
         valid = crossing.gather(1, index)
         last = i == len(stages) - 1
         move = torch.linalg.vector_norm(jacobian, dim=-1) * ball.reach[:, None]
-        picked = [_picked(t, index) * (valid if t.dim() == 2 else valid[..., None]) for t in (rows, centre, low, high, size, move)]
-        layers.append(Layer(index, valid.double(), *picked, slice(edge, edge if last else edge + k)))
+        r, *numbers = (_picked(t, index) * (valid if t.dim() == 2 else valid[..., None]) for t in (rows, centre, low, high, size, move))
+        block = slice(edge, edge if last else edge + k)
+        layers.append(Layer(index, valid.double(), r, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], block))
         if last:
             break
         following = stages[i + 1]
@@ -143,12 +144,22 @@ class Instances:
     radius: Tensor  # the boxes' ε (B,)
     norm: str
     operations: int
+    hurts: Tensor  # (B, k') places of the last layer's neurons of negative weight, the only ones with a κ; and their rows (B, k', d)
+    bent: Tensor
 
     @classmethod
     def of(cls, form: Form, sample: Tensor, rival: Tensor, ball: Ball) -> Instances:
-        parts = [t[sample, rival] for t in (form.weights, form.fixed, form.constant, form.absolute, form.gradient)]
+        weights, fixed, constant, absolute, gradient = (
+            t[sample, rival] for t in (form.weights, form.fixed, form.constant, form.absolute, form.gradient)
+        )
         radius = ball.radius[sample].to(form.reach.dtype)
-        return cls(tuple(layer.take(sample) for layer in form.layers), *parts, form.reach[sample], radius, ball.norm, form.operations)
+        layers = tuple(layer.take(sample) for layer in form.layers)
+        negative = weights < 0
+        hurts = negative.to(torch.uint8).topk(max(1, int(negative.sum(-1).max())), dim=-1).indices
+        bent = _picked(layers[-1].rows, hurts)
+        return cls(
+            layers, weights, fixed, constant, absolute, gradient, form.reach[sample], radius, ball.norm, form.operations, hurts, bent
+        )  # fmt: skip
 
 
 @dataclass
@@ -206,7 +217,7 @@ class Dual:
         self.it = it
         end = it.layers[-1]
         self.c, kappa = (m.last * (scales.last * end.valid)[:, None]).unbind(1)
-        self.kappa = kappa / end.width
+        self.kappa = kappa / end.width * (it.weights < 0)
         self.q = []
         for layer, q, scale in zip(it.layers, m.inner, scales.inner, strict=False):
             unit = (scale * layer.valid)[:, None] / torch.stack([torch.ones_like(layer.width)] * 2 + [layer.width] * 3, 1)
@@ -229,8 +240,7 @@ class Dual:
 
     def curvature(self, v: Tensor) -> Tensor:
         """vᵀMv for each column of v (B, d, r) → (B, r)."""
-        end = self.it.layers[-1]
-        value = (self.kappa[..., None] * (end.rows @ v).square()).sum(1)
+        value = (self.kappa.gather(1, self.it.hurts)[..., None] * (self.it.bent @ v).square()).sum(1)
         for layer, q in zip(self.it.layers, self.q, strict=False):
             z, h = layer.rows @ v[:, : layer.rows.shape[-1]], v[:, layer.block]
             zz, hh, zh = (t[..., None] for t in q.unbind(1)[2:])
@@ -259,7 +269,7 @@ class Dual:
         """(M (B, d, d), b (B, d), c (B,)): vᵀMv + 2bᵀv + c is `at`."""
         it, end = self.it, self.it.layers[-1]
         d, n = it.fixed.shape[-1], self.split.shape[-1]
-        matrix = end.rows.mT @ (self.kappa[..., None] * end.rows)
+        matrix = it.bent.mT @ (self.kappa.gather(1, it.hurts)[..., None] * it.bent)
         linear = it.fixed + ((self.c + 2 * self.kappa * end.clean)[:, None] @ end.rows)[:, 0]
         constant = it.constant + ((self.c + self.kappa * end.clean) * end.clean).sum(-1)
         diagonal = torch.zeros_like(linear)
