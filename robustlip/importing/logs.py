@@ -50,7 +50,7 @@ def count(parameters: Mapping[str, Any], key: str, most: int = MAX_BLOCKS) -> in
 def real(parameters: Mapping[str, Any], key: str, default: float = 1.0) -> float:
     """A finite number above 0 from the options of a run. Raises BadInput for anything else."""
     value = parameters.get(key, default)
-    if type(value) not in (int, float) or not math.isfinite(value) or not value > 0:
+    if type(value) not in (int, float) or not 0 < value <= MAX_NORM:
         raise BadInput(f"expected {key} above 0 in the file's options, got {str(value)[:40]!r}; this reader knows no other")
     return float(value)
 
@@ -114,7 +114,7 @@ def newhouse_june(log: Log) -> float:
     for i in range(blocks):
         q, k, v, w, up, down = (_norm(log, f"{name}{i}") for name in ("q", "k", "v", "w", "mlp_in", "mlp_out"))
         values, mlp = w * v / 3, down * up / GELU_DIVISOR
-        total *= 1 - alpha + alpha * values * (1 + 2 * size**2 * q * k) * scale
+        total *= 1 - alpha + alpha * values * (1 + 2 * size * size * q * k) * scale
         total *= 1 - alpha + alpha * mlp
         size *= (1 - alpha + alpha * values) * (1 - alpha + alpha * mlp)
     return total * _norm(log, "out")

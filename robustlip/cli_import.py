@@ -1,0 +1,212 @@
+"""`robustlip import`: a checkpoint or log of the published code, read as data: a model of ours, and its claimed bound beside a proved one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from robustlip import __version__
+from robustlip.cli import DataDir, Json, Limit, app
+from robustlip.errors import BadInput
+
+if TYPE_CHECKING:
+    from robustlip.console import Out
+    from robustlip.importing import Checkpoint, Converted, Log
+    from robustlip.importing.measure import Measured
+
+SOURCE = "Newhouse et al. 2025, arXiv 2507.13338"
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint (.npz) or log (.json) of the published code")],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder of the model file and its card")] = Path("runs/import"),
+    name: Annotated[Optional[str], typer.Option("--name", help="of the model  [default: from the file's]")] = None,
+    checkpoint: Annotated[Optional[int], typer.Option("--checkpoint", min=0, help="which, when the file holds several  [default: the last]")] = None,
+    vocabulary: Annotated[Optional[Path], typer.Option("--vocabulary", help="text file with the characters of token ids 0, 1, …")] = None,
+    data: Annotated[Optional[str], typer.Option("--data", help="also measure loss and accuracy, e.g. on tiny_shakespeare:test")] = None,
+    json: Json = None, limit: Limit = None, data_dir: DataDir = None,
+) -> None:  # fmt: skip
+    """Turn a published checkpoint into a model, without running anything in it, and prove its bound; or recompute the bound of a log."""
+    from robustlip.console import Out, Progress
+    from robustlip.importing import convert, read_checkpoint, read_log
+    from robustlip.importing.measure import measure
+
+    out = Out(json)
+    if not file.is_file():
+        raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which is not there; check the path")
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if start[:2] != b"PK":
+        if start.lstrip()[:1] != b"{":
+            raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file.name}, which is neither; name a file of the published code")
+        if data or vocabulary or name or checkpoint is not None:
+            raise BadInput(
+                "expected --data, --vocabulary, --name and --checkpoint with a checkpoint, got a log, which holds no weights; leave them out"
+            )
+        _show_log(file, read_log(file), out)
+        return
+    with Progress() as progress:
+        progress(f"reading {file.name}", 0, 3)
+        read = read_checkpoint(file, checkpoint)
+        progress("building the model and its bound", 1, 3)
+        made = convert(read, None if vocabulary is None else _characters(vocabulary))
+        card = _card(file, read, made)
+        progress(f"measuring on {data}" if data else "measuring", 2, 3)
+        measured = measure(made.model, data, read.log.parameters, data_dir=data_dir, limit=limit) if data else None
+    _save(file, name, out_folder, made, card, measured, out)
+
+
+def _characters(path: Path) -> str:
+    from robustlip.data.text import read_text
+
+    if not path.is_file():
+        raise BadInput(f"expected a text file with the characters of token ids, got {path}, which is not there; check the path")
+    return read_text(path)
+
+
+def _formulas(log: Log) -> dict[str, float | str]:
+    """What the published code makes of the log's norms, in each of its versions, or why it cannot."""
+    from robustlip.importing import FORMULAS
+
+    values: dict[str, float | str] = {}
+    for name, formula in FORMULAS.items():
+        try:
+            values[name] = formula(log)
+        except BadInput as error:
+            values[name] = str(error)
+    return values
+
+
+def _explained(log: Log, values: dict[str, float | str]) -> str:
+    from robustlip.importing.logs import explained
+
+    if log.claimed is None:
+        return "the file claims no constant"
+    if any(isinstance(value, str) for value in values.values()):
+        return "the file does not hold the norms that its constant comes from"
+    which = explained(log)
+    return f"the file's constant is the formula as {which}" if which else "the file's constant comes from neither version of the formula"
+
+
+def _show_log(file: Path, log: Log, out: Out) -> None:
+    values = _formulas(log)
+    said = _explained(log, values)
+    document = {"file": file.name, "claimed": log.claimed, "formulas": values, "explained": said, "accuracy": log.accuracy, "loss": log.loss}
+    out.json({**document, "norms": dict(log.norms), "proved": None})
+    out.table(
+        f"{file.name}: a log of the published code", ["", "Lipschitz constant, RMS, from one-hot characters or pixels"], _log_rows(log, values, said)
+    )
+    out.say("A log holds no weights: none of this is proved. Import the checkpoint for a proved bound.")
+
+
+def _log_rows(log: Log, values: dict[str, float | str], said: str) -> list[tuple[str, str]]:
+    rows = [("claimed in the file", "–" if log.claimed is None else f"{log.claimed:.6g}")]
+    rows += [(f"formula as {name}, norms of the log", f"{value:.6g}" if isinstance(value, float) else value) for name, value in values.items()]
+    rows += [("so", said)]
+    rows += [(f"{key} in the file", f"{value:.4f}") for key, value in (("accuracy", log.accuracy), ("loss", log.loss)) if value is not None]
+    return rows
+
+
+def _from_weights(made: Converted) -> tuple[float | None, str]:
+    """The published formula with the norms of the weights in use, RMS, from embeddings (transformers) or pixels; and why not."""
+    from robustlip.attacks import formulas
+
+    try:
+        if made.model.embedding_depth:
+            return formulas.newhouse2025(made.model).value, ""
+        return formulas.product(made.model).in_units("rms").value, ""
+    except BadInput as error:
+        return None, str(error)
+
+
+def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
+    import torch
+
+    from robustlip.certifiers import lipschitz_bound
+    from robustlip.hashing import weights_sha256
+
+    log, bound = read.log, lipschitz_bound(made.model)
+    weights_formula, why_not = _from_weights(made)
+    embed = log.norms.get("embed", 1.0) if made.model.embedding_depth else 1.0
+    claimed = log.claimed / embed if log.claimed is not None and embed > 0 else None
+    notes = [*made.notes, *([f"members of the file that were not read: {', '.join(read.left_out)}"] if read.left_out else [])]
+    return {
+        "description": f"Imported from a checkpoint of the published code ({read.number + 1} of {read.count}).",
+        "paper": SOURCE,
+        "caveats": "; ".join(notes),
+        "confirmed": made.confirmed,
+        "source_file": _printable(file.name),
+        "source_sha256": read.sha256,
+        "data": _printable(str(log.parameters.get("data", ""))),
+        "reported_accuracy": log.accuracy,
+        "reported_loss": log.loss,
+        "parameters": sum(p.numel() for p in made.model.parameters()),
+        "weights_sha256": weights_sha256(made.model),
+        "versions": {"robustlip": __version__, "torch": torch.__version__},
+        "claim": {
+            "claimed": log.claimed,
+            "claimed_from_embeddings": claimed,
+            "explained": _explained(log, _formulas(log)),
+            "formula_of_logged_norms": {key: value for key, value in _formulas(log).items() if isinstance(value, float)},
+            "formula_of_weights": weights_formula,
+            "formula_of_weights_why_not": why_not or None,
+            "proved_over_claimed": float(bound["rms"]) / claimed if claimed else None,
+        },
+        "options": {key: value for key, value in log.parameters.items() if _simple(key) and _simple(value)},
+        "bound": bound,
+    }
+
+
+def _printable(text: str) -> str:
+    return text[:200] if text.isprintable() else ascii(text[:200])
+
+
+def _simple(value: Any) -> bool:
+    return isinstance(value, (bool, float)) or (type(value) is int and abs(value) < 2**63) or (isinstance(value, str) and _printable(value) == value)
+
+
+def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dict[str, Any], measured: Measured | None, out: Out) -> None:
+    from robustlip.checkpoints import save_model, toml_text
+    from robustlip.files import write_text
+
+    stem = name or "".join(c if (c.isalnum() and c.isascii()) or c in ".-_" else "-" for c in file.stem)
+    if not stem or stem.startswith(".") or "/" in stem or "\\" in stem:
+        raise BadInput(f"expected a name of letters, digits, dots and dashes, got {stem!r}; give --name")
+    if measured is not None:
+        card["measured"] = {"accuracy": measured.accuracy, "loss": measured.loss, "of": measured.of}
+    path = folder / f"{stem}.safetensors"
+    try:
+        save_model(path, made.model)
+    except OSError as error:
+        raise BadInput(f"expected a place to write, got {path} ({error.strerror or error}); name another --out") from error
+    card = {"name": stem, **card}
+    write_text(path.with_suffix(".toml"), toml_text(card))
+    out.json({"model": str(path), "card": card})
+    claim, bound = card["claim"], card["bound"]
+
+    def figure(value: float | None) -> str:
+        return "–" if value is None else f"{value:.6g}"
+
+    rows = [
+        ("claimed in the file", figure(claim["claimed"])),
+        *((f"formula as {key}, norms of the log", figure(value)) for key, value in claim["formula_of_logged_norms"].items()),
+        ("so", claim["explained"]),
+        ("claimed, from the embeddings", figure(claim["claimed_from_embeddings"])),
+        ("formula as published, norms of the weights", figure(claim["formula_of_weights"]) + (f" ({claim['formula_of_weights_why_not']})"
+                                                                                              if claim["formula_of_weights_why_not"] else "")),
+        ("proved, RMS", f"{bound['rms']:.6g}"),
+        ("proved, ℓ2", f"{bound['l2']:.6g}, token norms up to {bound['domain']}" if made.model.embedding_depth else f"{bound['l2']:.6g}"),
+        ("proved over claimed", figure(claim["proved_over_claimed"])),
+        ("order of the weights", made.confirmed),
+        *(("note", note) for note in made.notes),
+        *((f"{key} in the file", f"{card[f'reported_{key}']:.4f}") for key in ("accuracy", "loss") if card[f"reported_{key}"] is not None),
+        *([("measured", f"accuracy {measured.accuracy:.4f}, loss {measured.loss:.4f} on {measured.of}")] if measured else []),
+        ("weights", card["weights_sha256"]),
+    ]  # fmt: skip
+    out.table(f"{file.name}: imported", ["", "Lipschitz constant to the logits"], rows)
+    out.say(f"model: {path}\ncard:  {path.with_suffix('.toml')}")
+    if claim["proved_over_claimed"] and claim["proved_over_claimed"] > 1:
+        out.say(f"The claim is not proved by robustlip; `robustlip audit {path} --formula newhouse2025 --worst-weights` tries to refute it.")
