@@ -3,8 +3,9 @@
     python benchmarks/lipsdp.py [--json FILE] [--cvxpy] [--data-dir FOLDER] [--cases digits-mlp-lipschitz mnist ...]
 
 All constants are proved upper bounds (ℓ2 in, ℓ2 out; or ℓ2 in, the margin of a pair of logits out); 'seen' is the largest ‖J‖ at samples of the
-data, below the true constant. 'mnist' trains an MLP 784-256-10 (203,530 parameters) on the first images of MNIST: of the shape for which the README of LipDiff
-reports 9.309 for the product of norms and 4.822 for LipSDP in 47 s, other weights. Certified radii are medians over the test split.
+data, below the true constant. 'mnist' trains an MLP 784-256-10 (203,530 parameters) on the first images of MNIST: of the shape for which the
+README of LipDiff reports 9.309 for the product of norms and 4.822 for LipSDP in 47 s, other weights. Certified radii are medians over the test
+split.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from robustlip.certifiers.sdp import (
 from robustlip.certifiers.sdp.eclipse import fast_multipliers
 from robustlip.certifiers.sdp.network import Network, pair_rows
 from robustlip.certifiers.sdp.newton import minimise
-from robustlip.certifiers.sdp.program import holds, least_proved, program_of
+from robustlip.certifiers.sdp.program import Program, holds, least_proved, program_of
 from robustlip.certifiers.sdp.quadratic import Quadratic, constraint_of, elementwise
 from robustlip.certifiers.sdp.reach import row_gains, through_activation, through_linear
 from robustlip.certifiers.sdp.verify import Ball, Rows, dominating, product, proved_positive, sandwich
@@ -142,7 +142,16 @@ def test_positive_means_positive(size) -> None:
 
 
 def test_radii_of_balls_are_not_forgotten() -> None:
-    """[[1, 1 − 1e-7], …] is positive; with entries uncertain by 1e-6 it need not be."""
+    """[[1, 1 − 1e-7], …] is positive; with entries uncertain by 1e-6, or by just enough, it need not be."""
+    for size in (2, 30):
+        q, _ = torch.linalg.qr(torch.randn(size, size).double())
+        values = torch.ones(size, dtype=torch.float64)
+        values[0] = 1e-5
+        matrix = (q * values) @ q.mT
+        matrix = (matrix + matrix.mT) / 2
+        corner = torch.outer(q[:, 0], q[:, 0])
+        assert proved_positive(Ball(matrix))
+        assert not proved_positive(Ball(matrix, 1.01e-5 * corner.abs()))  # the member matrix − 1.01e-5·corner is not positive
     mid = torch.tensor([[1.0, 1 - 1e-7], [1 - 1e-7, 1.0]], dtype=torch.float64)
     assert proved_positive(Ball(mid))
     assert not proved_positive(Ball(mid, torch.full((2, 2), 1e-6, dtype=torch.float64)))
@@ -456,6 +465,52 @@ def test_no_multipliers_whatsoever_prove_less_than_is_true() -> None:
             if x is not None:
                 assert bool((row_gains(rows, x) >= below.pairs[first, second]).all())
     assert proved > 20
+
+
+def test_a_guess_that_is_too_small_is_not_believed(monkeypatch) -> None:
+    """Plain float64 says half of the truth about ρ, or about X: what comes out is proved all the same, or infinite."""
+    network = network_of(mlp([4, 6, 6, 3], "gelu", 3))
+    program = program_of(network, network.head)
+    start = program.join(fast_multipliers(network, 1.5)[0])
+    truth = program.bound(start)
+    honest = Program.bound
+    for lie in (0.5, 0.999, 1 - 1e-6):
+        monkeypatch.setattr(Program, "bound", lambda self, flat, lie=lie: lie * honest(self, flat))
+        assert least_proved(program, start) >= truth * (1 - 1e-12)
+    monkeypatch.undo()
+    assert least_proved(program, start) <= truth * (1 + 1e-6)
+    weight, constraint = network.stages[0]
+    g = through_linear(weight, None)
+    flat = torch.full((constraint.groups,), 3 * constraint.fast * float(torch.linalg.eigvalsh(g)[-1]), dtype=torch.float64)
+    proper = through_activation(constraint, g, flat)
+    solve = torch.linalg.solve_triangular
+    monkeypatch.setattr(torch.linalg, "solve_triangular", lambda *args, **options: 0.5 * solve(*args, **options))
+    lied = through_activation(constraint, g, flat)
+    assert proper is not None and (lied is None or torch.linalg.eigvalsh(lied - proper)[0] > -1e-9)
+
+
+def test_a_cholesky_factor_that_is_wrong_proves_nothing(monkeypatch) -> None:
+    """Whatever LAPACK says: a factor that is not one, of a matrix that is not positive, is found out by its residual."""
+    factorise = torch.linalg.cholesky_ex
+
+    def wrong(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.eye(len(matrix), dtype=torch.float64), torch.zeros((), dtype=torch.int32)
+
+    indefinite = torch.tensor([[1.0, 1.1], [1.1, 1.0]], dtype=torch.float64)
+    assert not proved_positive(Ball(indefinite)) and factorise(indefinite)[1] > 0
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", wrong)
+    assert not proved_positive(Ball(indefinite))
+    # The factor of the nearest positive matrix: residual and radius are each below the shift, together they are not. 1.07 is in the ball.
+    root = 0.935**0.5
+    near = torch.tensor([[root, 0.0], [root, 0.0]], dtype=torch.float64)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (near, torch.zeros((), dtype=torch.int32)))
+    apart = 1 - torch.eye(2, dtype=torch.float64)
+    assert not proved_positive(Ball(torch.eye(2, dtype=torch.float64) + 0.97 * apart, 0.1 * apart))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", wrong)
+    # Not positive by very little, which only the residual knows.
+    nearly = torch.eye(3, dtype=torch.float64) * 2.0**-30
+    nearly[0, 1] = nearly[1, 0] = 2.0**-30 * (1 + 1e-12)
+    assert not proved_positive(Ball(nearly))
 
 
 def test_a_step_is_the_smallest_and_never_below_it() -> None:

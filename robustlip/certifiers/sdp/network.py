@@ -12,6 +12,7 @@ from robustlip.certifiers.sdp.quadratic import Quadratic, constraint_of, known
 from robustlip.certifiers.sdp.verify import Ball, product
 from robustlip.layers import Chain, Normalize
 from robustlip.rounding import U64
+from robustlip.rules import rule_for
 from robustlip.threats import InputBall, Threat
 
 
@@ -67,6 +68,7 @@ def network_of(model: Chain) -> Network:
     width = 0
     gain = 1.0  # of scalings in front of the next Linear layer
     for layer in model:
+        rule_for(layer)  # refuses hooks, which can change what a layer computes
         if type(layer) is Normalize:
             gain = gain / float(layer.std.double().abs().min()) * (1 + 4 * U64)
         elif type(layer) is nn.Linear:
