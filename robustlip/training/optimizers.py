@@ -1,0 +1,81 @@
+"""The optimisers of a recipe, their learning rates by layer, and their state as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.layers import Residual
+from robustlip.muon import Muon, RowMomentum
+from robustlip.training.recipe import Recipe
+from robustlip.training.reparametrize import trained_weight
+
+
+def _groups(parameters: Iterable[Tensor], lr: float, model: nn.Module, factor: float) -> list[dict[str, Any]]:
+    """Parameter groups: one, or one for each learning rate when `factor` scales those of earlier residual layers."""
+    residuals = [m for m in model.modules() if isinstance(m, Residual)]
+    later = {id(p): len(residuals) - 1 - i for i, m in enumerate(residuals) for p in m.parameters()}
+    by_rate: dict[float, list[Tensor]] = {}
+    for p in parameters:
+        by_rate.setdefault(lr * factor ** later.get(id(p), 0), []).append(p)
+    return [{"params": members, "lr": rate} for rate, members in by_rate.items()]
+
+
+def make_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, RowMomentum for embeddings where the recipe inflates their gradients, AdamW for the rest or for all."""
+    spec = recipe.optimizer
+
+    def groups(parameters: Iterable[Tensor], lr: float) -> list[dict[str, Any]]:
+        return _groups(parameters, lr, model, spec.earlier_layers)
+
+    if spec.name == "adamw":
+        return [torch.optim.AdamW(groups(model.parameters(), spec.lr), lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)]
+    matrices = {id(w): w for m in model.modules() if isinstance(m, nn.Linear) for w in [trained_weight(m)]}
+    muon = Muon(
+        groups(matrices.values(), spec.lr),
+        lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, polynomial=spec.polynomial,
+    )  # fmt: skip
+    made: list[torch.optim.Optimizer] = [muon]
+    tables: dict[int, Tensor] = {}
+    if spec.embedding_inflation is not None:
+        tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        if tables:
+            rate = spec.embedding_lr or spec.lr
+            made.append(RowMomentum(list(tables.values()), lr=rate, momentum=spec.momentum, inflation=spec.embedding_inflation))
+    rest = [p for p in model.parameters() if id(p) not in matrices and id(p) not in tables]
+    if rest:
+        made.append(torch.optim.AdamW(groups(rest, spec.adamw_lr), lr=spec.adamw_lr, betas=spec.betas, weight_decay=0.0))
+    return made
+
+
+def schedule(recipe: Recipe, step: int) -> float:
+    """The factor of all learning rates at a step: linear warm-up, then linear decay to `final`."""
+    spec, steps = recipe.optimizer, recipe.run.steps
+    warm = min(1.0, (step + 1) / spec.warmup) if spec.warmup else 1.0
+    return warm * (1 - (1 - spec.final) * step / steps)
+
+
+def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Everything that a run carries from step to step, as named tensors."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for o, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{o}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    return tensors
+
+
+def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The reverse of `state_tensors`."""
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for o, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{o}."):
+                _, _, i, key = name.split(".", 3)
+                state.setdefault(int(i), {})[key] = tensor
+        whole["state"] = state
+        optimizer.load_state_dict(whole)

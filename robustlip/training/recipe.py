@@ -1,0 +1,174 @@
+"""The recipe file: what is trained, on what, how. Unknown keys are errors, defaults never change what an older recipe does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from robustlip.constraints import make_method
+from robustlip.errors import BadInput
+
+# A key that was added after the first release: left out of a recipe's identity while it has its default, so old states stay valid.
+_LATER: Any = {"later": True}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataPart(_Strict):
+    """name: what load_data takes, without a split. context: tokens of a training window (text only)."""
+
+    name: str
+    context: PositiveInt = 256
+
+
+class OptimizerPart(_Strict):
+    """muon: matrices by Muon, all else by AdamW at adamw_lr; adamw: everything by AdamW at lr. All rates decay linearly to final·rate.
+
+    lr of Muon is the RMS→RMS norm of an update (times the peak of its polynomial). warmup: steps of linear increase. clip_gradient:
+    largest ℓ2 norm of the whole gradient. polynomial: of Muon, a key of robustlip.muon.POLYNOMIALS.
+    earlier_layers: factor of the learning rate inside a residual layer for each residual layer after it; the paper halves (0.5).
+    embedding_inflation: embeddings by robustlip.muon.RowMomentum at embedding_lr (lr unless given); the paper inflates at most 16 times.
+    """
+
+    name: Literal["muon", "adamw"] = "adamw"
+    lr: PositiveFloat
+    adamw_lr: PositiveFloat = 1e-3
+    momentum: float = Field(0.9, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+    clip_gradient: PositiveFloat | None = None
+    polynomial: Literal["six-step", "torch", "145m-script"] = Field(default="six-step", json_schema_extra=_LATER)
+    earlier_layers: float = Field(default=1.0, gt=0, le=1, json_schema_extra=_LATER)
+    embedding_inflation: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
+    embedding_lr: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.name == "adamw" and (self.polynomial != "six-step" or self.embedding_inflation is not None):
+            raise ValueError("polynomial and embedding_inflation belong to muon")
+        if self.embedding_lr is not None and self.embedding_inflation is None:
+            raise ValueError("embedding_lr needs embedding_inflation")
+        return self
+
+
+class ConstraintPart(_Strict):
+    """See robustlip.constraints: method, cap in RMS units, per head or whole, caps of single weights by pattern.
+
+    rows: patterns of matrices capped row by row instead (an unembedding). strength: λ of the two decays. polynomial: Stiefel's.
+    """
+
+    method: Literal[
+        "none", "weight-decay", "spectral-weight-decay", "spectral-normalize", "stiefel", "spectral-hammer", "soft-cap", "hard-cap", "hard-cap-msign"
+    ] = "none"  # fmt: skip
+    w_max: PositiveFloat = 1.0
+    per_head: bool = True
+    overrides: dict[str, PositiveFloat] = Field(default_factory=dict)
+    rows: tuple[str, ...] = Field(default=(), json_schema_extra=_LATER)
+    strength: float | None = Field(default=None, gt=0, lt=1, json_schema_extra=_LATER)
+    polynomial: Literal["six-step", "torch", "145m-script"] | None = Field(default=None, json_schema_extra=_LATER)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        make_method(self.method, strength=self.strength, polynomial=self.polynomial)
+        return self
+
+
+class LossPart(_Strict):
+    """Cross entropy of logit_scale·logits: a bounded model cannot grow its logits, so the loss has to say how sharp they should count.
+
+    kind 'ibp': cross entropy of the worst logits that interval bounds allow in the ball of radius epsilon (raw input units) of `norm`, for MLPs
+    (Gowal et al. 2018), trained as Shi et al. 2021: their initialisation, epsilon grown over `ramp` steps after `start` steps near 0,
+    their two regularisers with weight `regularizer` until then. See robustlip.training.ibp.
+    """
+
+    logit_scale: PositiveFloat = 1.0
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    input_noise: float = Field(default=0.0, ge=0)
+    kind: Literal["cross-entropy", "ibp"] = Field(default="cross-entropy", json_schema_extra=_LATER)
+    epsilon: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
+    norm: Literal["linf", "l2"] = Field(default="linf", json_schema_extra=_LATER)
+    start: int = Field(default=0, ge=0, json_schema_extra=_LATER)
+    ramp: int = Field(default=0, ge=0, json_schema_extra=_LATER)
+    regularizer: float = Field(default=0.5, ge=0, json_schema_extra=_LATER)
+    tolerance: float = Field(default=0.5, gt=0, le=1, json_schema_extra=_LATER)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.kind == "ibp") != (self.epsilon is not None):
+            raise ValueError("kind = 'ibp' needs an epsilon, and nothing else has one")
+        return self
+
+
+class RunPart(_Strict):
+    steps: PositiveInt
+    batch: PositiveInt
+    evaluate_every: PositiveInt = 200
+    checkpoint_every: PositiveInt = 100
+
+
+class Recipe(_Strict):
+    """A recipe file. Unknown keys are errors.
+
+    reparametrization: 'spectral-norm' (Miyato et al. 2018) or 'sigma-reparam' (Zhai et al. 2023) of every Linear layer, folded into plain
+    weights at the end; without a constraint, which would act on something else.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    description: str = ""
+    paper: str = ""
+    caveats: str = ""
+    seed: int = 0
+    reparametrization: Literal["none", "spectral-norm", "sigma-reparam"] = Field(default="none", json_schema_extra=_LATER)
+    model: dict[str, Any]
+    data: DataPart
+    optimizer: OptimizerPart
+    constraint: ConstraintPart = ConstraintPart()
+    loss: LossPart = LossPart()
+    run: RunPart
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.reparametrization != "none" and self.constraint.method != "none":
+            raise ValueError("a reparametrization and a constraint exclude each other")
+        if self.loss.kind == "ibp" and self.model.get("kind") != "mlp":
+            raise ValueError("loss kind 'ibp' is for models of kind 'mlp'")
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe. Raises BadInput with the file, the key and the remedy."""
+    path = Path(path)
+    try:
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise BadInput(f"expected a recipe file, got {path}, which cannot be read; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"expected a TOML recipe, got {path.name}, which is not TOML ({error}); correct that line") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"expected a valid recipe in {path.name}, got '{where}': {first['msg']}; correct or remove that key") from None
+
+
+def identity(recipe: Recipe) -> str:
+    """SHA-256 of everything that a recipe says. Keys that older versions did not have count only when they differ from their default."""
+
+    def plain(part: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, field in type(part).model_fields.items():
+            value = getattr(part, name)
+            if field.json_schema_extra == _LATER and value == field.get_default(call_default_factory=True):
+                continue
+            out[name] = plain(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
+        return out
+
+    return hashlib.sha256(json.dumps(plain(recipe, recipe.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
