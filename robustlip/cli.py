@@ -345,4 +345,5 @@ def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 import robustlip.cli_audit  # noqa: E402  (the verb audit; last, as the next)
 import robustlip.cli_import  # noqa: E402  (the verb import)
+import robustlip.cli_sweep  # noqa: E402  (the verb sweep)
 import robustlip.cli_trust  # noqa: E402, F401  (the verbs verify and gate; last, because that file takes its options from this one)

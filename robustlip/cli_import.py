@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from robustlip.console import Out
     from robustlip.importing import Checkpoint, Converted, Log
     from robustlip.importing.measure import Measured
+    from robustlip.layers import Chain
 
 SOURCE = "Newhouse et al. 2025, arXiv 2507.13338"
 
@@ -110,16 +111,19 @@ def _log_rows(log: Log, values: dict[str, float | str], said: str) -> list[tuple
     return rows
 
 
-def _from_weights(made: Converted) -> tuple[float | None, str]:
-    """The published formula with the norms of the weights in use, RMS, from embeddings (transformers) or pixels; and why not."""
+def published_formula(model: Chain) -> tuple[float | None, str]:
+    """What the published formula makes of the weights in use, ∞-RMS, from embeddings (transformers) or inputs (MLPs); or None, and why."""
     from robustlip.attacks import formulas
 
+    config = model.config or {}
     try:
-        if made.model.embedding_depth:
-            return formulas.newhouse2025(made.model).value, ""
-        return formulas.product(made.model).in_units("rms").value, ""
+        if model.embedding_depth:
+            return formulas.newhouse2025(model).value, ""
+        if config.get("kind") == "mlp" and config.get("activation") == "relu":
+            return formulas.product(model).in_units("rms").value, ""
     except BadInput as error:
         return None, str(error)
+    return None, "the published formula speaks of transformers and of MLPs with ReLU"
 
 
 def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
     from robustlip.hashing import weights_sha256
 
     log, bound = read.log, lipschitz_bound(made.model)
-    weights_formula, why_not = _from_weights(made)
+    weights_formula, why_not = published_formula(made.model)
     embed = log.norms.get("embed", 1.0) if made.model.embedding_depth else 1.0
     claimed = log.claimed / embed if log.claimed is not None and embed > 0 else None
     notes = [*made.notes, *([f"members of the file that were not read: {', '.join(read.left_out)}"] if read.left_out else [])]
