@@ -115,7 +115,7 @@ def _regularizer(seen: list[tuple[Tensor, Tensor]], first: float, tolerance: flo
         pairs = (((centre * active).mean(), -(centre * inactive).mean()), ((spread * active).sum(), (spread * inactive).sum()))
         for a, b in pairs:
             # No active or no inactive neuron at all: there is no ratio, and its gradient would be no number.
-            if float(a) > 0 and float(b) > 0:
+            if float(a.detach()) > 0 and float(b.detach()) > 0:
                 ratio = torch.minimum(a / b, b / a)
                 total = total + F.relu(tolerance - ratio) / tolerance
     return total / len(seen)
