@@ -175,6 +175,7 @@ def _simple(value: Any) -> bool:
 def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dict[str, Any], measured: Measured | None, out: Out) -> None:
     from robustlip.checkpoints import save_model, toml_text
     from robustlip.files import write_text
+    from robustlip.sweep import upward
 
     stem = name or "".join(c if (c.isalnum() and c.isascii()) or c in ".-_" else "-" for c in file.stem)
     if not stem or stem.startswith(".") or "/" in stem or "\\" in stem:
@@ -201,8 +202,8 @@ def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dic
         ("claimed, from the embeddings", figure(claim["claimed_from_embeddings"])),
         ("formula as published, norms of the weights", figure(claim["formula_of_weights"]) + (f" ({claim['formula_of_weights_why_not']})"
                                                                                               if claim["formula_of_weights_why_not"] else "")),
-        ("proved, RMS", f"{bound['rms']:.6g}"),
-        ("proved, ℓ2", f"{bound['l2']:.6g}, token norms up to {bound['domain']}" if made.model.embedding_depth else f"{bound['l2']:.6g}"),
+        ("proved, RMS", upward(bound["rms"], 6)),
+        ("proved, ℓ2", upward(bound["l2"], 6) + (f", token norms up to {bound['domain']:.6g}" if made.model.embedding_depth else "")),
         ("proved over claimed", figure(claim["proved_over_claimed"])),
         ("order of the weights", made.confirmed),
         *(("note", note) for note in made.notes),

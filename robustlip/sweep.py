@@ -18,7 +18,7 @@ training state is, and another order of the grid, or a longer one, trains nothin
 
 from __future__ import annotations
 
-import hashlib
+import decimal
 import itertools
 import json
 import math
@@ -30,14 +30,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, RobustlipError
 from robustlip.files import atomic, write_json, write_text
 from robustlip.layers import Chain
-from robustlip.training import Recipe, load_recipe
+from robustlip.training import Recipe, identity, load_recipe
 
 MAX_RUNS = 10_000
 PENDING, PARTIAL, FINISHED, FAILED = "pending", "partial", "finished", "failed"
-_TOLD = ("name", "description", "paper", "caveats")  # said of a recipe, not part of what is computed
+_TOLD = {"name": "run", "description": "", "paper": "", "caveats": ""}  # said of a recipe, not part of what is computed
 
 Published = Callable[[Chain], tuple[float | None, str]]
 Advance = Callable[[str, int, int], None]
@@ -194,7 +194,7 @@ def _run(base: Recipe, fixed: Changes, varied: Changes, file: str) -> Run:
     except ValidationError as error:
         raise BadInput(f"expected valid recipes from {file}, got {_first(error)} ({_told(told)}); correct that key") from None
     _check_model(recipe)
-    sha256 = hashlib.sha256(json.dumps(recipe.model_dump(mode="json", exclude=set(_TOLD)), sort_keys=True).encode()).hexdigest()
+    sha256 = identity(recipe.model_copy(update=_TOLD))
     name = f"{base.name}-{sha256[:12]}"
     changed = f"{base.description} Changed: {_told(told)}." if told else base.description
     return Run(recipe.model_copy(update={"name": name, "description": changed}), told, sha256)
@@ -234,7 +234,8 @@ def run_sweep(
     """Train what is not finished in `folder`, at most `limit` of it now, and write results.json and the tables after every run.
 
     published: the formula to set beside the proved bound. advance(label, done, total) counts steps of the run.
-    A run whose loss is not finite is marked failed and the next one starts. Raises BadInput for input that training cannot use.
+    A run that training stops (a loss that is not finite, a cap that does not hold, no memory) is marked failed, and the next one starts.
+    Raises BadInput for input that training cannot use.
     """
     sweep = Sweep(grid, Path(folder), [_known(run, Path(folder)) for run in runs])
     left = len(runs) if limit is None else limit
@@ -287,7 +288,9 @@ def _train(run: Run, sweep: Sweep, which: str, published: Published, device: str
 
     try:
         path = train(run.recipe, place, device=device, data_dir=data_dir, progress=progress)
-    except RuntimeError as error:
+    except BadInput:
+        raise
+    except (RobustlipError, RuntimeError) as error:
         return replace(_known(run, sweep.folder), status=FAILED, note=str(error).splitlines()[0][:300])
     card = tomllib.loads(path.with_suffix(".toml").read_text(encoding="utf-8"))
     formula, why_not = published(load(path))
@@ -321,10 +324,18 @@ def figure(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
+def upward(value: float | None, digits: int = 4) -> str:
+    """A bound for people, rounded up: a bound that is shown too small is no bound. – for none."""
+    if value is None or not math.isfinite(value):
+        return figure(value, digits)
+    rounded = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING).create_decimal_from_float(value)
+    return f"{rounded:g}" if 1e-4 <= abs(value) < 10**digits or value == 0 else f"{rounded:.{digits - 1}e}"
+
+
 def _cells(row: Row, keys: Sequence[str]) -> list[str]:
     status = f"{row.status} ({row.steps} of {row.of_steps} steps)" if row.status == PARTIAL else row.status
     accuracy = None if row.accuracy is None else 100 * row.accuracy
-    shown = [figure(value) for value in (accuracy, row.loss, row.bound_rms, row.bound_l2, row.published)]
+    shown = [figure(accuracy), figure(row.loss), upward(row.bound_rms), upward(row.bound_l2), figure(row.published)]
     return [str(row.varied.get(key, "–")) for key in keys] + [status, *shown, figure(row.seconds, 3)]
 
 
@@ -384,19 +395,22 @@ def draw(sweep: Sweep) -> list[Path]:
         for value, (colour, marker) in zip(values, itertools.cycle(_STYLES)):
             mine = sorted((row for row in rows if not group or str(row.varied.get(group)) == value), key=lambda row: row.bound_rms or 0.0)
             accuracy = [100 * (row.accuracy or 0.0) for row in mine]
-            label = f"{group} = {value}: proved" if group else "proved bound"
-            axes.plot([row.bound_rms or 0.0 for row in mine], accuracy, color=colour, marker=marker, linewidth=1.2, markersize=6.5, label=label)
+            label = f"{group} = {value}" if group else None
+            axes.plot([row.bound_rms or 0.0 for row in mine], accuracy, color=colour, marker=marker, linewidth=1.2, markersize=6, label=label)
             told = [(row.published, at) for row, at in zip(mine, accuracy, strict=True) if row.published and math.isfinite(row.published)]
             if told:
-                label = f"{group} = {value}: published formula" if group else "published formula (not a bound)"
                 x, y = zip(*told, strict=True)
-                axes.plot(x, y, color=colour, marker=marker, markerfacecolor="white", linewidth=0.8, linestyle=":", markersize=6.5, label=label)
-            if len(rows) <= _LABELLED:
-                for row, at in zip(mine, accuracy, strict=True):
-                    text = ", ".join(f"{key.rpartition('.')[2]} {figure_text(item)}" for key, item in row.varied.items() if key != group)
-                    axes.annotate(text, (row.bound_rms or 0.0, at), xytext=(5, -11), textcoords="offset points", fontsize=7.5, color="#444444")
+                # Larger and behind, so that it is seen around a bound of the same value.
+                axes.plot(x, y, color=colour, marker=marker, markerfacecolor="none", linewidth=0.8, linestyle=":", markersize=11, zorder=1)
+        axes.plot([], [], color="#444444", marker="o", linestyle="", markersize=6, label="filled: proved bound")
+        if any(row.published for row in rows):
+            axes.plot(
+                [], [], color="#444444", marker="o", markerfacecolor="none", linestyle="", markersize=11, label="hollow: published formula (no bound)"
+            )
+        for (x_at, y_at), texts in _labels(rows, group).items():
+            axes.annotate(" / ".join(texts), (x_at, y_at), xytext=(7, -12), textcoords="offset points", fontsize=7.5, color="#444444")
         axes.set_xscale("log")
-        axes.margins(x=0.12, y=0.14)
+        axes.margins(x=0.14, y=0.14)
         axes.set_xlabel("Lipschitz constant to the logits, ∞-RMS")
         axes.set_ylabel("test accuracy (%)")
         axes.grid(color="#dddddd", linewidth=0.7)
@@ -413,9 +427,19 @@ def draw(sweep: Sweep) -> list[Path]:
     return paths
 
 
-def figure_text(value: Any) -> str:
-    """A varied value in a label."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _labels(rows: Sequence[Row], group: str) -> dict[tuple[float, float], list[str]]:
+    """What to write at which point, of everything but the colour's key: points that fall together share one label. Nothing when there are many."""
+    if len(rows) > _LABELLED:
+        return {}
+    places: dict[tuple[float, float], tuple[float, float]] = {}
+    out: dict[tuple[float, float], list[str]] = {}
+    for row in rows:
+        x, y = row.bound_rms or 1.0, 100 * (row.accuracy or 0.0)
+        place = places.setdefault((round(math.log10(x), 1), round(y)), (x, y))
+        text = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.varied.items() if key != group)
+        if text and text not in out.setdefault(place, []):
+            out[place].append(text)
+    return out
 
 
 def _group(rows: Sequence[Row], keys: Sequence[str]) -> str:
