@@ -61,6 +61,15 @@ def test_clopper_pearson_agrees_with_scipy(successes, draws) -> None:
     assert clopper_pearson_lower(draws, draws, 0.01) == pytest.approx(0.01 ** (1 / draws), rel=1e-9)
 
 
+def test_a_quantile_that_is_too_large_is_not_believed(monkeypatch) -> None:
+    """The bound rests on the tail that is computed anew, not on scipy's inverse of it."""
+    quantile = stats.beta.ppf
+    for lie in (1.0001, 1.005, 1.2):
+        monkeypatch.setattr(stats.beta, "ppf", lambda *args, lie=lie: min(1.0, lie * quantile(*args)))
+        for successes in (1, 20, 35, 40):
+            assert tail(successes, 40, clopper_pearson_lower(successes, 40, 0.01)) <= Fraction(0.01)
+
+
 @pytest.mark.parametrize(("successes", "draws", "alpha"), [(3, 2, 0.1), (-1, 2, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1.0)])
 def test_counts_that_cannot_be_are_refused(successes, draws, alpha) -> None:
     with pytest.raises(BadInput, match="successes"):
