@@ -24,7 +24,10 @@ from robustlip.importing import FORMULAS, convert, read_checkpoint, read_log
 from robustlip.importing.archive import members, read_object
 from robustlip.importing.convert import gpt_names, logged_norm, mlp_names
 from robustlip.importing.logs import explained
+from robustlip.importing.measure import measure
 from robustlip.importing.pickles import load, scan
+from robustlip.models import LipschitzGPT
+from robustlip.models.build import build
 from robustlip.models.zoo import load as load_model
 
 GPT = {
@@ -194,6 +197,64 @@ def test_the_mlp_is_the_published_one_in_our_order_of_pixels(changes, tmp_path) 
     assert product * (1 - 1e-6) <= lipschitz_bound(made.model)["l2"] <= product * 1.01
 
 
+def test_options_left_alone_leave_configurations_alone() -> None:
+    """Cards, recipes and hashes of models that were made before the options existed must not change."""
+    config = {"kind": "lipschitz-gpt", "vocabulary": "abc", "width": 8, "heads": 2, "blocks": 1, "attention_scale": 1.0, "distance_bias": 0}
+    model = LipschitzGPT("abc", 8, 2, 1)
+    assert model.config == config and list(dict(model.named_children())) == ["embed_tokens", "attn0", "mlp0", "head"]
+    chosen = LipschitzGPT("abc", 8, 2, 1, gelu="tanh", norm="tanh", final_scale=2.0)
+    assert chosen.config == config | {"gelu": "tanh", "norm": "tanh", "final_scale": 2.0}
+    again = build(chosen.config)
+    assert repr(again) == repr(chosen) and again.load_state_dict(chosen.state_dict()) is not None
+    for wrong in ({"gelu": "none"}, {"norm": "batchnorm"}, {"final_scale": 0.0}, {"final_scale": float("inf")}):
+        with pytest.raises(BadInput, match="expected"):
+            LipschitzGPT("abc", 8, 2, 1, **wrong)
+
+
+@pytest.mark.parametrize("options", [{"gelu": "tanh"}, {"norm": "tanh"}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, {"final_scale": 5.0}])
+def test_the_options_are_inside_the_bound(options) -> None:
+    """The slope of any output token by any one input token, at many places of the domain, stays below the bound."""
+    torch.manual_seed(0)
+    model = LipschitzGPT("abcdef", 8, 2, 2, **options).double().eval().requires_grad_(False)
+    for layer in list(model)[1:-1]:
+        for p in layer.parameters():
+            p.mul_(2)
+    bound = float(lipschitz_bound(model)["l2"])
+    domain = float(model[0].weight.norm(dim=-1).max())
+    seen = 0.0
+    for _ in range(20):
+        x = torch.randn(1, 3, 8, dtype=torch.float64)
+        x = x / x.norm(dim=-1, keepdim=True) * domain * torch.rand(1, 3, 1)
+        jacobian = torch.autograd.functional.jacobian(model.from_embeddings, x)[0, :, :, 0].transpose(1, 2)  # (3, 3, 6, 8)
+        seen = max(seen, float(torch.linalg.matrix_norm(jacobian, 2).max()))
+    assert 0 < seen <= bound
+    if "final_scale" in options:
+        plain = LipschitzGPT("abcdef", 8, 2, 2).double()
+        plain.load_state_dict(model.state_dict())
+        assert bound == pytest.approx(5 * float(lipschitz_bound(plain)["l2"]), rel=1e-9)
+        ids = torch.tensor([[0, 3, 5]])
+        torch.testing.assert_close(model(ids), 5 * plain(ids))
+
+
+def test_loss_and_accuracy_are_measured_as_the_code_does(tmp_path) -> None:
+    """Windows that start at 0, 1, 2, … of the held-out tenth, every position predicted."""
+    options = GPT | {"seq_len": 6, "batch_size": 2, "val_iters": 4}
+    weights = gpt_weights(options)
+    model = convert(read_checkpoint(write(tmp_path / "m.npz", options, [weights]))).model
+    text = "The quality of mercy is not strained. " * 20
+    (tmp_path / "t.txt").write_text(text)
+    held = text[int(len(text) * 0.9) :]
+    ids = np.array([[model.vocabulary.index(c) for c in held[i : i + 7]] for i in range(8)])
+    logits = published_gpt(ids[:, :-1], options, weights)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    got = measure(model, f"{tmp_path / 't.txt'}:test", options)
+    assert got.loss == pytest.approx(-np.take_along_axis(log_p, ids[:, 1:, None], -1).mean(), rel=1e-5)
+    assert got.accuracy == pytest.approx((logits.argmax(-1) == ids[:, 1:]).mean()) and "8 windows of 6" in got.of
+    with pytest.raises(BadInput, match="more than"):
+        measure(model, f"{tmp_path / 't.txt'}:test", options | {"seq_len": 5000})
+
+
 def test_weights_are_kept_exactly(tmp_path) -> None:
     weights = gpt_weights(GPT)
     model = convert(read_checkpoint(write(tmp_path / "m.npz", GPT, [weights]))).model
@@ -331,6 +392,13 @@ def test_a_log_says_which_formula_its_constant_is(name, tmp_path) -> None:
     assert explained(read_log(write_log(tmp_path / "l.json", document))) is None
 
 
+def test_a_log_of_a_run_that_diverged_keeps_its_norms(tmp_path) -> None:
+    document = one_block_log(1.0)
+    document["results"] |= {"val_losses": [3.0, float("nan")], "accuracies": []}
+    log = read_log(write_log(tmp_path / "l.json", document))
+    assert log.loss is None and log.accuracy is None and log.norms["q0"] == 1.0
+
+
 def test_logs_of_mlps(tmp_path) -> None:
     results = {name: {"weight_norm": [norm]} for name, norm in (("mlp_in", 2.0), ("mlp_0", 3.0), ("mlp_out", 5.0))}
     log = read_log(write_log(tmp_path / "l.json", {"parameters": {"data": "cifar"}, "results": results}))
@@ -442,7 +510,7 @@ HOSTILE_OBJECTS = {
     "a dtype": np.dtype("f8"),
     "a dtype with metadata": np.array([1.0], dtype=np.dtype("f8", metadata={"a": 1})),
     "a recarray": np.rec.array([(1,)], dtype=[("a", "i4")]),
-    "a matrix": np.asmatrix([[1.0]]),
+    "a masked array": np.ma.array([1.0]),
     "long double": np.longdouble(1),
 }
 

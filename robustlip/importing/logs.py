@@ -64,8 +64,17 @@ def log_of(parameters: Any, results: Any) -> Log:
         if isinstance(entry, dict) and "weight_norm" in entry:
             norms[name] = _last(entry["weight_norm"], f"weight_norm of {name[:40]!r}")
     claimed = results.get("lipschitz_constant")
-    figures = [_last(results[key], key) if results.get(key) else None for key in ("accuracies", "val_losses")]
-    return Log(parameters, norms, None if claimed is None else _last([claimed], "lipschitz_constant"), *figures)
+    accuracy, loss = (_figure(results.get(key), key) for key in ("accuracies", "val_losses"))
+    return Log(parameters, norms, None if claimed is None else _last([claimed], "lipschitz_constant"), accuracy, loss)
+
+
+def _figure(values: Any, of: str) -> float | None:
+    """The last validation figure; None where there is none, or none that is finite: the loss of a run that diverged is NaN."""
+    if values is None or values == []:
+        return None
+    if isinstance(values, list) and type(values[-1]) is float and not math.isfinite(values[-1]):
+        return None
+    return _last(values, of)
 
 
 def _last(values: Any, of: str) -> float:
