@@ -237,7 +237,7 @@ def sdp_radii(
     todo = problem.correct.nonzero()[:, 0]
     widths = [s.weight.shape[0] for s in problem.network.hidden]
     d = problem.x.shape[1] + sum(widths[:-1])
-    for part in todo.split(max(1, FORMS // (d * max(widths)))):
+    for part in todo.split(max(1, FORMS // (d * max(widths)))) if len(todo) else ():
         radius[part] = _radii(problem, part, steps, rounds, rate)
     return radius, torch.full_like(radius, torch.nan)
 
@@ -253,7 +253,7 @@ def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float)
     share = torch.full_like(limit, FIRST)
     rows = torch.arange(len(x), device=device)
     old: Search | None = None
-    for _ in range(rounds):
+    for turn in range(rounds):
         ball = Ball(x[rows], limit[rows] * share, norm)
         boxes = linear_boxes(network, ball)
         form = form_of(network, ball, boxes, y[rows])
@@ -264,12 +264,14 @@ def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float)
             search.climb(steps, rate)
         best[rows] = torch.maximum(best[rows], _proved(search, form, plain))
         reached = search.radii.amin(1).double() / limit[rows]
-        # Samples that stayed well inside their boxes try again with tighter ones.
-        again = (reached < RETRY * share).nonzero()[:, 0]
+        # Samples that stayed well inside their boxes try again with tighter ones, and those that filled them with wider ones.
+        filled = reached >= ENOUGH * share
+        again = ((reached < RETRY * share) | filled).nonzero()[:, 0]
         if not len(again):
             break
+        wider = share * (1.06 if turn == 0 else 1.6)
         old = search.subset(again)
-        rows, share = rows[again], (reached[again] * 1.05).clamp_min(0.1 * FIRST)
+        rows, share = rows[again], torch.where(filled, wider, (reached * 1.05).clamp_min(0.1 * FIRST))[again]
     return best.cpu()
 
 
