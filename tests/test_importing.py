@@ -646,6 +646,51 @@ def test_files_with_bytes_changed_never_do_anything_but_load_or_refuse(seed) -> 
             assert str(error).startswith("expected ")
 
 
+WATCHED = """
+import importlib.util, sys, warnings
+import numpy as np
+warnings.simplefilter("ignore")
+spec = importlib.util.spec_from_file_location("hostile", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+files = list(tests.HOSTILE_BYTES.values()) + [tests.npy_object({"x": v}, p) for v in tests.HOSTILE_OBJECTS.values() for p in (3, 4, 5)]
+rng = np.random.default_rng(0)
+for whole in files[: len(tests.HOSTILE_BYTES)] + [tests.npy_object({"a": [1.0], "b": np.arange(3.0)}, p) for p in (3, 4)]:
+    for _ in range(20 if whole else 0):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 2):
+            data[at] = rng.integers(0, 256)
+        files.append(bytes(data))
+files.append(None)  # the watch itself, watched
+bad, on = [], [False]
+tests.load(tests.npy_object({"a": 1.0}), "warm")  # whatever numpy and pickle import on first use
+
+def watch(event, arguments):
+    if on[0] and event.partition(".")[0] in {"os", "subprocess", "exec", "compile", "import", "open", "pickle", "ctypes", "socket", "shutil"}:
+        bad.append((event, str(arguments)[:100]))
+
+sys.addaudithook(watch)
+for data in files:
+    on[0], bad[:] = True, []
+    try:
+        tests.load(data, "f") if data is not None else __import__("pickle").loads(tests.npy_object({"x": tests.HOSTILE_OBJECTS["eval"]}))
+    except tests.BadInput:
+        pass
+    on[0] = False
+    assert bool(bad) == (data is None), (data, bad)
+print(len(files))
+"""
+
+
+def test_python_itself_sees_no_import_file_or_call(tmp_path) -> None:
+    """Every hostile file here and 1,500 changed ones, under the interpreter's own audit events; one pickle.loads shows that they would come."""
+    command = [sys.executable, "-c", WATCHED, __file__]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 1500
+
+
 # ------------------------------------------------------------------------------------------------ hostile archives
 
 HEADER = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (), }".ljust(117) + b"\n"
