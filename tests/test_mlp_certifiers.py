@@ -18,7 +18,7 @@ from robustlip.certifiers.mlp import crown_radii, ibp_radii, linear_applies, loc
 from robustlip.certifiers.mlp import dual as dual_module
 from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
 from robustlip.certifiers.mlp.dual import Search, clean_gradients
-from robustlip.certifiers.mlp.linear import Ball, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins
+from robustlip.certifiers.mlp.linear import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
 from robustlip.certifiers.mlp.local import gains, lipschitz_margins
 from robustlip.certifiers.mlp.network import network_of
 from robustlip.certifiers.mlp.quadratic import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
@@ -235,6 +235,29 @@ def test_every_rivals_bound_is_below_every_margin_in_the_ball(name, norm) -> Non
             assert bool((lower_bounds(network, ball, y, model)["crown"] > seen - 0.3 * (1 + seen.abs())).all())
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU])
+def test_bounds_on_a_line_are_below_every_point_of_it(kind) -> None:
+    """One input and few neurons: 2001 points are the whole ball. CROWN alone, without the interval's bound that could hide its faults."""
+    tight = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        hidden = [nn.Linear(1, 3), kind()] if seed % 2 else [nn.Linear(1, 2), kind(), nn.Linear(2, 3), kind()]
+        model = scaled(nn.Sequential(*hidden, nn.Linear(3, 2)), 2.5)
+        x = torch.randn(4, 1)
+        y = model(x).argmax(-1)
+        network = network_of(model, (1,), context_of(model))
+        ball = Ball(x.double(), torch.tensor([0.3, 0.7, 1.5, 3.0], dtype=torch.float64), "l2")
+        line = ball.x[None] + ball.radius[:, None] * torch.linspace(-1, 1, 2001, dtype=torch.float64).view(-1, 1, 1)
+        out = network.forward(line.flatten(0, 1))[-1].view(2001, 4, 2)
+        truth = (out.gather(2, y.expand(2001, 4)[..., None]) - out).amin(0)
+        boxes = linear_boxes(network, ball)
+        found = lower_bounds(network, ball, y, model) | {"lines": backward(network, ball, boxes, len(network.stages) - 1, rival_rows(y, 2))}
+        for method, bound in found.items():
+            assert bool((bound <= truth + 1e-12).all()), (method, seed)
+        tight.append((found["lines"] > truth - 0.05 * (1 + truth.abs())).double().mean())
+    assert float(torch.stack(tight).mean()) > 0.5
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_weights_trained_against_the_bounds_do_not_break_them(norm) -> None:
     """Gradient descent on the weights makes the margin at a fixed far point of the ball as small as it can against the clean one, with many
@@ -388,18 +411,18 @@ def test_lines_bands_and_slopes_hold_in_forty_digits(name) -> None:
             low, high = (torch.tensor([v], dtype=torch.float64) for v in (a, b))
             s, t, upper, above = (float(v) for v in curve.lines(low, high))
             below, top = (float(v) for v in curve.band(low, high))
-            centre = torch.tensor([(2 * a + b) / 3], dtype=torch.float64)
-            steep = [float(v) for v in curve.slopes((centre, centre), low, high)]
-            at = in_digits(name, float(centre))
+            centres = [torch.tensor([share * a + (1 - share) * b], dtype=torch.float64) for share in (0.7, 0.2)]
+            steeps = [[float(v) for v in curve.slopes((centre, centre), low, high)] for centre in centres]
             slack = 0.0
             for i in range(301):
                 z = a + (b - a) * i / 300 if i < 300 else b
                 value = in_digits(name, z)
                 assert mpmath.mpf(s) * mpmath.mpf(z) + mpmath.mpf(t) <= value <= mpmath.mpf(upper) * mpmath.mpf(z) + mpmath.mpf(above), (a, b, z)
                 assert below <= value <= top, (a, b, z)
-                if abs(z - float(centre)) > 1e-3:
-                    secant = (value - at) / (mpmath.mpf(z) - mpmath.mpf(float(centre)))
-                    assert steep[0] <= secant <= steep[1], (a, b, z)
+                for centre, steep in zip(centres, steeps, strict=True):
+                    if abs(z - float(centre)) > 1e-3:
+                        secant = (value - in_digits(name, float(centre))) / (mpmath.mpf(z) - mpmath.mpf(float(centre)))
+                        assert steep[0] <= secant <= steep[1], (a, b, z)
                 slack = max(slack, float(mpmath.mpf(upper) * mpmath.mpf(z) + mpmath.mpf(above) - value))
             if b - a < 1:
                 assert slack < 0.3 * (b - a) + 1e-9  # lines that say nothing would pass
