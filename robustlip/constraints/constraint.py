@@ -119,14 +119,14 @@ class Constraint:
         scale = group.targets[0].rms_scale()
         stacks = [t.split(t.weight) for t in group.targets]
         dtype = stacks[0].dtype
-        stack = (stacks[0] if len(stacks) == 1 else torch.cat(stacks)) * scale
+        stack = stacks[0] * scale if len(stacks) == 1 else torch.cat(stacks).mul_(scale)
         # Polynomials of matrices need more digits than the 16-bit dtypes have.
         stack = self.method(stack.float() if dtype.itemsize < 4 else stack, group.caps, step)
         if group.block is None:
             group.block = fixed_vectors(2, stack)
         norms, group.block = probe(stack, group.block)
         for target, part in zip(group.targets, stack.split([t.slices for t in group.targets]), strict=True):
-            target.weight.copy_(target.join(part) / scale)
+            torch.div(target.join(part), scale, out=target.weight)
         return norms
 
     def _refuse_violations(self, groups: list[_Group], rows: list[Target], norms: list[Tensor]) -> None:

@@ -24,18 +24,18 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
 
 
 def fixed_vectors(count: int, like: Tensor) -> Tensor:
-    """`count` vectors (..., n, count) for matrices (..., m, n), the same for the same shape: a start for power iteration without any state.
+    """`count` unit vectors as rows (..., count, n) for matrices (..., m, n), the same for the same shape: a start without any state.
 
     Entries cos(i²·c), c irrational to π: no weight that training produces is orthogonal to all of them.
     """
     n = like.shape[-1]
     index = torch.arange(1, n * count + 1, dtype=torch.float64, device=like.device)
-    start = torch.cos(index.square() * 0.7548776662466927).reshape(n, count)
-    return (start / torch.linalg.vector_norm(start, dim=0)).to(like.dtype).expand(*like.shape[:-2], n, count)
+    start = torch.cos(index.square() * 0.7548776662466927).reshape(count, n)
+    return _unit(start).to(like.dtype).expand(*like.shape[:-2], count, n)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+def _unit(rows: Tensor) -> Tensor:
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def top_singular(matrix: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,27 +43,26 @@ def top_singular(matrix: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor, 
 
     σ is below the truth until it has converged: an estimate, of which nothing may be certified.
     """
+    # Vectors as rows on the left: batched products with a column on the right are ten times slower on a CPU.
     v = fixed_vectors(1, matrix)
     for _ in range(iterations):
-        v = _unit(matrix.mT @ _unit(matrix @ v))
-    mapped = matrix @ v
-    return _unit(mapped), torch.linalg.vector_norm(mapped, dim=-2, keepdim=True), v
+        v = _unit(_unit(v @ matrix.mT) @ matrix)
+    mapped = v @ matrix.mT
+    return _unit(mapped).mT, torch.linalg.vector_norm(mapped, dim=-1, keepdim=True), v.mT
 
 
 def probe(matrix: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """(norms, next block): one step of subspace iteration for (K, m, n) from orthonormal columns (K, n, 2).
+    """(norms, next block): one step of subspace iteration for (K, m, n) from orthonormal rows (K, 2, n).
 
-    norms (K,) = the larger ‖Mv‖ of the two columns: a *lower* bound of ‖M‖₂ up to rounding, so one above a cap is a sure violation.
+    norms (K,) = the larger ‖Mv‖ of the two rows v: a *lower* bound of ‖M‖₂ up to rounding, so one above a cap is a sure violation.
     """
-    mapped = matrix @ block
-    norms = torch.linalg.vector_norm(mapped, dim=-2).amax(-1)
-    back = matrix.mT @ mapped
+    mapped = block @ matrix.mT
+    norms = torch.linalg.vector_norm(mapped, dim=-1).amax(-1)
+    back = mapped @ matrix
     start = fixed_vectors(1, matrix)
-    first, second = back[..., :1], back[..., 1:]
-    first = _unit(torch.where((first == 0).all(-2, keepdim=True), start, first))
-    second = _unit(second)
-    second = second - first * (first * second).sum(-2, keepdim=True)
-    # A matrix of rank one leaves nothing for the second column, and zeros nothing for the first: any column will do.
-    lost = torch.linalg.vector_norm(second, dim=-2, keepdim=True) < 1e-5
-    second = torch.where(lost, start, second)
-    return norms, torch.cat([first, _unit(second)], -1)
+    first, second = back[..., :1, :], _unit(back[..., 1:, :])
+    # Zeros leave nothing for the first row, and a matrix of rank one nothing for the second: any row will do.
+    first = _unit(torch.where((first == 0).all(-1, keepdim=True), start, first))
+    second = second - first * (first * second).sum(-1, keepdim=True)
+    lost = torch.linalg.vector_norm(second, dim=-1, keepdim=True) < 1e-5
+    return norms, torch.cat([first, _unit(torch.where(lost, start, second))], -2)

@@ -46,7 +46,8 @@ def soft_cap(matrix: Tensor, strength: float | Tensor) -> Tensor:
     """p₂(p₁(M)) with p₁: σ → σ − aσ³ and p₂: σ → σ + aσ³ on the singular values of M (..., m, n). strength: a, or one for each (..., 1, 1)."""
 
     def cubic(x: Tensor, a: float | Tensor) -> Tensor:
-        return x + a * (x @ x.mT @ x) if x.shape[-2] <= x.shape[-1] else x + a * (x @ (x.mT @ x))
+        cube = x @ x.mT @ x if x.shape[-2] <= x.shape[-1] else x @ (x.mT @ x)
+        return cube.mul_(a).add_(x)  # in place: at this size a pass over memory costs as much as a product
 
     return cubic(cubic(matrix, -strength), strength)
 
