@@ -469,6 +469,30 @@ def test_text_models_train(tmp_path) -> None:
     assert model(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, len(model.vocabulary))
 
 
+def test_a_run_with_rates_by_layer_resumes(tmp_path) -> None:
+    """Three optimisers and several parameter groups come back as they were; the unembedding is held by rows."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 60, encoding="utf-8")
+    spec = recipe(
+        model={"kind": "lipschitz-gpt", "width": 8, "heads": 2, "blocks": 2, "distance_bias": 4},
+        data={"name": str(text), "context": 8},
+        optimizer={"name": "muon", "lr": 0.05, "earlier_layers": 0.5, "embedding_inflation": 16.0, "embedding_lr": 0.1, "warmup": 5},
+        constraint={"method": "hard-cap", "w_max": 1.0, "rows": ["head.weight"]},
+        run={"steps": 12, "batch": 4, "evaluate_every": 6, "checkpoint_every": 4},
+    )
+
+    def interrupt(step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == 7:
+            raise Stop
+
+    whole = train(spec, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train(spec, tmp_path / "parts", progress=interrupt)
+    model = load_into(train(spec, tmp_path / "parts"), build)
+    assert weights_sha256(model) == weights_sha256(load_into(whole, build))
+    assert float(model.head.weight.detach().norm(dim=-1).max()) <= 8**0.5 * (1 + 1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -495,6 +519,25 @@ def test_bad_recipes_name_the_key(tmp_path, change, message) -> None:
 def test_recipes_of_the_repository_are_valid() -> None:
     folder = Path(__file__).parent.parent / "recipes"
     assert len([load_recipe(path) for path in folder.glob("*.toml")]) >= 6
+
+
+def test_the_grid_of_constraint_methods_makes_valid_recipes() -> None:
+    """Every method under both optimisers, merged over one base; a cell's own settings win, and an empty table replaces."""
+    import importlib.util
+
+    from robustlip.constraints import METHODS
+
+    source = Path(__file__).parent.parent / "benchmarks" / "constraints.py"
+    spec = importlib.util.spec_from_file_location("constraints_benchmark", source)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    cells = {(m, o): r for m, o, r in benchmark.recipes_of(tomllib.loads(benchmark.GRID.read_text(encoding="utf-8")))}
+    assert {(m, o) for m in METHODS for o in ("muon", "adamw")} <= set(cells)
+    assert all(r.constraint.method == m and r.optimizer.name == o for (m, o), r in cells.items() if m in METHODS)
+    assert cells["weight-decay", "muon"].constraint.strength == 1.0 and cells["weight-decay", "adamw"].constraint.strength == 5.0
+    assert cells["none", "muon"].constraint.overrides == {} and cells["soft-cap", "muon"].constraint.overrides
+    assert cells["ibp-linf", "adamw"].loss.kind == "ibp"
 
 
 def test_bad_model_configurations(tmp_path) -> None:

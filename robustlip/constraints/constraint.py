@@ -43,6 +43,8 @@ def make_method(name: str, *, strength: float | None = None, polynomial: str | N
         raise BadInput(f"expected no strength for {name}, got {strength}; only weight-decay and spectral-weight-decay have one")
     if polynomial is not None and name != "stiefel":
         raise BadInput(f"expected no polynomial for {name}, got {polynomial!r}; only stiefel has one")
+    if name == "spectral-weight-decay" and strength is not None and not 0 < strength < 1:
+        raise BadInput(f"expected a strength in (0, 1) for spectral-weight-decay, got {strength}; it is the part taken away at each step")
     decay = 0.1 if strength is None else strength
     table = {
         "none": lambda: None,

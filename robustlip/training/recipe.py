@@ -73,7 +73,7 @@ class ConstraintPart(_Strict):
     per_head: bool = True
     overrides: dict[str, PositiveFloat] = Field(default_factory=dict)
     rows: tuple[str, ...] = Field(default=(), json_schema_extra=_LATER)
-    strength: float | None = Field(default=None, gt=0, lt=1, json_schema_extra=_LATER)
+    strength: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
     polynomial: Literal["six-step", "torch", "145m-script"] | None = Field(default=None, json_schema_extra=_LATER)
 
     @model_validator(mode="after")
