@@ -69,7 +69,8 @@ class Reference:
 
     def hidden(self, epsilon: Tensor, bounds: list[Tensor]) -> Tensor:
         """The radius in front of the head, of the token that is read (…, N)."""
-        return self.body.advance(self.first_radius(epsilon), bounds)[..., self.row]
+        first = self.first_radius(epsilon)
+        return self.body.advance(first, torch.zeros_like(first), bounds)[0][..., self.row]
 
     def single(self, hidden: Tensor) -> Tensor:
         """What executing the head can lose on one logit (…, N), for a hidden state within `hidden` of the reference."""

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from robustlip.errors import BadInput
 from robustlip.layers import Attention
-from robustlip.layers.attention import rotary
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.attention import Heads, check_projections, join_heads
@@ -36,11 +35,26 @@ _LARGEST_LOGIT_CHANGE = 50.0
 _CANCEL = 2.0**-44
 
 
-def _inverse_rotary(x: Tensor) -> Tensor:
-    """The transpose of `rotary`: the rotation by the negative angles."""
-    half = x.shape[-1] // 2
-    flipped = rotary(torch.cat([x[..., half:], x[..., :half]], -1))
-    return torch.cat([flipped[..., half:], flipped[..., :half]], -1)
+def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
+    """robustlip.layers.attention.rotary of x (…, T, d) at any positions, negative ones too: (T,), or (…, 1, T) against x. Its transpose is rotate(·, −position)."""
+    width = x.shape[-1]
+    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
+    angle = position.unsqueeze(-1).double() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x[..., : width // 2], x[..., width // 2 :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """x (A, N, H, R, m) @ y (N, H, m, n). torch would copy y for every adjoint; here the adjoints are further rows of x."""
+    rows = x.permute(1, 2, 0, 3, 4)
+    return (rows.flatten(2, 3) @ y).unflatten(2, rows.shape[2:4]).permute(2, 0, 1, 3, 4)
+
+
+def by_heads(x: Tensor, y: Tensor) -> Tensor:
+    """x (A, N, H, R, m) @ y (H, m, n), likewise."""
+    rows = x.permute(2, 0, 1, 3, 4)
+    return (rows.flatten(1, 3) @ y).unflatten(1, rows.shape[1:4]).permute(1, 2, 0, 3, 4)
 
 
 @register(Attention)
@@ -59,11 +73,12 @@ class AttentionExpansion(Expansion):
         self.frobenius = {n: f.to(device) for n, f in self.heads.frobenius.items()}
         self.matrices = {n: getattr(layer, n).weight.detach().double() for n in ("query", "key", "value", "output")}
         q, k, v = (layer.split(clean @ self.matrices[n].T) for n in ("query", "key", "value"))
+        position = torch.arange(self.length, device=device)
+        self.position = position
         if layer.rope:
-            q, k = rotary(q), rotary(k)
+            q, k = rotate(q, position), rotate(k, position)
         self.q, self.k, self.v = q, k, v  # (N, H, T, d)
         logits = (layer.scale / layer.head_width) * (q @ k.mT)
-        position = torch.arange(self.length, device=device)
         self.seen = (position[:, None] >= position[None, :]) if layer.causal else torch.ones(self.length, self.length, dtype=torch.bool, device=device)
         bias = None if layer.distance_bias is None else layer.distance_bias.detach().double()
         if bias is not None:
@@ -78,7 +93,11 @@ class AttentionExpansion(Expansion):
         self.key_distance = self._distances(k, self.p @ k, self.nk)  # ‖k_j − k̄_i‖ (N, H, T, T)
         self.value_distance = self._distances(v, self.o, self.nv)
         self.top_value = self._top(self.nv)  # largest ‖v_j‖ that token i sees (N, H, T)
-        self.top_key, self.top_query = self.nk.amax((-1, -2)), self.nq.amax((-1, -2))
+        self.key_norm = self.norm
+        # ‖J‖ of one token's output for changes of all tokens by at most 1 each, nothing cancelled (N, 1).
+        logits = 2 * self.s * (self.sigma["query"] * self.nk.amax(-1) + self.sigma["key"] * self.nq.amax(-1))
+        by_head = self.sigma["value"] + self.top_value.amax(-1) * logits
+        self.gain = up(abs(self.factor) * (self.sigma["output"] * by_head).sum(-1, keepdim=True))
 
     def _distances(self, x: Tensor, centre: Tensor, norm: Tensor) -> Tensor:
         """‖x_j − c_i‖ (N, H, i, j) rounded up, without a tensor of all differences."""
@@ -88,8 +107,21 @@ class AttentionExpansion(Expansion):
         return (squares + lost).clamp_min(0.0).sqrt()
 
     def _top(self, x: Tensor) -> Tensor:
-        """max over the keys that each query sees of x (…, N, H, T)."""
+        """max over the keys that each query sees of x (…, N, H, T keys) → (…, N, H, T)."""
         return x.cummax(-1).values if self.layer.causal else x.amax(-1, keepdim=True).expand_as(x)
+
+    def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """(radii that are a linear function's argument, radii of tokens whose whole effect counts as remainder), by key, (…, N, 1, T)."""
+        self.arrived = radius
+        return radius.unsqueeze(-2), torch.zeros_like(radius).unsqueeze(-2)
+
+    def _by_query(self, moved: Tensor, radius: Tensor) -> Tensor:
+        """Bound of s·ΔqᵢW·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R); radius (…, N, 1, R)."""
+        return self.s * moved.unsqueeze(-1) * self.key_distance
+
+    def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
+        """Bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
+        return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)
 
     def _weight_changes(self) -> dict[str, Tensor | float]:
         """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
@@ -99,12 +131,20 @@ class AttentionExpansion(Expansion):
             out[name] = change[..., None, None] if isinstance(change, Tensor) else change
         return out
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def lipschitz(self) -> Tensor | float:
+        return self.gain[:, 0]
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        return AttentionRow(self, sample, position)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         layer, u, tiny = self.layer, self.scope.unit, self.scope.tiny
         d, width, length = layer.head_width, layer.width, self.length
         e = self._weight_changes()
-        r = radius.unsqueeze(-2)  # (…, N, 1, T) against heads
-        norm = self.norm.unsqueeze(-2) + r
+        # Queries are the tokens of this expansion, (…, N, 1, R); keys are all tokens, (…, N, 1, T).
+        r_q = radius.unsqueeze(-2)
+        r_k, background = self._key_radii(radius)
+        norm_q, norm_k = self.norm.unsqueeze(-2) + r_q, self.key_norm.unsqueeze(-2) + r_k + background
 
         def gamma(n: float) -> float:
             return self.scope.context.gamma(n) + replace(self.scope.context, dtype=torch.float64).gamma(n)
@@ -112,20 +152,20 @@ class AttentionExpansion(Expansion):
         def column(values: Tensor) -> Tensor:
             return values.unsqueeze(-1)  # (H,) → (H, 1) against tokens
 
-        def projected(name: str, clean: Tensor) -> tuple[Tensor, Tensor]:
-            """(σ r, the rest) for queries, keys or values (…, N, H, T): the first is W_hΔx, the second rounding and weight changes."""
+        def projected(name: str, clean: Tensor, r: Tensor, norm: Tensor, other: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+            """(σ r, the rest) for queries, keys or values (…, N, H, ·): the first is W_hΔx, the second rounding, weight changes and background."""
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
-            fresh = gamma(width) * frobenius * norm + width * math.sqrt(d) * tiny + change * norm
+            fresh = gamma(width) * frobenius * norm + width * math.sqrt(d) * tiny + change * norm + sigma * other
             moved = sigma * r
             if layer.rope and name != "value":
                 # cos and sin are rounded once, each coordinate is a difference of two products: at most 6u of the vector's norm.
                 fresh = fresh + 6 * u * (clean + moved + fresh) + 4 * d * tiny
             return up(moved), up(fresh)
 
-        q_moved, q_fresh = projected("query", self.nq)
-        k_moved, k_fresh = projected("key", self.nk)
-        v_moved, v_fresh = projected("value", self.nv)
+        q_moved, q_fresh = projected("query", self.nq, r_q, norm_q)
+        k_moved, k_fresh = projected("key", self.nk, r_k, norm_k, background)
+        v_moved, v_fresh = projected("value", self.nv, r_k, norm_k, background)
         rho_q, rho_k, rho_v = q_moved + q_fresh, k_moved + k_fresh, v_moved + v_fresh
         q_size, k_size = self.nq + rho_q, self.nk + rho_k
 
@@ -139,8 +179,15 @@ class AttentionExpansion(Expansion):
             """query_i·key_j (…, N, H, T, T)."""
             return query.unsqueeze(-1) * key.unsqueeze(-2)
 
-        b = self.s * (pairs(self.nq, rho_k) + rho_q.unsqueeze(-1) * self.key_distance + pairs(rho_q, rho_k)) + rounding.unsqueeze(-1)
-        b = torch.where(self.seen, b * (1 + 1e-12), torch.zeros((), dtype=b.dtype, device=b.device))
+        # What a change does to logit ij, apart from a shift of row i: through the query (centred), through the key, the rest not linear.
+        by_query = self._by_query(q_moved, r_q)
+        by_key = self._by_key(k_moved, r_k)
+        bilinear = self.s * (
+            q_fresh.unsqueeze(-1) * self.key_distance + pairs(self.nq, k_fresh) + pairs(rho_q, rho_k)
+        ) + rounding.unsqueeze(-1)
+        zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
+        other = torch.where(self.seen, (by_key + bilinear) * (1 + 1e-12), zero)
+        b = other + torch.where(self.seen, by_query * (1 + 1e-12), zero)
         top_b = b.amax(-1, keepdim=True)
         # Where a change could be huge (or overflowed), the weights may be anything: b enters remainders as it is, exponentials clamped.
         lost = ~(top_b <= _LARGEST_LOGIT_CHANGE)
@@ -148,6 +195,11 @@ class AttentionExpansion(Expansion):
         high, low = self.p * grow, self.p / grow
         upper = high / (high + (low.sum(-1, keepdim=True) - low).clamp_min(0.0) + 1e-300)
         lower = low / (low + (high.sum(-1, keepdim=True) - high).clamp_min(0.0) + 1e-300)
+        # Σ_j p_jη_j is bounded by the parts that are not centred, μ; so Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
+        shift = (self.p * other).sum(-1, keepdim=True)
+        total = 1 + shift + (self.p * (torch.expm1(b.clamp_max(_LARGEST_LOGIT_CHANGE)) - b).clamp_min(0.0)).sum(-1, keepdim=True)
+        upper = torch.minimum(upper, high * shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
+        lower = torch.maximum(lower, low / total * (1 - _CANCEL))
         # Lost digits of the two differences: a few 2⁻⁵³ of sums near 1, against p itself.
         upper = torch.where(lost & self.seen, torch.ones_like(upper), (upper * (1 + _CANCEL)).clamp_max(1.0))
         lower = torch.where(lost, torch.zeros_like(lower), lower * (1 - _CANCEL))
@@ -169,7 +221,9 @@ class AttentionExpansion(Expansion):
         fresh = abs(self.factor) * (fresh + e_o * mixed_size)
         size = abs(self.factor) * (self.heads.whole["output"] + e_o) * mixed_size
         fresh = fresh + 3 * u * (size + fresh) + math.sqrt(width) * tiny
-        sums = torch.stack([(column(self.frobenius[n]) + math.sqrt(d) * e[n]) * norm for n in ("query", "key", "value")]).amax((0, -2))
+        sums = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
+        for name in ("key", "value"):
+            sums = torch.maximum(sums, self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k))
         largest = torch.stack(
             [
                 (q_size * top_k).amax(-2) * (self.s + 1) + self.heads.bias,
@@ -179,41 +233,106 @@ class AttentionExpansion(Expansion):
         ).amax(0)
         fresh = self.scope.fits(up(fresh), largest)
 
-        mean_b = torch.minimum((upper * b).sum(-1, keepdim=True), top_b)
+        # Of η on the path: its mean under p^τ, which under p is that of the parts that are not centred.
+        drift = (dev * b + self.p * other).sum(-1, keepdim=True)
+        mean_b = torch.minimum(torch.minimum((upper * b).sum(-1, keepdim=True), drift), top_b)
         variance = (upper * b * b).sum(-1, keepdim=True)
-        bilinear = self.s * (
-            q_fresh.unsqueeze(-1) * self.key_distance + pairs(self.nq, k_fresh) + pairs(rho_q, rho_k)
-        ) + rounding.unsqueeze(-1)
-        second = 0.5 * upper * (b + mean_b).square() + 0.5 * variance * dev + self.p * bilinear
-        crossed = (dev * r.unsqueeze(-2)).sum(-1)
+        curved = 0.5 * upper * (b + mean_b).square() + 0.5 * variance * dev + self.p * bilinear
+        crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
         v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
         bounds += [
-            up(second * (1 + 1e-12)).flatten(-3),
+            up(curved * (1 + 1e-12)).flatten(-3),
             up(crossed * (1 + 1e-12)).flatten(-2),
             (up(v_rounding * (1 + 1e-12)) + after).flatten(-2),
             fresh,
             radius.amax(-1, keepdim=True),
         ]
-        return up(moved) + fresh
+        beyond = (curved * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
+        outer = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, up(beyond * (1 + 1e-12)).transpose(-1, -2))
+        return up(moved) + fresh, up(outer + self.gain * error.amax(-1, keepdim=True)) + fresh
+
+    def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
+        """The largest of sizes (…, N, H, T) over heads, by token of this expansion."""
+        return sizes.amax(-2)
+
+    def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
+        """Adjoints of the logits (A, N, H, R, T) and of the mixed values (A, N, H, R, d) → of the tokens (A, N, R, D)."""
+        s = self.layer.scale / self.layer.head_width
+        dq, dk, dv = s * times(ds, self.k), s * times(ds.mT, self.q), times(outer.mT, self.p).mT
+        return self._join(dq, dk, dv, self.position)
+
+    def _join(self, dq: Tensor, dk: Tensor, dv: Tensor, position: Tensor) -> Tensor:
+        if self.layer.rope:
+            dq, dk = rotate(dq, -position), rotate(dk, -position)
+        parts = (("query", dq), ("key", dk), ("value", dv))
+        return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        layer, s = self.layer, self.layer.scale / self.layer.head_width
-        outer = self.layer.split((self.factor * g) @ self.matrices["output"])  # γ (A, N, H, T, d)
+        layer = self.layer
+        outer = layer.split((self.factor * g) @ self.matrices["output"])  # γ (A, N, H, T, d)
         # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
-        omega = outer @ self.v.mT - (outer * self.o).sum(-1, keepdim=True)
+        omega = times(outer, self.v.mT) - (outer * self.o).sum(-1, keepdim=True)
         size = token_norms(outer)
         lost = _CANCEL * layer.head_width * size * 2 * self.top_value
         weights = omega.abs() + lost.unsqueeze(-1)
-        ds = self.p * omega
-        dq, dk, dv = s * (ds @ self.k), s * (ds.mT @ self.q), self.p.mT @ outer
-        if layer.rope:
-            dq, dk = _inverse_rotary(dq), _inverse_rotary(dk)
-        join = {n: x.transpose(-2, -3).flatten(-2) for n, x in (("query", dq), ("key", dk), ("value", dv))}
-        back = sum((join[n] @ self.matrices[n] for n in join), start=torch.zeros_like(g))
+        back = self._back(self.p * omega, outer)
         by_head = self.matrices["value"].unflatten(0, (layer.heads, -1))  # (H, d, D)
-        crossed = token_norms(outer @ by_head)
-        gram = self.s * (self.sigma["query"] * self.top_key[:, None] + self.sigma["key"] * self.top_query[:, None])
-        gain = abs(self.factor) * self.heads.whole["output"] * (self.sigma["value"] + 4 * self.top_value.amax(-1) * gram).sum(-1)  # (N,)
+        crossed = token_norms(by_heads(outer, by_head))
         norms = token_norms(g)
-        slack = ADJOINT_SLACK * gain[:, None] * norms.sum(-1, keepdim=True)
+        slack = 4 * ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)
         return back, [weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
+
+
+class AttentionRow(AttentionExpansion):
+    """Attention of single tokens that have moved, among keys that have not: one query and one key of each sample move, the other keys round.
+
+    The others' radii are those that `full` last saw arrive, with nothing perturbed; all they do counts as remainder.
+    """
+
+    def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor) -> None:
+        self.__dict__.update({k: v for k, v in full.__dict__.items() if k != "arrived"})
+        self.key_norm, self.background = full.norm[sample], full.arrived[sample]
+        for name in ("clean", "norm"):
+            setattr(self, name, rows_of(getattr(full, name), sample, position))
+        for name in ("q", "p", "o", "nq", "key_distance", "value_distance", "top_value"):
+            setattr(self, name, getattr(full, name)[sample, :, position].unsqueeze(2))
+        for name in ("k", "v", "nk", "nv", "gain"):
+            setattr(self, name, getattr(full, name)[sample])
+        self.mine = torch.arange(full.length, device=sample.device) == position[:, None]  # (M, T)
+        seen = full.position <= position[:, None] if full.layer.causal else torch.ones_like(self.mine)
+        self.seen, self.position = seen[:, None, None, :], position
+        # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
+        mean = self.p @ self.k
+        centred = self.k - mean
+        turn = -position[:, None, None]
+        if full.layer.rope:
+            centred, query = rotate(centred, turn), rotate(self.q, turn)
+        else:
+            query = self.q
+        heads = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key")}  # (H, d, D)
+        lost = _CANCEL * full.layer.width
+        self.query_rows = (self.s * (norm_up(centred @ heads["query"]) + lost * self.nk * self.sigma["query"][:, None])).unsqueeze(2)
+        self.key_row = self.s * norm_up(query @ heads["key"])  # (M, H, 1)
+
+    def _top(self, x: Tensor) -> Tensor:
+        return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)
+
+    def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
+        return torch.where(self.mine, radius, zero).unsqueeze(-2), torch.where(self.mine, zero, self.background).unsqueeze(-2)
+
+    def _by_query(self, moved: Tensor, radius: Tensor) -> Tensor:
+        return torch.minimum(super()._by_query(moved, radius), radius.unsqueeze(-1) * self.query_rows)
+
+    def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
+        return torch.minimum(super()._by_key(moved, radius), (self.key_row.unsqueeze(-1) * radius.unsqueeze(-2)))
+
+    def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
+        return sizes.amax(-2) if by_query else sizes.amax((-1, -2)).unsqueeze(-1)
+
+    def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
+        s = self.layer.scale / self.layer.head_width
+        where = self.mine[:, None, None, :].expand(-1, self.p.shape[1], 1, -1)
+        mine = torch.where(where, ds, torch.zeros((), dtype=ds.dtype, device=ds.device)).sum(-1, keepdim=True)  # (A, M, H, 1, 1)
+        weight = torch.where(where, self.p, torch.zeros((), dtype=ds.dtype, device=ds.device)).sum(-1, keepdim=True)
+        return self._join(s * times(ds, self.k), s * mine * self.q, weight * outer, self.position[:, None, None])

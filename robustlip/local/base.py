@@ -13,9 +13,10 @@ that has to be bounded: by a sum of products of *weights*, which depend on the a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +70,38 @@ class Expansion:
     clean: Tensor
     space: str = "l2"
     whole: tuple[int, ...] | None = None
+    # Names of the tensors (N, T, …) that `at_rows` picks tokens from.
+    by_token: ClassVar[tuple[str, ...]] = ("clean",)
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
-        """The radius behind the layer, (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order."""
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(radius, error) behind the layer, each (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order.
+
+        error ≥ the ℓ2 norm, token by token, of what is not linear in the change at the point where error was last 0.
+        """
         raise NotImplementedError
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(Jᵀg (A, N, T, D), the weights (A, N, ·) of g in the order of the bounds)."""
         raise NotImplementedError
+
+    def lipschitz(self) -> Tensor | float:
+        """≥ ‖J‖ at the reference for changes of all tokens by at most 1 each, (N,) or one number, with nothing cancelled inside."""
+        return 1.0
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        """The same layer at single tokens: M new samples of one token each, sample[m] and position[m] (M,) saying which.
+
+        Tokens behind attention depend on others; robustlip.local.attention says what becomes of those.
+        """
+        part = copy.copy(self)
+        for name in self.by_token:
+            setattr(part, name, rows_of(getattr(self, name), sample, position))
+        return part
+
+
+def rows_of(x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+    """(N, T, …) → (M, 1, …)."""
+    return x[sample, position].unsqueeze(1)
 
 
 Expand = Callable[[Any, Tensor, Scope], Expansion]

@@ -8,14 +8,14 @@ by σ(W)·r + e, so slopes hold on intervals, and with |f''| ≤ κ the remainde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.layers import ScaledGELU
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
@@ -67,12 +67,17 @@ def weight_change(scope: Scope, sigma: float) -> Tensor | float:
 class _Affine(Expansion):
     """z = Wx + b by token."""
 
+    by_token = ("clean", "norm")
+
     def __init__(self, layer: nn.Linear, clean: Tensor, scope: Scope) -> None:
         self.scope = scope
         self.constants: LinearConstants = scope.context.constant(layer, f"local-{scope.space}", lambda: LinearConstants.of(layer, scope.space))
         self.norm = norm_up(clean)
         self.clean = F.linear(clean, self.constants.weight, self.constants.bias)
         self._space_factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
+
+    def lipschitz(self) -> Tensor | float:
+        return self.constants.matrix.sigma
 
     def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
         """(σ(W)·r, everything else) (…, N, T): the change of z is at most their sum. The first is exactly WΔx, the second rounding and weight changes."""
@@ -88,10 +93,10 @@ class _Affine(Expansion):
 class LinearExpansion(_Affine):
     """Linear alone."""
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         moved, fresh = self.parts(radius)
         bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return moved + fresh
+        return moved + fresh, up(self.constants.matrix.sigma * error) + fresh
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         norms = token_norms(g)
@@ -152,12 +157,14 @@ ELEMENTWISE = (nn.ReLU, nn.GELU, ScaledGELU, nn.Tanh, nn.Sigmoid, nn.SiLU)
 class ElementwiseExpansion(Expansion):
     """f(z) for z = Wx + b, or for z = x when there is no Linear in front (`affine` None: every number moves by at most the token's ℓ2 radius)."""
 
+    by_token = ("clean", "z_norm", "slope", "distance")
+
     def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
         self.scope, self.layer, self.whole = scope, layer, None if linear is not None else scope.whole
         self.affine = None if linear is None else _Affine(linear, clean, scope)
         z = clean if self.affine is None else self.affine.clean
         self.f = elementwise(layer, z)
-        self.clean, self.size, self.z_norm = self.f.value, self.f.value.abs(), norm_up(z)
+        self.clean, self.z_norm = self.f.value, norm_up(z)
         # f' as float64 gives it is off by a few units of a number near 1.
         self.slope = self.f.slope.abs() + 2.0**-45
         self.distance = z.abs()
@@ -176,7 +183,17 @@ class ElementwiseExpansion(Expansion):
         cube = norm**3 if getattr(self.layer, "approximate", "") == "tanh" else norm
         return self.scope.fits(up(self.scope.both(one)), cube)
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def lipschitz(self) -> Tensor | float:
+        return self.f.steepest * (1.0 if self.affine is None else self.affine.constants.matrix.sigma)
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        part = super().at_rows(sample, position)
+        assert isinstance(part, ElementwiseExpansion)
+        part.affine = None if self.affine is None else self.affine.at_rows(sample, position)  # type: ignore[assignment]
+        part.f = replace(self.f, value=part.clean, slope=rows_of(self.f.slope, sample, position))
+        return part
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         if self.affine is None:
             moved, fresh, rows = radius, torch.zeros_like(radius), torch.ones(1, dtype=radius.dtype, device=radius.device)
         else:
@@ -189,13 +206,18 @@ class ElementwiseExpansion(Expansion):
             crossing = (each - self.distance).clamp_min(0.0)
             slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)
             bounds.append(crossing.flatten(-2))
+            curved = torch.linalg.vector_norm(crossing, dim=-1)
         else:
             slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)
             bounds += [moved_square(radius), fresh.square()]
+            curved = torch.minimum(each.amax(-1) * whole, torch.linalg.vector_norm(each.square(), dim=-1)) * (0.5 * self.f.curvature)
         behind = torch.minimum(slope.amax(-1) * whole, torch.linalg.vector_norm(slope * each, dim=-1))
         rounding = self._rounding(self.z_norm + whole)
         bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
-        return up(behind * (1 + 1e-12)) + rounding
+        steepest = self.slope.amax(-1)
+        sigma = 1.0 if self.affine is None else self.affine.constants.matrix.sigma
+        error = up((steepest * (sigma * error + fresh) + curved) * (1 + 1e-12)) + rounding
+        return up(behind * (1 + 1e-12)) + rounding, error
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         size = g.abs()

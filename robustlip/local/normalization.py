@@ -24,6 +24,8 @@ CURVATURE = 1.15471  # above 2/√3 = 1.1547005…
 
 @register(nn.LayerNorm, nn.RMSNorm)
 class NormalizationExpansion(Expansion):
+    by_token = ("clean", "input", "norm", "centred", "inverse", "at_centre")
+
     def __init__(self, layer: nn.LayerNorm | nn.RMSNorm, clean: Tensor, scope: Scope) -> None:
         self.scope, self.layer = scope, layer
         self.width, self.eps = normalized(layer, clean.shape[-1])
@@ -40,7 +42,7 @@ class NormalizationExpansion(Expansion):
             self.clean = self.clean + bias.detach().double()
         self.at_centre = local_lipschitz(layer, clean, 0.0)
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
         root = math.sqrt(self.width) * (1 + 1e-15)
         norm = self.largest * root + self.shift
@@ -58,7 +60,11 @@ class NormalizationExpansion(Expansion):
         fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square())
         curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()
         bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]
-        return torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh
+        moved = torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh
+        return moved, up(self.at_centre * error + curve) + fresh
+
+    def lipschitz(self) -> Tensor | float:
+        return 4 * self.at_centre.amax(-1)
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         norms = token_norms(g)

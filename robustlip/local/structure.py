@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, expand, register, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, expand, register, rows_of, token_norms
 from robustlip.local.linear import ELEMENTWISE, ElementwiseExpansion
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
@@ -29,8 +30,8 @@ class ToL2(Expansion):
         self.clean = clean
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == "linf" else 1.0
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
-        return radius * self.factor
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return radius * self.factor, error
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         return g, []
@@ -42,8 +43,8 @@ class Same(Expansion):
     def __init__(self, clean: Tensor, scope: Scope) -> None:
         self.clean, self.space, self.whole = clean, scope.space, scope.whole
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
-        return radius
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return radius, error
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         return g, []
@@ -88,10 +89,22 @@ class ChainExpansion(Expansion):
             i += 1
         self.clean, self.space, self.whole = clean, space, whole
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         for part in self.parts:
-            radius = part.advance(radius, bounds)
-        return radius
+            radius, error = part.advance(radius, error, bounds)
+        return radius, error
+
+    def lipschitz(self) -> Tensor | float:
+        gain: Tensor | float = 1.0
+        for part in self.parts:
+            gain = gain * part.lipschitz()
+        return gain
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> ChainExpansion:
+        chain = copy.copy(self)
+        chain.parts = [part.at_rows(sample, position) for part in self.parts]
+        chain.clean = rows_of(self.clean, sample, position)
+        return chain
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         groups: list[list[Tensor]] = []
@@ -110,6 +123,8 @@ def _sequential(layer: nn.Sequential, clean: Tensor, scope: Scope) -> Expansion:
 class ResidualExpansion(Expansion):
     """skip·x + weight·f(x), token by token."""
 
+    by_token = ("clean", "norm", "branch_norm")
+
     def __init__(self, layer: Residual, clean: Tensor, scope: Scope) -> None:
         self.scope, self.skip, self.weight = scope, layer.skip, layer.weight
         self.branch = ChainExpansion([layer.branch], clean, scope)
@@ -120,15 +135,24 @@ class ResidualExpansion(Expansion):
         self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
         self.clean = layer.skip * clean + layer.weight * self.branch.clean
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
-        inner = self.branch.advance(radius, bounds)
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        inner, inner_error = self.branch.advance(radius, error, bounds)
         skip, weight = abs(self.skip), abs(self.weight)
         norm = skip * (self.norm + radius) + weight * (self.branch_norm + inner)
         # The two scalars, two products and the sum round once each.
         fresh = 4 * self.scope.unit * norm + 3 * math.sqrt(self.clean.shape[-1]) * self.scope.tiny
         fresh = self.scope.fits(up(fresh), norm)
         bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return up(skip * radius + weight * inner) + fresh
+        return up(skip * radius + weight * inner) + fresh, up(skip * error + weight * inner_error) + fresh
+
+    def lipschitz(self) -> Tensor | float:
+        return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        part = super().at_rows(sample, position)
+        assert isinstance(part, ResidualExpansion)
+        part.branch = self.branch.at_rows(sample, position)
+        return part
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         norms = token_norms(g)
@@ -141,6 +165,8 @@ class ResidualExpansion(Expansion):
 class AddPositionsExpansion(Expansion):
     """x_t + p_t: one rounding of the sum."""
 
+    by_token = ("clean", "norm")
+
     def __init__(self, layer: AddPositions, clean: Tensor, scope: Scope) -> None:
         self.scope = scope
         if layer.positions.dim() != 2 or layer.positions.shape[1] != clean.shape[-1]:
@@ -148,10 +174,10 @@ class AddPositionsExpansion(Expansion):
         self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
         self.norm = norm_up(self.clean)
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         fresh = self.scope.fits(up(2 * self.scope.unit * (self.norm + radius)), self.norm + radius)
         bounds.append(fresh)
-        return radius + fresh
+        return radius + fresh, error + fresh
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         return g, [token_norms(g)]
@@ -166,7 +192,7 @@ class MeanTokensExpansion(Expansion):
         self.norm = norm_up(clean)
         self.clean = clean.mean(1, keepdim=True)
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         largest = (self.norm + radius).amax(-1, keepdim=True)
 
         def one(context: Context) -> Tensor:
@@ -174,7 +200,7 @@ class MeanTokensExpansion(Expansion):
 
         fresh = self.scope.fits(up(self.scope.both(one)), largest * self.tokens)
         bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return up(radius.mean(-1, keepdim=True)) + fresh
+        return up(radius.mean(-1, keepdim=True)) + fresh, up(error.mean(-1, keepdim=True)) + fresh
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         norms = token_norms(g)
@@ -191,9 +217,10 @@ class FlattenExpansion(Expansion):
         self.space, self.shape = scope.space, clean.shape[1:]
         self.clean = clean.flatten(1).unsqueeze(1)
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         order = {"l2": 2.0, "l1": 1.0, "linf": torch.inf}[self.space]
-        return up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
+        joined = up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
+        return joined, up(torch.linalg.vector_norm(error, dim=-1, keepdim=True) * (1 + 1e-12))
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         return g.squeeze(-2).unflatten(-1, self.shape), []
@@ -205,8 +232,9 @@ class ToTokens(Expansion):
     def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
         self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
-        return radius.expand(*radius.shape[:-1], self.clean.shape[1])
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        shape = (*radius.shape[:-1], self.clean.shape[1])
+        return radius.expand(shape), error.expand(shape)
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         return g.flatten(-2).unsqueeze(-2), []
@@ -222,8 +250,9 @@ class PatchifyExpansion(Expansion):
         self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
         self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
-        return radius.expand(*radius.shape[:-1], self.clean.shape[1])
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        shape = (*radius.shape[:-1], self.clean.shape[1])
+        return radius.expand(shape), error.expand(shape)
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         (c, h, w), p = self.shape, self.patch
@@ -260,14 +289,15 @@ class NormalizeExpansion(Expansion):
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
 
-    def advance(self, radius: Tensor, bounds: list[Tensor]) -> Tensor:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         size = self.gain * (self.reach + self.factor * radius)
         root = math.sqrt(self.clean.shape[-1])
         # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
         fresh = 4 * self.scope.unit * size + root * self.scope.tiny * (1 + self.gain)
         fresh = self.scope.fits(up(fresh), size)
         bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
+        moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
+        return moved, up(self.gain * error) + fresh
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         norms = token_norms(g)

@@ -1,0 +1,69 @@
+"""Radii of a single token through exact Jacobians: ‖J_{l−1}…J_0‖ε and what remainders add, in the place of a product of norms. MATH.md section 7.
+
+With one token moving, a layer's Jacobian is one D×D block, and all blocks and their products are affordable. The change in front of part l is
+    Δ_l = M_{l←0}δ + Σ_{k<l} M_{l←k+1}R_k,      M_{l←k} = J_{l−1}…J_k,
+so ‖Δ_l‖ ≤ ‖M_{l←0}‖ε + Σ_k ‖M_{l←k+1}‖‖R_k‖.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from robustlip.local.base import Expansion
+from robustlip.local.structure import ChainExpansion
+from robustlip.rounding import up
+from robustlip.spectral import gram_iteration_bound
+
+# Error of a Jacobian block that float64 computed, as a fraction of a bound of its norm with nothing cancelled: γ_n with Frobenius norms for n ≤ 2¹².
+_BLOCK_ERROR = 2.0**-34
+
+
+class JacobianChain(ChainExpansion):
+    """A chain at single tokens (N, 1, D) whose radii are the smaller of the layer by layer ones and those through exact Jacobians."""
+
+    def __init__(self, chain: ChainExpansion) -> None:
+        self.__dict__.update(copy.copy(chain).__dict__)
+        width = _width_in(chain)
+        eye = torch.eye(width, dtype=torch.float64, device=chain.clean.device)
+        count = len(chain.clean)
+        blocks = []  # M_{l+1←k} for the last l: (N, D', D_k)
+        self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,)
+        gains: list[Tensor] = []
+        for part in self.parts:
+            size = part.clean.shape[-1]
+            basis = torch.eye(size, dtype=torch.float64, device=eye.device)[:, None, None, :].expand(size, count, 1, size)
+            jacobian = part.adjoint(basis)[0].squeeze(2).transpose(0, 1)  # rows Jᵀe_i: (N, D', D)
+            gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=eye.device)
+            blocks = [jacobian @ m for m in blocks] + [jacobian]
+            gains = [g * gain for g in gains] + [gain]
+            stacked = torch.stack(blocks, 1)  # (N, l + 1, D', D): all parts of a chain of residuals have one width
+            norm = gram_iteration_bound(stacked, 4)
+            error = _BLOCK_ERROR * len(blocks) * torch.stack(gains, 1)
+            self.norms.append(list(up(norm + error).unbind(1)))
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        first, zero = radius, torch.zeros_like(radius)
+        remainders: list[Tensor] = []
+        for part, norms in zip(self.parts, self.norms, strict=True):
+            radius, remainder = part.advance(radius, zero, bounds)
+            remainders.append(remainder)
+            beyond = remainder  # M_{l+1←l+1} is the identity
+            for k in range(len(remainders) - 1):
+                beyond = beyond + norms[k + 1].unsqueeze(-1) * remainders[k]
+            radius = torch.minimum(radius, up(norms[0].unsqueeze(-1) * first + beyond))
+        return radius, up(error + beyond)
+
+
+def _width_in(chain: ChainExpansion) -> int:
+    return int(chain.clean.shape[-1])
+
+
+def single_width(chain: ChainExpansion) -> bool:
+    """Whether every part of a chain at single tokens keeps the width, so that products of blocks are square."""
+    return all(part.clean.shape[-1] == chain.clean.shape[-1] for part in chain.parts)
+
+
+__all__ = ["Expansion", "JacobianChain", "single_width"]
