@@ -179,6 +179,15 @@ def test_the_maps_of_the_methods_without_a_guarantee() -> None:
         assert constraint.limit(target) == math.inf and constraint.check()["weight"] > 1
 
 
+@pytest.mark.parametrize("method", ["spectral-normalize", "hard-cap-msign", "soft-cap"])
+def test_what_is_inside_its_cap_stays_as_it_is(method) -> None:
+    """min(w_max, σ) and M / max(1, σ/w_max) are the identity there; soft cap is when the step left nothing to bend."""
+    target = square(torch.linspace(0.05, 0.9, 12))
+    before = target.weight.detach().clone()
+    Constraint([target], method).apply(target)
+    assert torch.allclose(target.weight, before, atol=2e-5)
+
+
 def test_stiefel_makes_all_singular_values_equal() -> None:
     target = square(torch.linspace(0.05, 2, 20), 0.7)
     Constraint([target], "stiefel").apply(target)

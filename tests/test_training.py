@@ -398,6 +398,11 @@ def test_interval_margins_hold_inside_the_ball(norm, widths) -> None:
         step = epsilon * (direction.sign() if norm == "linf" else direction / length.clamp_min(1e-12))
         near = torch.minimum(near, margins(x + step).detach())
     assert bool((lower <= near + 1e-5).all())
+    if seen:  # the worst points of each neuron of the first layer are known: intervals are exact there
+        weight = model.linear1.weight.detach()
+        worst = weight.sign() if norm == "linf" else weight / weight.norm(dim=1, keepdim=True)
+        reached = ((model.normalize(x[:, None] + epsilon * worst) - model.normalize(x)[:, None]) * weight).sum(-1)
+        assert torch.allclose(seen[0][1], reached, atol=1e-5)
     if len(widths) == 2:  # a linear model: intervals are exact
         assert torch.allclose(lower, near, atol=1e-3)
     exact, _ = interval_margins(model, x, y, 1e-9, norm)
