@@ -114,7 +114,7 @@ def concatenate(certificates: Sequence[Certificate]) -> Certificate:
 
     first = certificates[0]
     joined: dict[str, Any] = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
-    joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason")}
+    joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason", "methods")}
     bound = {key: max(c.bound[key] for c in certificates if key in c.bound) for key in dict.fromkeys(k for c in certificates for k in c.bound)}
     return replace(first, **joined, bound=bound)
 

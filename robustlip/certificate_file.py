@@ -80,6 +80,7 @@ class Sample(Strict):
     radius: Radius = Field(description="proved: no perturbation of the threat up to this radius changes the prediction; 0 where nothing is proved")
     status: Literal["certified", "abstained", "misclassified"]
     reason: Line = Field(description="why it is not certified; empty where it is")
+    method: Line = Field(default="", description="the method that proved this radius; empty where none did")
     row_sha256: Sha256 = Field(description="of dtype NUL shape NUL label NUL and the row's bytes: raw inputs or token ids, little endian")
 
     @model_validator(mode="after")
@@ -203,8 +204,9 @@ def from_certificate(
     threat = certificate.threat
     clip = list(threat.clip) if isinstance(threat, InputBall) and threat.clip is not None else None
     columns = zip(
-        certificate.index, certificate.label, certificate.prediction, certificate.radius, certificate.status, certificate.reason, hashes, strict=True
-    )
+        certificate.index, certificate.label, certificate.prediction, certificate.radius, certificate.status, certificate.reason,
+        certificate.methods or [""] * len(certificate), hashes, strict=True,
+    )  # fmt: skip
     document = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -234,9 +236,9 @@ def from_certificate(
         "samples": [
             {
                 "index": int(i), "label": int(y), "prediction": int(p), "radius": min(float(r), sys.float_info.max), "status": s,
-                "reason": why[:300], "row_sha256": sha,
+                "reason": why[:300], "method": how, "row_sha256": sha,
             }
-            for i, y, p, r, s, why, sha in columns
+            for i, y, p, r, s, why, how, sha in columns
         ],
     }  # fmt: skip
     file = _validated(document, "the certificate")

@@ -18,7 +18,8 @@ class Certificate:
 
     radius[i] > 0 proves: no perturbation within the threat at that radius changes prediction[i], and prediction[i] == label[i].
     index, label, prediction: int64 (N,); radius: float64 (N,), rounded down, in the units of the threat; status: N strings
-    among certified, abstained, misclassified; reason: N strings, empty where certified.
+    among certified, abstained, misclassified; reason: N strings, empty where certified. methods: N strings, the method that proved each
+    radius ('best' asks several), empty where none is.
     dtype: the arithmetic that is covered: 'float32' and the like mean the model as executed there, 'real' exact arithmetic only.
     bound: lipschitz_to_last_hidden, the largest constant used (input to the state in front of the last layer, at the radius proved), and the
     model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules and torch.
@@ -35,6 +36,7 @@ class Certificate:
     radius: np.ndarray
     status: tuple[str, ...]
     reason: tuple[str, ...]
+    methods: tuple[str, ...] = ()
     bound: dict[str, float | str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -48,8 +50,10 @@ class Certificate:
     def to_json_dict(self) -> dict[str, Any]:
         """The certificate file: plain JSON types only."""
         samples = [
-            {"index": int(i), "label": int(y), "prediction": int(p), "radius": float(r), "status": s, "reason": why}
-            for i, y, p, r, s, why in zip(self.index, self.label, self.prediction, self.radius, self.status, self.reason, strict=True)
+            {"index": int(i), "label": int(y), "prediction": int(p), "radius": float(r), "status": s, "reason": why, "method": how}
+            for i, y, p, r, s, why, how in zip(
+                self.index, self.label, self.prediction, self.radius, self.status, self.reason, self.methods or [""] * len(self), strict=True
+            )
         ]
         return {
             "threat": self.threat.name,

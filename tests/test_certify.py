@@ -231,7 +231,7 @@ def test_rounding_attack_breaks_the_real_certificate_and_not_the_executed_one(ki
 
 def test_allowances_leave_most_of_a_float32_radius() -> None:
     model, x, y = tiny("mlp", 0)
-    real, executed = (certify(model, x, y, InputBall("l2"), dtype=d).radius for d in ("real", None))
+    real, executed = (certify(model, x, y, InputBall("l2"), "global", dtype=d).radius for d in ("real", None))
     assert (executed < real).all() and (executed > 0.99 * real).all()
 
 

@@ -547,7 +547,9 @@ def test_certified_radii_are_never_above_the_exact_ones(norm) -> None:
         model, x, y = tiny_net(seed)
         radius = certify(model, x, y, InputBall(norm)).radius
         real = certify(model, x, y, InputBall(norm), dtype="real").radius
-        assert (radius <= real * (1 + 1e-12) + 1e-12).all()
+        # Not of 'best': multipliers that are searched end elsewhere in another arithmetic.
+        executed, ideal = (certify(model, x, y, InputBall(norm), "global", dtype=d).radius for d in (None, "real"))
+        assert (executed <= ideal * (1 + 1e-12) + 1e-12).all()
         i = pick(radius)
         exact = exact_radius(model, x[i], int(y[i]), norm)
         assert radius[i] <= exact and real[i] <= exact * (1 + 1e-9)

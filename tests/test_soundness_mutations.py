@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,7 +235,7 @@ def test_ties_and_nan_margins_get_no_radius_whatever_the_search_says(monkeypatch
 
 def test_logits_that_are_not_finite_get_no_radius_whatever_the_method_says(monkeypatch) -> None:
     ones = lambda chain, x, *rest: (torch.ones(len(x), dtype=torch.float64),) * 2  # noqa: E731
-    monkeypatch.setitem(certifiers.METHODS, "global", ones)
+    monkeypatch.setitem(certifiers.METHODS, "global", replace(certifiers.METHODS["global"], radii=ones))
     layer = nn.Linear(1, 2, bias=False).half()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[30000.0], [1.0]]))
@@ -245,7 +246,7 @@ def test_logits_that_are_not_finite_get_no_radius_whatever_the_method_says(monke
 def test_cast_of_the_given_point_is_taken_off(monkeypatch) -> None:
     """float16 holds 0.3 only near 0.2998: what was moved by the cast counts against the radius around the given point."""
     ones = lambda chain, x, *rest: (torch.ones(len(x), dtype=torch.float64),) * 2  # noqa: E731
-    monkeypatch.setitem(certifiers.METHODS, "global", ones)
+    monkeypatch.setitem(certifiers.METHODS, "global", replace(certifiers.METHODS["global"], radii=ones))
     layer = nn.Linear(1, 2).half()
     x = torch.tensor([[0.3]], dtype=torch.float64)
     y = layer(x.half()).argmax(-1)

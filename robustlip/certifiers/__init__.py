@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.lipschitz import global_radii
+from robustlip.certifiers.methods import METHODS, check_method, radii_by
 from robustlip.certifiers.samples import (
     batches,
     check_arithmetic,
@@ -39,11 +38,7 @@ from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
 
-RULES_VERSION = "4"
-
-# method → radii of one batch. 'best' takes the largest over all of them, so a new method is one line here.
-Radii = Callable[[Chain, Tensor, Tensor, Tensor, Threat, Context], tuple[Tensor, Tensor]]
-METHODS: dict[str, Radii] = {"global": global_radii}
+RULES_VERSION = "5"
 
 
 @torch.no_grad()
@@ -61,17 +56,17 @@ def certify(
     """Per sample, the largest radius proved for `threat`, rounded down; 0 with the reason where none is.
 
     model: a Chain or an nn.Sequential of layers with rules. x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
-    y: labels (N,), for next-token models the token after the window. method: a key of METHODS, or 'best'.
+    y: labels (N,), for next-token models the token after the window. method: a key of METHODS, or 'best': the largest radius of those that
+    apply, sample by sample, and which method gave it; with threat.radius set, dearer methods see only samples that it is not yet proved for.
     dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
     Inputs that the covered dtype cannot hold are cast, and an input radius still counts from the point that was given.
     index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given.
     With threat.radius set, samples proved for less are 'abstained'.
     A model that is in train mode and behaves otherwise there, and samples outside the model's input_range, are abstained with the reason.
-    Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 5 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
+    Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 7 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
-    if method != "best" and method not in METHODS:
-        raise BadInput(f"expected a method among best, {', '.join(METHODS)}, got {method!r}; name one of them")
+    check_method(method)
     chain = as_chain(model)
     own = check_model(chain)
     check_samples(chain, x, y)
@@ -88,20 +83,21 @@ def certify(
         sha, store = constants_of(chain)
         context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
         device = next(chain.parameters()).device
-        parts = []
+        parts, winners = [], []
         for part in batches(len(x), batch_size or _batch_size(chain, x)):
             xb, yb = x[part].to(device), y[part].to(device).long()
             given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
             logits, clean = traced_scores(chain, xb)
             check_labels(yb, logits.shape[-1])
-            radii, bounds = _best(chain, xb, yb, logits, threat, method, replace(context, clean=clean))
+            radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
+            winners += winner
             radii = _around(given, xb, threat, radii)
             parts.append((radii, bounds, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
     radius, bound, prediction, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
     name = "real" if dtype == "real" else _name(covered)
-    return _assemble(chain, context, y.cpu(), threat, method, name, sha, index, radius, bound, prediction, finite, refused)
+    return _assemble(chain, context, y.cpu(), threat, method, name, sha, index, radius, bound, prediction, finite, refused, winners)
 
 
 def _batch_size(chain: Chain, x: Tensor) -> int:
@@ -120,26 +116,13 @@ def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tenso
     return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)
 
 
-def _best(
-    chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, method: str, context: Context
-) -> tuple[Tensor, Tensor]:
-    names = list(METHODS) if method == "best" else [method]
-    if len(names) == 1:
-        return METHODS[names[0]](chain, x, y, logits, threat, context)
-    results = [METHODS[name](chain, x, y, logits, threat, context) for name in names]
-    radii = torch.stack([r for r, _ in results])
-    winner = radii.argmax(0)
-    bounds = torch.stack([b for _, b in results]).gather(0, winner[None])[0]
-    return radii.amax(0), bounds
-
-
 def _name(dtype: torch.dtype) -> str:
     return next(name for name, value in NAMES.items() if value == dtype)
 
 
 def _assemble(
     chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
-    radius: Tensor, bound: Tensor, prediction: Tensor, finite: Tensor, refused: list[str],
+    radius: Tensor, bound: Tensor, prediction: Tensor, finite: Tensor, refused: list[str], winners: list[str],
 ) -> Certificate:  # fmt: skip
     from robustlip import __version__
 
@@ -179,6 +162,7 @@ def _assemble(
         radius=radius.numpy(),
         status=tuple(status),
         reason=tuple(reason),
+        methods=tuple(name if r > 0 else "" for name, r in zip(winners, radius.tolist(), strict=True)),
         bound=constants,
         versions={"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
     )

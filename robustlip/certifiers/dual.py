@@ -5,17 +5,22 @@
 The first term is at most ε times a dual norm of the gradient g⁰; the others are small where the network is nearly linear on the ball. Nothing
 multiplies norms of layers, so depth costs little. Rivals are taken a few at a time, nearest first by the local bound; one is left out only when the
 local bound at the radius that is claimed proves it harmless.
+
+Where only the last token of a causal model moves, no other token does but by rounding: then the network is one of single tokens
+(robustlip.local.attention.AttentionRow), every rival is affordable, and so are exact Jacobians for the radii (robustlip.local.jacobian).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from robustlip.certifiers.local import Reference, local_applies, reference_of, search
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Chain
-from robustlip.local import loss
+from robustlip.layers import Attention, Chain, MeanTokens
+from robustlip.local import JacobianChain, loss
 from robustlip.rounding import up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
@@ -48,7 +53,6 @@ class Rivals:
 
     def __init__(self, reference: Reference, y: Tensor, rivals: Tensor) -> None:
         """rivals: (A, N) class numbers; the label itself where a sample has no further rival."""
-        self.rivals = rivals
         if reference.rows is None:
             eye = torch.eye(reference.margin.shape[1], dtype=torch.float64, device=y.device)
             direction = eye[y] - eye[rivals]
@@ -65,31 +69,68 @@ class Rivals:
         """What each of these margins can lose at ε (N,): (N, A)."""
         bounds: list[Tensor] = []
         hidden = reference.hidden(epsilon, bounds)
-        total = self.linear * epsilon + loss(self.weights, bounds)
-        # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the row times the change covers that.
+        total = loss(self.linear * epsilon, self.weights, bounds)
+        # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the rows times the change covers that.
         total = total + 2.0**-50 * 2 * reference.largest_row * hidden + 2 * reference.single(hidden)
-        return up(total.T * (1 + 1e-9))
+        # Adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
+        vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds), start=torch.zeros_like(epsilon)))
+        return up((total + vanished).T * (1 + 1e-9))
+
+
+def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
+    """Whether the threat is of the last token of a causal next-token model: then the other tokens move by rounding only."""
+    if model.task != "next-token" or not isinstance(threat, EmbeddingBall) or threat.positions(tokens) != [tokens - 1]:
+        return False
+    return all(m.causal for m in model.modules() if isinstance(m, Attention)) and not any(isinstance(m, MeanTokens) for m in model.modules())
+
+
+def at_positions(reference: Reference, sample: Tensor, position: Tensor) -> Reference:
+    """The reference of M single tokens, each the last of its own prefix: sample[m] of the batch, position[m] (M,), reading there what follows.
+
+    margin and pairs are those of the batch's labels and have to be replaced where positions other than the read one are meant.
+    """
+    reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device), [])  # the others' rounding arrives
+    body = JacobianChain(reference.body.at_rows(sample, position))
+    return replace(
+        reference, body=body, start=reference.start[sample, position].unsqueeze(1), row=0, threat=EmbeddingBall(reference.threat.radius),
+        margin=reference.margin[sample], pairs=reference.pairs[sample], hidden_norm=reference.hidden_norm[sample],
+    )  # fmt: skip
 
 
 def dual_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), NaN: the method has no Lipschitz constant), float64 on the CPU. Signature as global_radii."""
     if reason := dual_applies(model, threat):
         raise UnsupportedLayer(f"expected a model and threat that the method covers, got one where {reason}; use method='best'")
-    reference = reference_of(model, x, y, threat, context)
     radius = torch.zeros(len(y), dtype=torch.float64, device=y.device)
-    todo = (reference.margin > 0).all(-1).nonzero()[:, 0]
-    if len(todo) < len(y):
-        if len(todo):
-            radius[todo] = _radii(reference_of(model, x[todo], y[todo], threat, context), model, x[todo], y[todo], threat, context)
-    else:
-        radius = _radii(reference, model, x, y, threat, context)
+    todo = (logits.argmax(-1) == y).nonzero()[:, 0]
+    if len(todo):
+        xs, ys = x[todo], y[todo]
+        reference = reference_of(model, xs, ys, threat, context)
+        if moves_alone(model, threat, reference.start.shape[1]):
+            every = torch.arange(len(todo), device=y.device)
+            found = alone(at_positions(reference, every, torch.full_like(every, reference.start.shape[1] - 1)), ys)
+        else:
+            found = _radii(reference, model, xs, ys, threat, context)
+        radius[todo] = torch.where((reference.margin > 0).all(-1), found, 0.0)
     return radius.cpu(), torch.full_like(radius, torch.nan).cpu()
+
+
+def _start(reference: Reference) -> Tensor:
+    """Where the search of radii begins: far below any answer."""
+    return 1e-6 * reference.start.abs().amax((-1, -2)).clamp_min(1e-3)
+
+
+def alone(reference: Reference, y: Tensor) -> Tensor:
+    """Radii (N,) of single tokens, all rivals at once."""
+    order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
+    rivals = Rivals(reference, y, order.T)
+    return search(lambda epsilon: rivals.losses(reference, epsilon), rivals.margin, _start(reference))[0]
 
 
 def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:
     classes = reference.margin.shape[1]
     order = (reference.margin / reference.pairs.clamp_min(1e-300)).argsort(-1)[:, : classes - 1]  # the label, at +inf, comes last
-    start = 1e-6 * reference.start.abs().amax((-1, -2)).clamp_min(1e-3)
+    start = _start(reference)
     count = min(RIVALS, classes - 1)
     done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True)
     first = order[:, :count].T
@@ -112,6 +153,7 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
         losses = found.losses(part, before)
         kept = ((losses < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
         if not bool(kept.all()):
+            # A ball that was proved against the rivals that are done holds every smaller one.
             shorter, _ = search(lambda epsilon: found.losses(part, epsilon), found.margin, start[samples])
             radius[samples] = torch.where(kept, before, torch.minimum(before, shorter))
         done[samples] = done[samples].scatter(1, more.T, True)

@@ -8,7 +8,7 @@ one radius, so rounding is amplified by local constants too, not by the global o
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from robustlip.certifiers.lipschitz import entry
 from robustlip.certifiers.samples import head_of
 from robustlip.certifiers.search import largest_radius
-from robustlip.layers import AddPositions, Chain
-from robustlip.local import ChainExpansion, Scope, unsupported
+from robustlip.layers import Chain
+from robustlip.local import ChainExpansion, Scope, ToL2, unsupported
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
+from robustlip.rules.linear import Matrix
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 
@@ -27,11 +28,9 @@ def local_applies(model: Chain, threat: Threat) -> str:
     """'' when every layer behind the threat has a local expansion, otherwise the sentence that says which has none."""
     inner = [m for layer in model for m in layer.modules() if not isinstance(m, Chain)]
     # Matrices inside attention and residual branches are found by modules() too; what attention reads itself is expanded with it.
-    names = sorted({unsupported(m) for m in inner if unsupported(m) and type(m) is not nn.Embedding})
+    names = sorted({unsupported(m) for m in inner if unsupported(m)})
     if names:
         return f"method 'local' has no expansion of {', '.join(names)}"
-    if isinstance(threat, WeightBall) and any(type(m) is AddPositions for m in inner):
-        return ""
     return ""
 
 
@@ -53,6 +52,7 @@ class Reference:
     hidden_norm: Tensor
     largest_row: float
     largest_bias: float
+    head_sigma: float
     context: Context
     threat: Threat
 
@@ -69,14 +69,20 @@ class Reference:
 
     def hidden(self, epsilon: Tensor, bounds: list[Tensor]) -> Tensor:
         """The radius in front of the head, of the token that is read (…, N)."""
+        if self.context.weight_radius is not None:
+            self.context.weight_radius.copy_(epsilon)  # what every layer's expansion reads
         first = self.first_radius(epsilon)
         return self.body.advance(first, torch.zeros_like(first), bounds)[0][..., self.row]
+
+    def head_change(self) -> Tensor | float:
+        """‖E‖₂ of the head under a weight threat (N,)."""
+        return self.context.weight_change(self.head_sigma)
 
     def single(self, hidden: Tensor) -> Tensor:
         """What executing the head can lose on one logit (…, N), for a hidden state within `hidden` of the reference."""
         if self.rows is None:
             return torch.zeros_like(hidden)
-        size = self.largest_row * (self.hidden_norm + hidden) + self.largest_bias
+        size = (self.largest_row + self.head_change()) * (self.hidden_norm + hidden) + self.largest_bias
 
         def one(context: Context) -> Tensor:
             return context.gamma(self.rows.shape[1] + 1) * size + context.unit * size + (self.rows.shape[1] + 2) * context.tiny  # type: ignore[union-attr]
@@ -97,6 +103,9 @@ def double_copy(model: Chain, context: Context) -> Chain:
 def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Reference:
     """Everything of a batch that does not depend on the radius. x: inputs (N, …) in the covered dtype, y (N,), both on the model's device."""
     _, inside, _ = entry(model, x, threat)
+    if isinstance(threat, WeightBall):
+        # One number per sample that `Reference.hidden` writes and every expansion reads when it advances.
+        context = replace(context, weight_radius=torch.zeros(len(x), dtype=torch.float64, device=x.device))
     twin = double_copy(model, context)
     layers = list(twin)[model.embedding_depth :] if isinstance(threat, EmbeddingBall) else list(twin)
     head = head_of(twin)
@@ -110,13 +119,16 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
     else:
         start = inside
     body = ChainExpansion(layers[:-1] if head is not None else layers, start, Scope(context, space, whole))
+    if body.space != "l2":
+        # No layer mixed coordinates: the hidden state is the input, and the head's rows are measured in ℓ2.
+        body = body.then(ToL2(body.clean, body.space))
     row = -1 if model.task == "next-token" else 0
     last = body.clean[:, row]
     if head is None:
         rows = bias = None
         logits = last
         pairs = torch.full_like(logits, 2**0.5 * (1 + 1e-15))
-        largest_row, largest_bias = 0.0, 0.0
+        largest_row, largest_bias, sigma = 0.0, 0.0, 0.0
     else:
         rows, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         logits = last @ rows.T if bias is None else last @ rows.T + bias
@@ -124,8 +136,9 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
         pairs = table[y]
         largest_row = context.constant(head, "largest-row", lambda: float(norm_up(rows).amax()))
         largest_bias = 0.0 if bias is None else float(bias.abs().amax())
+        sigma = float(context.constant(head, "matrix", lambda: Matrix.of(head.weight)).sigma)
     margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], torch.inf)
-    return Reference(body, start, rows, bias, margin, pairs, row, norm_up(last), largest_row, largest_bias, context, threat)
+    return Reference(body, start, rows, bias, margin, pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
 
 
 def search(losses: object, margin: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,11 +168,7 @@ def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Thre
 
         raise UnsupportedLayer(f"expected a model that the method covers, got one where {reason}; use method='best'")
     weights = isinstance(threat, WeightBall)
-    if weights:
-        # The radius of the weights sits in the context, so the expansion is made anew for each radius tried.
-        reference = reference_of(model, x, y, threat, context)
-    else:
-        reference = reference_of(model, x, y, threat, context)
+    reference = reference_of(model, x, y, threat, context)
     scale = torch.ones_like(reference.hidden_norm) if weights or not reference.start.is_floating_point() else norm_up(reference.start).amax(-1)
     reached = torch.zeros_like(scale)
 
@@ -167,7 +176,9 @@ def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Thre
         nonlocal reached
         hidden = reference.hidden(epsilon, [])
         reached = hidden
-        return up(reference.pairs * hidden.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1)
+        # The head's own change moves a pair of logits by ‖(e_y − e_j)ᵀE h‖ ≤ √2‖E‖‖h‖.
+        own = 2**0.5 * (1 + 1e-15) * reference.head_change() * (reference.hidden_norm + hidden)
+        return up(reference.pairs * hidden.unsqueeze(-1) + own.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1)
 
     radius, _ = search(losses, reference.margin, 1e-6 * scale.clamp_min(1e-3))
     losses(radius)

@@ -141,10 +141,9 @@ def token_norms(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dim=-1) * (1 + 2.0**-35)
 
 
-def loss(weights: list[Tensor], bounds: list[Tensor]) -> Tensor:
-    """Σ over all pairs: (A, N, ·) with (N, ·) → (A, N)."""
-    total = weights[0].new_zeros(weights[0].shape[:2])
+def loss(first_order: Tensor, weights: list[Tensor], bounds: list[Tensor]) -> Tensor:
+    """first_order (A, N) + Σ over all pairs, (A, N, ·) with (N, ·) → (A, N). 0·∞ is NaN, a radius that overflowed: infeasible either way."""
+    total = first_order
     for w, b in zip(weights, bounds, strict=True):
-        # 0·∞ would be NaN and is a radius that overflowed: infeasible either way.
         total = total + torch.einsum("anm,nm->an", w, b)
     return total

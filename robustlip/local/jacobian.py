@@ -12,7 +12,6 @@ import copy
 import torch
 from torch import Tensor
 
-from robustlip.local.base import Expansion
 from robustlip.local.structure import ChainExpansion
 from robustlip.rounding import up
 from robustlip.spectral import gram_iteration_bound
@@ -26,17 +25,15 @@ class JacobianChain(ChainExpansion):
 
     def __init__(self, chain: ChainExpansion) -> None:
         self.__dict__.update(copy.copy(chain).__dict__)
-        width = _width_in(chain)
-        eye = torch.eye(width, dtype=torch.float64, device=chain.clean.device)
-        count = len(chain.clean)
+        count, device = len(chain.clean), chain.clean.device
         blocks = []  # M_{l+1←k} for the last l: (N, D', D_k)
         self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,)
         gains: list[Tensor] = []
         for part in self.parts:
             size = part.clean.shape[-1]
-            basis = torch.eye(size, dtype=torch.float64, device=eye.device)[:, None, None, :].expand(size, count, 1, size)
+            basis = torch.eye(size, dtype=torch.float64, device=device)[:, None, None, :].expand(size, count, 1, size)
             jacobian = part.adjoint(basis)[0].squeeze(2).transpose(0, 1)  # rows Jᵀe_i: (N, D', D)
-            gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=eye.device)
+            gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=device)
             blocks = [jacobian @ m for m in blocks] + [jacobian]
             gains = [g * gain for g in gains] + [gain]
             stacked = torch.stack(blocks, 1)  # (N, l + 1, D', D): all parts of a chain of residuals have one width
@@ -55,15 +52,3 @@ class JacobianChain(ChainExpansion):
                 beyond = beyond + norms[k + 1].unsqueeze(-1) * remainders[k]
             radius = torch.minimum(radius, up(norms[0].unsqueeze(-1) * first + beyond))
         return radius, up(error + beyond)
-
-
-def _width_in(chain: ChainExpansion) -> int:
-    return int(chain.clean.shape[-1])
-
-
-def single_width(chain: ChainExpansion) -> bool:
-    """Whether every part of a chain at single tokens keeps the width, so that products of blocks are square."""
-    return all(part.clean.shape[-1] == chain.clean.shape[-1] for part in chain.parts)
-
-
-__all__ = ["Expansion", "JacobianChain", "single_width"]

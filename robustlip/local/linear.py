@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustlip.errors import UnsupportedLayer
 from robustlip.layers import ScaledGELU
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
@@ -87,6 +88,25 @@ class _Affine(Expansion):
         fresh = self.scope.both(lambda context: c.rounding(norm, perturbed, context)) + perturbed * norm
         largest = (c.matrix.frobenius + math.sqrt(min(c.weight.shape)) * perturbed) * norm + c.bias_norm
         return up(c.gain * radius), self.scope.fits(up(fresh), largest)
+
+
+@register(nn.Embedding)
+class EmbeddingExpansion(Expansion):
+    """A row of the table for each token id (N, T): only weight changes move it, by at most ‖E‖₂."""
+
+    def __init__(self, layer: nn.Embedding, ids: Tensor, scope: Scope) -> None:
+        if layer.max_norm is not None:
+            raise UnsupportedLayer("expected Embedding without max_norm, got one that rewrites its weights in forward; rescale the rows once")
+        self.scope = scope
+        self.matrix: Matrix = scope.context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
+        self.clean = layer.weight.detach().double()[ids]
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        moved = torch.zeros_like(radius) + weight_change(self.scope, self.matrix.sigma)
+        return up(moved), moved
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return g.new_zeros(*g.shape[:-1], 1), []
 
 
 @register(nn.Linear)
@@ -206,12 +226,12 @@ class ElementwiseExpansion(Expansion):
             crossing = (each - self.distance).clamp_min(0.0)
             slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)
             bounds.append(crossing.flatten(-2))
-            curved = torch.linalg.vector_norm(crossing, dim=-1)
+            curved = norm_up(crossing)
         else:
             slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)
             bounds += [moved_square(radius), fresh.square()]
-            curved = torch.minimum(each.amax(-1) * whole, torch.linalg.vector_norm(each.square(), dim=-1)) * (0.5 * self.f.curvature)
-        behind = torch.minimum(slope.amax(-1) * whole, torch.linalg.vector_norm(slope * each, dim=-1))
+            curved = torch.minimum(each.amax(-1) * whole, norm_up(each.square())) * (0.5 * self.f.curvature)
+        behind = torch.minimum(slope.amax(-1) * whole, norm_up(slope * each))
         rounding = self._rounding(self.z_norm + whole)
         bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
         steepest = self.slope.amax(-1)

@@ -94,6 +94,12 @@ class ChainExpansion(Expansion):
             radius, error = part.advance(radius, error, bounds)
         return radius, error
 
+    def then(self, part: Expansion) -> ChainExpansion:
+        """This chain with one more part behind it."""
+        chain = copy.copy(self)
+        chain.parts, chain.clean, chain.space, chain.whole = [*self.parts, part], part.clean, part.space, part.whole
+        return chain
+
     def lipschitz(self) -> Tensor | float:
         gain: Tensor | float = 1.0
         for part in self.parts:
