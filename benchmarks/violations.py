@@ -2,6 +2,7 @@
 
     python benchmarks/violations.py [--samples 1000000] [--seed 0] [--minutes 30] [--json FILE] [--state FILE] [--unit N]
         [--families gpt,gpt-aligned]
+    python benchmarks/violations.py --methods all --minutes 8      # each certifier by name: benchmarks/violation_methods.py
 
 Work comes in units, each drawn from (seed, number): a model of one family with random, optimised, huge or tiny weights, one dtype, a few thousand
 samples and every threat that applies. A sample that gets a radius is attacked at 1.0 times that radius and inside it, by gradients, by random
@@ -215,8 +216,8 @@ def digits() -> Tensor:
     return load_data("digits").x
 
 
-def from_zoo(g: Draw) -> tuple[Chain, Tensor]:
-    name = pick(g, zoo.names())
+def from_zoo(g: Draw, name: str | None = None) -> tuple[Chain, Tensor]:
+    name = name or pick(g, zoo.names())
     model = zoo.load(name)
     if model.task == "next-token":
         return model, torch.randint(len(model.vocabulary or ""), (16, 12), generator=g)
@@ -362,8 +363,13 @@ def attack_points(model: Chain, exact: Chain, clean: Tensor, y: Tensor, radius: 
     return len(points) * len(clean)
 
 
-def attack_weights(model: Chain, exact: Chain, x: Tensor, y: Tensor, radius: Tensor, threat: WeightBall) -> int:
-    """Perturbs the weights under groups of samples of nearly equal radius, by the smallest radius of each group."""
+def attack_weights(
+    model: Chain, exact: Chain, x: Tensor, y: Tensor, radius: Tensor, threat: WeightBall, flips: list[int] | None = None
+) -> int:
+    """Perturbs the weights under groups of samples of nearly equal radius, by the smallest radius of each group.
+
+    flips: takes the numbers of samples that answer otherwise; without it the first raises Finding.
+    """
     skip = {f"{n}.positions" for n, m in model.named_modules() if isinstance(m, AddPositions)}
     skip |= {n for n, _ in model.named_parameters() if n.endswith("distance_bias")}
     stored = {n: p.detach() for n, p in model.named_parameters() if p.dim() in (2, 4) and n not in skip}
@@ -401,7 +407,9 @@ def attack_weights(model: Chain, exact: Chain, x: Tensor, y: Tensor, radius: Ten
                 found = model.decide(torch.func.functional_call(model, changed, (xs,))).argmax(-1)
             judged += len(rows)
             bad = (found != ys).nonzero()[:, 0].tolist()
-            if bad:
+            if bad and flips is not None:
+                flips += rows[bad].tolist()
+            elif bad:
                 answers = f"labels {ys[bad].tolist()}, answers {found[bad].tolist()}"
                 raise Finding(f"samples {rows[bad].tolist()}, radius {limit!r}, {answers}, at {fraction} of the radius")
     return judged
@@ -487,7 +495,13 @@ def main() -> int:
     parser.add_argument("--state", type=Path)
     parser.add_argument("--unit", type=int)
     parser.add_argument("--families", default=",".join(FAMILIES), help=f"among {', '.join(FAMILIES + MORE)}; units are numbered over those named")
+    parser.add_argument("--methods", help="'all' or names of certifiers, by commas: search each of them; needs --minutes or --unit")
     args = parser.parse_args()
+    if args.methods:
+        from violation_methods import search
+
+        torch.set_num_threads(1)
+        return search(args.methods, args.seed, args.minutes, args.unit, args.state, args.json, parser.error)
     families = tuple(args.families.split(","))
     if not set(families) <= set(BUILD):
         parser.error(f"expected families among {', '.join(BUILD)}, got {args.families}")
