@@ -73,7 +73,7 @@ class Rivals:
         # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the rows times the change covers that.
         total = total + 2.0**-50 * 2 * reference.largest_row * hidden + 2 * reference.single(hidden)
         # Adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
-        vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds), start=torch.zeros_like(epsilon)))
+        vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds if isinstance(b, Tensor)), start=torch.zeros_like(epsilon)))
         return up((total + vanished).T * (1 + 1e-9))
 
 

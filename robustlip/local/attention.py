@@ -23,11 +23,12 @@ from torch import Tensor
 
 from robustlip.errors import BadInput
 from robustlip.layers import Attention
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, rows_of, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.attention import Heads, check_projections, join_heads
 from robustlip.rules.elementwise import FUNCTION_ULPS
+from robustlip.spectral import spectral_norm_bound
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
 _LARGEST_LOGIT_CHANGE = 50.0
@@ -123,6 +124,10 @@ class AttentionExpansion(Expansion):
         """Bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
         return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)
 
+    def _both(self, product: Tensor, radius: Tensor) -> Tensor:
+        """Bound of s·Δq_i·Δk_j/d (…, N, H, R, T) for the linear parts, given the product of their norms."""
+        return product
+
     def _weight_changes(self) -> dict[str, Tensor | float]:
         """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
         out: dict[str, Tensor | float] = {}
@@ -182,9 +187,10 @@ class AttentionExpansion(Expansion):
         # What a change does to logit ij, apart from a shift of row i: through the query (centred), through the key, the rest not linear.
         by_query = self._by_query(q_moved, r_q)
         by_key = self._by_key(k_moved, r_k)
+        both = self._both(self.s * pairs(q_moved, k_moved), radius)
         bilinear = self.s * (
-            q_fresh.unsqueeze(-1) * self.key_distance + pairs(self.nq, k_fresh) + pairs(rho_q, rho_k)
-        ) + rounding.unsqueeze(-1)
+            q_fresh.unsqueeze(-1) * self.key_distance + pairs(self.nq, k_fresh) + pairs(q_moved, k_fresh) + pairs(q_fresh, rho_k)
+        ) + both + rounding.unsqueeze(-1)
         zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
         other = torch.where(self.seen, (by_key + bilinear) * (1 + 1e-12), zero)
         b = other + torch.where(self.seen, by_query * (1 + 1e-12), zero)
@@ -237,17 +243,22 @@ class AttentionExpansion(Expansion):
         drift = (dev * b + self.p * other).sum(-1, keepdim=True)
         mean_b = torch.minimum(torch.minimum((upper * b).sum(-1, keepdim=True), drift), top_b)
         variance = (upper * b * b).sum(-1, keepdim=True)
-        curved = 0.5 * upper * (b + mean_b).square() + 0.5 * variance * dev + self.p * bilinear
+        curved = 0.5 * upper * (b + mean_b).square() + 0.5 * variance * dev
+        # What is not first order is also at most all there is and all that is first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow as b².
+        whole = dev + self.p * b
+        rest = self.p * bilinear
         crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
         v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
         bounds += [
-            up(curved * (1 + 1e-12)).flatten(-3),
+            Either(up(curved * (1 + 1e-12)).flatten(-2), up(whole * (1 + 1e-12)).flatten(-2)),
+            up(rest * (1 + 1e-12)).flatten(-3),
             up(crossed * (1 + 1e-12)).flatten(-2),
             (up(v_rounding * (1 + 1e-12)) + after).flatten(-2),
             fresh,
             radius.amax(-1, keepdim=True),
         ]
-        beyond = (curved * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
+        bent = torch.minimum((curved * self.value_distance).sum(-1), (whole * self.value_distance).sum(-1))
+        beyond = bent + (rest * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
         outer = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, up(beyond * (1 + 1e-12)).transpose(-1, -2))
         return up(moved) + fresh, up(outer + self.gain * error.amax(-1, keepdim=True)) + fresh
 
@@ -280,7 +291,15 @@ class AttentionExpansion(Expansion):
         crossed = token_norms(by_heads(outer, by_head))
         norms = token_norms(g)
         slack = 4 * ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)
-        return back, [weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
+        either = Either(weights.flatten(-2), weights.flatten(-2))
+        return back, [either, weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
+
+
+def _own_form(query: Tensor, key: Tensor) -> Tensor:
+    """‖½(W_qᵀW_k + W_kᵀW_q)‖₂ by head (H,), rounded up; query, key (H, d, D)."""
+    form = query.mT @ key
+    size = torch.linalg.matrix_norm(query) * torch.linalg.matrix_norm(key)
+    return up(spectral_norm_bound((form + form.mT) / 2) + 2.0**-40 * size)
 
 
 class AttentionRow(AttentionExpansion):
@@ -310,6 +329,7 @@ class AttentionRow(AttentionExpansion):
         else:
             query = self.q
         heads = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key")}  # (H, d, D)
+        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(heads["query"], heads["key"])).to(position.device)
         lost = _CANCEL * full.layer.width
         self.query_rows = (self.s * (norm_up(centred @ heads["query"]) + lost * self.nk * self.sigma["query"][:, None])).unsqueeze(2)
         self.key_row = self.s * norm_up(query @ heads["key"])  # (M, H, 1)
@@ -326,6 +346,11 @@ class AttentionRow(AttentionExpansion):
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
         return torch.minimum(super()._by_key(moved, radius), (self.key_row.unsqueeze(-1) * radius.unsqueeze(-2)))
+
+    def _both(self, product: Tensor, radius: Tensor) -> Tensor:
+        # Query and key of one token turn together: Δq·Δk = Δᵀ W_qᵀW_k Δ, a form of which only the symmetric part counts.
+        own = self.s * self.own[:, None, None] * radius.square()[..., None, None]  # (…, M, 1) → (…, M, H, 1, 1)
+        return torch.where(self.mine[:, None, None, :], torch.minimum(product, own), product)
 
     def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
         return sizes.amax(-2) if by_query else sizes.amax((-1, -2)).unsqueeze(-1)

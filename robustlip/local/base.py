@@ -141,9 +141,42 @@ def token_norms(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dim=-1) * (1 + 2.0**-35)
 
 
-def loss(first_order: Tensor, weights: list[Tensor], bounds: list[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class Either:
+    """Two bounds of the same remainder, each against its weights, (A, N, H, J) and (N, H, J): the smaller sum over J counts, head by head."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class Curved:
+    """½Σ_n |ω_n|κ_nΔz_n² of neurons z = Wx + b, κ_n ≥ |f''| where z_n can be. As a weight: |ω| (A, N, n) of tokens of one sample in a row.
+
+    As a bound: κ (N, n), `each` ≥ |Δz_n| (N, n) and `whole` ≥ ‖Δz‖₂ (N, 1).
+    """
+
+    kappa: Tensor
+    each: Tensor | None = None
+    whole: Tensor | None = None
+
+    def meet(self, bound: Curved) -> Tensor:
+        assert bound.each is not None and bound.whole is not None
+        steepest = (self.kappa * bound.kappa).amax(-1) * bound.whole.square()[:, 0]
+        return 0.5 * torch.minimum(steepest, torch.einsum("anm,nm->an", self.kappa, bound.kappa * bound.each.square()))
+
+
+Pair = Tensor | Either | Curved
+
+
+def loss(first_order: Tensor, weights: list[Any], bounds: list[Any]) -> Tensor:
     """first_order (A, N) + Σ over all pairs, (A, N, ·) with (N, ·) → (A, N). 0·∞ is NaN, a radius that overflowed: infeasible either way."""
     total = first_order
     for w, b in zip(weights, bounds, strict=True):
-        total = total + torch.einsum("anm,nm->an", w, b)
+        if isinstance(w, Either):
+            total = total + torch.minimum(torch.einsum("anhj,nhj->anh", w.first, b.first), torch.einsum("anhj,nhj->anh", w.second, b.second)).sum(-1)
+        elif isinstance(w, Curved):
+            total = total + w.meet(b)
+        else:
+            total = total + torch.einsum("anm,nm->an", w, b)
     return total

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import ScaledGELU
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, rows_of, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Curved, Expansion, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
@@ -178,6 +178,8 @@ class ElementwiseExpansion(Expansion):
     """f(z) for z = Wx + b, or for z = x when there is no Linear in front (`affine` None: every number moves by at most the token's ℓ2 radius)."""
 
     by_token = ("clean", "z_norm", "slope", "distance")
+    # Of single tokens every neuron's own curvature is affordable; see `Curved`.
+    single: bool = False
 
     def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
         self.scope, self.layer, self.whole = scope, layer, None if linear is not None else scope.whole
@@ -188,6 +190,20 @@ class ElementwiseExpansion(Expansion):
         # f' as float64 gives it is off by a few units of a number near 1.
         self.slope = self.f.slope.abs() + 2.0**-45
         self.distance = z.abs()
+
+    def _curvature(self, each: Tensor) -> Tensor | float:
+        """≥ |f''| of each neuron where it can be, (…, N, T, n).
+
+        gelu'' = φ(z)(2 − z²) is even; its size falls from z = 0 to √2, where it is 0, rises to 4·φ(2)·½ = 0.10799 at |z| = 2 and falls again. So from
+        the smallest |z| of the interval on, it is at most the larger of its size there and (below 2) that second peak.
+        """
+        assert self.f.curvature is not None
+        if getattr(self.layer, "approximate", "tanh") != "none":
+            return torch.full_like(each, self.f.curvature)
+        near = (self.distance - each * (1 + 1e-12)).clamp_min(0.0)
+        here = torch.exp(-0.5 * near.square()) / _SQRT_2PI * (2 - near.square()).abs() * (1 + 1e-12) + 1e-300
+        sized = torch.where(near < 2, here.clamp_min(0.107982), here)
+        return torch.minimum(sized * (self.f.curvature / 0.7978846) * (1 + 1e-7), torch.full_like(each, self.f.curvature))
 
     def _rounding(self, norm: Tensor) -> Tensor:
         """‖fl(f(z)) − f(z)‖ for executed ‖z‖ ≤ norm."""
@@ -210,6 +226,7 @@ class ElementwiseExpansion(Expansion):
         part = super().at_rows(sample, position)
         assert isinstance(part, ElementwiseExpansion)
         part.affine = None if self.affine is None else self.affine.at_rows(sample, position)  # type: ignore[assignment]
+        part.single = True
         part.f = replace(self.f, value=part.clean, slope=rows_of(self.f.slope, sample, position))
         return part
 
@@ -229,8 +246,12 @@ class ElementwiseExpansion(Expansion):
             curved = norm_up(crossing)
         else:
             slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)
-            bounds += [moved_square(radius), fresh.square()]
-            curved = torch.minimum(each.amax(-1) * whole, norm_up(each.square())) * (0.5 * self.f.curvature)
+            kappa = self._curvature(each)
+            if self.single:
+                bounds.append(Curved(kappa.squeeze(-2) * (1 + 1e-12), each.squeeze(-2), whole))
+            else:
+                bounds += [moved_square(radius), fresh.square()]
+            curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
         behind = torch.minimum(slope.amax(-1) * whole, norm_up(slope * each))
         rounding = self._rounding(self.z_norm + whole)
         bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
@@ -248,6 +269,8 @@ class ElementwiseExpansion(Expansion):
         if self.f.curvature is None:
             # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
             weights = [(-g).clamp_min(0.0).flatten(-2), *tail]
+        elif self.single:
+            weights = [Curved(size.squeeze(-2)), *tail]
         else:
             largest = size.amax(-1)
             if self.affine is None:

@@ -1,0 +1,124 @@
+"""How near certificates come to attacks: median of certified radius over the smallest successful attack, by model, threat and method.
+
+    python benchmarks/tightness.py --json tightness.json            all rows; attacks are kept in --cache and made once
+
+Over correctly classified test samples. The attack is the package's best (`min`: direct minimum-norm descent, then PGD at shrinking radii). 1 would be
+a perfect certificate against a perfect attack. Rows in the JSON: {"model", "threat", "method", "median_ratio", "n", "seconds"}, the seconds of
+certifying, one thread unless OMP_NUM_THREADS says otherwise; a second key, "machine", names versions and threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from robustlip.attacks.minnorm import MinimumRadius
+from robustlip.certifiers import METHODS, certify
+from robustlip.certifiers.samples import batches
+from robustlip.data import load_data
+from robustlip.errors import UnsupportedLayer
+from robustlip.files import write_text
+from robustlip.models import zoo
+from robustlip.threats import Threat, parse_threat
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the goals: samples are drawn until `samples` are classified correctly. context: tokens of a window."""
+
+    model: str
+    threat: str
+    data: str
+    context: int | None = None
+
+
+ROWS = (
+    Row("digits-mlp-lipschitz", "l2", "digits:test"),
+    Row("digits-mlp-baseline", "l2", "digits:test"),
+    Row("digits-transformer-lipschitz", "embedding-l2", "digits:test"),
+    Row("digits-transformer-lipschitz", "l2", "digits:test"),
+    Row("shakespeare-gpt-lipschitz", "embedding-l2@-1", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-lipschitz", "embedding-l2", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-published-2", "embedding-l2@-1", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-baseline", "embedding-l2@-1", "tiny_shakespeare:test", 64),
+)
+
+
+def right_samples(row: Row, count: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The model and `count` samples that it classifies correctly (fewer where the split has fewer)."""
+    model = zoo.load(row.model)
+    data = load_data(row.data, limit=6 * count if row.context else None, context=row.context, vocabulary=model.vocabulary)
+    with torch.no_grad():
+        right = torch.cat([model.scores(data.x[part]).argmax(-1) == data.y[part] for part in batches(len(data), 64)])
+    keep = right.nonzero()[:count, 0]
+    return model, data.x[keep], data.y[keep]
+
+
+def attacked(row: Row, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: Threat, cache: Path) -> np.ndarray:
+    """Radii of the attack (N,), kept in the cache by model, threat and number of samples."""
+    path = cache / f"{row.model}.{threat.name}.{len(x)}.json"
+    weights = zoo.card(row.model)["weights_sha256"]
+    done: list[float] = []
+    if path.exists() and (kept := json.loads(path.read_text()))["weights_sha256"] == weights:
+        done = kept["radius"]
+    for part in batches(len(x), 20):
+        if part.stop <= len(done):
+            continue
+        done = done[: part.start] + MinimumRadius()(model, x[part], y[part], threat).radius.tolist()
+        write_text(path, json.dumps({"weights_sha256": weights, "radius": done}))
+        print(f"{row.model} {threat.name}: attacked {len(done)} of {len(x)}", flush=True)
+    return np.array(done)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--cache", type=Path, default=Path("runs/tightness"))
+    parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to run; all unless given")
+    parser.add_argument("--methods", nargs="*", help="methods to run; all but lipsdp, and best, unless given")
+    parser.add_argument("--attack-only", action="store_true")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    methods = options.methods or [*(name for name in METHODS if name != "lipsdp"), "best"]
+    found = []
+    for number, row in enumerate(ROWS):
+        if options.rows and number not in options.rows:
+            continue
+        model, x, y = right_samples(row, options.samples)
+        threat = parse_threat(row.threat)
+        reach = attacked(row, model, x, y, threat, options.cache)
+        if options.attack_only:
+            continue
+        for method in methods:
+            started = time.perf_counter()
+            try:
+                parts = [certify(model, x[part], y[part], threat, method).radius for part in batches(len(x), 20)]
+            except UnsupportedLayer:
+                continue
+            seconds = time.perf_counter() - started
+            radius = np.concatenate(parts)
+            if (radius >= reach).any():
+                raise SystemExit(f"violation: {row.model} {threat.name} {method}: a certified radius is not below a successful attack's")
+            found.append(
+                {
+                    "model": row.model, "threat": threat.name, "method": method, "median_ratio": float(np.median(radius / reach)),
+                    "n": len(x), "seconds": round(seconds, 2),
+                }
+            )  # fmt: skip
+            print("{model:32} {threat:18} {method:16} {median_ratio:.3f}  n={n}  {seconds} s".format(**found[-1]), flush=True)
+            if options.json:
+                write_text(options.json, json.dumps(found, indent=1))
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+    print(json.dumps({"machine": machine}))
+
+
+if __name__ == "__main__":
+    main()
