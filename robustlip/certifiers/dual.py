@@ -90,7 +90,9 @@ def at_positions(reference: Reference, sample: Tensor, position: Tensor) -> Refe
     margin and pairs are those of the batch's labels and have to be replaced where positions other than the read one are meant.
     """
     reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device), [])  # the others' rounding arrives
-    body = JacobianChain(reference.body.at_rows(sample, position))
+    body = reference.body.at_rows(sample, position)
+    if body.parts and all(part.clean.shape[-1] == reference.start.shape[-1] for part in body.parts):
+        body = JacobianChain(body)
     return replace(
         reference, body=body, start=reference.start[sample, position].unsqueeze(1), row=0, threat=EmbeddingBall(reference.threat.radius),
         margin=reference.margin[sample], pairs=reference.pairs[sample], hidden_norm=reference.hidden_norm[sample],

@@ -58,6 +58,13 @@ def by_heads(x: Tensor, y: Tensor) -> Tensor:
     return (rows.flatten(1, 3) @ y).unflatten(1, rows.shape[1:4]).permute(1, 2, 0, 3, 4)
 
 
+def others(x: Tensor) -> Tensor:
+    """Σ_{m≠j} x_m for every j, x ≥ 0: taking the largest off the sum of all could leave nothing of the rest, so it never enters."""
+    largest, at = x.max(-1, keepdim=True)
+    rest = x.scatter(-1, at, 0.0).sum(-1, keepdim=True)
+    return (rest + (largest - x)).scatter(-1, at, rest)
+
+
 @register(Attention)
 class AttentionExpansion(Expansion):
     def __init__(self, layer: Attention, clean: Tensor, scope: Scope) -> None:
@@ -199,8 +206,8 @@ class AttentionExpansion(Expansion):
         lost = ~(top_b <= _LARGEST_LOGIT_CHANGE)
         grow = b.clamp_max(_LARGEST_LOGIT_CHANGE).exp()
         high, low = self.p * grow, self.p / grow
-        upper = high / (high + (low.sum(-1, keepdim=True) - low).clamp_min(0.0) + 1e-300)
-        lower = low / (low + (high.sum(-1, keepdim=True) - high).clamp_min(0.0) + 1e-300)
+        upper = high / (high + others(low) + 1e-300)
+        lower = low / (low + others(high) + 1e-300)
         # Σ_j p_jη_j is bounded by the parts that are not centred, μ; so Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
         shift = (self.p * other).sum(-1, keepdim=True)
         total = 1 + shift + (self.p * (torch.expm1(b.clamp_max(_LARGEST_LOGIT_CHANGE)) - b).clamp_min(0.0)).sum(-1, keepdim=True)
@@ -263,8 +270,8 @@ class AttentionExpansion(Expansion):
         return up(moved) + fresh, up(outer + self.gain * error.amax(-1, keepdim=True)) + fresh
 
     def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
-        """The largest of sizes (…, N, H, T) over heads, by token of this expansion."""
-        return sizes.amax(-2)
+        """The largest of sizes (…, N, H, T) over heads, and over the keys that a query sees, by token of this expansion."""
+        return (sizes if by_query else self._top(sizes)).amax(-2)
 
     def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
         """Adjoints of the logits (A, N, H, R, T) and of the mixed values (A, N, H, R, d) → of the tokens (A, N, R, D)."""
@@ -332,7 +339,7 @@ class AttentionRow(AttentionExpansion):
         self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(heads["query"], heads["key"])).to(position.device)
         lost = _CANCEL * full.layer.width
         self.query_rows = (self.s * (norm_up(centred @ heads["query"]) + lost * self.nk * self.sigma["query"][:, None])).unsqueeze(2)
-        self.key_row = self.s * norm_up(query @ heads["key"])  # (M, H, 1)
+        self.key_row = self.s * (norm_up(query @ heads["key"]) + lost * self.nq * self.sigma["key"][:, None])  # (M, H, 1)
 
     def _top(self, x: Tensor) -> Tensor:
         return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)

@@ -212,6 +212,7 @@ class ElementwiseExpansion(Expansion):
         def one(context: Context) -> Tensor:
             # exp(−x) may overflow to give 0 where the truth is below |x|/max; the tanh form cubes its argument.
             lost = root * context.tiny * (2 + norm) + (root + norm) / torch.finfo(context.dtype).max * 4
+            lost = lost * (1 + 1 / getattr(self.layer, "divisor", 1.0))  # what vanished is divided too
             if self.f.ulps == 0.0:
                 return torch.zeros_like(norm)
             return self.f.ulps * context.unit * norm + self.f.offset * context.unit * root + lost

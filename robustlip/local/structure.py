@@ -272,6 +272,8 @@ class PatchifyExpansion(Expansion):
 class NormalizeExpansion(Expansion):
     """(x − mean)/std by channel: the gain of each channel, the largest where all are bounded together."""
 
+    by_token = ("clean", "reach")
+
     def __init__(self, layer: Normalize, clean: Tensor, scope: Scope) -> None:
         self.scope, self.space, self.whole = scope, scope.space, scope.whole
         shape = scope.whole or clean.shape[-1:]
@@ -304,6 +306,9 @@ class NormalizeExpansion(Expansion):
         bounds += [fresh, radius.amax(-1, keepdim=True)]
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
         return moved, up(self.gain * error) + fresh
+
+    def lipschitz(self) -> Tensor | float:
+        return self.gain
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         norms = token_norms(g)
