@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from robustlip import __version__
+from robustlip.cli_methods import ALL, CertifyCommand
 from robustlip.errors import BadInput, RobustlipError
 
 # torch, pandas, rich and all of ours that need them are imported where they are used: `robustlip --help` must not wait for them.
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from robustlip.data import Dataset
     from robustlip.eval.runner import Run
     from robustlip.layers import Chain
+    from robustlip.threats import Threat
 
 app = typer.Typer(
     help="Certified and observed robustness of Lipschitz-constrained networks, side by side.",
@@ -134,16 +136,20 @@ def _open(model: str, data: str, device: str, context: int | None, data_dir: str
     return chain, load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary)
 
 
-@app.command()
+@app.command(cls=CertifyCommand)
 def certify(
     model: Model, data: DataSpec, threat: ThreatName = "l2",
     radius: Annotated[Optional[float], typer.Option("--radius", help="ask whether this radius holds, in the units of the threat")] = None,
-    method: Annotated[str, typer.Option("--method", help="which certifier")] = "best",
+    method: Annotated[str, typer.Option("--method", help="best, all, or one of those below")] = "best",
+    slow: Annotated[bool, typer.Option("--slow", help="with --method all: also methods that take minutes")] = False,
+    no_attack: Annotated[bool, typer.Option("--no-attack", help="with --method all: without the attack to compare with")] = False,
     dtype: Annotated[Optional[str], typer.Option("--dtype", help="arithmetic to cover: float32, …, real  [default: the model's]")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
     context: Context = None,
 ) -> None:  # fmt: skip
     """Prove for each sample a radius within which the prediction cannot change."""
+    from collections import Counter
+
     import numpy as np
 
     from robustlip.certifiers import certify as prove
@@ -151,10 +157,17 @@ def certify(
     from robustlip.eval.results import concatenate
     from robustlip.threats import parse_threat
 
+    if method == "smoothing":
+        raise BadInput("expected a method that proves radii of the model, got 'smoothing', of another classifier; use robustlip smooth MODEL --sigma S")
+    if method != ALL and (slow or no_attack):
+        raise BadInput(f"expected --slow and --no-attack with --method {ALL}, got method {method!r}; leave them out")
     out = Out(json)
     ball = parse_threat(threat, radius)
     where = choose_device(device, out)
     chain, samples = _open(model, data, where, context, data_dir, limit, seed)
+    if method == ALL:
+        _compare(out, model, chain, samples, ball, dtype, slow, not no_attack, where, batch_size, seed)
+        return
     with Progress() as progress:
         parts = [
             prove(chain, x, y, ball, method=method, dtype=dtype, index=index)
@@ -171,9 +184,33 @@ def certify(
     rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
     rows += [("proved robust (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
     rows += radius_summary(certificate.radius, correct)
-    rows += [("units", ball.units), ("method", f"{certificate.method}, covers {certificate.dtype}"), ("weights", certificate.weights_sha256)]
+    rows += [("units", ball.units), ("method", f"{certificate.method}, covers {certificate.dtype}")]
+    if method == "best":
+        winners = Counter(filter(None, certificate.methods)).most_common()
+        rows += [("radii came from", ", ".join(f"{name} ({count})" for name, count in winners) or "no method: none is above 0")]
+    rows += [("weights", certificate.weights_sha256)]
     rows += [("data", samples.note)] if samples.note else []
     out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+
+
+def _compare(
+    out: Out, model: str, chain: Chain, samples: Dataset, ball: Threat, dtype: str | None, slow: bool, attack: bool, where: str, batch_size: int,
+    seed: int,
+) -> None:  # fmt: skip
+    from robustlip.attacks import by_name
+    from robustlip.cli_methods import show
+    from robustlip.comparison import compare
+    from robustlip.console import Progress
+
+    with Progress() as progress:
+
+        def batches(label: str) -> Any:
+            return _batches(samples, batch_size, where, progress, f"{model} · {ball.name} · {label}")
+
+        done = compare(chain, batches, ball, dtype=dtype, slow=slow, attack=by_name("min") if attack else None, seed=seed)
+    about = {"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, "seed": seed}
+    out.json({**about, **done.to_json_dict()})
+    show(out, model, done)
 
 
 @app.command()
@@ -345,5 +382,6 @@ def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 import robustlip.cli_audit  # noqa: E402  (the verb audit; last, as the next)
 import robustlip.cli_import  # noqa: E402  (the verb import)
+import robustlip.cli_smooth  # noqa: E402  (the verb smooth)
 import robustlip.cli_sweep  # noqa: E402  (the verb sweep)
 import robustlip.cli_trust  # noqa: E402, F401  (the verbs verify and gate; last, because that file takes its options from this one)

@@ -28,7 +28,7 @@ from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.attention import Heads, check_projections, join_heads
 from robustlip.rules.elementwise import FUNCTION_ULPS
-from robustlip.spectral import spectral_norm_bound
+from robustlip.spectral import gram_iteration_bound, spectral_norm_bound
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
 _LARGEST_LOGIT_CHANGE = 50.0
@@ -123,13 +123,17 @@ class AttentionExpansion(Expansion):
         self.arrived = radius
         return radius.unsqueeze(-2), torch.zeros_like(radius).unsqueeze(-2)
 
-    def _by_query(self, moved: Tensor, radius: Tensor) -> Tensor:
+    def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
         """Bound of s·ΔqᵢW·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R); radius (…, N, 1, R)."""
         return self.s * moved.unsqueeze(-1) * self.key_distance
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
         """Bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
         return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)
+
+    def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
+        """σr, or less where more is known of the way to this layer (…, N, H, ·)."""
+        return moved
 
     def _both(self, product: Tensor, radius: Tensor) -> Tensor:
         """Bound of s·Δq_i·Δk_j/d (…, N, H, R, T) for the linear parts, given the product of their norms."""
@@ -169,7 +173,7 @@ class AttentionExpansion(Expansion):
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
             fresh = gamma(width) * frobenius * norm + width * math.sqrt(d) * tiny + change * norm + sigma * other
-            moved = sigma * r
+            moved = self._moved(name, sigma * r, error)
             if layer.rope and name != "value":
                 # cos and sin are rounded once, each coordinate is a difference of two products: at most 6u of the vector's norm.
                 fresh = fresh + 6 * u * (clean + moved + fresh) + 4 * d * tiny
@@ -192,7 +196,7 @@ class AttentionExpansion(Expansion):
             return query.unsqueeze(-1) * key.unsqueeze(-2)
 
         # What a change does to logit ij, apart from a shift of row i: through the query (centred), through the key, the rest not linear.
-        by_query = self._by_query(q_moved, r_q)
+        by_query = self._by_query(q_moved, r_q, error)
         by_key = self._by_key(k_moved, r_k)
         both = self._both(self.s * pairs(q_moved, k_moved), radius)
         bilinear = self.s * (
@@ -315,6 +319,8 @@ class AttentionRow(AttentionExpansion):
     The others' radii are those that `full` last saw arrive, with nothing perturbed; all they do counts as remainder.
     """
 
+    shaped = True
+
     def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor) -> None:
         self.__dict__.update({k: v for k, v in full.__dict__.items() if k != "arrived"})
         self.key_norm, self.background = full.norm[sample], full.arrived[sample]
@@ -327,6 +333,7 @@ class AttentionRow(AttentionExpansion):
         self.mine = torch.arange(full.length, device=sample.device) == position[:, None]  # (M, T)
         seen = full.position <= position[:, None] if full.layer.causal else torch.ones_like(self.mine)
         self.seen, self.position = seen[:, None, None, :], position
+        self.way: tuple[Tensor, Tensor] | None = None
         # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
         mean = self.p @ self.k
         centred = self.k - mean
@@ -338,7 +345,9 @@ class AttentionRow(AttentionExpansion):
         heads = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key")}  # (H, d, D)
         self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(heads["query"], heads["key"])).to(position.device)
         lost = _CANCEL * full.layer.width
-        self.query_rows = (self.s * (norm_up(centred @ heads["query"]) + lost * self.nk * self.sigma["query"][:, None])).unsqueeze(2)
+        self.by_head = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key", "value")}  # (H, d, D)
+        self.query_forms = self.s * (centred @ heads["query"])  # (M, H, T, D)
+        self.query_rows = (norm_up(self.query_forms) + self.s * (0.0 + lost * self.nk * self.sigma["query"][:, None])).unsqueeze(2)
         self.key_row = self.s * (norm_up(query @ heads["key"]) + lost * self.nq * self.sigma["key"][:, None])  # (M, H, 1)
 
     def _top(self, x: Tensor) -> Tensor:
@@ -348,8 +357,34 @@ class AttentionRow(AttentionExpansion):
         zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
         return torch.where(self.mine, radius, zero).unsqueeze(-2), torch.where(self.mine, zero, self.background).unsqueeze(-2)
 
-    def _by_query(self, moved: Tensor, radius: Tensor) -> Tensor:
-        return torch.minimum(super()._by_query(moved, radius), radius.unsqueeze(-1) * self.query_rows)
+    def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
+        bound = torch.minimum(super()._by_query(moved, radius, error), radius.unsqueeze(-1) * self.query_rows)
+        if self.way is None:
+            return bound
+        epsilon, beyond = self.way
+        stray = self.before.unsqueeze(-1) * beyond + error
+        return torch.minimum(bound, up(self.way_rows * epsilon[..., None, None] + self.query_rows * stray[..., None, None]))
+
+    def shape(self, m: Tensor, before: Tensor) -> None:
+        self.before = before
+        self.way_gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
+        for name, matrix in self.by_head.items():
+            z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
+            self.way_gain[name] = up(gram_iteration_bound(z, 3) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
+        rows = self.query_forms @ m.unsqueeze(1)  # (M, H, T, D₀)
+        lost = 2.0**-34 * size.unsqueeze(-1) * norm_up(self.query_forms)
+        self.way_rows = up(norm_up(rows) + lost).unsqueeze(2) + (self.query_rows - norm_up(self.query_forms).unsqueeze(2)).clamp_min(0.0) * size[..., None, None]
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        self.way = (epsilon, beyond)
+
+    def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
+        if self.way is None:
+            return moved
+        epsilon, beyond = self.way
+        stray = self.before.unsqueeze(-1) * beyond + error
+        through = up(self.way_gain[name] * epsilon.unsqueeze(-1) + self.sigma[name][:, None] * stray.unsqueeze(-1))
+        return torch.minimum(moved, through if name == "query" else torch.where(self.mine[:, None, :], through, moved))
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
         return torch.minimum(super()._by_key(moved, radius), (self.key_row.unsqueeze(-1) * radius.unsqueeze(-2)))

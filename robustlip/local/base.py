@@ -72,6 +72,7 @@ class Expansion:
     whole: tuple[int, ...] | None = None
     # Names of the tensors (N, T, …) that `at_rows` picks tokens from.
     by_token: ClassVar[tuple[str, ...]] = ("clean",)
+    shaped: ClassVar[bool] = False
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(radius, error) behind the layer, each (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order.
@@ -87,6 +88,21 @@ class Expansion:
     def lipschitz(self) -> Tensor | float:
         """≥ ‖J‖ at the reference for changes of all tokens by at most 1 each, (N,) or one number, with nothing cancelled inside."""
         return 1.0
+
+    def shape(self, m: Tensor, before: Tensor) -> None:
+        """Tell a single token's layer the linear way to it: Δ = Mδ + E with ‖δ‖ ≤ ε, m = M (N, D, D₀).
+
+        before: ≥ the norm of what leads from where `given` counts E to here (N,). Only layers with `shaped` make use of it.
+        """
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        """ε and ‖E‖ (…, N, 1) for the next `advance`."""
+
+    def jacobian(self) -> Tensor:
+        """J of a single token's layer (N, D', D), by its adjoints of all unit vectors."""
+        size, count = self.clean.shape[-1], len(self.clean)
+        basis = torch.eye(size, dtype=torch.float64, device=self.clean.device)[:, None, None, :].expand(size, count, 1, size)
+        return self.adjoint(basis)[0].squeeze(2).transpose(0, 1)  # rows Jᵀe_i
 
     def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
         """The same layer at single tokens: M new samples of one token each, sample[m] and position[m] (M,) saying which.

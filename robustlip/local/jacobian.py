@@ -29,22 +29,27 @@ class JacobianChain(ChainExpansion):
         blocks = []  # M_{l+1←k} for the last l: (N, D', D_k)
         self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,)
         gains: list[Tensor] = []
+        self.lost = [torch.zeros(count, dtype=torch.float64, device=device)]  # error of the computed M_{l←0} in front of each part
         for part in self.parts:
             size = part.clean.shape[-1]
-            basis = torch.eye(size, dtype=torch.float64, device=device)[:, None, None, :].expand(size, count, 1, size)
-            jacobian = part.adjoint(basis)[0].squeeze(2).transpose(0, 1)  # rows Jᵀe_i: (N, D', D)
+            way = blocks[0] if blocks else torch.eye(size, dtype=torch.float64, device=device).expand(count, size, size)
+            part.shape(way, torch.ones(count, dtype=torch.float64, device=device))
+            jacobian = part.jacobian()
             gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=device)
             blocks = [jacobian @ m for m in blocks] + [jacobian]
             gains = [g * gain for g in gains] + [gain]
             stacked = torch.stack(blocks, 1)  # (N, l + 1, D', D): all parts of a chain of residuals have one width
             norm = gram_iteration_bound(stacked, 4)
             error = _BLOCK_ERROR * len(blocks) * torch.stack(gains, 1)
+            self.lost.append(error[:, 0])
             self.norms.append(list(up(norm + error).unbind(1)))
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
         first, zero = radius, torch.zeros_like(radius)
         remainders: list[Tensor] = []
-        for part, norms in zip(self.parts, self.norms, strict=True):
+        beyond = zero
+        for part, norms, lost in zip(self.parts, self.norms, self.lost[:-1], strict=True):
+            part.given(first, beyond + lost.unsqueeze(-1) * first)
             radius, remainder = part.advance(radius, zero, bounds)
             remainders.append(remainder)
             beyond = remainder  # M_{l+1←l+1} is the identity

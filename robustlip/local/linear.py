@@ -21,7 +21,7 @@ from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
 from robustlip.rules.linear import Matrix
-from robustlip.spectral import infinity_to_two_bound, one_to_two_bound
+from robustlip.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound
 
 # (√λ r + √a e)² ≤ (1 + η)λr² + (1 + 1/η)a e², so that weights stay apart from bounds; e is rounding, far below r.
 _SPLIT = 1e-3
@@ -180,6 +180,10 @@ class ElementwiseExpansion(Expansion):
     by_token = ("clean", "z_norm", "slope", "distance")
     # Of single tokens every neuron's own curvature is affordable; see `Curved`.
     single: bool = False
+    shaped = True
+    # (‖w_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `shape` and `given` have told.
+    _shape: tuple[Tensor, Tensor, Tensor] | None = None
+    way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
         self.scope, self.layer, self.whole = scope, layer, None if linear is not None else scope.whole
@@ -190,6 +194,17 @@ class ElementwiseExpansion(Expansion):
         # f' as float64 gives it is off by a few units of a number near 1.
         self.slope = self.f.slope.abs() + 2.0**-45
         self.distance = z.abs()
+
+    def shape(self, m: Tensor, before: Tensor) -> None:
+        if self.affine is not None:
+            z = self.affine.constants.weight @ m  # (N, n, D₀)
+            lost = 2.0**-34 * torch.linalg.matrix_norm(self.affine.constants.weight) * torch.linalg.matrix_norm(m)
+            self._shape = (up(norm_up(z) + lost.unsqueeze(-1)), up(gram_iteration_bound(z, 3) + lost), before)
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        if self._shape is not None:
+            rows, gain, before = self._shape
+            self.way = (epsilon, beyond, rows, gain, before)
 
     def _curvature(self, each: Tensor) -> Tensor | float:
         """≥ |f''| of each neuron where it can be, (…, N, T, n).
@@ -237,9 +252,15 @@ class ElementwiseExpansion(Expansion):
         else:
             moved, fresh = self.affine.parts(radius)
             rows = self.affine.constants.rows
+        each = rows * radius.unsqueeze(-1) * (1 + 1e-12)
+        if self.way is not None and self.affine is not None:
+            epsilon, beyond, way_rows, way_gain, before = self.way
+            stray = before.unsqueeze(-1) * beyond + error
+            each = torch.minimum(each, up(way_rows.unsqueeze(-2) * epsilon.unsqueeze(-1) + rows * stray.unsqueeze(-1)))
+            moved = torch.minimum(moved, up(way_gain.unsqueeze(-1) * epsilon + self.affine.constants.gain * stray))
         whole = moved + fresh
         # Neuron by neuron, (…, N, T, n).
-        each = torch.minimum(rows * radius.unsqueeze(-1) * (1 + 1e-12) + fresh.unsqueeze(-1), whole.unsqueeze(-1))
+        each = torch.minimum(each + fresh.unsqueeze(-1), whole.unsqueeze(-1))
         if self.f.curvature is None:
             crossing = (each - self.distance).clamp_min(0.0)
             slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)

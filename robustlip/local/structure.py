@@ -94,6 +94,17 @@ class ChainExpansion(Expansion):
             radius, error = part.advance(radius, error, bounds)
         return radius, error
 
+    def shape(self, m: Tensor, before: Tensor) -> None:
+        for i, part in enumerate(self.parts):
+            part.shape(m, before)
+            if not any(later.shaped for later in self.parts[i + 1 :]):
+                return
+            m, before = part.jacobian() @ m, before * part.lipschitz()
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        for part in self.parts:
+            part.given(epsilon, beyond)
+
     def then(self, part: Expansion) -> ChainExpansion:
         """This chain with one more part behind it."""
         chain = copy.copy(self)
@@ -150,6 +161,12 @@ class ResidualExpansion(Expansion):
         fresh = self.scope.fits(up(fresh), norm)
         bounds += [fresh, radius.amax(-1, keepdim=True)]
         return up(skip * radius + weight * inner) + fresh, up(skip * error + weight * inner_error) + fresh
+
+    def shape(self, m: Tensor, before: Tensor) -> None:
+        self.branch.shape(m, before)
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        self.branch.given(epsilon, beyond)
 
     def lipschitz(self) -> Tensor | float:
         return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()

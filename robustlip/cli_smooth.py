@@ -1,0 +1,100 @@
+"""`robustlip smooth`: randomized smoothing, apart from all that is proved of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from robustlip.cli import DataDir, DataSpec, Device, Json, Limit, Model, Seed, app
+from robustlip.errors import BadInput
+
+if TYPE_CHECKING:
+    from robustlip.certifiers.smoothing import SmoothedCertificate
+
+# Samples at a time: only how often the bar moves, draws of one sample fill batches of their own.
+_CHUNK = 4
+STATEMENT = (
+    "Probabilistic, and of another classifier: the smoothed one, which answers what the model answers most often under noise. "
+    "Nothing here is proved of the model itself, and these radii belong in no column with deterministic ones."
+)
+
+
+@app.command()
+def smooth(
+    model: Model, data: DataSpec,
+    sigma: Annotated[float, typer.Option("--sigma", help="standard deviation of the noise, in raw input units")],
+    samples: Annotated[int, typer.Option("--samples", min=1, help="draws by which each sample's class probability is bounded")] = 10_000,
+    selection: Annotated[int, typer.Option("--selection", min=1, help="draws by which its class is chosen before")] = 100,
+    confidence: Annotated[float, typer.Option("--confidence", help="of each sample's radius on its own")] = 0.999,
+    radius: Annotated[Optional[float], typer.Option("--radius", help="ask whether this l2 radius holds")] = None,
+    json: Json = None, device: Device = None, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
+) -> None:  # fmt: skip
+    """Radii (l2) of the smoothed classifier, true with a stated probability (Cohen et al. 2019). Not of the model itself."""
+    import numpy as np
+    import torch
+
+    from robustlip.certificates import ABSTAINED, MISCLASSIFIED
+    from robustlip.certifiers.smoothing import NO_CLASS, SMOOTHED, certify_smoothed
+    from robustlip.cli import _batches, _open
+    from robustlip.console import Out, Progress, choose_device, radius_summary
+    from robustlip.threats import InputBall
+
+    if not 0 < confidence < 1:
+        raise BadInput(f"expected a confidence between 0 and 1, got {confidence}; 0.999 is usual")
+    out = Out(json)
+    where = choose_device(device, out)
+    chain, rows = _open(model, data, where, None, data_dir, limit, seed)
+    if not torch.as_tensor(rows.x).is_floating_point():
+        raise BadInput(f"expected images or vectors, got token ids from {data}; noise cannot be added to them")
+    ball = InputBall("l2", radius)
+    with Progress() as progress:
+        parts = [
+            certify_smoothed(chain, x, y, sigma=sigma, threat=ball, n0=selection, n=samples, alpha=1 - confidence, seed=seed, index=np.asarray(index))
+            for x, y, index in _batches(rows, _CHUNK, where, progress, f"{model} · smoothing")
+        ]
+    done = _joined(parts)
+    about = {"model": model, "data": rows.name, "split": rows.split, "data_note": rows.note, "certificate": False, "statement": STATEMENT}
+    out.json({**about, **done.to_json_dict()})
+    count = len(done)
+    right = done.prediction == done.label
+
+    def share(wanted: np.ndarray) -> str:
+        return f"{100 * np.mean(wanted):.1f}"
+
+    status = np.array(done.status)
+    told = [("samples", str(count)), ("smoothed accuracy (%)", share(right)), ("no class found (%)", share(done.prediction == NO_CLASS))]
+    told += [(f"{SMOOTHED} (%)", f"{share(status == SMOOTHED)} at radius {radius:g}")] if radius else []
+    told += [(name.replace(" ", " smoothed "), value) for name, value in radius_summary(done.smoothed_radius, np.asarray(right))]
+    told += [
+        ("units", ball.units),
+        ("largest possible", f"{sigma * _largest(samples, confidence):.4g} with {samples} draws"),
+        ("sigma, draws", f"{sigma:g}, {selection} to choose the class and {samples} to bound its probability, seed {seed}"),
+        ("confidence", f"{done.confidence:g} of each radius on its own; all {count} together {done.joint_confidence:.4g} (Bonferroni)"),
+        ("statuses", ", ".join(f"{np.sum(status == s)} {s}" for s in (SMOOTHED, ABSTAINED, MISCLASSIFIED))),
+        ("weights", done.weights_sha256),
+    ]
+    told += [("data", rows.note)] if rows.note else []
+    out.table(f"{model}: SMOOTHED classifier, probabilistic radii", ["", "over samples whose smoothed class is the label where it says radius"], told)
+    out.console().print(STATEMENT, markup=False)
+
+
+def _largest(draws: int, confidence: float) -> float:
+    """The radius in σ of a class that all draws gave."""
+    from scipy.stats import norm
+
+    from robustlip.certifiers.smoothing import clopper_pearson_lower
+
+    return max(0.0, float(norm.ppf(clopper_pearson_lower(draws, draws, 1 - confidence))))
+
+
+def _joined(parts: Sequence[SmoothedCertificate]) -> SmoothedCertificate:
+    """Results of consecutive samples as one; their draws depend on seed and sample number alone."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    names = ("index", "label", "prediction", "probability", "smoothed_radius")
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **columns, status=tuple(s for part in parts for s in part.status))
