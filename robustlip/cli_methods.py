@@ -53,7 +53,7 @@ def show(out: Out, model: str, done: Comparison) -> None:
         f"Radii ({done.threat.units}): medians over the {right} of {len(done.label)} samples that are classified correctly, covers {done.dtype}. "
         f"Accuracy: of all samples, proved at that radius{at}; of the attack, not broken within it."
     )
-    notes.append("Largest on: samples on which no method proved more. Seconds: of this run, in this order; what one method computed of the weights, the next finds.")
+    notes.append("Largest on: samples on which no method proved more. Seconds: of this run, in this order; constants of the weights are shared.")
     notes.append("This table is no certificate: certify with one method, or best, and --json to write one.")
     for note in notes:
         out.console().print(note, markup=False)
