@@ -158,7 +158,7 @@ def certify(
     from robustlip.threats import parse_threat
 
     if method == "smoothing":
-        raise BadInput("expected a method that proves radii of the model itself, got 'smoothing', which does not; use robustlip smooth MODEL --sigma S")
+        raise BadInput("expected a method that proves radii of the model, got 'smoothing', which does not; use robustlip smooth MODEL --sigma S")
     if method != ALL and (slow or no_attack):
         raise BadInput(f"expected --slow and --no-attack with --method {ALL}, got method {method!r}; leave them out")
     out = Out(json)

@@ -21,7 +21,7 @@ from robustlip.layers import Chain, as_chain
 from robustlip.models import LipschitzGPT
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
-# What searches of radii leave open, and what the make-up of a batch may change in the search of 'sdp'.
+# What searches of radii leave open.
 TOLERANCE = 1e-3
 
 
@@ -244,11 +244,13 @@ def test_figures_of_a_comparison():
 
 def test_comparison_has_the_radii_of_each_method_on_its_own(mlp):
     model, x, y, threat = mlp
-    done = compare(model, lambda label: [(x[:8], y[:8], np.arange(8)), (x[8:], y[8:], np.arange(8, 24))], threat)
+    parts = [(x[:8], y[:8], np.arange(8)), (x[8:], y[8:], np.arange(8, 24))]
+    done = compare(model, lambda label: parts, threat)
     assert set(done.left_out) == {"lipsdp"} and "--slow" in done.left_out["lipsdp"]
     assert set(done.radius) == set(able(model, threat)) - {"lipsdp"}
     for name, radius in done.radius.items():
-        assert np.allclose(radius, certify(model, x, y, threat, name).radius, rtol=TOLERANCE, atol=0)
+        # The same batches: what 'sdp' proves of a sample depends on which others it searches with.
+        assert np.array_equal(radius, np.concatenate([certify(model, xs, ys, threat, name).radius for xs, ys, _ in parts])), name
     assert done.attacked is None and done.fraction(done.best) is None
 
 
