@@ -1,0 +1,768 @@
+"""The contract of every local expansion, and the methods 'local' and 'dual' that are made of them.
+
+A new expansion adds one line to CASES and inherits all of the contract: the radius, the nonlinear part and the dual-weighted loss that it promises
+are never exceeded, by perturbations that gradient ascent chose, on radii from tiny to huge, in exact arithmetic and as executed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustlip.attacks.minnorm import MinimumRadius
+from robustlip.attacks.pgd import PGD
+from robustlip.attacks.worst_weights import worst_attention
+from robustlip.certifiers import certify
+from robustlip.certifiers.dual import Rivals, at_positions, first_order
+from robustlip.certifiers.local import reference_of
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
+from robustlip.local import ChainExpansion, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.local import normalization as local_normalization
+from robustlip.local.attention import others
+from robustlip.local.linear import ElementwiseExpansion, elementwise
+from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
+from robustlip.rules import Context
+from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
+
+D, T, H = 8, 3, 4
+
+
+def scaled(layer: nn.Module, factor: float) -> nn.Module:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(factor)
+    return layer
+
+
+def attention(gain: float = 2.0, **options) -> Attention:
+    return scaled(Attention(D, H, **options), gain)
+
+
+def drawn(layer: nn.Module, low: float = -2.0, high: float = 2.0) -> nn.Module:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(low, high)
+    return layer
+
+
+def gpt_blocks(normalised: bool = True, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    def norm() -> list[nn.Module]:
+        return [drawn(nn.LayerNorm(D, eps=1e-3))] if normalised else []
+
+    mlp = nn.Sequential(*norm(), nn.Linear(D, 12), activation(), nn.Linear(12, D))
+    return nn.Sequential(Residual(nn.Sequential(*norm(), attention())), Residual(mlp, skip=0.7, weight=-0.6), Residual(attention(rope=False)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer or chain; shape of a sample; the norm of the radius; size: of the clean input; whole: bounded as one vector."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (T, D)
+    space: str = "l2"
+    size: float = 1.0
+    whole: bool = False
+
+
+def vector(build: Callable[[], nn.Module], space: str = "l2", n: int = D) -> Case:
+    return Case(build, (n,), space, whole=True)
+
+
+def fused(activation: Callable[[], nn.Module], gain: float = 2.0) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(scaled(nn.Linear(D, 11), gain), activation())
+
+
+IMAGE = (2, 4, 4)
+CASES = {
+    "linear": Case(lambda: nn.Linear(D, 5)),
+    "linear-linf": vector(lambda: nn.Linear(D, 5), "linf"),
+    "linear-l1": vector(lambda: nn.Linear(D, 5), "l1"),
+    "relu": Case(nn.ReLU), "gelu": Case(nn.GELU), "gelu-tanh": Case(lambda: nn.GELU("tanh")), "scaled-gelu": Case(lambda: ScaledGELU(0.5)),
+    "tanh": Case(nn.Tanh), "sigmoid": Case(nn.Sigmoid), "silu": Case(nn.SiLU),
+    "linear-relu": Case(fused(nn.ReLU)), "linear-gelu": Case(fused(nn.GELU)), "linear-gelu-tanh": Case(fused(lambda: nn.GELU("tanh"))),
+    "linear-scaled-gelu": Case(fused(ScaledGELU)), "linear-tanh": Case(fused(nn.Tanh)), "linear-sigmoid": Case(fused(nn.Sigmoid)),
+    "linear-silu": Case(fused(nn.SiLU)), "linear-gelu-steep": Case(fused(nn.GELU, 20.0)),
+    "linear-relu-linf": vector(fused(nn.ReLU), "linf"), "linear-gelu-linf": vector(fused(nn.GELU), "linf"),
+    "linear-tanh-l1": vector(fused(nn.Tanh), "l1"), "linear-relu-l1": vector(fused(nn.ReLU), "l1"),
+    "tanh-linf": vector(nn.Tanh, "linf"), "relu-l1": vector(nn.ReLU, "l1"),
+    "mlp": vector(lambda: nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 3)), "linf"),
+    "attention": Case(attention),
+    "attention-bidirectional": Case(lambda: attention(causal=False)),
+    "attention-no-rope": Case(lambda: attention(rope=False)),
+    "attention-distance-bias": Case(lambda: attention(distance_bias=2, scale=2.0)),
+    "attention-large-scale": Case(lambda: attention(4.0, scale=8.0, output_scale=-2.0)),
+    "attention-one-head": Case(lambda: scaled(Attention(D, 1, causal=False), 2.0)),
+    "attention-one-token": Case(attention, (1, D)),
+    "attention-peaked": Case(lambda: attention(6.0, scale=8.0), size=3.0),
+    "layernorm": Case(lambda: drawn(nn.LayerNorm(D, eps=1e-3))),
+    "layernorm-plain": Case(lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), size=0.3),
+    "rmsnorm": Case(lambda: drawn(nn.RMSNorm(D, eps=1e-3)), size=0.3),
+    "residual-mlp": Case(lambda: Residual(nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)), skip=-0.5, weight=1.5)),
+    "residual-attention": Case(lambda: Residual(attention(), skip=0.5, weight=-1.5)),
+    "flatten": Case(nn.Flatten), "flatten-linear": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(T * D, 5), nn.ReLU())),
+    "positions": Case(lambda: drawn(AddPositions(T, D))),
+    "mean": Case(MeanTokens), "mean-linear": Case(lambda: nn.Sequential(nn.Linear(D, 6), nn.GELU(), MeanTokens(), nn.Linear(6, 2))),
+    "identity": Case(nn.Identity), "dropout": Case(lambda: nn.Dropout(0.5).eval()),
+    "normalize-tokens": Case(lambda: Normalize([0.3] * D, [0.5, 2.0] * (D // 2))),
+    "tokens-as-one": Case(lambda: nn.Sequential(Normalize([0.3] * D, [0.5, 2.0] * (D // 2)), nn.Linear(D, 6)), space="linf", whole=True),
+    "image": Case(lambda: nn.Sequential(Normalize([0.1, 0.4], [0.5, 0.2]), nn.Flatten(), nn.Linear(32, 6), nn.ReLU()), IMAGE, "linf", whole=True),
+    "image-l1": Case(lambda: nn.Sequential(Normalize([0.1, 0.4], [0.5, 0.2]), nn.Flatten(), nn.Linear(32, 6)), IMAGE, "l1", whole=True),
+    "patches": Case(
+        lambda: nn.Sequential(Normalize([0.1, 0.4], [0.5, 0.2]), Patchify(2), nn.Linear(8, D), drawn(AddPositions(4, D), -1, 1), attention(causal=False)),
+        IMAGE, "linf", whole=True,
+    ),
+    "patches-l2": Case(lambda: nn.Sequential(Patchify(2), nn.Linear(8, D), nn.GELU(), MeanTokens(), nn.Linear(D, 3)), IMAGE, whole=True),
+    "blocks": Case(gpt_blocks), "blocks-relu": Case(lambda: gpt_blocks(False, nn.ReLU)),
+}  # fmt: skip
+
+RADII = (1e-4, 1e-2, 0.3, 3.0, 100.0)
+
+
+def case_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[Case, nn.Module]:
+    torch.manual_seed(3)
+    return CASES[name], CASES[name].build().to(dtype).requires_grad_(False).eval()
+
+
+def expanded(case: Case, layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64) -> ChainExpansion:
+    """The layer (float64 copy) at x (N, …), as certifiers.local starts it."""
+    twin = copy.deepcopy(layer).double()
+    start = x.double().flatten(1).unsqueeze(1) if case.whole else x.double()
+    whole = case.shape if case.whole and len(case.shape) > 1 else None
+    return ChainExpansion([twin], start, Scope(Context(dtype, {}), case.space, whole))
+
+
+def tokens(case: Case, x: Tensor) -> Tensor:
+    """As expansions see samples: (N, T, D), or (N, 1, n)."""
+    return x.flatten(1).unsqueeze(1) if case.whole else x
+
+
+def seen(clean: Tensor, out: Tensor) -> Tensor:
+    """An executed output in the shape of the expansion's."""
+    return out.double().reshape(clean.shape)
+
+
+def into(v: Tensor, radius: Tensor, space: str) -> Tensor:
+    """v (N, T, D) onto the ball of each token's radius (N, T)."""
+    if space == "linf":
+        return v.clamp(-1, 1) * radius.unsqueeze(-1)
+    order = 2 if space == "l2" else 1
+    return v * (radius / torch.linalg.vector_norm(v, ord=order, dim=-1).clamp_min(1e-300)).unsqueeze(-1)
+
+
+@dataclass
+class Attacked:
+    """Largest fractions of what is promised, by radius: of the radius behind, of the nonlinear part, of the dual-weighted loss."""
+
+    radius: Tensor
+    error: Tensor
+    loss: Tensor
+
+    def largest(self) -> float:
+        return float(torch.stack([self.radius, self.error, self.loss]).amax())
+
+
+def attacked(expansion: Expansion, function: Callable[[Tensor], Tensor], x: Tensor, space: str = "l2", steps: int = 32, only: int | None = None) -> Attacked:
+    """Gradient ascent on the three fractions at once, each by samples of its own. x (N, T, D) is what the expansion was made at, N a multiple
+    of 3·RADII; function maps (N, T, D) to the true output. Adjoints are random first, then turned against the remainder that was found.
+    """
+    n = len(x)
+    radius = torch.tensor(RADII, dtype=torch.float64).repeat(n // len(RADII))[:, None].expand(n, x.shape[1]).clone()
+    if only is not None:
+        radius = radius * (torch.arange(x.shape[1]) == only)
+    wanted = (torch.arange(n) // len(RADII)) % 3
+    bounds: list = []
+    behind, error = expansion.advance(radius, torch.zeros_like(radius), bounds)
+    generator = torch.Generator().manual_seed(5)
+    g = torch.randn(expansion.clean.shape, generator=generator, dtype=torch.float64)
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=0.2)
+    found = torch.zeros(3, n, dtype=torch.float64)
+    base = function(x)
+    noise = 1e-13 * (behind + base.norm(dim=-1) + x.norm(dim=-1).amax(-1, keepdim=True))  # of this test's own float64 differences
+    allowed = None
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        for step in range(steps):
+            delta = into(v, radius, space)
+            change = function(x + delta) - base
+            _, pushed = torch.func.jvp(function, (x,), (delta,))
+            rest = change - pushed
+            if step in (steps // 2, steps - 8):
+                turned = -rest.detach() / rest.detach().abs().amax((-1, -2), keepdim=True).clamp_min(1e-300)
+                g = torch.where((torch.arange(n) % 2 == 0)[:, None, None], turned, g)
+                allowed = None
+            if allowed is None:
+                allowed = loss(torch.zeros(1, n, dtype=torch.float64), expansion.adjoint(g[None])[1], bounds)[0]
+            fractions = torch.stack(
+                [
+                    (change.norm(dim=-1) / behind).amax(-1),
+                    (rest.norm(dim=-1) / (error + noise)).amax(-1),
+                    -(g * rest).sum((-1, -2)) / (allowed + (g.norm(dim=-1) * noise).sum(-1)),
+                ]
+            )
+            found = torch.maximum(found, fractions.detach().nan_to_num(0.0))
+            optimizer.zero_grad()
+            (-fractions.gather(0, wanted[None]).sum()).backward()
+            assert v.grad is not None
+            v.grad.nan_to_num_(0.0)
+            optimizer.step()
+    by_radius = found.view(3, -1, len(RADII)).amax(1)
+    return Attacked(*by_radius)
+
+
+def samples(case: Case, count: int = 30) -> Tensor:
+    x = torch.randn(count, *case.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64) * case.size
+    x[: count // 3] *= 0.05  # near 0 as well, where activations bend and norms are small
+    return x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_an_expansion_promises_is_never_exceeded(name) -> None:
+    case, layer = case_of(name)
+    x = samples(case)
+    expansion = expanded(case, layer, x)
+
+    def function(v: Tensor) -> Tensor:
+        return layer(v.reshape(len(v), *case.shape)).reshape(len(v), *expansion.clean.shape[1:])
+
+    torch.testing.assert_close(function(tokens(case, x)), expansion.clean, rtol=1e-9, atol=1e-12)
+    result = attacked(expansion, function, tokens(case, x), case.space)
+    assert result.largest() <= 1 + 1e-9, result
+    assert float(result.radius.amax()) > 0.05, result  # a bound that nothing comes near would hide a broken attack
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adjoints_are_those_of_autograd(name) -> None:
+    case, layer = case_of(name)
+    x = samples(case, 6).requires_grad_()
+    expansion = expanded(case, layer, x.detach())
+    g = torch.randn(2, *expansion.clean.shape, dtype=torch.float64)
+    found, _ = expansion.adjoint(g)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        out = seen(expansion.clean, layer(x))
+        for i in range(2):
+            (wanted,) = torch.autograd.grad(out, x, g[i], retain_graph=True)
+            torch.testing.assert_close(found[i], tokens(case, wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_rounding_as_executed_is_covered(name, dtype) -> None:
+    """Perturbed inputs executed in the dtype against the float64 reference, from no perturbation (rounding alone) up; adjoints against the remainder."""
+    case, layer = case_of(name, dtype)
+    x = samples(case, 60).to(dtype)
+    v = torch.randn(tokens(case, x).shape, dtype=torch.float64)
+    start = torch.tensor([0.0, 1e-6, 1e-3, 0.1, 2.0], dtype=torch.float64).repeat(12)
+    moved = (x.double() + into(v, start[:, None].expand(v.shape[:2]), case.space).reshape(x.shape)).to(dtype)
+    order = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}[case.space]
+    delta = tokens(case, moved.double() - x.double())
+    radius = torch.linalg.vector_norm(delta, ord=order, dim=-1) * (1 + 1e-12)
+    expansion = expanded(case, layer, x, dtype)
+    bounds: list = []
+    behind, error = expansion.advance(radius, torch.zeros_like(radius), bounds)
+    change = seen(expansion.clean, layer(moved)) - expansion.clean
+    # NaN: a bound that overflowed, which no search takes for feasible.
+    assert not bool((change.norm(dim=-1) > behind).any())
+    twin = copy.deepcopy(layer).double()
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        _, pushed = torch.func.jvp(lambda z: seen(expansion.clean, twin(z)), (x.double(),), (moved.double() - x.double(),))
+    rest = change - pushed
+    assert not bool((rest.norm(dim=-1) > error + 1e-12 * behind).any())
+    for g in (-rest, torch.randn_like(rest)):
+        allowed = loss(torch.zeros(1, len(x), dtype=torch.float64), expansion.adjoint(g[None])[1], bounds)[0]
+        assert not bool((-(g * rest).sum((-1, -2)) > allowed + 1e-12 * (g.norm(dim=-1) * behind).sum(-1)).any())
+    if dtype == torch.float32:
+        assert float(torch.isfinite(behind).double().mean()) > 0.9
+
+
+# ---- single tokens
+
+
+@pytest.mark.parametrize("position", [1, 4])
+@pytest.mark.parametrize("jacobian", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_single_tokens_agree_with_all_and_are_never_exceeded(position, jacobian, normalised) -> None:
+    torch.manual_seed(1)
+    blocks = gpt_blocks(normalised).double().requires_grad_(False)
+    n, length = 30, 5
+    x = torch.randn(n, length, D, dtype=torch.float64)
+    x[:10] *= 0.1
+    full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
+    zero = torch.zeros(n, length, dtype=torch.float64)
+    full.advance(zero, zero, [])
+    every = torch.arange(n)
+    rows: ChainExpansion = full.at_rows(every, torch.full((n,), position))
+    rows = JacobianChain(rows) if jacobian else rows
+    torch.testing.assert_close(rows.clean, full.clean[:, position : position + 1])
+    g = torch.randn(2, n, 1, D, dtype=torch.float64)
+    spread = torch.zeros(2, n, length, D, dtype=torch.float64)
+    spread[:, :, position : position + 1] = g
+    torch.testing.assert_close(rows.adjoint(g)[0], full.adjoint(spread)[0][:, :, position : position + 1], rtol=1e-9, atol=1e-9)
+
+    def function(v: Tensor) -> Tensor:
+        moved = torch.cat([x[:, :position], v, x[:, position + 1 :]], 1)
+        return blocks(moved)[:, position : position + 1]
+
+    result = attacked(rows, function, x[:, position : position + 1])
+    assert result.largest() <= 1 + 1e-9, result
+    assert float(result.radius.amax()) > 0.05
+    for radius in RADII:
+        alone, everyone = torch.full((n, 1), radius, dtype=torch.float64), torch.zeros(n, length, dtype=torch.float64)
+        everyone[:, position] = radius
+        mine, theirs = (e.advance(r, 0 * r, [])[0] for e, r in ((rows, alone), (full, everyone)))
+        assert bool((mine[:, 0] <= theirs[:, position] * (1 + 1e-9)).all())
+
+
+def test_a_single_token_through_normalize_keeps_its_own_size() -> None:
+    """Rounding grows with the token that moves, not with another one."""
+    layer = Normalize([0.3] * D, [0.01] * D).double()
+    x = torch.randn(2, T, D, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)[:, None]
+    full = expand(layer, x, Scope(Context(torch.float32, {})))
+    radius = torch.full((2, T), 0.1, dtype=torch.float64)
+    row = full.at_rows(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 1]))
+    whole, _ = full.advance(radius, 0 * radius, [])
+    alone, _ = row.advance(radius[:1, :1].expand(3, 1), torch.zeros(3, 1, dtype=torch.float64), [])
+    torch.testing.assert_close(alone[:, 0], whole[[1, 0, 1], [2, 0, 1]])
+    assert float(layer(x).norm()) > 0 and float(torch.as_tensor(full.lipschitz())) >= 100.0
+
+
+# ---- weights that an adversary chose
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_worst_attention_weights_stay_inside(causal) -> None:
+    worst = worst_attention(D, 2, T, scale=4.0, causal=causal, caps=2.0, steps=60)
+    layer = worst.layer.requires_grad_(False)
+    x = worst.x.detach().expand(30, T, D).clone()
+    expansion = ChainExpansion([layer], x, Scope(Context(torch.float64, {})))
+    result = attacked(expansion, layer, x)
+    assert result.largest() <= 1 + 1e-9, result
+    assert float(result.radius.amax()) > 0.2
+
+
+EVOLVED = {
+    "attention": lambda: attention(scale=2.0),
+    "gelu": lambda: nn.Sequential(nn.Linear(D, 3), nn.GELU(), nn.Linear(3, 2)),
+    "relu": lambda: nn.Sequential(nn.Linear(D, 3), nn.ReLU(), nn.Linear(3, 2)),
+    "layernorm": lambda: nn.Sequential(drawn(nn.LayerNorm(D, eps=1e-2)), nn.Linear(D, 2)),
+}
+
+
+@pytest.mark.parametrize("name", EVOLVED)
+def test_weights_evolved_toward_the_bounds_stay_inside(name) -> None:
+    """A (1 + 1) search of weights and inputs for the largest fraction of any promise."""
+    torch.manual_seed(2)
+    layer = EVOLVED[name]().double().requires_grad_(False)
+    x, best = torch.randn(1, T, D, dtype=torch.float64), 0.0
+    for generation in range(15):
+        child, y = copy.deepcopy(layer), x + 0.3 * torch.randn_like(x) * (generation > 0)
+        for p in child.parameters():
+            p += 0.2 * p.abs().mean() * torch.randn_like(p) * (generation > 0)
+        many = y.expand(15, T, D).clone()
+        result = attacked(ChainExpansion([child], many, Scope(Context(torch.float64, {}))), child, many, steps=12)
+        assert result.largest() <= 1 + 1e-9, (generation, result)
+        fitness = float((result.radius + result.error + result.loss).amax())
+        if fitness > best:
+            layer, x, best = child, y, fitness
+    assert best > 0.3
+
+
+# ---- constants
+
+
+CURVATURES = {
+    "gelu": (nn.GELU(), lambda z: z * (1 + mpmath.erf(z / mpmath.sqrt(2))) / 2, 0.0),
+    "gelu-tanh": (
+        nn.GELU("tanh"), lambda z: z * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf("0.044715") * z**3))) / 2, 0.0
+    ),
+    "tanh": (nn.Tanh(), mpmath.tanh, 0.66),
+    "sigmoid": (nn.Sigmoid(), lambda z: 1 / (1 + mpmath.exp(-z)), 1.32),
+    "silu": (nn.SiLU(), lambda z: z / (1 + mpmath.exp(-z)), 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CURVATURES)
+def test_curvatures_are_suprema(name) -> None:
+    layer, function, near = CURVATURES[name]
+    stated = elementwise(layer, torch.zeros(1, dtype=torch.float64)).curvature
+    assert stated is not None
+    with mpmath.workdps(50):
+        grid = max(abs(mpmath.diff(function, mpmath.mpf(z) / 20, 2)) for z in range(-160, 161))
+        top = abs(near) if near == 0.0 else mpmath.findroot(lambda z: mpmath.diff(function, z, 3), near)
+        supremum = abs(mpmath.diff(function, top, 2))
+    assert grid <= supremum * (1 + mpmath.mpf("1e-20"))
+    assert supremum <= stated <= supremum * (1 + mpmath.mpf("1e-6"))
+
+
+@pytest.mark.parametrize("divisor", [1.0, 0.5, 3.0])
+def test_curvature_where_a_neuron_can_be_is_an_upper_bound(divisor) -> None:
+    z = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    layer = ScaledGELU(divisor)
+    expansion = expand(layer, z[None, None], Scope(Context(torch.float64, {})))
+    assert isinstance(expansion, ElementwiseExpansion)
+    for reach in (0.0, 1e-3, 0.1, 0.7, 2.0, 9.0):
+        each = torch.full((1, 1, len(z)), reach, dtype=torch.float64)
+        bound = torch.as_tensor(expansion._curvature(each)) + 0 * each
+        points = z[:, None] + reach * torch.linspace(-1, 1, 401, dtype=torch.float64)
+        bent = (torch.exp(-0.5 * points**2) / math.sqrt(2 * math.pi) * (2 - points**2)).abs() / divisor
+        assert bool((bent.amax(1) <= bound[0, 0]).all())
+
+
+def test_the_curvature_of_normalisation_is_a_supremum() -> None:
+    """Over θ in [0, 1] and unit (u_∥, u_⊥): θ·‖(3(1 − θ²)u_∥² + u_⊥², 2u_∥u_⊥)‖; and the formula itself against second derivatives."""
+    theta, angle = torch.linspace(0, 1, 1001, dtype=torch.float64)[:, None], torch.linspace(0, math.pi / 2, 1001, dtype=torch.float64)
+    along, across = angle.cos(), angle.sin()
+    size = theta * torch.hypot(3 * (1 - theta**2) * along**2 + across**2, 2 * along * across)
+    assert float(size.amax()) <= 2 / math.sqrt(3) + 1e-12 <= local_normalization.CURVATURE
+    assert float(size.amax()) > 1.1546 and local_normalization.CURVATURE < 1.1548
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for _ in range(200):
+        c, u = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        eps = float(torch.rand(1, generator=generator)) + 1e-3
+
+        def along_line(t: Tensor, c: Tensor = c, u: Tensor = u, eps: float = eps) -> Tensor:
+            v = c + t * u
+            return v / (v.square().mean() + eps).sqrt()
+
+        zero = torch.zeros((), dtype=torch.float64)
+        first = lambda t: torch.func.jvp(along_line, (t,), (torch.ones_like(t),))[1]  # noqa: E731, B023 (used at once)
+        second = torch.func.jvp(first, (zero,), (torch.ones_like(zero),))[1]
+        largest = max(largest, float(second.norm() * math.sqrt(5) * (c.square().mean() + eps) / u.square().sum()))
+    assert 0.9 < largest <= local_normalization.CURVATURE
+
+
+# ---- end to end
+
+
+def tiny(kind: str, seed: int, gain: float = 2.0, dtype: torch.dtype = torch.float32) -> tuple[Chain, Tensor, Tensor]:
+    """A small random model with weights large enough to matter, and samples that it predicts."""
+    torch.manual_seed(seed)
+    x: Tensor
+    if kind.startswith("mlp"):
+        model, x = LipschitzMLP([6, 12, 9, 4], kind.removeprefix("mlp-"), mean=0.5, std=0.4), torch.rand(6, 6)
+    elif kind == "gpt":
+        model, x = LipschitzGPT("abcdefg", 8, 2, 1, attention_scale=2.0, distance_bias=3), torch.randint(7, (5, 4))
+    elif kind == "gpt-baseline":
+        model, x = BaselineGPT("abcdefg", 8, 2, 1), torch.randint(7, (5, 4))
+    else:
+        model, x = LipschitzTransformer((1, 4, 4), 2, 4, 8, 2, 1), torch.rand(5, 1, 4, 4)
+    scaled(model, gain)
+    model = model.to(dtype).eval()
+    x = x.to(dtype) if x.is_floating_point() else x
+    return model, x, model.scores(x).argmax(-1)
+
+
+ATTACKED = [
+    ("mlp-relu", "l2"), ("mlp-relu", "linf"), ("mlp-relu", "l1"), ("mlp-scaled-gelu", "l2"), ("mlp-scaled-gelu", "linf"), ("mlp-tanh", "l1"),
+    ("mlp-tanh", "linf"), ("gpt", "embedding-l2"), ("gpt", "embedding-l2@-1"), ("gpt", "embedding-l2@1"), ("gpt", "embedding-l2@0,2"),
+    ("gpt", "embedding-fro"), ("gpt", "embedding-fro@1,3"), ("gpt-baseline", "embedding-l2"), ("gpt-baseline", "embedding-l2@-1"),
+    ("gpt-baseline", "embedding-fro"), ("transformer", "l2"), ("transformer", "linf"), ("transformer", "l1"), ("transformer", "embedding-l2@0,3"),
+    ("transformer", "embedding-l2"), ("mlp-relu", "weights-spectral"), ("mlp-tanh", "weights-frobenius-absolute"), ("gpt", "weights-spectral"),
+    ("gpt", "weights-frobenius"), ("transformer", "weights-spectral-absolute"), ("gpt-baseline", "weights-frobenius"),
+]  # fmt: skip
+
+QUICK = MinimumRadius(attack=PGD(steps=8, restarts=1, size=0.5), steps=3, descent=40)
+
+
+@pytest.mark.parametrize(("kind", "name"), ATTACKED)
+def test_no_attack_succeeds_inside_a_certified_radius(kind, name) -> None:
+    threat, near = parse_threat(name), []
+    for seed, gain, dtype in ((0, 1.5, torch.float32), (1, 5.0, torch.float64)):
+        model, x, y = tiny(kind, seed, gain, dtype)
+        broken = QUICK(model, x, y, threat).radius
+        for method in ("local",) if isinstance(threat, WeightBall) else ("local", "dual"):
+            radius = certify(model, x, y, threat, method).radius
+            assert bool((radius <= broken).all()), (method, seed, radius, broken)
+            assert bool((radius > 0).any())
+            near += (radius / broken).tolist()
+    assert max(near) > (0.02 if kind == "gpt-baseline" else 0.1), max(near)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("kind", ["mlp-relu", "mlp-scaled-gelu", "mlp-tanh"])
+def test_two_percent_more_is_broken_near_the_boundary(kind, norm) -> None:
+    """Samples just beside the boundary, where a network is almost linear: nothing succeeds at the radius, nearly every sample falls 2 % beyond."""
+    fallen, count = 0, 0
+    for seed in range(3):
+        model, x, y = tiny(kind, seed, 1.0, torch.float64)
+        away = torch.rand(200, 6, dtype=torch.float64)
+        other = away[[int((model.scores(away).argmax(-1) != label).nonzero()[0]) for label in y]]
+        near, far = torch.zeros(len(x), 1, dtype=torch.float64), torch.ones(len(x), 1, dtype=torch.float64)
+        for _ in range(30):
+            middle = (near + far) / 2
+            same = (model.scores(x + middle * (other - x)).argmax(-1) == y)[:, None]
+            near, far = torch.where(same, middle, near), torch.where(same, far, middle)
+        beside = (x + (near - 1e-4) * (other - x)).detach()
+        right = model.scores(beside).argmax(-1) == y
+        threat = InputBall(norm)  # type: ignore[arg-type]
+        radius = certify(model, beside, y, threat, "dual").radius[right.numpy()]
+        broken = MinimumRadius(attack=PGD(steps=20, restarts=1, size=0.5), steps=4, descent=60)(model, beside[right], y[right], threat).radius
+        assert (broken >= radius).all()
+        fallen, count = fallen + int((broken <= 1.02 * radius).sum()), count + len(radius)
+    assert count > 9 and fallen > 0.6 * count, (fallen, count)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_linear_models_have_their_exact_radius(norm, dtype) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).to(dtype)
+    x = torch.randn(100, 3, 4).to(dtype)
+    logits = model(x).double().detach()
+    y = logits.argmax(-1)
+    w = model[1].weight.detach().double()
+    order = {"l2": 2, "linf": 1, "l1": torch.inf}[norm]
+    ratio = (logits.gather(1, y[:, None]) - logits) / torch.linalg.vector_norm(w[y][:, None] - w[None], ord=order, dim=-1)
+    truth = ratio.scatter(1, y[:, None], torch.inf).amin(1).numpy()
+    for method in ("local", "dual") if norm == "l2" else ("dual",):
+        radius = certify(model, x, y, InputBall(norm), method).radius
+        assert (radius <= truth * (1 + 1e-5)).all()
+        usual = truth > np.median(truth) / 2
+        assert (radius[usual] >= truth[usual] * (1 - 2e-3)).all()
+
+
+FIRST_ORDER = [("mlp-scaled-gelu", n) for n in ("l2", "linf", "l1")] + [
+    ("gpt", n) for n in ("embedding-l2", "embedding-l2@-1", "embedding-l2@1", "embedding-fro", "embedding-fro@0,2")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), FIRST_ORDER)
+def test_the_first_order_is_attained_and_the_rest_vanishes(kind, name) -> None:
+    """A tiny step along the worst direction loses the first-order term, no step of that length loses more, and the loss says hardly more."""
+    model, x, y = tiny(kind, 4, dtype=torch.float64)
+    threat = parse_threat(name)
+    reference = reference_of(model, x, y, threat, Context(torch.float64, {}))
+    rivals = reference.margin.argsort(-1)[:, :1].T
+    found = Rivals(reference, y, rivals)
+    step = torch.full((len(y),), 1e-6, dtype=torch.float64)
+    losses = found.losses(reference, step)[:, 0]
+    start = model.embed(x).double() if isinstance(threat, EmbeddingBall) else x
+
+    def margin(v: Tensor) -> Tensor:
+        out = model.scores_from_embeddings(v) if isinstance(threat, EmbeddingBall) else model.scores(v)
+        return (out.gather(1, y[:, None]) - out.gather(1, rivals.T))[:, 0]
+
+    point = start.detach().requires_grad_()
+    (g,) = torch.autograd.grad(margin(point).sum(), point)
+    if isinstance(threat, EmbeddingBall):
+        mask = torch.zeros(g.shape[1])
+        mask[threat.positions(g.shape[1])] = 1
+        g = g * mask[:, None]
+        worst = -g / (g.norm(dim=(-1, -2), keepdim=True) if threat.joint else g.norm(dim=-1, keepdim=True).clamp_min(1e-300))
+    else:
+        assert isinstance(threat, InputBall)
+        only = torch.zeros_like(g).scatter(1, g.abs().argmax(-1, keepdim=True), 1.0)
+        worst = -{"l2": g / g.norm(dim=-1, keepdim=True), "linf": g.sign(), "l1": g.sign() * only}[threat.norm]
+    lost = (margin(start) - margin(start + 1e-6 * worst)).detach()
+    assert bool((lost <= losses).all())
+    torch.testing.assert_close(found.linear[0] * 1e-6, lost, rtol=1e-3, atol=0.0)
+    assert bool((losses <= lost * 1.05 + 1e-11).all())
+
+
+def test_first_order_takes_the_dual_norm() -> None:
+    g = torch.tensor([[[[3.0, -4.0], [0.0, 12.0]]]], dtype=torch.float64)
+    for name, value in {"embedding-l2": 17.0, "embedding-fro": 13.0, "embedding-l2@0": 5.0, "embedding-fro@-1": 12.0, "l2": 13.0, "linf": 19.0, "l1": 12.0}.items():
+        assert float(first_order(g, parse_threat(name))) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("method", ["local", "dual"])
+def test_smaller_threats_have_larger_radii(method) -> None:
+    for kind in ("gpt", "gpt-baseline"):
+        model, x, y = tiny(kind, 0)
+        radii = {n: certify(model, x, y, parse_threat(n), method).radius for n in
+                 ("embedding-l2", "embedding-l2@1", "embedding-l2@-1", "embedding-l2@1,3", "embedding-fro", "embedding-fro@1,3")}  # fmt: skip
+        for small, large in (
+            ("embedding-l2@1", "embedding-l2@1,3"), ("embedding-l2@-1", "embedding-l2@1,3"), ("embedding-l2@1,3", "embedding-l2"),
+            ("embedding-fro", "embedding-l2"), ("embedding-fro@1,3", "embedding-fro"), ("embedding-fro@1,3", "embedding-l2@1,3"),
+        ):  # fmt: skip
+            assert (radii[small] >= radii[large] * (1 - 2e-3)).all(), (kind, small, large)
+
+
+def test_all_rivals_are_proved_not_only_the_nearest() -> None:
+    """Nine rivals, more than are carried at once: the one that binds has the largest margin of all, but the farthest row."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 10)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        model[0].bias.zero_()
+        model[1].weight.zero_()
+        model[1].bias.copy_(-torch.arange(10.0) / 10)
+        model[1].bias[9] = -2.0
+        model[1].weight[1:9, 0] = 1e-3
+        model[1].weight[9, 1] = 100.0
+    x, y = torch.zeros(1, 4, dtype=torch.float64), torch.tensor([0])
+    for method in ("local", "dual"):
+        assert float(certify(model, x, y, InputBall("l2"), method).radius[0]) == pytest.approx(0.02, rel=2e-3)
+
+
+@pytest.mark.parametrize("method", ["local", "dual"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "real"])
+def test_every_dtype_is_covered_and_wider_ones_prove_more(method, dtype) -> None:
+    model, x, y = tiny("mlp-tanh", 0)
+    chain = copy.deepcopy(model).to({"real": torch.float64}.get(dtype) or getattr(torch, dtype))
+    y = chain(x.to(next(chain.parameters()).dtype)).argmax(-1)
+    certificate = certify(model, x, y, InputBall("l2"), method, dtype=dtype)
+    exact = certify(model, x, y, InputBall("l2"), method, dtype="real")
+    assert (certificate.radius <= exact.radius * (1 + 2e-2)).all()
+    assert (certificate.radius[exact.radius > 0] >= 0).all()
+    if dtype in ("float32", "float64"):
+        assert np.median(certificate.radius / exact.radius) > 0.99
+
+
+@pytest.mark.parametrize("method", ["local", "dual"])
+def test_rounding_attacks_do_not_enter_16_bit_radii(method) -> None:
+    """Margins of the size of rounding: points that the dtype has, along the gradient, at fractions of the radius that real numbers would prove."""
+    for dtype in (torch.float16, torch.bfloat16):
+        broken = 0
+        for seed in range(12):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(64, 2)).to(dtype).requires_grad_(False)
+            x = torch.rand(64, 64).to(dtype)
+            logits = copy.deepcopy(model).double()(x.double())
+            model[0].bias[0] -= (logits[:, 0] - logits[:, 1]).median().to(dtype)
+            y = model(x).argmax(-1)
+            executed, real = (torch.from_numpy(certify(model, x, y, InputBall("l2"), method, dtype=d).radius) for d in (None, "real"))
+            w = model[0].weight.double()
+            away = (w[1 - y] - w[y]) / (w[1] - w[0]).norm()
+            for fraction in torch.linspace(0.3, 1.0, 8, dtype=torch.float64):
+                moved = (x.double() + away * real[:, None] * fraction).to(dtype)
+                distance = (moved.double() - x.double()).norm(dim=-1)
+                flipped = model(moved).argmax(-1) != y
+                broken += int((flipped & (distance <= real)).sum())
+                assert not bool((flipped & (distance <= executed)).any())
+        assert broken > 0
+
+
+@pytest.mark.parametrize("method", ["local", "dual"])
+def test_constant_models_ties_nan_and_overflow(method) -> None:
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.tensor([1.0, 0.0]))
+    radius = certify(nn.Sequential(layer), torch.rand(2, 3), torch.tensor([0, 0]), InputBall("l2"), method).radius
+    assert np.isfinite(radius).all() and (radius > 1e6).all()
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2, 3))
+        layer.bias.zero_()
+    assert (certify(nn.Sequential(layer), torch.ones(2, 3), torch.tensor([0, 0]), InputBall("l2"), method).radius == 0).all()
+    huge = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).half()
+    with torch.no_grad():
+        for p in huge.parameters():
+            p.fill_(300.0)
+    assert (certify(huge, torch.ones(1, 2).half() * 300, torch.tensor([0]), InputBall("l2"), method).radius == 0).all()
+    model, x, y = tiny("mlp-relu", 0)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(BadInput, match="NaN"):
+        certify(model, x, y, InputBall("l2"), method)
+    with pytest.raises(UnsupportedLayer, match="MaxMin"):
+        certify(nn.Sequential(nn.Linear(4, 4), MaxMin(), nn.Linear(4, 2)), torch.rand(1, 4), torch.tensor([0]), InputBall("l2"), method)
+
+
+@pytest.mark.parametrize("method", ["local", "dual"])
+def test_one_token_sequences(method) -> None:
+    for kind in ("gpt", "gpt-baseline"):
+        model, _, _ = tiny(kind, 0)
+        x = torch.arange(7)[:, None]
+        y = model.scores(x).argmax(-1)
+        threat = EmbeddingBall()
+        radius = certify(model, x, y, threat, method).radius
+        assert (radius <= QUICK(model, x, y, threat).radius).all() and (radius > 0).any()
+
+
+# ---- what was wrong once
+
+
+def test_softmax_bounds_survive_cancellation() -> None:
+    """One weight of 1 and the rest far below 2⁻⁵³: taking it off the sum of all would leave nothing of them."""
+    x = torch.tensor([[3.5e19, 1e-17, 2e-17], [1e-17, 1.0, 0.0], [5.0, 5.0, 5.0]], dtype=torch.float64)
+    wanted = torch.tensor([[3e-17, 3.5e19, 3.5e19], [1.0, 1e-17, 1.0], [10.0, 10.0, 10.0]], dtype=torch.float64)
+    torch.testing.assert_close(others(x), wanted, rtol=1e-12, atol=0.0)
+    # The same inside attention: token 2 sees token 0 alone by 2⁻⁵⁶, and a change of key 0 by a logit of 45 turns it away from there. Values agree.
+    layer = Attention(2, 1, causal=True, rope=False, scale=2.0, output_scale=1.0).double().requires_grad_(False)
+    for name, rows in {"query": [[1.0, 0.0], [0, 0]], "key": [[1.0, 0], [0, 0]], "value": [[0, 0], [1.0, 0]], "output": [[0, 0], [0, 1.0]]}.items():
+        getattr(layer, name).weight.copy_(torch.tensor(rows))
+    x = torch.tensor([[[40.0, 0.0], [0.0, 0.0], [1.0, 0.0]]], dtype=torch.float64)
+    for r in (36.0, 42.0, 45.0, 49.0):
+        radius = torch.tensor([[r, 0.0, 0.0]], dtype=torch.float64)
+        expansion = ChainExpansion([layer], x, Scope(Context(torch.float64, {})))
+        bounds: list = []
+        _, error = expansion.advance(radius, 0 * radius, bounds)
+        delta = torch.zeros_like(x)
+        delta[0, 0, 0] = -r
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            rest = layer(x + delta) - layer(x) - torch.func.jvp(layer, (x,), (delta,))[1]
+        assert bool((rest.norm(dim=-1) <= error).all())
+        allowed = loss(torch.zeros(1, 1, dtype=torch.float64), expansion.adjoint(-rest[None])[1], bounds)
+        assert float(rest.square().sum()) <= float(allowed)
+
+
+@pytest.mark.parametrize("method", ["local", "dual", "best"])
+def test_a_key_that_overflows_spoils_every_query_that_sees_it(method) -> None:
+    """float16: a perturbed first token's key becomes inf while the query of the last one is tiny, and logits stay small."""
+    model = NextTokenChain(OrderedDict(
+        rows=nn.Embedding(2, 4), block=Residual(Attention(4, 1, rope=False, output_scale=1.0)), head=nn.Linear(4, 2),
+    ))  # fmt: skip
+    model.vocabulary = "ab"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model[0].weight.copy_(torch.tensor([[0.0, 0.0, 16.0, 0.0], [1.0, 0.0, 0.0, 1.0]]))
+        layer = model[1].branch
+        layer.key.weight[0, 2] = 2500.0
+        layer.query.weight[0, 3] = 2.0**-13
+        layer.value.weight[0, 0] = layer.output.weight[0, 0] = 2.0**-6
+        model[2].weight[:, 0] = torch.tensor([1.0, -1.0])
+    model.half()
+    x, threat = torch.tensor([[0, 1]]), EmbeddingBall(tokens=(0,))
+    radius = float(certify(model, x, torch.tensor([0]), threat, method).radius[0])
+    start = model.embed(x)
+    moved = start.clone()
+    moved[0, 0, 2] += 16.0  # 2500·32 is more than float16 holds
+    assert not bool(torch.isfinite(model.scores_from_embeddings(moved)).all())
+    assert radius < 16.0
+
+
+def test_small_divisors_enlarge_what_vanishes() -> None:
+    x = torch.full((1, 1, 4), 2.0**-120)
+    layer = ScaledGELU(2.0**-30)
+    expansion = expand(copy.deepcopy(layer), x.double(), Scope(Context(torch.float32, {})))
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    rounding = float(expansion.advance(zero, zero, [])[0])
+    assert rounding >= 4 * 2.0**-126 * 2.0**30  # the loss of one underflow, as the division sees it
+
+
+@pytest.mark.parametrize("method", ["local", "dual", "best"])
+def test_chains_of_changing_width_and_of_nothing(method) -> None:
+    torch.manual_seed(0)
+    wide = NextTokenChain(OrderedDict(
+        rows=nn.Embedding(7, 8), up=nn.Linear(8, 12), bend=nn.GELU(), block=Residual(Attention(12, 2)), head=nn.Linear(12, 7),
+    ))  # fmt: skip
+    bare = NextTokenChain(OrderedDict(rows=nn.Embedding(7, 8), head=nn.Linear(8, 7)))
+    x, threat = torch.randint(7, (4, 3)), EmbeddingBall(tokens=(-1,))
+    for model in (wide, bare):
+        model.vocabulary = "abcdefg"
+        y = model.scores(x).argmax(-1)
+        radius = certify(model, x, y, threat, method).radius
+        assert (radius > 0).all() and (radius <= QUICK(model, x, y, threat).radius).all()
+
+
+def test_single_token_references_read_the_moved_token() -> None:
+    model, x, y = tiny("gpt", 0, dtype=torch.float64)
+    reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
+    every = torch.arange(len(x))
+    alone = at_positions(reference, every, torch.full_like(every, x.shape[1] - 1))
+    rivals = reference.margin.argsort(-1)[:, :2].T
+    one, all_of = Rivals(alone, y, rivals), Rivals(reference, y, rivals)
+    torch.testing.assert_close(one.linear, all_of.linear, rtol=1e-9, atol=0.0)
+    for radius in (1e-3, 0.1, 1.0):
+        epsilon = torch.full((len(x),), radius, dtype=torch.float64)
+        assert bool((one.losses(alone, epsilon) <= all_of.losses(reference, epsilon) * (1 + 1e-6)).all())
