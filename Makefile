@@ -73,10 +73,11 @@ $(LINT_READY): $(READY)
 
 # After any change that moves a radius: the version in robustlip/certifiers/__init__.py goes up, and the zoo's certificates are made again.
 certificates: $(READY)  ## make the zoo's certificates again, after a change of the rules
-	@set -eu; certify() { $(BIN)/robustlip certify "$$1" --data "$$2" --threat "$$3" --limit "$$4" --json "models/zoo/certificates/$$1.$$3.json"; }; \
+	@set -eu; certify() { $(BIN)/robustlip certify "$$1" --data "$$2" --threat "$$3" --limit "$$4" --method "$$5" --json "models/zoo/certificates/$$1.$$3.json"; }; \
 	for role in lipschitz baseline; do \
-	  certify digits-mlp-$$role digits:test l2 100; \
-	  certify digits-mlp-$$role digits:test linf 100; \
-	  certify digits-transformer-$$role digits:test embedding-l2 100; \
-	  certify shakespeare-gpt-$$role page:test embedding-l2 40; \
-	done
+	  certify digits-mlp-$$role digits:test l2 100 local-lipschitz; \
+	  certify digits-mlp-$$role digits:test linf 100 local-lipschitz; \
+	  certify digits-transformer-$$role digits:test embedding-l2 100 dual; \
+	  certify shakespeare-gpt-$$role page:test embedding-l2 40 dual; \
+	done; \
+	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 40 dual

@@ -342,13 +342,14 @@ class AttentionRow(AttentionExpansion):
             centred, query = rotate(centred, turn), rotate(self.q, turn)
         else:
             query = self.q
-        heads = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key")}  # (H, d, D)
-        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(heads["query"], heads["key"])).to(position.device)
-        lost = _CANCEL * full.layer.width
         self.by_head = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key", "value")}  # (H, d, D)
-        self.query_forms = self.s * (centred @ heads["query"])  # (M, H, T, D)
-        self.query_rows = (norm_up(self.query_forms) + self.s * (0.0 + lost * self.nk * self.sigma["query"][:, None])).unsqueeze(2)
-        self.key_row = self.s * (norm_up(query @ heads["key"]) + lost * self.nq * self.sigma["key"][:, None])  # (M, H, 1)
+        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(self.by_head["query"], self.by_head["key"])).to(position.device)
+        # ‖xW‖ = ‖xRᵀ‖ for W = RᵀQᵀ, up to what QR loses: (T, d) numbers where (T, D) would do the same.
+        self.centred = centred
+        lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]
+        triangle = torch.linalg.qr(self.by_head["query"].mT).R
+        self.query_rows = (self.s * up(norm_up(centred @ triangle.mT) + lost * (norm_up(centred) + self.nk))).unsqueeze(2)
+        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + lost * self.nq * self.sigma["key"][:, None])  # (M, H, 1)
 
     def _top(self, x: Tensor) -> Tensor:
         return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)
@@ -371,9 +372,9 @@ class AttentionRow(AttentionExpansion):
         for name, matrix in self.by_head.items():
             z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
             self.way_gain[name] = up(gram_iteration_bound(z, 3) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
-        rows = self.query_forms @ m.unsqueeze(1)  # (M, H, T, D₀)
-        lost = 2.0**-34 * size.unsqueeze(-1) * norm_up(self.query_forms)
-        self.way_rows = up(norm_up(rows) + lost).unsqueeze(2) + (self.query_rows - norm_up(self.query_forms).unsqueeze(2)).clamp_min(0.0) * size[..., None, None]
+        forms = self.s * (self.centred @ (self.by_head["query"] @ m.unsqueeze(1)))  # (M, H, T, D₀)
+        lost = 2.0**-30 * self.s * size * torch.linalg.matrix_norm(self.by_head["query"])  # (M, H)
+        self.way_rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         self.way = (epsilon, beyond)
