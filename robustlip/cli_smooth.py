@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -96,5 +96,5 @@ def _joined(parts: Sequence[SmoothedCertificate]) -> SmoothedCertificate:
     import numpy as np
 
     names = ("index", "label", "prediction", "probability", "smoothed_radius")
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **columns, status=tuple(s for part in parts for s in part.status))
