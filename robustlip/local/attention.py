@@ -23,7 +23,7 @@ from torch import Tensor
 
 from robustlip.errors import BadInput
 from robustlip.layers import Attention
-from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Scope, register, rows_of, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.attention import Heads, check_projections, join_heads
@@ -153,7 +153,7 @@ class AttentionExpansion(Expansion):
     def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
         return AttentionRow(self, sample, position)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         layer, u, tiny = self.layer, self.scope.unit, self.scope.tiny
         d, width, length = layer.head_width, layer.width, self.length
         e = self._weight_changes()
@@ -289,7 +289,7 @@ class AttentionExpansion(Expansion):
         parts = (("query", dq), ("key", dk), ("value", dv))
         return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         layer = self.layer
         outer = layer.split((self.factor * g) @ self.matrices["output"])  # γ (A, N, H, T, d)
         # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
@@ -349,7 +349,7 @@ class AttentionRow(AttentionExpansion):
         lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]
         triangle = torch.linalg.qr(self.by_head["query"].mT).R
         self.query_rows = (self.s * up(norm_up(centred @ triangle.mT) + lost * (norm_up(centred) + self.nk))).unsqueeze(2)
-        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + lost * self.nq * self.sigma["key"][:, None])  # (M, H, 1)
+        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + _CANCEL * full.layer.width * self.nq * self.sigma["key"][:, None])
 
     def _top(self, x: Tensor) -> Tensor:
         return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)
@@ -366,7 +366,7 @@ class AttentionRow(AttentionExpansion):
         stray = self.before.unsqueeze(-1) * beyond + error
         return torch.minimum(bound, up(self.way_rows * epsilon[..., None, None] + self.query_rows * stray[..., None, None]))
 
-    def shape(self, m: Tensor, before: Tensor) -> None:
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
         self.before = before
         self.way_gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
         for name, matrix in self.by_head.items():

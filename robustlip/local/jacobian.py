@@ -12,11 +12,13 @@ import copy
 import torch
 from torch import Tensor
 
+from robustlip.local.base import Pair
 from robustlip.local.structure import ChainExpansion
 from robustlip.rounding import up
 from robustlip.spectral import gram_iteration_bound
 
-# Error of a Jacobian block that float64 computed, as a fraction of a bound of its norm with nothing cancelled: γ_n with Frobenius norms for n ≤ 2¹².
+# Error of a Jacobian block that float64 computed, as a fraction of a bound of its norm with nothing cancelled: γ_n with Frobenius norms is n²·2⁻⁵³ of
+# spectral ones. This covers n ≤ 2⁹; wider blocks get more.
 _BLOCK_ERROR = 2.0**-34
 
 
@@ -26,25 +28,26 @@ class JacobianChain(ChainExpansion):
     def __init__(self, chain: ChainExpansion) -> None:
         self.__dict__.update(copy.copy(chain).__dict__)
         count, device = len(chain.clean), chain.clean.device
-        blocks = []  # M_{l+1←k} for the last l: (N, D', D_k)
+        blocks: list[Tensor] = []  # M_{l+1←k} for the last l: (N, D', D_k)
         self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,)
         gains: list[Tensor] = []
         self.lost = [torch.zeros(count, dtype=torch.float64, device=device)]  # error of the computed M_{l←0} in front of each part
         for part in self.parts:
             size = part.clean.shape[-1]
             way = blocks[0] if blocks else torch.eye(size, dtype=torch.float64, device=device).expand(count, size, size)
-            part.shape(way, torch.ones(count, dtype=torch.float64, device=device))
+            part.learn_way(way, torch.ones(count, dtype=torch.float64, device=device))
             jacobian = part.jacobian()
             gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=device)
             blocks = [jacobian @ m for m in blocks] + [jacobian]
             gains = [g * gain for g in gains] + [gain]
             stacked = torch.stack(blocks, 1)  # (N, l + 1, D', D): all parts of a chain of residuals have one width
             norm = gram_iteration_bound(stacked, 4)
-            error = _BLOCK_ERROR * len(blocks) * torch.stack(gains, 1)
+            wide = max(1.0, (size / 2**9) ** 2)
+            error = _BLOCK_ERROR * wide * len(blocks) * torch.stack(gains, 1)
             self.lost.append(error[:, 0])
             self.norms.append(list(up(norm + error).unbind(1)))
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         first, zero = radius, torch.zeros_like(radius)
         remainders: list[Tensor] = []
         beyond = zero
