@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE = (
-    f"tests/test_{name}.py" for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations")
+RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL = (
+    f"tests/test_{name}.py" for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local")
 )
 
 
@@ -38,6 +38,10 @@ LIPSCHITZ, ATTENTION, LINEAR = "robustlip/certifiers/lipschitz.py", "robustlip/r
 ELEMENTWISE, STRUCTURE, BASE = "robustlip/rules/elementwise.py", "robustlip/rules/structure.py", "robustlip/rules/base.py"
 SEARCH, SPECTRAL, ENTRY = "robustlip/certifiers/search.py", "robustlip/spectral.py", "robustlip/certifiers/__init__.py"
 CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/rules/normalization.py"
+AT_ATTENTION, AT_LINEAR, AT_NORMALIZATION, AT_STRUCTURE, AT_JACOBIAN = (
+    f"robustlip/local/{name}.py" for name in ("attention", "linear", "normalization", "structure", "jacobian")
+)
+BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
 
 MUTATIONS = [
     Mutation("heads share the whole matrix's norm evenly (published formula, √H)", ATTENTION,
@@ -134,6 +138,98 @@ MUTATIONS = [
              "return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)", "return radii", f"{HOSTILE} {MINE} -k 'cast or given'"),
     Mutation("Gram eigenvalue without its residual", SPECTRAL,
              "total = top * (1 + defect) + residual + gram_error", "total = top", f"{MINE} -k eigensolver"),
+    Mutation("local: the layer's own weight change dropped", AT_LINEAR,
+             "c.rounding(norm, perturbed, context)) + perturbed * norm", "c.rounding(norm, perturbed, context))",
+             f"{LOCAL} -k 'no_attack and weights'"),
+    Mutation("local: rounding of Linear dropped", AT_LINEAR,
+             "fresh = self.scope.both(lambda context: c.rounding(norm, perturbed, context)) + perturbed * norm",
+             "fresh = 0 * norm + perturbed * norm", f"{LOCAL} -k 'rounding_as_executed and linear'"),
+    Mutation("local: neurons under ℓ∞ measured in ℓ2", AT_LINEAR,
+             "up(weight.abs().sum(-1) * (1 + 1e-12))", "norm_up(weight)", f"{LOCAL} -k 'promises and linf'"),
+    Mutation("local: neurons that may cross 0 keep slope 0", AT_LINEAR,
+             "slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)", "slope = (self.f.slope > 0).to(each.dtype)",
+             f"{LOCAL} -k 'promises and relu'"),
+    Mutation("local: ReLU's remainder weighted by the wrong sign", AT_LINEAR,
+             "weights = [(-g).clamp_min(0.0).flatten(-2), *tail]", "weights = [g.clamp_min(0.0).flatten(-2), *tail]",
+             f"{LOCAL} -k 'promises and relu'"),
+    Mutation("local: slopes at the clean point for the whole interval", AT_LINEAR,
+             "slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)", "slope = self.slope + 0 * each",
+             f"{LOCAL} -k 'promises and gelu'"),
+    Mutation("local: half of the curvature's weight", AT_LINEAR,
+             "half = 0.5 * self.f.curvature * (1 + 1e-9)", "half = 0.25 * self.f.curvature * (1 + 1e-9)",
+             f"{LOCAL} -k 'promises and (tanh or gelu)'"),
+    Mutation("local: tanh's curvature of GELU", AT_LINEAR, "1 - value * value, 1.0, 0.7698004,", "1 - value * value, 1.0, 0.7598004,",
+             f"{LOCAL} -k 'curvatures'"),
+    Mutation("local: GELU's second peak of curvature forgotten", AT_LINEAR,
+             "sized = torch.where(near < 2, here.clamp_min(0.107982), here)", "sized = here", f"{LOCAL} -k 'where_a_neuron'"),
+    Mutation("local: the divisor does not enlarge underflow", AT_LINEAR,
+             'lost = lost * (1 + 1 / getattr(self.layer, "divisor", 1.0))', "lost = lost * 1.0", f"{LOCAL} -k divisors"),
+    Mutation("local: LayerNorm's curvature 1 instead of 2/√3", AT_NORMALIZATION, "CURVATURE = 1.15471", "CURVATURE = 1.0",
+             f"{LOCAL} -k 'normalisation_is'"),
+    Mutation("local: LayerNorm bent by its centre, not its ball", AT_NORMALIZATION,
+             "gain * inverse * radius.square()", "self.at_centre**2 * radius.square() * 0.3", f"{LOCAL} -k 'promises and (layernorm or rmsnorm)'"),
+    Mutation("local: LayerNorm's gain at the centre", AT_NORMALIZATION,
+             "gain = local_lipschitz(self.layer, self.input, radius)  #", "gain = local_lipschitz(self.layer, self.input, 0 * radius)  #",
+             f"{LOCAL} -k 'promises and (layernorm or rmsnorm)'"),
+    Mutation("local: sign of the residual weight kept", AT_STRUCTURE,
+             "return up(skip * radius + weight * inner) + fresh,", "return up(skip * radius + self.weight * inner) + fresh,",
+             f"{LOCAL} -k 'promises and residual'"),
+    Mutation("local: rounding of the residual's sum dropped", AT_STRUCTURE,
+             "fresh = 4 * self.scope.unit * norm + 3 * math", "fresh = 0 * self.scope.unit * norm + 3 * math",
+             f"{LOCAL} -k 'rounding_as_executed and residual or rounding_as_executed and blocks'"),
+    Mutation("local: √n of ℓ∞ to ℓ2 dropped", AT_STRUCTURE,
+             "self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == \"linf\" else 1.0", "self.factor = 1.0",
+             f"{LOCAL} -k 'promises and linf'"),
+    Mutation("local: flattened tokens move as the largest of them", AT_STRUCTURE,
+             'order = {"l2": 2.0, "l1": 1.0,', 'order = {"l2": torch.inf, "l1": 1.0,', f"{LOCAL} -k 'promises and flatten'"),
+    Mutation("local: Patchify's adjoint with rows and columns swapped", AT_STRUCTURE,
+             "order = (*range(k - 5), k - 3, k - 5, k - 2, k - 4, k - 1)", "order = (*range(k - 5), k - 3, k - 4, k - 2, k - 5, k - 1)",
+             f"{LOCAL} -k 'adjoints and patches'"),
+    Mutation("local: Normalize keeps the size of the wrong token", AT_STRUCTURE,
+             'by_token = ("clean", "reach")', 'by_token = ("clean",)', f"{LOCAL} -k through_normalize"),
+    Mutation("local: a query's change does not move logits", AT_ATTENTION,
+             "return self.s * moved.unsqueeze(-1) * self.key_distance", "return 0 * moved.unsqueeze(-1) * self.key_distance",
+             f"{LOCAL} -k 'promises and attention'"),
+    Mutation("local: a key's change does not move logits", AT_ATTENTION,
+             "return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)", "return 0 * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)",
+             f"{LOCAL} -k 'promises and attention'"),
+    Mutation("local: values move by their mean only", AT_ATTENTION,
+             "head = up((dev * self.value_distance).sum(-1) * (1 + 1e-12) + mixed * (1 + 1e-12)) + after",
+             "head = up(mixed * (1 + 1e-12)) + after", f"{LOCAL} -k 'promises and attention'"),
+    Mutation("local: what key and value do together dropped", AT_ATTENTION,
+             "crossed = (dev * r_k.unsqueeze(-2)).sum(-1)", "crossed = 0 * (dev * r_k.unsqueeze(-2)).sum(-1)",
+             f"{LOCAL} -k 'promises and attention or survive'"),
+    Mutation("local: softmax's curvature dropped", AT_ATTENTION,
+             "curved = 0.5 * upper * (b + mean_b).square() + 0.5 * variance * dev", "curved = 0 * upper * b + 0.5 * variance * dev",
+             f"{LOCAL} -k 'promises and attention or worst_attention or evolved'"),
+    Mutation("local: the largest weight taken off the sum of all", AT_ATTENTION,
+             "lower = low / (low + others(high) + 1e-300)",
+             "lower = low / (low + (high.sum(-1, keepdim=True) - high).clamp_min(0.0) + 1e-300)", f"{LOCAL} -k survive"),
+    Mutation("local: rounding of logits dropped", AT_ATTENTION,
+             "rounding = up(rounding + 3 * u * (2 * (logit + self.heads.bias) + rounding))", "rounding = 0 * rounding",
+             f"{LOCAL} -k 'rounding_as_executed and attention'"),
+    Mutation("local: keys that overflow spoil their own query only", AT_ATTENTION,
+             "return (sizes if by_query else self._top(sizes)).amax(-2)", "return sizes.amax(-2)", f"{LOCAL} -k overflows"),
+    Mutation("local: radii through Jacobians without remainders", AT_JACOBIAN,
+             "up(norms[0].unsqueeze(-1) * first + beyond)", "up(norms[0].unsqueeze(-1) * first)", f"{LOCAL} -k 'single_tokens'"),
+    Mutation("local: radii through Jacobians of the wrong layer", AT_JACOBIAN,
+             "norms[k + 1].unsqueeze(-1) * remainders[k]", "norms[-1].unsqueeze(-1) * 0 * remainders[k]", f"{LOCAL} -k 'single_tokens'"),
+    Mutation("local: the head's own weight change dropped", BY_LOCAL,
+             "own = 2**0.5 * (1 + 1e-15) * reference.head_change()", "own = 0 * reference.head_change()",
+             f"{LOCAL} {MINE} -k 'weights or sensitivity'"),
+    Mutation("local: rounding of the head dropped", BY_LOCAL,
+             "return up(reference.pairs * hidden.unsqueeze(-1) + own.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1)",
+             "return up(reference.pairs * hidden.unsqueeze(-1) + own.unsqueeze(-1))", f"{LOCAL} -k rounding_attacks"),
+    Mutation("dual: rounding of the head dropped", BY_DUAL,
+             "2 * reference.largest_row * hidden + 2 * reference.single(hidden)", "2 * reference.largest_row * hidden",
+             f"{LOCAL} -k rounding_attacks"),
+    Mutation("dual: ℓ2 norm of the gradient for every threat", BY_DUAL,
+             '{"l2": 2.0, "linf": 1.0, "l1": torch.inf}[threat.norm]', "2.0", f"{LOCAL} -k 'first_order'"),
+    Mutation("dual: tokens moved on their own, joined by root of squares", BY_DUAL,
+             "return up(torch.linalg.vector_norm(chosen, dim=-1).sum(-1) * (1 + 1e-12))",
+             "return up(torch.linalg.vector_norm(chosen, dim=-1).square().sum(-1).sqrt() * (1 + 1e-12))", f"{LOCAL} -k 'first_order'"),
+    Mutation("dual: rivals beyond the first few never looked at", BY_DUAL,
+             "if not bool(open_.any()):", "if True:", f"{LOCAL} -k all_rivals"),
 ]  # fmt: skip
 
 
