@@ -150,7 +150,7 @@ MUTATIONS = [
              "slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)", "slope = (self.f.slope > 0).to(each.dtype)",
              f"{LOCAL} -k 'promises and relu'"),
     Mutation("local: ReLU's remainder weighted by the wrong sign", AT_LINEAR,
-             "weights = [(-g).clamp_min(0.0).flatten(-2), *tail]", "weights = [g.clamp_min(0.0).flatten(-2), *tail]",
+             "[(-g).clamp_min(0.0).flatten(-2), *tail]", "[g.clamp_min(0.0).flatten(-2), *tail]",
              f"{LOCAL} -k 'promises and relu'"),
     Mutation("local: slopes at the clean point for the whole interval", AT_LINEAR,
              "slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)", "slope = self.slope + 0 * each",
