@@ -13,6 +13,7 @@ Where only the last token of a causal model moves, no other token does but by ro
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from robustlip.certifiers.local import Reference, local_applies, reference_of, search
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention, Chain, MeanTokens
-from robustlip.local import JacobianChain, loss
+from robustlip.local import JacobianChain, Pair, loss
 from robustlip.rounding import up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
@@ -67,7 +68,7 @@ class Rivals:
 
     def losses(self, reference: Reference, epsilon: Tensor) -> Tensor:
         """What each of these margins can lose at ε (N,): (N, A)."""
-        bounds: list[Tensor] = []
+        bounds: list[Pair] = []
         hidden = reference.hidden(epsilon, bounds)
         total = loss(self.linear * epsilon, self.weights, bounds)
         # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the rows times the change covers that.
@@ -156,6 +157,6 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
         kept = ((losses < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
         if not bool(kept.all()):
             # A ball that was proved against the rivals that are done holds every smaller one.
-            shorter, _ = search(lambda epsilon: found.losses(part, epsilon), found.margin, start[samples])
+            shorter, _ = search(partial(found.losses, part), found.margin, start[samples])
             radius[samples] = torch.where(kept, before, torch.minimum(before, shorter))
         done[samples] = done[samples].scatter(1, more.T, True)

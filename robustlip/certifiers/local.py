@@ -11,13 +11,13 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustlip.certifiers.lipschitz import entry
 from robustlip.certifiers.samples import head_of
 from robustlip.certifiers.search import largest_radius
 from robustlip.layers import Chain
-from robustlip.local import ChainExpansion, Scope, ToL2, unsupported
+from robustlip.local import ChainExpansion, Pair, Scope, ToL2, unsupported
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.linear import Matrix
@@ -67,7 +67,7 @@ class Reference:
             return epsilon.unsqueeze(-1) * where
         return epsilon.unsqueeze(-1).expand(*epsilon.shape, tokens)
 
-    def hidden(self, epsilon: Tensor, bounds: list[Tensor]) -> Tensor:
+    def hidden(self, epsilon: Tensor, bounds: list[Pair]) -> Tensor:
         """The radius in front of the head, of the token that is read (…, N)."""
         if self.context.weight_radius is not None:
             self.context.weight_radius.copy_(epsilon)  # what every layer's expansion reads

@@ -8,7 +8,7 @@ so p' lies between p^L_ij and p^U_ij (MATH.md section 6), |p' − p| ≤ dev, an
 Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, where Σ_j p_ijω_ij = 0, exactly
     ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.
 The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. In the third, on the path p^τ = softmax(S + τη) the second derivative is
-Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, so beyond Σ_j p_jη_jω_ij it is at most Σ_j [½p^U_j(b_j + b̄)² + ½V·dev_j]|ω_ij| with b̄ = min(Σp^Ub, max b) and V = Σp^Ub²
+Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, so beyond Σ_j p_jη_jω_ij it is at most Σ_j [½p^U_j(b_j + b̄)² + ½V·dev_j]|ω_ij| with V = Σp^Ub² and
 (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij), and in Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
 Against MATH.md section 7 this has |⟨γ_i, v_j − o_i⟩| in the place of ‖γ_i‖‖W_o‖‖v_j − o_i‖, and the mean of the bilinear part drops out.
 """
@@ -25,7 +25,6 @@ from robustlip.errors import BadInput
 from robustlip.layers import Attention
 from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
-from robustlip.rules import Context
 from robustlip.rules.attention import Heads, check_projections, join_heads
 from robustlip.rules.elementwise import FUNCTION_ULPS
 from robustlip.spectral import gram_iteration_bound, spectral_norm_bound
@@ -37,7 +36,7 @@ _CANCEL = 2.0**-44
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
-    """robustlip.layers.attention.rotary of x (…, T, d) at any positions, negative ones too: (T,), or (…, 1, T) against x. Its transpose is rotate(·, −position)."""
+    """robustlip.layers.attention.rotary of x (…, T, d) at any positions (T,), or (…, 1, T) against x. Its transpose is rotate(·, −position)."""
     width = x.shape[-1]
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
     angle = position.unsqueeze(-1).double() * frequency
@@ -87,7 +86,8 @@ class AttentionExpansion(Expansion):
             q, k = rotate(q, position), rotate(k, position)
         self.q, self.k, self.v = q, k, v  # (N, H, T, d)
         logits = (layer.scale / layer.head_width) * (q @ k.mT)
-        self.seen = (position[:, None] >= position[None, :]) if layer.causal else torch.ones(self.length, self.length, dtype=torch.bool, device=device)
+        everything = torch.ones(self.length, self.length, dtype=torch.bool, device=device)
+        self.seen = everything.tril() if layer.causal else everything
         bias = None if layer.distance_bias is None else layer.distance_bias.detach().double()
         if bias is not None:
             distance = (position[:, None] - position[None, :]).abs().clamp_max(bias.shape[1] - 1)
@@ -212,7 +212,8 @@ class AttentionExpansion(Expansion):
         high, low = self.p * grow, self.p / grow
         upper = high / (high + others(low) + 1e-300)
         lower = low / (low + others(high) + 1e-300)
-        # Σ_j p_jη_j is bounded by the parts that are not centred, μ; so Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
+        # Σ_j p_jη_j is bounded by the parts that are not centred, μ; so Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and
+        # e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
         shift = (self.p * other).sum(-1, keepdim=True)
         total = 1 + shift + (self.p * (torch.expm1(b.clamp_max(_LARGEST_LOGIT_CHANGE)) - b).clamp_min(0.0)).sum(-1, keepdim=True)
         upper = torch.minimum(upper, high * shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
@@ -343,7 +344,8 @@ class AttentionRow(AttentionExpansion):
         else:
             query = self.q
         self.by_head = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key", "value")}  # (H, d, D)
-        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(self.by_head["query"], self.by_head["key"])).to(position.device)
+        query_heads, key_heads = self.by_head["query"], self.by_head["key"]
+        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(query_heads, key_heads)).to(position.device)
         # ‖xW‖ = ‖xRᵀ‖ for W = RᵀQᵀ, up to what QR loses: (T, d) numbers where (T, D) would do the same.
         self.centred = centred
         lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]

@@ -60,6 +60,34 @@ class Scope:
         return torch.where(overflow, torch.full_like(radius, torch.inf), radius) if bool(overflow.any()) else radius
 
 
+@dataclass(frozen=True)
+class Either:
+    """Two bounds of the same remainder, each against its weights, (A, N, H, J) and (N, H, J): the smaller sum over J counts, head by head."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class Curved:
+    """½Σ_n |ω_n|κ_nΔz_n² of neurons z = Wx + b, κ_n ≥ |f''| where z_n can be. As a weight: |ω| (A, N, n) of tokens of one sample in a row.
+
+    As a bound: κ (N, n), `each` ≥ |Δz_n| (N, n) and `whole` ≥ ‖Δz‖₂ (N, 1).
+    """
+
+    kappa: Tensor
+    each: Tensor | None = None
+    whole: Tensor | None = None
+
+    def meet(self, bound: Curved) -> Tensor:
+        assert bound.each is not None and bound.whole is not None
+        steepest = (self.kappa * bound.kappa).amax(-1) * bound.whole.square()[:, 0]
+        return 0.5 * torch.minimum(steepest, torch.einsum("anm,nm->an", self.kappa, bound.kappa * bound.each.square()))
+
+
+Pair = Tensor | Either | Curved
+
+
 class Expansion:
     """One layer at the reference activations (N, T, D), float64.
 
@@ -74,14 +102,14 @@ class Expansion:
     by_token: ClassVar[tuple[str, ...]] = ("clean",)
     shaped: ClassVar[bool] = False
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         """(radius, error) behind the layer, each (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order.
 
         error ≥ the ℓ2 norm, token by token, of what is not linear in the change at the point where error was last 0.
         """
         raise NotImplementedError
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         """(Jᵀg (A, N, T, D), the weights (A, N, ·) of g in the order of the bounds)."""
         raise NotImplementedError
 
@@ -89,7 +117,7 @@ class Expansion:
         """≥ ‖J‖ at the reference for changes of all tokens by at most 1 each, (N,) or one number, with nothing cancelled inside."""
         return 1.0
 
-    def shape(self, m: Tensor, before: Tensor) -> None:
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
         """Tell a single token's layer the linear way to it: Δ = Mδ + E with ‖δ‖ ≤ ε, m = M (N, D, D₀).
 
         before: ≥ the norm of what leads from where `given` counts E to here (N,). Only layers with `shaped` make use of it.
@@ -157,42 +185,15 @@ def token_norms(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dim=-1) * (1 + 2.0**-35)
 
 
-@dataclass(frozen=True)
-class Either:
-    """Two bounds of the same remainder, each against its weights, (A, N, H, J) and (N, H, J): the smaller sum over J counts, head by head."""
-
-    first: Tensor
-    second: Tensor
-
-
-@dataclass(frozen=True)
-class Curved:
-    """½Σ_n |ω_n|κ_nΔz_n² of neurons z = Wx + b, κ_n ≥ |f''| where z_n can be. As a weight: |ω| (A, N, n) of tokens of one sample in a row.
-
-    As a bound: κ (N, n), `each` ≥ |Δz_n| (N, n) and `whole` ≥ ‖Δz‖₂ (N, 1).
-    """
-
-    kappa: Tensor
-    each: Tensor | None = None
-    whole: Tensor | None = None
-
-    def meet(self, bound: Curved) -> Tensor:
-        assert bound.each is not None and bound.whole is not None
-        steepest = (self.kappa * bound.kappa).amax(-1) * bound.whole.square()[:, 0]
-        return 0.5 * torch.minimum(steepest, torch.einsum("anm,nm->an", self.kappa, bound.kappa * bound.each.square()))
-
-
-Pair = Tensor | Either | Curved
-
-
-def loss(first_order: Tensor, weights: list[Any], bounds: list[Any]) -> Tensor:
+def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor:
     """first_order (A, N) + Σ over all pairs, (A, N, ·) with (N, ·) → (A, N). 0·∞ is NaN, a radius that overflowed: infeasible either way."""
     total = first_order
     for w, b in zip(weights, bounds, strict=True):
-        if isinstance(w, Either):
+        if isinstance(w, Either) and isinstance(b, Either):
             total = total + torch.minimum(torch.einsum("anhj,nhj->anh", w.first, b.first), torch.einsum("anhj,nhj->anh", w.second, b.second)).sum(-1)
-        elif isinstance(w, Curved):
+        elif isinstance(w, Curved) and isinstance(b, Curved):
             total = total + w.meet(b)
         else:
+            assert isinstance(w, Tensor) and isinstance(b, Tensor)
             total = total + torch.einsum("anm,nm->an", w, b)
     return total

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import ScaledGELU
-from robustlip.local.base import ADJOINT_SLACK, Curved, Expansion, Scope, register, rows_of, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Curved, Expansion, Pair, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
@@ -81,7 +81,7 @@ class _Affine(Expansion):
         return self.constants.matrix.sigma
 
     def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """(σ(W)·r, everything else) (…, N, T): the change of z is at most their sum. The first is exactly WΔx, the second rounding and weight changes."""
+        """(σ(W)·r, everything else) (…, N, T): the change of z is at most their sum. The first is WΔx, the second rounding and weight changes."""
         c = self.constants
         perturbed = weight_change(self.scope, c.matrix.sigma)
         norm = self.norm + self._space_factor * radius
@@ -101,11 +101,11 @@ class EmbeddingExpansion(Expansion):
         self.matrix: Matrix = scope.context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         self.clean = layer.weight.detach().double()[ids]
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         moved = torch.zeros_like(radius) + weight_change(self.scope, self.matrix.sigma)
         return up(moved), moved
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         return g.new_zeros(*g.shape[:-1], 1), []
 
 
@@ -113,12 +113,12 @@ class EmbeddingExpansion(Expansion):
 class LinearExpansion(_Affine):
     """Linear alone."""
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         moved, fresh = self.parts(radius)
         bounds += [fresh, radius.amax(-1, keepdim=True)]
         return moved + fresh, up(self.constants.matrix.sigma * error) + fresh
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         slack = ADJOINT_SLACK * self.constants.gain * norms.sum(-1, keepdim=True)
         return g @ self.constants.weight, [norms, slack]
@@ -181,7 +181,7 @@ class ElementwiseExpansion(Expansion):
     # Of single tokens every neuron's own curvature is affordable; see `Curved`.
     single: bool = False
     shaped = True
-    # (‖w_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `shape` and `given` have told.
+    # (‖w_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `learn_way` and `given` have told.
     _shape: tuple[Tensor, Tensor, Tensor] | None = None
     way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -195,7 +195,7 @@ class ElementwiseExpansion(Expansion):
         self.slope = self.f.slope.abs() + 2.0**-45
         self.distance = z.abs()
 
-    def shape(self, m: Tensor, before: Tensor) -> None:
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
         if self.affine is not None:
             z = self.affine.constants.weight @ m  # (N, n, D₀)
             lost = 2.0**-34 * torch.linalg.matrix_norm(self.affine.constants.weight) * torch.linalg.matrix_norm(m)
@@ -206,7 +206,7 @@ class ElementwiseExpansion(Expansion):
             rows, gain, before = self._shape
             self.way = (epsilon, beyond, rows, gain, before)
 
-    def _curvature(self, each: Tensor) -> Tensor | float:
+    def _curvature(self, each: Tensor) -> Tensor:
         """≥ |f''| of each neuron where it can be, (…, N, T, n).
 
         gelu'' = φ(z)(2 − z²) is even; its size falls from z = 0 to √2, where it is 0, rises to 4·φ(2)·½ = 0.10799 at |z| = 2 and falls again. So from
@@ -246,7 +246,7 @@ class ElementwiseExpansion(Expansion):
         part.f = replace(self.f, value=part.clean, slope=rows_of(self.f.slope, sample, position))
         return part
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         if self.affine is None:
             moved, fresh, rows = radius, torch.zeros_like(radius), torch.ones(1, dtype=radius.dtype, device=radius.device)
         else:
@@ -282,15 +282,15 @@ class ElementwiseExpansion(Expansion):
         error = up((steepest * (sigma * error + fresh) + curved) * (1 + 1e-12)) + rounding
         return up(behind * (1 + 1e-12)) + rounding, error
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         size = g.abs()
         inner = g * self.f.slope
         norms, inner_norms = token_norms(g), token_norms(inner)
         gain = self.f.steepest if self.affine is None else self.f.steepest * self.affine.constants.gain
-        tail = [inner_norms, norms, ADJOINT_SLACK * gain * norms.sum(-1, keepdim=True)]
+        tail: list[Pair] = [inner_norms, norms, ADJOINT_SLACK * gain * norms.sum(-1, keepdim=True)]
         if self.f.curvature is None:
             # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
-            weights = [(-g).clamp_min(0.0).flatten(-2), *tail]
+            weights: list[Pair] = [(-g).clamp_min(0.0).flatten(-2), *tail]
         elif self.single:
             weights = [Curved(size.squeeze(-2)), *tail]
         else:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, register, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
 from robustlip.rounding import TINY, norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.normalization import largest_gain, local_lipschitz, normalized
@@ -42,7 +42,7 @@ class NormalizationExpansion(Expansion):
             self.clean = self.clean + bias.detach().double()
         self.at_centre = local_lipschitz(layer, clean, 0.0)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
         root = math.sqrt(self.width) * (1 + 1e-15)
         norm = self.largest * root + self.shift
@@ -66,7 +66,7 @@ class NormalizationExpansion(Expansion):
     def lipschitz(self) -> Tensor | float:
         return 4 * self.at_centre.amax(-1)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         slack = 4 * ADJOINT_SLACK * (self.at_centre * norms).sum(-1, keepdim=True)
         inner = self.gamma * g

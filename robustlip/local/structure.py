@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
-from robustlip.local.base import ADJOINT_SLACK, Expansion, Scope, expand, register, rows_of, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, expand, register, rows_of, token_norms
 from robustlip.local.linear import ELEMENTWISE, ElementwiseExpansion
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
@@ -30,10 +30,10 @@ class ToL2(Expansion):
         self.clean = clean
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == "linf" else 1.0
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         return radius * self.factor, error
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         return g, []
 
 
@@ -43,16 +43,16 @@ class Same(Expansion):
     def __init__(self, clean: Tensor, scope: Scope) -> None:
         self.clean, self.space, self.whole = clean, scope.space, scope.whole
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         return radius, error
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         return g, []
 
 
 @register(nn.Identity, *_DROPOUT)
 def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
-    if not isinstance(layer, nn.Identity) and layer.training and layer.p > 0:
+    if not isinstance(layer, nn.Identity) and layer.training and getattr(layer, "p", 0.0) > 0:
         raise BadInput(f"expected {type(layer).__name__} in eval mode, got it in train mode, where it is random; call model.eval()")
     return Same(clean, scope)
 
@@ -69,7 +69,8 @@ class ChainExpansion(Expansion):
             if whole is not None and type(layer) not in _ANY_SHAPE:
                 if len(whole) != 2:
                     raise BadInput(
-                        f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; put Flatten or Patchify in front"
+                        f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; "
+                        f"put Flatten or Patchify in front"
                     )
                 self.parts.append(ToTokens(clean, whole, space))
                 clean, whole = self.parts[-1].clean, None
@@ -77,7 +78,7 @@ class ChainExpansion(Expansion):
                 self.parts.append(ToL2(clean, space))
                 space = "l2"
             here = Scope(scope.context, space, whole)
-            if type(layer) is nn.Linear and type(following) in ELEMENTWISE:
+            if type(layer) is nn.Linear and following is not None and type(following) in ELEMENTWISE:
                 expand(following, clean[:1], here)  # refuses hooks and unknown classes
                 expand(layer, clean[:1], here)
                 part: Expansion = ElementwiseExpansion(following, clean, here, layer)
@@ -89,14 +90,14 @@ class ChainExpansion(Expansion):
             i += 1
         self.clean, self.space, self.whole = clean, space, whole
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         for part in self.parts:
             radius, error = part.advance(radius, error, bounds)
         return radius, error
 
-    def shape(self, m: Tensor, before: Tensor) -> None:
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
         for i, part in enumerate(self.parts):
-            part.shape(m, before)
+            part.learn_way(m, before)
             if not any(later.shaped for later in self.parts[i + 1 :]):
                 return
             m, before = part.jacobian() @ m, before * part.lipschitz()
@@ -123,8 +124,8 @@ class ChainExpansion(Expansion):
         chain.clean = rows_of(self.clean, sample, position)
         return chain
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        groups: list[list[Tensor]] = []
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+        groups: list[list[Pair]] = []
         for part in reversed(self.parts):
             g, weights = part.adjoint(g)
             groups.append(weights)
@@ -147,12 +148,13 @@ class ResidualExpansion(Expansion):
         self.branch = ChainExpansion([layer.branch], clean, scope)
         if self.branch.clean.shape != clean.shape:
             raise BadInput(
-                f"expected a residual branch that keeps the shape, got {tuple(self.branch.clean.shape[1:])} from {tuple(clean.shape[1:])}; match the widths"
+                f"expected a residual branch that keeps the shape, got {tuple(self.branch.clean.shape[1:])} "
+                f"from {tuple(clean.shape[1:])}; match the widths"
             )
         self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
         self.clean = layer.skip * clean + layer.weight * self.branch.clean
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         inner, inner_error = self.branch.advance(radius, error, bounds)
         skip, weight = abs(self.skip), abs(self.weight)
         norm = skip * (self.norm + radius) + weight * (self.branch_norm + inner)
@@ -162,8 +164,8 @@ class ResidualExpansion(Expansion):
         bounds += [fresh, radius.amax(-1, keepdim=True)]
         return up(skip * radius + weight * inner) + fresh, up(skip * error + weight * inner_error) + fresh
 
-    def shape(self, m: Tensor, before: Tensor) -> None:
-        self.branch.shape(m, before)
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
+        self.branch.learn_way(m, before)
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         self.branch.given(epsilon, beyond)
@@ -177,7 +179,7 @@ class ResidualExpansion(Expansion):
         part.branch = self.branch.at_rows(sample, position)
         return part
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         through, weights = self.branch.adjoint(self.weight * g)
         slack = ADJOINT_SLACK * (abs(self.skip) + abs(self.weight)) * norms.sum(-1, keepdim=True)
@@ -197,12 +199,12 @@ class AddPositionsExpansion(Expansion):
         self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
         self.norm = norm_up(self.clean)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         fresh = self.scope.fits(up(2 * self.scope.unit * (self.norm + radius)), self.norm + radius)
         bounds.append(fresh)
         return radius + fresh, error + fresh
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         return g, [token_norms(g)]
 
 
@@ -215,7 +217,7 @@ class MeanTokensExpansion(Expansion):
         self.norm = norm_up(clean)
         self.clean = clean.mean(1, keepdim=True)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         largest = (self.norm + radius).amax(-1, keepdim=True)
 
         def one(context: Context) -> Tensor:
@@ -225,7 +227,7 @@ class MeanTokensExpansion(Expansion):
         bounds += [fresh, radius.amax(-1, keepdim=True)]
         return up(radius.mean(-1, keepdim=True)) + fresh, up(error.mean(-1, keepdim=True)) + fresh
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         return (g / self.tokens).expand(*g.shape[:-2], self.tokens, g.shape[-1]), [norms, ADJOINT_SLACK * norms]
 
@@ -240,12 +242,12 @@ class FlattenExpansion(Expansion):
         self.space, self.shape = scope.space, clean.shape[1:]
         self.clean = clean.flatten(1).unsqueeze(1)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         order = {"l2": 2.0, "l1": 1.0, "linf": torch.inf}[self.space]
         joined = up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
         return joined, up(torch.linalg.vector_norm(error, dim=-1, keepdim=True) * (1 + 1e-12))
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         return g.squeeze(-2).unflatten(-1, self.shape), []
 
 
@@ -255,11 +257,11 @@ class ToTokens(Expansion):
     def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
         self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         shape = (*radius.shape[:-1], self.clean.shape[1])
         return radius.expand(shape), error.expand(shape)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         return g.flatten(-2).unsqueeze(-2), []
 
 
@@ -273,11 +275,11 @@ class PatchifyExpansion(Expansion):
         self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
         self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         shape = (*radius.shape[:-1], self.clean.shape[1])
         return radius.expand(shape), error.expand(shape)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         (c, h, w), p = self.shape, self.patch
         grid = g.unflatten(-1, (c, p, p)).unflatten(-4, (h // p, w // p))  # (…, H/p, W/p, C, p, p)
         k = grid.dim()
@@ -314,7 +316,7 @@ class NormalizeExpansion(Expansion):
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
         size = self.gain * (self.reach + self.factor * radius)
         root = math.sqrt(self.clean.shape[-1])
         # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
@@ -327,7 +329,7 @@ class NormalizeExpansion(Expansion):
     def lipschitz(self) -> Tensor | float:
         return self.gain
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         # In ℓ∞ a unit of radius moves a linear function by ‖g‖₁ ≤ √n‖g‖₂.
         return g * self.scale, [norms, ADJOINT_SLACK * self.gain * self.factor * norms.sum(-1, keepdim=True)]
