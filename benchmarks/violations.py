@@ -5,8 +5,9 @@
     python benchmarks/violations.py --methods all --minutes 8      # each certifier by name: benchmarks/violation_methods.py
 
 Work comes in units, each drawn from (seed, number): a model of one family with random, optimised, huge or tiny weights, one dtype, a few thousand
-samples and every threat that applies, certified by method global. A sample that gets a radius is attacked at 1.0 times that radius and inside it, by gradients, by random
-points, at vertices, and by points that differ in single roundings. A plain forward pass in the dtype judges; a flip counts when the distance of
+samples and every threat that applies, certified by method global. A sample that gets a radius is attacked at 1.0 times that radius and inside
+it, by gradients, by random points, at vertices, and by points that differ in single roundings.
+A plain forward pass in the dtype judges; a flip counts when the distance of
 the stored point, computed again as an exact fraction, is at most the radius.
 
 Counted are attacked samples, (sample, threat, dtype) with a radius above 0 whose perturbations were tried, and apart from them the perturbations.
