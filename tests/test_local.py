@@ -688,7 +688,7 @@ def test_softmax_bounds_survive_cancellation() -> None:
     torch.testing.assert_close(others(x), wanted, rtol=1e-12, atol=0.0)
     # The same inside attention: token 2 sees token 0 alone by 2⁻⁵⁶, and a change of key 0 by a logit of 45 turns it away from there. Values agree.
     layer = Attention(2, 1, causal=True, rope=False, scale=2.0, output_scale=1.0).double().requires_grad_(False)
-    for name, rows in {"query": [[1.0, 0.0], [0, 0]], "key": [[1.0, 0], [0, 0]], "value": [[0, 0], [1.0, 0]], "output": [[0, 0], [0, 1.0]]}.items():
+    for name, rows in {"query": [[1.0, 0.0], [0, 0]], "key": [[1.0, 0], [0, 0]], "value": [[0, 0], [0, 1.0]], "output": [[0, 0], [0, 1.0]]}.items():
         getattr(layer, name).weight.copy_(torch.tensor(rows))
     x = torch.tensor([[[40.0, 0.0], [0.0, 0.0], [1.0, 0.0]]], dtype=torch.float64)
     for r in (42.0, 47.0, 49.0):
