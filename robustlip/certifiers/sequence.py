@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.dual import Rivals, dual_applies
 from robustlip.certifiers.local import Reference, reference_of, search
-from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, evaluated, train_mode_reason
+from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, evaluated, head_of, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Attention, Chain, as_chain
 from robustlip.rounding import up
@@ -39,6 +39,8 @@ def sequence_radii(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     threat = EmbeddingBall(tokens=(-1,))
     if reason := train_mode_reason(chain) or dual_applies(chain, threat):
         raise UnsupportedLayer(f"expected a model that the method covers, got one where {reason}; mend that first")
+    if head_of(chain) is None:
+        raise UnsupportedLayer(f"expected a Linear layer at the end, got {type(chain[len(chain) - 1]).__name__}; certify() covers such models")
     check_entry(chain, tokens[None], threat)
     check_arithmetic(chain, dtype)
     device = next(chain.parameters()).device

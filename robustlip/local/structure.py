@@ -60,6 +60,8 @@ def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
 class ChainExpansion(Expansion):
     """Layers one after the other; a Linear and the elementwise function behind it are expanded together."""
 
+    way_lost: Tensor | None = None
+
     def __init__(self, layers: Iterable[nn.Module], clean: Tensor, scope: Scope) -> None:
         self.parts: list[Expansion] = []
         layers, i = list(layers), 0
@@ -100,11 +102,14 @@ class ChainExpansion(Expansion):
             part.learn_way(m, before)
             if not any(later.shaped for later in self.parts[i + 1 :]):
                 return
+            # What float64 lost of J·M is measured against M: J may nearly annihilate it.
+            self.way_lost = 2.0**-34 * torch.linalg.matrix_norm(m)
             m, before = part.jacobian() @ m, before * part.lipschitz()
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         for part in self.parts:
             part.given(epsilon, beyond)
+            beyond = beyond if self.way_lost is None else beyond + self.way_lost.unsqueeze(-1) * epsilon
 
     def then(self, part: Expansion) -> ChainExpansion:
         """This chain with one more part behind it."""
