@@ -229,7 +229,8 @@ def _compare(
     searched = np.array([sample.method in SEARCHED for sample in file.samples])
     elsewhere = beyond & searched & (claims <= radius * (1 + SEARCH_SPREAD))
     found, close = [], []
-    for sample, r, p, failed, excused in zip(file.samples, radius.tolist(), prediction.tolist(), beyond.tolist(), (excusable | elsewhere).tolist(), strict=True):
+    columns = (radius.tolist(), prediction.tolist(), beyond.tolist(), (excusable | elsewhere).tolist())
+    for sample, r, p, failed, excused in zip(file.samples, *columns, strict=True):
         if failed:
             sentence = f"expected a radius of at most {r!r} for sample {sample.index} (recomputed), got the claim {sample.radius!r}"
             why = "it is not proved; do not rely on this file"

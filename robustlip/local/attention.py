@@ -9,7 +9,8 @@ Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, whe
     ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.
 The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. In the third, on the path p^τ = softmax(S + τη) the second derivative is
 Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, so beyond Σ_j p_jη_jω_ij it is at most Σ_j [½p^U_j(b_j + b̄)² + ½V·dev_j]|ω_ij| with V = Σp^Ub² and b̄ a
-bound of |Σ_j p^τ_jη_j|, which under p is that of the parts that are not centred (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij), and in Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
+bound of |Σ_j p^τ_jη_j|, which under p is that of the parts that are not centred (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij), and in Σ_j
+p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
 Against MATH.md section 7 this has |⟨γ_i, v_j − o_i⟩| in the place of ‖γ_i‖‖W_o‖‖v_j − o_i‖, and the mean of the bilinear part drops out.
 """
 
