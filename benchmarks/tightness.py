@@ -4,7 +4,7 @@
 
 Over correctly classified test samples. The attack is the package's best (`min`: direct minimum-norm descent, then PGD at shrinking radii). 1 would be
 a perfect certificate against a perfect attack. Rows in the JSON: {"model", "threat", "method", "median_ratio", "n", "seconds"}, the seconds of
-certifying, one thread unless OMP_NUM_THREADS says otherwise; a second key, "machine", names versions and threads.
+certifying, one thread unless OMP_NUM_THREADS says otherwise; versions and threads are printed at the end.
 """
 
 from __future__ import annotations

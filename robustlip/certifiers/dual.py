@@ -85,14 +85,15 @@ def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
     return all(m.causal for m in model.modules() if isinstance(m, Attention)) and not any(isinstance(m, MeanTokens) for m in model.modules())
 
 
-def at_positions(reference: Reference, sample: Tensor, position: Tensor) -> Reference:
+def at_positions(reference: Reference, sample: Tensor, position: Tensor, *, jacobians: bool = True) -> Reference:
     """The reference of M single tokens, each the last of its own prefix: sample[m] of the batch, position[m] (M,), reading there what follows.
 
-    margin and pairs are those of the batch's labels and have to be replaced where positions other than the read one are meant.
+    margin, pairs and hidden_norm are those of the batch's last tokens: a caller that reads other positions replaces what it uses of them.
+    jacobians: whether radii between layers go through exact Jacobian blocks too, where the widths allow it.
     """
     reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device), [])  # the others' rounding arrives
     body = reference.body.at_rows(sample, position)
-    if body.parts and all(part.clean.shape[-1] == reference.start.shape[-1] for part in body.parts):
+    if jacobians and body.parts and all(part.clean.shape[-1] == reference.start.shape[-1] for part in body.parts):
         body = JacobianChain(body)
     return replace(
         reference, body=body, start=reference.start[sample, position].unsqueeze(1), row=0, threat=EmbeddingBall(reference.threat.radius),

@@ -8,14 +8,16 @@ one radius, so rounding is amplified by local constants too, not by the global o
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from robustlip.certifiers.lipschitz import entry
-from robustlip.certifiers.samples import head_of
+from robustlip.certifiers.samples import head_of, margins
 from robustlip.certifiers.search import largest_radius
+from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain
 from robustlip.local import ChainExpansion, Pair, Scope, ToL2, unsupported
 from robustlip.rounding import norm_up, up
@@ -131,23 +133,21 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
         largest_row, largest_bias, sigma = 0.0, 0.0, 0.0
     else:
         rows, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        logits = last @ rows.T if bias is None else last @ rows.T + bias
+        logits = head(last)
         table = context.constant(head, "pairs-local", lambda: up(norm_up(rows[:, None] - rows[None])))
         pairs = table[y]
         largest_row = context.constant(head, "largest-row", lambda: float(norm_up(rows).amax()))
         largest_bias = 0.0 if bias is None else float(bias.abs().amax())
         sigma = float(context.constant(head, "matrix", lambda: Matrix.of(head.weight)).sigma)
-    margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], torch.inf)
-    return Reference(body, start, rows, bias, margin, pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
+    return Reference(body, start, rows, bias, margins(logits, y), pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
 
 
-def search(losses: object, margin: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """(radius (N,), the largest fraction of a margin lost there): the largest ε found at which losses(ε) (N, C) < margin for all rivals.
 
     The search wants a change that starts at 0: what is lost at radius 0, by rounding alone, is taken off the margins first. Whether an ε is
     feasible is decided by the losses themselves.
     """
-    assert callable(losses)
     base = losses(torch.zeros_like(start))
     room = margin - base
 
@@ -164,8 +164,6 @@ def search(losses: object, margin: Tensor, start: Tensor) -> tuple[Tensor, Tenso
 def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), Lipschitz bound to the last hidden state on that ball (N,)), float64 on the CPU. Signature as global_radii."""
     if reason := local_applies(model, threat):
-        from robustlip.errors import UnsupportedLayer
-
         raise UnsupportedLayer(f"expected a model that the method covers, got one where {reason}; use method='best'")
     weights = isinstance(threat, WeightBall)
     reference = reference_of(model, x, y, threat, context)

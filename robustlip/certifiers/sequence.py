@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.dual import Rivals, dual_applies
-from robustlip.certifiers.local import Reference, reference_of, search
-from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, evaluated, head_of, train_mode_reason
+from robustlip.certifiers.dual import alone, at_positions, dual_applies
+from robustlip.certifiers.local import double_copy, reference_of
+from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, evaluated, head_of, margins, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Attention, Chain, as_chain
-from robustlip.rounding import up
+from robustlip.rounding import norm_up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall
 
@@ -58,25 +58,12 @@ def sequence_radii(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return radius.cpu(), logits.argmax(-1).cpu()
 
 
-def _reference(chain: Chain, x: Tensor, y: Tensor, at: Tensor, threat: EmbeddingBall, context: Context) -> Reference:
-    """The reference of one sequence (1, T) with the margins of the positions `at` (M,) in the place of the last one's."""
-    reference = reference_of(chain, x, y[:1], threat, context)
-    assert reference.rows is not None
-    hidden = reference.body.clean[0, at]
-    logits = hidden @ reference.rows.T if reference.bias is None else hidden @ reference.rows.T + reference.bias
-    margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], torch.inf)
-    pairs = up(torch.linalg.vector_norm(reference.rows[y][:, None] - reference.rows[None], dim=-1) * (1 + 1e-12))
-    norm = up(torch.linalg.vector_norm(hidden, dim=-1) * (1 + 1e-12))
-    return replace(reference, margin=margin, pairs=pairs, hidden_norm=norm)
-
-
 def _one_token(chain: Chain, x: Tensor, y: Tensor, at: Tensor, context: Context) -> Tensor:
-    reference = _reference(chain, x, y, at, EmbeddingBall(), context)
-    reference.hidden(torch.zeros(1, dtype=torch.float64, device=x.device), [])  # what rounding does to the tokens that rest
-    body = reference.body.at_rows(torch.zeros_like(at), at)
-    single = replace(reference, body=body, start=reference.start[0, at].unsqueeze(1), row=0)
-    order = single.margin.argsort(-1)[:, :-1]
-    every = Rivals(single, y, order.T)
-    start = 1e-6 * single.start.abs().amax((-1, -2)).clamp_min(1e-3)
-    radius, _ = search(lambda epsilon: every.losses(single, epsilon), every.margin, start)
-    return torch.where((single.margin > 0).all(-1), radius, 0.0)
+    """Radii of the positions `at` (M,) of one sequence (1, T), labels y (M,)."""
+    whole = reference_of(chain, x, y[:1], EmbeddingBall(), context)
+    single = at_positions(whole, torch.zeros_like(at), at, jacobians=False)
+    hidden = whole.body.clean[0, at]
+    head = head_of(double_copy(chain, context))
+    assert head is not None
+    single = replace(single, margin=margins(head(hidden), y), hidden_norm=norm_up(hidden))
+    return torch.where((single.margin > 0).all(-1), alone(single, y), 0.0)

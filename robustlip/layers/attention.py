@@ -9,15 +9,18 @@ from torch import nn
 from robustlip.errors import BadInput
 
 
-def rotary(x: torch.Tensor, base: float = 10_000.0) -> torch.Tensor:
+def rotary(x: torch.Tensor, base: float = 10_000.0, position: torch.Tensor | None = None) -> torch.Tensor:
     """Rotate pairs of coordinates of x (..., T, d) by angles that grow with the position: an orthogonal map of each token.
 
+    position: 0, 1, … T − 1 unless given, (T,) or (…, T) against x; the transpose of the map is the one at −position.
     Source: Su et al. 2021, RoFormer, equation 34, in the half-split layout. d must be even.
     """
-    length, width = x.shape[-2], x.shape[-1]
+    width = x.shape[-1]
+    if position is None:
+        position = torch.arange(x.shape[-2], device=x.device)
     # Angles in float64, whatever x is: a float32 angle at position 255 would be wrong by 1e-5.
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
-    angle = torch.arange(length, dtype=torch.float64, device=x.device)[:, None] * frequency
+    angle = position.double().unsqueeze(-1) * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., : width // 2], x[..., width // 2 :]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from robustlip.errors import BadInput
 from robustlip.layers import Attention
+from robustlip.layers.attention import rotary
 from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
 from robustlip.rules.attention import Heads, check_projections, join_heads
@@ -34,16 +35,6 @@ from robustlip.spectral import gram_iteration_bound, spectral_norm_bound
 _LARGEST_LOGIT_CHANGE = 50.0
 # What subtracting nearly equal float64 numbers of size 1 can lose, many times over.
 _CANCEL = 2.0**-44
-
-
-def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
-    """robustlip.layers.attention.rotary of x (…, T, d) at any positions (T,), or (…, 1, T) against x. Its transpose is rotate(·, −position)."""
-    width = x.shape[-1]
-    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
-    angle = position.unsqueeze(-1).double() * frequency
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., : width // 2], x[..., width // 2 :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +75,7 @@ class AttentionExpansion(Expansion):
         position = torch.arange(self.length, device=device)
         self.position = position
         if layer.rope:
-            q, k = rotate(q, position), rotate(k, position)
+            q, k = rotary(q), rotary(k)
         self.q, self.k, self.v = q, k, v  # (N, H, T, d)
         logits = (layer.scale / layer.head_width) * (q @ k.mT)
         everything = torch.ones(self.length, self.length, dtype=torch.bool, device=device)
@@ -287,7 +278,7 @@ class AttentionExpansion(Expansion):
 
     def _join(self, dq: Tensor, dk: Tensor, dv: Tensor, position: Tensor) -> Tensor:
         if self.layer.rope:
-            dq, dk = rotate(dq, -position), rotate(dk, -position)
+            dq, dk = rotary(dq, position=-position), rotary(dk, position=-position)
         parts = (("query", dq), ("key", dk), ("value", dv))
         return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
 
@@ -341,7 +332,7 @@ class AttentionRow(AttentionExpansion):
         centred = self.k - mean
         turn = -position[:, None, None]
         if full.layer.rope:
-            centred, query = rotate(centred, turn), rotate(self.q, turn)
+            centred, query = rotary(centred, position=turn), rotary(self.q, position=turn)
         else:
             query = self.q
         self.by_head = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key", "value")}  # (H, d, D)
