@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from robustlip.layers import Chain, as_chain
 from robustlip.models.build import build
 
 FOLDER = Path(__file__).parent / "zoo"
+CARD_AGREEMENT = 1e-9  # relative: another machine's order of sums moves the last digits of a bound, nothing moves more
 
 
 def names() -> list[str]:
@@ -29,6 +31,24 @@ def card(name: str) -> dict[str, Any]:
     if name not in names() or not path.is_file():
         raise BadInput(f"expected a zoo model among {', '.join(names()) or '(none)'}, got {name!r}; see `robustlip zoo list`")
     return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def sound_bound(name: str) -> dict[str, float | str]:
+    """The guaranteed Lipschitz constant of a zoo model to its logits, computed now from the weights that ship.
+
+    'l2': ℓ2 → ℓ2 of the input, for token models per output token and with the largest token norm on the right. 'rms_inf': the paper's units,
+    ∞-RMS → RMS for token models and RMS → RMS for inputs of one vector. 'domain': the largest ‖x_t‖₂ of an embedding for which both hold, or
+    'all'. See robustlip.certifiers.lipschitz_bound. Raises BadInput when the card of the model states another bound.
+    """
+    from robustlip.certifiers import lipschitz_bound
+
+    bound, stated = lipschitz_bound(load(name)), card(name).get("bound", {})
+    for key, value in bound.items():
+        said = stated.get(key)
+        agree = said == value if isinstance(value, str) else isinstance(said, (int, float)) and math.isclose(said, value, rel_tol=CARD_AGREEMENT)
+        if not agree:
+            raise BadInput(f"expected the card of {name} to state the bound {key} = {value} of its weights, got {said}; make the card again")
+    return {"rms_inf": bound["rms"], "l2": bound["l2"], "domain": bound["domain"]}
 
 
 def _from_callable(spec: str) -> nn.Module:

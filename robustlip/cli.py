@@ -363,12 +363,13 @@ def zoo_list(json: Json = None) -> None:
 
 @zoo_app.command("show")
 def zoo_show(name: Annotated[str, typer.Argument(help="a zoo name")], json: Json = None) -> None:
-    """The card of one model: recipe, data, accuracy, bound, caveats."""
+    """The card of one model: recipe, data, accuracy, caveats, and its sound bound computed from the weights that ship."""
     from robustlip.console import Out
     from robustlip.models import zoo
 
     out = Out(json)
-    card = zoo.card(name)
+    card: dict[str, Any] = zoo.card(name)
+    card |= {"sound_bound": zoo.sound_bound(name)}
     out.json({"name": name, **card})
     out.table(name, ["", ""], _flat(card))
 

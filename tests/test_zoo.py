@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from robustlip.certificate_file import read
 from robustlip.certifiers import lipschitz_bound
+from robustlip.cli import main
 from robustlip.data import load_data
+from robustlip.errors import BadInput
 from robustlip.hashing import weights_sha256
+from robustlip.models import zoo
 from robustlip.models.zoo import FOLDER, card, load, names
 from robustlip.training import Recipe
 from robustlip.verification import load_rows, verify
@@ -31,6 +37,36 @@ def test_card_and_weights_agree(name) -> None:
     assert known["steps"] == recipe.run.steps
     assert not model.training and all(bool(torch.isfinite(p).all()) for p in model.parameters())
     assert (FOLDER / f"{name}.safetensors").stat().st_size < 12e6
+
+
+@pytest.mark.parametrize("name", names())
+def test_show_states_accuracy_and_the_bound_of_the_weights(name, capsys) -> None:
+    """The keys that a script reads: as on the card, with the bound computed from the weights and not copied."""
+    with pytest.raises(SystemExit) as end:
+        main(["zoo", "show", name, "--json", "-"])
+    assert not end.value.code
+    shown, model = json.loads(capsys.readouterr().out), load(name)
+    bound = lipschitz_bound(model)
+    assert shown["val_accuracy"] == card(name)["val_accuracy"] and shown["bound"] == card(name)["bound"]
+    assert shown["sound_bound"] == {"rms_inf": bound["rms"], "l2": bound["l2"], "domain": bound["domain"]}
+    # The units: a constant per RMS of the inputs is one per ℓ2, times the root of inputs over outputs.
+    fan_in = model[0].embedding_dim if model.task == "next-token" else next(m for m in model.modules() if type(m) is torch.nn.Linear).in_features
+    if model.embedding_depth == 3:
+        fan_in = model[1].out_features  # behind the patches' embedding
+    fan_out = list(model)[-1].out_features
+    assert bound["rms"] == pytest.approx(bound["l2"] * (fan_in / fan_out) ** 0.5, rel=1e-9)
+    assert shown["sound_bound"]["domain"] == "all" if model.embedding_depth == 0 else shown["sound_bound"]["domain"] > 0
+
+
+def test_a_card_with_another_bound_is_refused(tmp_path, monkeypatch) -> None:
+    for kind in ("toml", "safetensors"):
+        shutil.copyfile(FOLDER / f"digits-mlp-lipschitz.{kind}", tmp_path / f"digits-mlp-lipschitz.{kind}")
+    monkeypatch.setattr(zoo, "FOLDER", tmp_path)
+    assert zoo.sound_bound("digits-mlp-lipschitz")["domain"] == "all"
+    path = tmp_path / "digits-mlp-lipschitz.toml"
+    path.write_text(path.read_text(encoding="utf-8").replace("l2 = 1.0000", "l2 = 0.9999"), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"bound l2 = 1\.0.* got 0\.9999"):
+        zoo.sound_bound("digits-mlp-lipschitz")
 
 
 @pytest.mark.parametrize("name", [n for n in names() if n.startswith("digits")])
