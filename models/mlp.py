@@ -8,12 +8,12 @@ from itertools import pairwise
 from torch import nn
 
 from robustlip.errors import BadInput
-from robustlip.layers import Chain, Normalize, ScaledGELU
+from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, ScaledGELU
 
 
 def activation(name: str) -> nn.Module:
-    """The activation layer of that name: relu, gelu, scaled-gelu (GELU/1.1289, the paper's) or tanh."""
-    table = {"relu": nn.ReLU, "gelu": nn.GELU, "scaled-gelu": ScaledGELU, "tanh": nn.Tanh}
+    """The activation layer of that name: relu, gelu, scaled-gelu (GELU/1.1289, the paper's), tanh, maxmin, or groupsort (in pairs)."""
+    table = {"relu": nn.ReLU, "gelu": nn.GELU, "scaled-gelu": ScaledGELU, "tanh": nn.Tanh, "maxmin": MaxMin, "groupsort": GroupSort}
     if name not in table:
         raise BadInput(f"expected an activation among {', '.join(table)}, got {name!r}; name one of them")
     return table[name]()
