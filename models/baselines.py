@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from robustlip.layers import Chain, MeanTokens, NextTokenChain
+from robustlip.layers import Chain, MeanTokens
 from robustlip.models.blocks import layernorm_blocks
 from robustlip.models.classifier import patch_embedding
+from robustlip.models.gpt import GPT, said_of, size_of
 from robustlip.models.mlp import LipschitzMLP
 
 
@@ -17,16 +18,19 @@ class BaselineMLP(LipschitzMLP):
     """The same layers as LipschitzMLP; the constraint lives in training, and this one is trained without."""
 
 
-class BaselineGPT(NextTokenChain):
-    """A pre-norm GPT as in GPT-2, with rotary positions: token ids (N, T) → logits (N, T, vocabulary_size)."""
+class BaselineGPT(GPT):
+    """A pre-norm GPT as in GPT-2, with rotary positions: token ids (N, T) → logits (N, T, vocabulary_size). vocabulary: as LipschitzGPT."""
 
-    def __init__(self, vocabulary: str, width: int = 256, heads: int = 4, blocks: int = 3) -> None:
-        layers: OrderedDict[str, nn.Module] = OrderedDict(embed_tokens=nn.Embedding(len(vocabulary), width))
+    def __init__(
+        self, vocabulary: str | None = None, width: int = 256, heads: int = 4, blocks: int = 3, *, vocabulary_size: int | None = None
+    ) -> None:
+        size = size_of(vocabulary, vocabulary_size)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(embed_tokens=nn.Embedding(size, width))
         layers.update(layernorm_blocks(width, heads, blocks, causal=True))
-        layers["head"] = nn.Linear(width, len(vocabulary), bias=False)
+        layers["head"] = nn.Linear(width, size, bias=False)
         super().__init__(layers)
         self.vocabulary = vocabulary
-        self.config = {"kind": "baseline-gpt", "vocabulary": vocabulary, "width": width, "heads": heads, "blocks": blocks}
+        self.config = {"kind": "baseline-gpt", **said_of(vocabulary, vocabulary_size), "width": width, "heads": heads, "blocks": blocks}
 
 
 class BaselineTransformer(Chain):

@@ -32,19 +32,9 @@ def from_hub(name: str, split: str | None) -> Any:
     has no copy; BadInput when the hub has no such data set or split.
     """
     repository = HUB_NAMES.get(name, name)
-    from datasets import config, load_dataset
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from datasets import load_dataset
 
-    offline = bool(config.HF_HUB_OFFLINE)
-    if not offline:
-        try:
-            # Asked first, because load_dataset itself retries an unreachable host for half a minute.
-            _within(PATIENCE, lambda: HfApi().dataset_info(repository, timeout=PATIENCE))
-        except (RepositoryNotFoundError, GatedRepoError):
-            raise BadInput(f"expected a public data set on the hub, got {repository!r}, which it does not show; correct the name or log in") from None
-        except Exception as error:  # the HTTP client, and so its errors, differ between versions of huggingface_hub
-            raise _unavailable(name, f"no answer from the hub ({type(error).__name__})") from None
+    offline = _ask(repository, name)
     try:
         with quiet():
             try:
@@ -61,6 +51,44 @@ def from_hub(name: str, split: str | None) -> Any:
     except (OSError, RuntimeError) as error:
         got = "offline mode with no copy in the hub's cache" if offline else f"a failed download ({type(error).__name__})"
         raise _unavailable(name, got) from None
+
+
+def stream_from_hub(name: str, subset: str | None, split: str) -> Any:
+    """A `datasets.IterableDataset` of one split of the hub's copy of `name`, read as it is needed and never as a whole.
+
+    subset: the configuration, e.g. 'sample-10BT'; None for the only one. Raises as `from_hub` does.
+    """
+    repository = HUB_NAMES.get(name, name)
+    from datasets import load_dataset
+
+    offline = _ask(repository, name)
+    try:
+        with quiet():
+            return load_dataset(repository, subset, split=split, streaming=True)
+    except ValueError as error:
+        reason = str(error).split("\n")[0]
+        raise BadInput(f"expected a subset and a split that {repository} has, got {subset!r} and {split!r} ({reason}); name others") from None
+    except (OSError, RuntimeError) as error:
+        got = "offline mode with no copy in the hub's cache" if offline else f"no answer when it was opened ({type(error).__name__})"
+        raise _unavailable(name, got) from None
+
+
+def _ask(repository: str, name: str) -> bool:
+    """Whether offline mode is on; otherwise asks whether the hub has the repository. Raises DataUnavailable and BadInput as `from_hub` does."""
+    from datasets import config
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if config.HF_HUB_OFFLINE:
+        return True
+    try:
+        # Asked first, because load_dataset itself retries an unreachable host for half a minute.
+        _within(PATIENCE, lambda: HfApi().dataset_info(repository, timeout=PATIENCE))
+    except (RepositoryNotFoundError, GatedRepoError):
+        raise BadInput(f"expected a public data set on the hub, got {repository!r}, which it does not show; correct the name or log in") from None
+    except Exception as error:  # the HTTP client, and so its errors, differ between versions of huggingface_hub
+        raise _unavailable(name, f"no answer from the hub ({type(error).__name__})") from None
+    return False
 
 
 @contextmanager

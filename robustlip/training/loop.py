@@ -18,6 +18,7 @@ from robustlip.errors import BadInput, RobustlipError
 from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain
+from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
 from robustlip.training.optimizers import make_optimizers, restore, schedule, state_tensors
 from robustlip.training.recipe import Recipe, identity, load_recipe
@@ -68,10 +69,10 @@ def _evaluate(recipe: Recipe, model: Chain, source: Source, constraint: Constrai
     return figures
 
 
-def _loss(recipe: Recipe, model: Chain, x: Tensor, y: Tensor, step: int) -> Tensor:
+def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, step: int) -> Tensor:
     if recipe.loss.kind == "ibp":
         return ibp_loss(model, x, y.flatten(), recipe.loss, step)
-    logits = model(x).flatten(0, -2)
+    logits = forward(x).flatten(0, -2)
     return F.cross_entropy(recipe.loss.logit_scale * logits, y.flatten(), label_smoothing=recipe.loss.label_smoothing)
 
 
@@ -129,6 +130,7 @@ def train(
             raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {state_path}; choose another folder")
         restore(model, optimizers, tensors)
         first, seconds, history = header["step"], header["seconds"], header["history"]
+        source.restore(header.get("data"))
 
     def save_state(step: int) -> None:
         tensors = state_tensors(model, optimizers)
@@ -137,16 +139,17 @@ def train(
                 f"expected finite weights after step {step}, got NaN or infinity in {broken[0]}; the last state is kept in {state_path}: "
                 f"lower the learning rate"
             )
-        header = {"recipe_sha256": identity(recipe), "step": step, "seconds": seconds, "history": history}
+        header = {"recipe_sha256": identity(recipe), "step": step, "seconds": seconds, "history": history, "data": source.state(step)}
         _write(lambda: save_tensors(state_path, tensors, header), state_path, step)
 
+    forward = Forward(recipe, model, source.batch(first)[0].to(device))
     for step in range(first, recipe.run.steps):
         started = time.perf_counter()
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(recipe, step)
         x, y = (t.to(device) for t in source.batch(step))
-        loss = _loss(recipe, model, x, y, step)
+        loss = _loss(recipe, model, forward, x, y, step)
         if not math.isfinite(loss.item()):
             raise TrainingStopped(
                 f"expected a finite loss, got {loss.item()} at step {step}; the last state is kept in {state_path}: lower the learning rate"

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from robustlip.constraints import make_method
+from robustlip.data.tokenizers import TOKENIZERS
 from robustlip.errors import BadInput
 
 # A key that was added after the first release: left out of a recipe's identity while it has its default, so old states stay valid.
@@ -22,10 +23,34 @@ class _Strict(BaseModel):
 
 
 class DataPart(_Strict):
-    """name: what load_data takes, without a split. context: tokens of a training window (text only)."""
+    """name: what load_data takes, without a split. context: tokens of a training window (text only).
+
+    streaming: text that is read as it is needed (robustlip.data.stream): a hub name, a folder or file of .parquet or .jsonl documents, or
+    a name that --data-dir or ROBUSTLIP_DATA has a folder for. Then also: subset, the hub's configuration or a folder in the folder;
+    split and text_column of it; held_out, how many documents at its start are kept for evaluation; tokenizer, 'bytes' or 'gpt2', and
+    tokenizer_file, its vocabulary where it is not to be fetched (see robustlip.data.tokenizers). The model says its vocabulary_size.
+    """
 
     name: str
     context: PositiveInt = 256
+    streaming: bool = Field(default=False, json_schema_extra=_LATER)
+    subset: str | None = Field(default=None, json_schema_extra=_LATER)
+    split: str = Field(default="train", json_schema_extra=_LATER)
+    text_column: str = Field(default="text", json_schema_extra=_LATER)
+    held_out: PositiveInt = Field(default=256, json_schema_extra=_LATER)
+    tokenizer: Literal["bytes", "gpt2"] | None = Field(default=None, json_schema_extra=_LATER)
+    tokenizer_file: str | None = Field(default=None, json_schema_extra=_LATER)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.streaming and self.tokenizer is None:
+            raise ValueError("streaming needs a tokenizer, 'bytes' or 'gpt2'")
+        given = [key for key in ("subset", "split", "text_column", "held_out", "tokenizer", "tokenizer_file") if key in self.model_fields_set]
+        if not self.streaming and any(getattr(self, key) != type(self).model_fields[key].default for key in given):
+            raise ValueError(f"{', '.join(given)} belong to streaming = true")
+        if self.tokenizer_file is not None and self.tokenizer != "gpt2":
+            raise ValueError("tokenizer_file belongs to tokenizer = 'gpt2'")
+        return self
 
 
 class OptimizerPart(_Strict):
@@ -109,10 +134,15 @@ class LossPart(_Strict):
 
 
 class RunPart(_Strict):
+    """batch: of one step, over all machines. dtype: of the products of the training forward pass; weights stay float32. compile: that pass, by
+    torch.compile. Neither touches evaluation and certificates. See robustlip.training.compute."""
+
     steps: PositiveInt
     batch: PositiveInt
     evaluate_every: PositiveInt = 200
     checkpoint_every: PositiveInt = 100
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_LATER)
+    compile: bool = Field(default=False, json_schema_extra=_LATER)
 
 
 class Recipe(_Strict):
@@ -141,6 +171,14 @@ class Recipe(_Strict):
             raise ValueError("a reparametrization and a constraint exclude each other")
         if self.loss.kind == "ibp" and self.model.get("kind") != "mlp":
             raise ValueError("loss kind 'ibp' is for models of kind 'mlp'")
+        if self.loss.kind == "ibp" and (self.run.compile or self.run.dtype != "float32"):
+            raise ValueError("loss kind 'ibp' trains in float32 and is not compiled")
+        if self.reparametrization != "none" and self.run.compile:
+            raise ValueError("a reparametrization has state of its own and is not compiled")
+        if self.data.tokenizer is not None:
+            least, size = TOKENIZERS[self.data.tokenizer], self.model.get("vocabulary_size")
+            if "gpt" not in str(self.model.get("kind")) or type(size) is not int or size < least:
+                raise ValueError(f"tokenizer {self.data.tokenizer!r} needs a gpt with vocabulary_size of at least {least}")
         return self
 
 

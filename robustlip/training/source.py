@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from robustlip.data.stream import Documents, TokenStream
+from robustlip.data.tokenizers import make_tokenizer
+from robustlip.errors import BadInput
 from robustlip.training.recipe import Recipe
 
 
@@ -14,18 +18,37 @@ def _step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
+def _open(recipe: Recipe, data_dir: str | None) -> TokenStream:
+    data = recipe.data
+    assert data.tokenizer is not None  # the recipe's own check
+    tokenizer = make_tokenizer(data.tokenizer, data.tokenizer_file)
+    return TokenStream(
+        lambda: Documents(data.name, data.subset, split=data.split, column=data.text_column, data_dir=data_dir), tokenizer, data.held_out
+    )
+
+
 class Source:
-    """Batches by step number, and a fixed evaluation set as an iterator of batches."""
+    """Batches by step number, and a fixed evaluation set as an iterator of batches.
+
+    A batch is the whole one of its step: of the recipe's size, the same wherever it is asked for; machines that share a step take rows of it.
+    text: token ids of characters, whose vocabulary the model takes from here. stream: documents that are read as they are needed.
+    """
 
     def __init__(self, recipe: Recipe, data_dir: str | None) -> None:
         from robustlip.data import load_data, load_tokens
 
         self.recipe = recipe
-        self.text = "gpt" in str(recipe.model.get("kind"))
+        self.stream: TokenStream | None = None
+        self.text = "gpt" in str(recipe.model.get("kind")) and not recipe.data.streaming
         self.context = recipe.data.context
         self.vocabulary: str | None = None
         self.note = ""
-        if self.text:
+        if recipe.data.streaming:
+            self.stream = _open(recipe, data_dir)
+            self.test, self.note = torch.from_numpy(self.stream.held_out_tokens()).long(), self.stream.note
+            if len(self.test) <= self.context:
+                raise BadInput(f"expected held-out documents of more than {self.context} tokens, got {len(self.test)}; raise data.held_out")
+        elif self.text:
             self.train, self.vocabulary, self.note = load_tokens(f"{recipe.data.name}:train", data_dir=data_dir)
             self.test, _, _ = load_tokens(f"{recipe.data.name}:test", data_dir=data_dir, vocabulary=self.vocabulary)
         else:
@@ -35,6 +58,10 @@ class Source:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         generator = _step_generator(self.recipe.seed, step)
         size = self.recipe.run.batch
+        if self.stream is not None:
+            # One window after the other: row r of step t begins at token (t·size + r)·context, the one that the row before predicts last.
+            tokens = torch.from_numpy(self.stream.window(step * size * self.context, size * self.context + 1)).long()
+            return tokens[:-1].view(size, self.context), tokens[1:].view(size, self.context)
         if self.text:
             start = torch.randint(len(self.train) - self.context - 1, (size,), generator=generator)
             window = self.train[start[:, None] + torch.arange(self.context + 1)]
@@ -45,9 +72,18 @@ class Source:
             x = x + self.recipe.loss.input_noise * torch.randn(x.shape, generator=generator)
         return x, self.y[pick]
 
+    def state(self, step: int) -> dict[str, Any] | None:
+        """Where the data of `step`, the next one, begins: plain numbers and strings for the state of a run; None where the step is enough."""
+        return None if self.stream is None else self.stream.state_at(step * self.recipe.run.batch * self.context)
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state`; without one, the data before the next step is read again. Raises BadInput when the data is not as it was."""
+        if self.stream is not None and state is not None:
+            self.stream.restore(state)
+
     def evaluation(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the test split: images all; text as consecutive windows, every position predicted. limit: windows."""
-        if self.text:
+        if self.text or self.stream is not None:
             count = (len(self.test) - 1) // self.context
             kept = range(count) if limit is None else range(0, count, max(1, count // limit))
             starts = torch.tensor([i * self.context for i in kept])

@@ -1,0 +1,102 @@
+"""Text to token ids where a vocabulary is no string of characters: bytes, which need nothing, and GPT-2's, by tiktoken."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from robustlip.errors import BadInput, DataUnavailable
+
+GPT2_RANKS = 50_256  # byte sequences of GPT-2's vocabulary; the next id ends a text
+TOKENIZERS = {"bytes": 257, "gpt2": GPT2_RANKS + 1}  # how many ids
+THREADS = 8
+
+
+class Tokenizer(Protocol):
+    """Documents to ids in [0, size), the last of which, size − 1, ends every document and stands nowhere else."""
+
+    name: str
+    size: int
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 arrays (tokens + 1,), one a document, each with the end at its end."""
+        ...
+
+
+class Bytes:
+    """UTF-8 bytes, ids 0 to 255, and 256 at the end of a document: every text, no file and no network."""
+
+    name = "bytes"
+    size = TOKENIZERS["bytes"]
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        end = np.array([self.size - 1], dtype=np.int32)
+        return [np.concatenate([np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32), end]) for text in texts]
+
+
+class GPT2:
+    """GPT-2's 50,256 byte sequences and the end of a text (Radford et al. 2019), by tiktoken. 'Special' strings in a text are text.
+
+    file: the vocabulary (r50k_base.tiktoken: lines of a base64 sequence and its rank; GPT-2's), or None: tiktoken fetches it once over the
+    network and keeps it in the folder that TIKTOKEN_CACHE_DIR names. Raises BadInput without tiktoken or for another file, DataUnavailable
+    when it cannot be fetched.
+    """
+
+    name = "gpt2"
+    size = TOKENIZERS["gpt2"]
+
+    def __init__(self, file: str | Path | None = None) -> None:
+        try:
+            import tiktoken
+            from tiktoken_ext.openai_public import r50k_pat_str
+        except ImportError:
+            raise BadInput(
+                "expected tiktoken for the tokenizer 'gpt2', got no such package; install robustlip[text], or use tokenizer = \"bytes\""
+            ) from None
+        self.encoding: Any
+        if file is not None:
+            self.encoding = tiktoken.Encoding(
+                "gpt2", pat_str=r50k_pat_str, mergeable_ranks=_ranks(Path(file)), special_tokens={"<|endoftext|>": GPT2_RANKS}
+            )
+            return
+        try:
+            self.encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # tiktoken's HTTP client is its own affair, and so are its errors
+            raise DataUnavailable(
+                f"expected GPT-2's vocabulary in tiktoken's cache or on the network, got {type(error).__name__}; "
+                f"name r50k_base.tiktoken as tokenizer_file, or a filled folder in TIKTOKEN_CACHE_DIR"
+            ) from None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        rows = self.encoding.encode_ordinary_batch(list(texts), num_threads=THREADS)
+        return [np.array([*row, GPT2_RANKS], dtype=np.int32) for row in rows]
+
+
+def _ranks(file: Path) -> dict[bytes, int]:
+    """The lines of a .tiktoken file. Raises BadInput unless they are 50,256 different sequences of ranks 0, 1, …, all single bytes among them."""
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(sequence, validate=True): int(rank) for sequence, rank in lines}
+    except OSError:
+        raise BadInput(f"expected a vocabulary file, got {str(file)!r}, which cannot be read; correct the path") from None
+    except ValueError:  # base64's error is one too
+        raise BadInput(f"expected lines of a base64 sequence and a rank in {file.name}, got others; name r50k_base.tiktoken") from None
+    whole = len(ranks) == GPT2_RANKS and sorted(ranks.values()) == list(range(GPT2_RANKS))
+    if not whole or not all(bytes([i]) in ranks for i in range(256)):
+        raise BadInput(f"expected the {GPT2_RANKS} sequences of GPT-2 in {file.name}, got {len(ranks)}; name r50k_base.tiktoken")
+    return ranks
+
+
+def make_tokenizer(name: str, file: str | Path | None = None) -> Tokenizer:
+    """'bytes' or 'gpt2' (file: see GPT2). Raises BadInput for another name, and for a file that the tokenizer does not take."""
+    if name == "gpt2":
+        return GPT2(file)
+    if name != "bytes":
+        raise BadInput(f"expected a tokenizer among {', '.join(TOKENIZERS)}, got {name!r}; name one of them")
+    if file is not None:
+        raise BadInput(f"expected no vocabulary file for the tokenizer 'bytes', got {str(file)!r}; leave it out")
+    return Bytes()
