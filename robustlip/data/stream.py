@@ -8,6 +8,7 @@ dictionary (`state_at`), and reading goes on from it without the documents befor
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,30 +88,28 @@ class Documents:
         self._rows: Iterator[Any] | None = None
 
     def seek(self, state: Any | None) -> None:
-        """Go to where `state` was read, or to the first document for None. Raises BadInput for a state of something else."""
+        """Go to where `state` was read, or to the first document for None."""
+        # Kept here: datasets itself says where it stands only once it has read a row.
         self._at = self._start if state is None else state
-        # Which state it is that reading begins with, datasets itself says only after the first row.
-        try:
-            self._data.load_state_dict(copy.deepcopy(self._at))
-            self._rows = iter(self._data)
-        except Exception as error:  # it indexes into what it is given
-            raise BadInput(
-                f"expected a position in {self.name}, got one of other files or another version of datasets ({type(error).__name__}); "
-                f"start again in another folder"
-            ) from None
+        self._rows = None
 
     def state(self) -> Any:
         """Where the next document is: plain numbers and strings."""
         return self._at
 
     def next(self) -> str | None:
-        """The next document, None behind the last. Raises BadInput for a row without text, DataUnavailable when reading fails."""
+        """The next document, None behind the last.
+
+        Raises BadInput for a row without text and for a position of something else, DataUnavailable when reading fails.
+        """
         try:
             with quiet():
                 if self._rows is None:
-                    self._rows = iter(self._data)
+                    self._rows = self._reopened()
                 row = next(self._rows, None)
             self._at = copy.deepcopy(self._data.state_dict())
+        except BadInput:
+            raise
         except Exception as error:  # of the file system, of pyarrow, or of whichever HTTP client datasets uses
             raise DataUnavailable(
                 f"expected the next document of {self.name}, got an error ({type(error).__name__}: {str(error)[:100]}); "
@@ -122,6 +121,20 @@ class Documents:
         if not isinstance(text, str):
             raise BadInput(f"expected text in the column {self.column!r} of {self.name}, got {type(text).__name__}; name another text_column")
         return text
+
+
+    def _reopened(self) -> Iterator[Any]:
+        """Rows from the position on, the first of them read. Raises BadInput for a position of something else."""
+        try:
+            self._data.load_state_dict(copy.deepcopy(self._at))
+            rows = iter(self._data)
+            first = next(rows, None)
+        except (LookupError, TypeError, AttributeError) as error:  # it indexes into what it is given
+            raise BadInput(
+                f"expected a position in {self.name}, got one of other files or another version of datasets ({type(error).__name__}); "
+                f"restore them, or start again in another folder"
+            ) from None
+        return rows if first is None else itertools.chain([first], rows)
 
 
 @dataclass(frozen=True)
