@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robustlip.errors import BadInput
+from robustlip.parallel import ALONE, World, local
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Muon(torch.optim.Muon):
     update of a (fan_out, fan_in) matrix: lr·sqrt(fan_out/fan_in)·orthogonalize(momentum). polynomial: a key of POLYNOMIALS.
     dtype: in which to orthogonalise; None for the parameter's own. Momentum, Nesterov and decoupled weight decay as in torch.
     `update_norm(lr)` bounds the RMS→RMS norm of one step in exact arithmetic; a constraint adds its own slack for rounding.
+    world: the processes that share the orthogonalisations, each those of its own matrices; parameters may be DTensors that are sharded by rows.
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class Muon(torch.optim.Muon):
         nesterov: bool = True,
         polynomial: str = "six-step",
         dtype: torch.dtype | None = None,
+        world: World = ALONE,
     ) -> None:
         if polynomial not in POLYNOMIALS:
             raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {polynomial!r}; name one of them")
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
-        self.polynomial, self.compute_dtype = polynomial, dtype
+        self.polynomial, self.compute_dtype, self.world = polynomial, dtype, world
 
     def update_norm(self, lr: float) -> float:
         return lr * POLYNOMIALS[self.polynomial].peak
@@ -107,15 +110,20 @@ class Muon(torch.optim.Muon):
             self._init_group(group, params, grads, buffers)
             for p, grad, buffer in zip(params, grads, buffers, strict=True):
                 key = (tuple(p.shape), p.dtype, p.device, group["momentum"], group["nesterov"])
-                together.setdefault(key, []).append((group, p, grad, buffer))
-        for ((fan_out, fan_in), _, _, momentum, nesterov), members in together.items():
+                together.setdefault(key, []).append((group, local(p), local(grad), local(buffer)))
+        spreads = self.world.spread([[(shape, math.prod(shape) * min(shape))] * len(members) for (shape, *_), members in together.items()])
+        for ((fan_out, fan_in), _, _, momentum, nesterov), members, spread in zip(together, together.values(), spreads, strict=True):
             for _, _, grad, buffer in members:
                 buffer.lerp_(grad, 1 - momentum)
-            directions = torch.stack([grad.lerp(buffer, momentum) if nesterov else buffer for _, _, grad, buffer in members])
-            updates = orthogonalize(directions.to(self.compute_dtype or directions.dtype), self.polynomial)
-            for (group, p, _, _), update in zip(members, updates, strict=True):
+            directions = [grad.lerp(buffer, momentum) if nesterov else buffer for _, _, grad, buffer in members]
+            whole = spread.collect(directions)
+            if whole:
+                stack = torch.stack(list(whole.values()))
+                updates = orthogonalize(stack.to(self.compute_dtype or stack.dtype), self.polynomial).to(stack.dtype)
+                whole = dict(zip(whole, updates, strict=True))
+            for (group, p, _, _), update in zip(members, spread.deliver(whole, directions), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-group["lr"] * math.sqrt(fan_out / fan_in))
+                p.add_(update, alpha=-group["lr"] * math.sqrt(fan_out / fan_in))
         return loss
 
 
@@ -147,7 +155,8 @@ class RowMomentum(torch.optim.Optimizer):
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                # Shards are whole rows: each process steps with its own.
+                mean = local(state["momentum_buffer"]).lerp_(local(p.grad), 1 - group["momentum"])
                 rms = torch.linalg.vector_norm(mean, dim=-1, keepdim=True) / math.sqrt(p.shape[-1])
-                p.sub_(mean / rms.clamp_min(1 / group["inflation"]), alpha=group["lr"])
+                local(p).sub_(mean / rms.clamp_min(1 / group["inflation"]), alpha=group["lr"])
         return loss

@@ -19,6 +19,7 @@ from robustlip.constraints.softcap import SoftCap
 from robustlip.constraints.stiefel import Stiefel
 from robustlip.constraints.targets import Target
 from robustlip.errors import BadInput, RobustlipError
+from robustlip.parallel import ALONE, Spread, World, local
 
 METHODS = (
     "none", "weight-decay", "spectral-weight-decay", "spectral-normalize", "stiefel", "spectral-hammer", "soft-cap", "hard-cap", "hard-cap-msign",
@@ -62,12 +63,19 @@ def make_method(name: str, *, strength: float | None = None, polynomial: str | N
 
 @dataclass
 class _Group:
-    """Targets of one slice shape, dtype and device, mapped as one stack. numbers: of their parameter groups. block: see `probe`."""
+    """Targets of one slice shape, dtype and device; those of one owner are mapped as one stack.
+
+    numbers: of their parameter groups. caps: (K, 1, 1), of the K slices that this process owns. block: of those too, see `probe`.
+    """
 
     targets: list[Target]
     numbers: list[int]
+    spread: Spread
     caps: Tensor
     block: Tensor | None = field(default=None)
+
+    def mine(self) -> list[tuple[Target, int]]:
+        return [(self.targets[i], self.numbers[i]) for i in self.spread.mine]
 
 
 class Constraint:
@@ -76,11 +84,15 @@ class Constraint:
     method: a name of METHODS or a Method. `guarantee` says what then holds of every target after every step, if it held before the first
     (`project`); rows are always divided down to RMS norm ≤ w_max, whatever the method. A sure violation after a step raises
     ConstraintViolation: found with a lower bound of the norm, so there is no false alarm, and what it misses `check` finds with a guaranteed bound.
+
+    world: the processes that share the work, each mapping and measuring its own matrices; weights may be DTensors that are sharded by rows. Every
+    process then has to make the same calls, and what is wrong in one raises in all.
     """
 
-    def __init__(self, targets: Iterable[Target], method: str | Method) -> None:
+    def __init__(self, targets: Iterable[Target], method: str | Method, world: World = ALONE) -> None:
         self.method = make_method(method) if isinstance(method, str) else method
         self.targets = list(targets)
+        self.world = world
 
     @property
     def guarantee(self) -> Guarantee:
@@ -102,7 +114,7 @@ class Constraint:
         mine = [(t, owned[id(t.weight)]) for t in self.targets if id(t.weight) in owned]
         if self.method is None or not mine:
             return
-        groups = _grouped([(t, n) for t, n in mine if not t.rows])
+        groups = self._grouped([(t, n) for t, n in mine if not t.rows])
         rows = [t for t, _ in mine if t.rows]
 
         @torch.no_grad()
@@ -110,16 +122,50 @@ class Constraint:
             for target in rows:
                 _cap_rows(target)
             norms = [self._map(group, _step_of(group, opt)) for group in groups]
-            norms += [_row_norms(target).amax(0, keepdim=True) for target in rows]
-            self._refuse_violations(groups, rows, norms)
+            norms += [_largest_row(target) for target in rows]
+            self._refuse_violations([*(t for group in groups for t in group.targets), *rows], norms)
 
         optimizer.register_step_post_hook(after_step)
 
+    def _grouped(self, pairs: list[tuple[Target, int]]) -> list[_Group]:
+        """Targets whose slices can be mapped together, in stacks of bounded size, with their owners."""
+        parts: dict[tuple[object, ...], list[list[tuple[Target, int]]]] = {}
+        for target, number in pairs:
+            key = (target.shape(), target.weight.dtype, target.weight.device)
+            stacks = parts.setdefault(key, [[]])
+            if sum(t.weight.numel() for t, _ in stacks[-1]) + target.weight.numel() > _LARGEST_STACK * self.world.size and stacks[-1]:
+                stacks.append([])
+            stacks[-1].append((target, number))
+        batches = [members for stacks in parts.values() for members in stacks]
+        spreads = self.world.spread([[(tuple(t.weight.shape), t.cost()) for t, _ in members] for members in batches])
+        groups = []
+        for members, spread in zip(batches, spreads, strict=True):
+            targets, numbers = [t for t, _ in members], [n for _, n in members]
+            weight = targets[0].weight
+            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+            caps = torch.tensor([targets[i].w_max for i in spread.mine for _ in range(targets[i].slices)], dtype=dtype, device=weight.device)
+            groups.append(_Group(targets, numbers, spread, caps[:, None, None]))
+        return groups
+
     def _map(self, group: _Group, step: StepTaken) -> Tensor:
-        """Map the weights of a group in place; returns lower bounds of the norms (RMS units) that they then have, one a slice."""
+        """Map the weights of a group in place; returns lower bounds of the norms (RMS units) that they then have, one a target, 0 for others'."""
+        parts = [local(t.weight) for t in group.targets]
+        whole = group.spread.collect(parts)
+        norms = self.world.together(lambda: self._map_mine(group, whole, step))
+        for part, mapped in zip(parts, group.spread.deliver(whole, parts), strict=True):
+            if mapped is not part:
+                part.copy_(mapped)
+        return norms
+
+    def _map_mine(self, group: _Group, whole: dict[int, Tensor], step: StepTaken) -> Tensor:
+        """The same for the matrices that this process owns, which are all in `whole`."""
         assert self.method is not None
-        scale = group.targets[0].rms_scale()
-        stacks = [t.split(t.weight) for t in group.targets]
+        out = group.caps.new_zeros(len(group.targets))
+        if not whole:
+            return out
+        mine = [target for target, _ in group.mine()]
+        scale = mine[0].rms_scale()
+        stacks = [target.split(weight) for target, weight in zip(mine, whole.values(), strict=True)]
         dtype = stacks[0].dtype
         stack = stacks[0] * scale if len(stacks) == 1 else torch.cat(stacks).mul_(scale)
         # Polynomials of matrices need more digits than the 16-bit dtypes have.
@@ -127,14 +173,15 @@ class Constraint:
         if group.block is None:
             group.block = fixed_vectors(2, stack)
         norms, group.block = probe(stack, group.block)
-        for target, part in zip(group.targets, stack.split([t.slices for t in group.targets]), strict=True):
-            torch.div(target.join(part), scale, out=target.weight)
-        return norms
+        slices = [target.slices for target in mine]
+        for target, weight, part in zip(mine, whole.values(), stack.split(slices), strict=True):
+            torch.div(target.join(part), scale, out=weight)
+        out[group.spread.mine] = torch.stack([part.amax() for part in norms.split(slices)])
+        return out
 
-    def _refuse_violations(self, groups: list[_Group], rows: list[Target], norms: list[Tensor]) -> None:
-        found = torch.cat([n.double().cpu() for n in norms]).tolist()
-        owners = [t for group in groups for t in group.targets for _ in range(t.slices)] + rows
-        for target, norm in zip(owners, found, strict=True):
+    def _refuse_violations(self, targets: list[Target], norms: list[Tensor]) -> None:
+        found = self.world.largest(torch.cat([n.double().cpu() for n in norms])).tolist()
+        for target, norm in zip(targets, found, strict=True):
             if not norm <= self.limit(target):
                 raise self._violation(target, norm, "at least")
 
@@ -159,19 +206,31 @@ class Constraint:
             _cap_rows(target)
             return
         update = None if update_norm is None else (_of_slice(target, update_norm),) * target.slices
-        self._map(_grouped([(target, 0)])[0], StepTaken((target.w_max,) * target.slices, update, (decay,) * target.slices, (rate,) * target.slices))
+        step = StepTaken((target.w_max,) * target.slices, update, (decay,) * target.slices, (rate,) * target.slices)
+        self._map(self._grouped([(target, 0)])[0], step)
 
     @torch.no_grad()
     def project(self) -> None:
         """Bring every target inside once, by normalisation: for the initial weights, from which all guarantees start."""
-        inside = Constraint([], SpectralNormalize())
+        inside = Constraint([], SpectralNormalize(), self.world)
         for target in self.targets:
             if self.method is not None:
                 inside.apply(target)
 
     def measured(self) -> dict[str, float]:
         """Guaranteed upper bounds of all constrained norms, RMS units."""
-        return {t.name: t.measured() for t in self.targets}
+        found = torch.zeros(len(self.targets), dtype=torch.float64)
+        if not self.targets:
+            return {}
+        (spread,) = self.world.spread([[(tuple(t.weight.shape), t.cost()) for t in self.targets]])
+        whole = spread.collect([local(t.weight.detach()) for t in self.targets])
+
+        def measure() -> None:
+            for i, weight in whole.items():
+                found[i] = self.targets[i].measured(weight)
+
+        self.world.together(measure)
+        return dict(zip((t.name for t in self.targets), self.world.largest(found).tolist(), strict=True))
 
     def check(self) -> dict[str, float]:
         """`measured`, compared with what the method guarantees. Raises ConstraintViolation."""
@@ -180,26 +239,6 @@ class Constraint:
             if not measured[target.name] <= self.limit(target):
                 raise self._violation(target, measured[target.name], "at most")
         return measured
-
-
-def _grouped(pairs: list[tuple[Target, int]]) -> list[_Group]:
-    """Targets whose slices can be mapped together, in stacks of bounded size."""
-    parts: dict[tuple[object, ...], list[list[tuple[Target, int]]]] = {}
-    for target, number in pairs:
-        key = (target.shape(), target.weight.dtype, target.weight.device)
-        stacks = parts.setdefault(key, [[]])
-        if sum(t.weight.numel() for t, _ in stacks[-1]) + target.weight.numel() > _LARGEST_STACK and stacks[-1]:
-            stacks.append([])
-        stacks[-1].append((target, number))
-    groups = []
-    for stacks in parts.values():
-        for members in stacks:
-            targets, numbers = [t for t, _ in members], [n for _, n in members]
-            weight = targets[0].weight
-            dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
-            caps = torch.tensor([t.w_max for t in targets for _ in range(t.slices)], dtype=dtype, device=weight.device)
-            groups.append(_Group(targets, numbers, caps[:, None, None]))
-    return groups
 
 
 def _of_slice(target: Target, update_norm: float) -> float:
@@ -214,7 +253,7 @@ def _step_of(group: _Group, optimizer: torch.optim.Optimizer) -> StepTaken:
     update: list[float] = []
     decay: list[float] = []
     rate: list[float] = []
-    for target, number in zip(group.targets, group.numbers, strict=True):
+    for target, number in group.mine():
         settings = optimizer.param_groups[number]
         lr = float(settings["lr"])
         caps += [target.w_max] * target.slices
@@ -225,10 +264,13 @@ def _step_of(group: _Group, optimizer: torch.optim.Optimizer) -> StepTaken:
     return StepTaken(tuple(caps), tuple(update) if state is not None else None, tuple(decay), tuple(rate))
 
 
-def _row_norms(target: Target) -> Tensor:
-    return torch.linalg.vector_norm(target.weight, dim=-1) * target.rms_scale()
+def _largest_row(target: Target) -> Tensor:
+    """(1,) the largest RMS norm of the rows that this process has, 0 if it has none."""
+    norms = torch.linalg.vector_norm(local(target.weight), dim=-1) * target.rms_scale()
+    return norms.amax(0, keepdim=True) if len(norms) else norms.new_zeros(1)
 
 
 def _cap_rows(target: Target) -> None:
-    norms = torch.linalg.vector_norm(target.weight, dim=-1, keepdim=True) * target.rms_scale()
-    target.weight.div_((norms / target.w_max * (1 + 1e-6)).clamp_min(1.0))
+    weight = local(target.weight)
+    norms = torch.linalg.vector_norm(weight, dim=-1, keepdim=True) * target.rms_scale()
+    weight.div_((norms / target.w_max * (1 + 1e-6)).clamp_min(1.0))

@@ -57,12 +57,18 @@ class Target:
         """
         return 1e-4 + UNIT[self.weight.dtype] * math.sqrt(min(self.shape()))
 
+    def cost(self) -> float:
+        """Multiplications of one product WWᵀ by slice: what its map and its measurement take, up to a factor."""
+        m, n = self.shape()
+        return float(self.slices * m * n * min(m, n))
+
     @torch.no_grad()
-    def measured(self) -> float:
-        """A guaranteed upper bound of the largest constrained norm, in RMS units."""
+    def measured(self, whole: Tensor | None = None) -> float:
+        """A guaranteed upper bound of the largest constrained norm, in RMS units. whole: the weight (fan_out, fan_in), where `weight` is a shard."""
+        weight = self.weight if whole is None else whole
         if self.rows:
-            return float(torch.linalg.vector_norm(self.weight.double(), dim=-1).max()) * self.rms_scale() * (1 + 1e-12)
-        return float(spectral_norm_bound(self.split(self.weight)).max()) * self.rms_scale() * (1 + 1e-12)
+            return float(torch.linalg.vector_norm(weight.double(), dim=-1).max()) * self.rms_scale() * (1 + 1e-12)
+        return float(spectral_norm_bound(self.split(weight)).max()) * self.rms_scale() * (1 + 1e-12)
 
 
 def targets_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from robustlip.constraints import Constraint, make_method, targets_of
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
-from robustlip.layers import Chain
+from robustlip.layers import Chain, Residual
+from robustlip.parallel import ALONE, World, joined
 from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
 from robustlip.training.optimizers import make_optimizers, restore, schedule, state_tensors
@@ -32,41 +34,14 @@ class TrainingStopped(RobustlipError, RuntimeError):
     """A run that cannot go on: a loss or weights that are not finite, or a state that cannot be written. The last good state is kept."""
 
 
-def _constraint_of(recipe: Recipe, model: nn.Module) -> Constraint:
+def _constraint_of(recipe: Recipe, model: nn.Module, world: World) -> Constraint:
     part = recipe.constraint
     if part.method == "none":
-        return Constraint([], "none")
+        return Constraint([], "none", world)
     targets = targets_of(model, part.w_max, per_head=part.per_head, overrides=dict(part.overrides), rows=part.rows)
     method = make_method(part.method, strength=part.strength, polynomial=part.polynomial)
     assert method is not None
-    return Constraint(targets, method)
-
-
-@torch.no_grad()
-def _evaluate(recipe: Recipe, model: Chain, source: Source, constraint: Constraint, limit: int | None = None) -> Figures:
-    """accuracy and mean cross entropy of the plain logits on the test split; the constrained norms, measured, as a fraction of their caps.
-
-    Raises ConstraintViolation when the method guarantees something that does not hold.
-    """
-    model.eval()
-    right = loss = verified = count = 0.0
-    device = next(model.parameters()).device
-    for x, y in source.evaluation(limit):
-        logits = model(x.to(device)).flatten(0, -2)
-        target = y.to(device).flatten()
-        right += float((logits.argmax(-1) == target).sum())
-        loss += float(F.cross_entropy(logits, target, reduction="sum"))
-        count += target.numel()
-        if recipe.loss.kind == "ibp":
-            verified += float(verified_accuracy(model, x.to(device), target, recipe.loss).sum())
-    model.train()
-    figures = {"accuracy": right / count, "loss": loss / count}
-    if recipe.loss.kind == "ibp":
-        figures["interval_accuracy"] = verified / count
-    if constraint.targets:
-        measured = constraint.check()
-        figures["norm_over_cap"] = max(measured[t.name] / t.w_max for t in constraint.targets)
-    return figures
+    return Constraint(targets, method, world)
 
 
 def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, step: int) -> Tensor:
@@ -74,6 +49,75 @@ def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, 
         return ibp_loss(model, x, y.flatten(), recipe.loss, step)
     logits = forward(x).flatten(0, -2)
     return F.cross_entropy(recipe.loss.logit_scale * logits, y.flatten(), label_smoothing=recipe.loss.label_smoothing)
+
+
+@torch.no_grad()
+def _sums(recipe: Recipe, model: Chain, x: Tensor, y: Tensor) -> Tensor:
+    """Sums over the predictions for x: right ones, cross entropy of the plain logits, proved by intervals, and their number. (4,) float64."""
+    logits, target = model(x).flatten(0, -2), y.flatten()
+    right, loss = (logits.argmax(-1) == target).sum(), F.cross_entropy(logits, target, reduction="sum")
+    verified = verified_accuracy(model, x, target, recipe.loss).sum() if recipe.loss.kind == "ibp" else torch.zeros_like(right)
+    return torch.stack([right.double(), loss.double(), verified.double(), torch.full_like(loss, target.numel(), dtype=torch.float64)])
+
+
+class _Pass(nn.Module):
+    """Whatever runs the model, as one module: what gathers weights and averages gradients over processes acts when a module is called.
+
+    A batch and its step → the loss; a batch and None → the sums of an evaluation.
+    """
+
+    def __init__(self, recipe: Recipe, model: Chain, training: Forward) -> None:
+        super().__init__()
+        self.recipe, self.model, self.run = recipe, model, training
+
+    def forward(self, x: Tensor, y: Tensor, step: int | None) -> Tensor:
+        if step is None:
+            return _sums(self.recipe, self.model, x, y)
+        return _loss(self.recipe, self.model, self.run, x, y, step)
+
+
+@torch.no_grad()
+def _evaluate(run: nn.Module, source: Source, constraint: Constraint, world: World, limit: int | None = None) -> Figures:
+    """accuracy and mean cross entropy of the plain logits on the test split; the constrained norms, measured, as a fraction of their caps.
+
+    run: a _Pass. Each process takes its rows of every batch. Raises ConstraintViolation when the method guarantees something that does not hold.
+    """
+    run.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for x, y in source.evaluation(limit):
+        rows = world.rows(len(x))
+        # A forward pass is collective: a process without rows runs one that does not count.
+        counts = rows.start < rows.stop
+        part = run(*(t[rows if counts else slice(1)].to(world.device) for t in (x, y)), None)
+        sums += part if counts else torch.zeros_like(part)
+    run.train()
+    right, loss, verified, count = world.total(sums).tolist()
+    figures = {"accuracy": right / count, "loss": loss / count}
+    if source.recipe.loss.kind == "ibp":
+        figures["interval_accuracy"] = verified / count
+    if constraint.targets:
+        measured = constraint.check()
+        figures["norm_over_cap"] = max(measured[t.name] / t.w_max for t in constraint.targets)
+    return figures
+
+
+def _check_parallel(recipe: Recipe, world: World) -> None:
+    """Raises BadInput for a recipe that several processes cannot run as one would."""
+    if recipe.run.batch % world.size:
+        raise BadInput(
+            f"expected a batch that {world.size} processes can share equally, got {recipe.run.batch}; change run.batch or the number of processes"
+        )
+    if world.size > 1 and recipe.loss.kind == "ibp" and recipe.loss.regularizer > 0:
+        raise BadInput(
+            f"expected one process for a loss of kind 'ibp', got {world.size}: its regularisers are ratios of means over the whole batch; "
+            f"start one process, or set loss.regularizer = 0"
+        )
+    if world.size > 1 and world.sharded and recipe.reparametrization != "none":
+        raise BadInput(
+            f"expected weights without a reparametrization under fsdp, got {recipe.reparametrization!r}, whose scalars cannot be sharded; use ddp"
+        )
+    if world.size > 1 and world.sharded and recipe.run.compile:
+        raise BadInput("expected a pass that is not compiled under fsdp, got run.compile = true: one graph of whole weights; use ddp or leave it out")
 
 
 def _remove_leftovers(out: Path, name: str) -> None:
@@ -91,18 +135,27 @@ def train(
     data_dir: str | None = None,
     progress: Callable[[int, int, Figures], None] | None = None,
     resume: bool = True,
+    parallel: str = "ddp",
 ) -> Path:
     """Train a recipe in the folder `out`; returns the model file out/NAME.safetensors, with its card out/NAME.toml beside it.
 
     Interrupted runs, killed ones included, continue from out/NAME.state.safetensors when `resume`, and end with the same weights on the same machine;
     a state of another recipe is refused. One run at a time in a folder.
+    Started by torchrun, all processes make one run: each takes its rows of every batch, the matrix work is shared, rank 0 writes. parallel: 'ddp',
+    whole weights in each process, or 'fsdp', shards (robustlip.parallel). Weights are those of one process up to rounding, and states can be
+    resumed by another number of processes; `out` must be a folder that all of them see.
     progress(step, steps, figures) is called after every step; figures hold the evaluation's at those steps that have one.
     Raises BadInput for a bad recipe or a state that does not fit; TrainingStopped when the loss or the weights are not finite or a file cannot
     be written; ConstraintViolation when a guaranteed cap does not hold. The last good state is kept in each case.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    out = Path(out)
-    source = Source(recipe, data_dir)
+    with joined(device, parallel) as world:
+        _check_parallel(recipe, world)
+        return _run(recipe, Path(out), world, data_dir, progress, resume)
+
+
+def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress: Callable[[int, int, Figures], None] | None, resume: bool) -> Path:
+    source = world.together(lambda: Source(recipe, data_dir))
     torch.manual_seed(recipe.seed)
     from robustlip.models.build import build
 
@@ -113,46 +166,52 @@ def train(
     if recipe.loss.kind == "ibp":
         ibp_initialize(model)
     reparametrize(model, recipe.reparametrization)
-    model = model.to(device).train()
-    optimizers = make_optimizers(recipe, model)
-    constraint = _constraint_of(recipe, model)
+    model = model.to(world.device).train()
+
+    state_path = out / f"{recipe.name}.state.safetensors"
+    if world.first:
+        _remove_leftovers(out, recipe.name)
+    first, seconds, history, saved = 0, 0.0, [], None
+    if resume and world.told(state_path.exists()):
+        saved, header = world.together(lambda: _state_of(recipe, state_path))
+        first, seconds, history = header["step"], header["seconds"], header["history"]
+        world.together(lambda: source.restore(header.get("data")))
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        x, y = (t[world.rows(recipe.run.batch)].to(world.device) for t in source.batch(step))
+        return x, y
+
+    # Compiled before hooks of processes are on the model, and before the optimisers see its parameters.
+    forward = world.together(lambda: Forward(recipe, model, batch(first)[0]))
+    # Interval bounds read weights outside of the layers' own forward passes: then there is one block, the whole model.
+    blocks = [] if recipe.loss.kind == "ibp" else [m for m in model.modules() if isinstance(m, Residual)]
+    run = world.wrap(_Pass(recipe, model, forward), blocks)
+    optimizers = make_optimizers(recipe, model, world)
+    constraint = _constraint_of(recipe, model, world)
     constraint.project()
     for optimizer in optimizers:
         constraint.attach(optimizer)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-
-    state_path = out / f"{recipe.name}.state.safetensors"
-    _remove_leftovers(out, recipe.name)
-    first, seconds, history = 0, 0.0, []
-    if resume and state_path.exists():
-        tensors, header = load_tensors(state_path)
-        if header.get("recipe_sha256") != identity(recipe):
-            raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {state_path}; choose another folder")
-        restore(model, optimizers, tensors)
-        first, seconds, history = header["step"], header["seconds"], header["history"]
-        source.restore(header.get("data"))
+    if saved is not None:
+        restore(model, optimizers, saved, world)
+        saved = None  # as large as all that is trained
 
     def save_state(step: int) -> None:
-        tensors = state_tensors(model, optimizers)
-        if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-            raise TrainingStopped(
-                f"expected finite weights after step {step}, got NaN or infinity in {broken[0]}; the last state is kept in {state_path}: "
-                f"lower the learning rate"
-            )
+        tensors = world.gathered(state_tensors(model, optimizers))
         header = {"recipe_sha256": identity(recipe), "step": step, "seconds": seconds, "history": history, "data": source.state(step)}
-        _write(lambda: save_tensors(state_path, tensors, header), state_path, step)
+        world.on_first(lambda: _save_state(state_path, tensors, header))
 
-    forward = Forward(recipe, model, source.batch(first)[0].to(device))
     for step in range(first, recipe.run.steps):
         started = time.perf_counter()
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(recipe, step)
-        x, y = (t.to(device) for t in source.batch(step))
-        loss = _loss(recipe, model, forward, x, y, step)
-        if not math.isfinite(loss.item()):
+        x, y = world.together(partial(batch, step))
+        loss = run(x, y, step)
+        train_loss = world.total(loss.detach()).item() / world.size
+        if not math.isfinite(train_loss):
             raise TrainingStopped(
-                f"expected a finite loss, got {loss.item()} at step {step}; the last state is kept in {state_path}: lower the learning rate"
+                f"expected a finite loss, got {train_loss} at step {step}; the last state is kept in {state_path}: lower the learning rate"
             )
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -162,9 +221,9 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         seconds += time.perf_counter() - started
-        figures = {"train_loss": loss.item(), "seconds": seconds}
+        figures = {"train_loss": train_loss, "seconds": seconds}
         if (step + 1) % recipe.run.evaluate_every == 0 and step + 1 < recipe.run.steps:
-            figures |= _evaluate(recipe, model, source, constraint, limit=64)
+            figures |= _evaluate(run, source, constraint, world, limit=64)
             history.append({"step": step + 1, **figures})
         if (step + 1) % recipe.run.checkpoint_every == 0 and step + 1 < recipe.run.steps:
             save_state(step + 1)
@@ -173,17 +232,43 @@ def train(
 
     # A run that was killed after its last state has its last line already.
     history = [line for line in history if line["step"] < recipe.run.steps]
-    history.append({"step": recipe.run.steps, **_evaluate(recipe, model, source, constraint), "seconds": seconds})
+    history.append({"step": recipe.run.steps, **_evaluate(run, source, constraint, world), "seconds": seconds})
     save_state(recipe.run.steps)
-    fold(model)
     path = out / f"{recipe.name}.safetensors"
-    _write(lambda: save_model(path, model.eval().cpu()), path, recipe.run.steps)
+    if world.sharded:
+        weights, model = world.gathered(model.state_dict()), build(config)
+        if world.first:
+            model.load_state_dict(weights)
     muon = next((o for o in optimizers if hasattr(o, "update_norm")), None)
-    card = _card(recipe, model, source, constraint, history)
-    if muon is not None:
-        card["update_norm_rms"] = muon.update_norm(recipe.optimizer.lr)  # type: ignore[operator]
-    write_text(path.with_suffix(".toml"), toml_text(card))
+    update_norm = None if muon is None else muon.update_norm(recipe.optimizer.lr)  # type: ignore[operator]
+
+    def write_model() -> None:
+        fold(model)
+        _write(lambda: save_model(path, model.eval().cpu()), path, recipe.run.steps)
+        card = _card(recipe, model, source, history)
+        if update_norm is not None:
+            card["update_norm_rms"] = update_norm
+        write_text(path.with_suffix(".toml"), toml_text(card))
+
+    world.on_first(write_model)
     return path
+
+
+def _state_of(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, header = load_tensors(path)
+    if header.get("recipe_sha256") != identity(recipe):
+        raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {path}; choose another folder")
+    return tensors, header
+
+
+def _save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    step = header["step"]
+    if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise TrainingStopped(
+            f"expected finite weights after step {step}, got NaN or infinity in {broken[0]}; the last state is kept in {path}: "
+            f"lower the learning rate"
+        )
+    _write(lambda: save_tensors(path, tensors, header), path, step)
 
 
 def _write(write: Callable[[], None], path: Path, step: int) -> None:
@@ -198,10 +283,12 @@ def _write(write: Callable[[], None], path: Path, step: int) -> None:
         ) from error
 
 
-def _card(recipe: Recipe, model: Chain, source: Source, constraint: Constraint, history: list[Figures]) -> dict[str, Any]:
+def _card(recipe: Recipe, model: Chain, source: Source, history: list[Figures]) -> dict[str, Any]:
+    """Of the plain model, as it was saved: by one process."""
     from robustlip import __version__
     from robustlip.certifiers import lipschitz_bound
 
+    constraint = _constraint_of(recipe, model, ALONE)
     measured = constraint.measured()
     last = history[-1]
     card: dict[str, Any] = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustlip.layers import Residual
 from robustlip.muon import Muon, RowMomentum
+from robustlip.parallel import ALONE, World
 from robustlip.training.recipe import Recipe
 from robustlip.training.reparametrize import trained_weight
 
@@ -24,7 +25,7 @@ def _groups(parameters: Iterable[Tensor], lr: float, model: nn.Module, factor: f
     return [{"params": members, "lr": rate} for rate, members in by_rate.items()]
 
 
-def make_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> list[torch.optim.Optimizer]:
     """Muon for matrices, RowMomentum for embeddings where the recipe inflates their gradients, AdamW for the rest or for all."""
     spec = recipe.optimizer
 
@@ -36,7 +37,7 @@ def make_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimi
     matrices = {id(w): w for m in model.modules() if isinstance(m, nn.Linear) for w in [trained_weight(m)]}
     muon = Muon(
         groups(matrices.values(), spec.lr),
-        lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, polynomial=spec.polynomial,
+        lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, polynomial=spec.polynomial, world=world,
     )  # fmt: skip
     made: list[torch.optim.Optimizer] = [muon]
     tables: dict[int, Tensor] = {}
@@ -59,7 +60,7 @@ def schedule(recipe: Recipe, step: int) -> float:
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Everything that a run carries from step to step, as named tensors."""
+    """Everything that a run carries from step to step, as named tensors; those of a sharded model are DTensors (`World.gathered`)."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for o, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
@@ -67,15 +68,20 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
     return tensors
 
 
-def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The reverse of `state_tensors`."""
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], world: World = ALONE) -> None:
+    """The reverse of `state_tensors`, from whole tensors, which every process has."""
+    weights = model.state_dict()
+    named = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    model.load_state_dict({k: world.laid_out_like(v, weights[k]) if k in weights else v for k, v in named.items()})
     for o, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         whole = optimizer.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith(f"optimizer.{o}."):
                 _, _, i, key = name.split(".", 3)
-                state.setdefault(int(i), {})[key] = tensor
+                # Momenta are laid out as their weights; counts of steps are the same everywhere.
+                like = parameters[int(i)]
+                state.setdefault(int(i), {})[key] = world.laid_out_like(tensor, like) if tensor.shape == like.shape else tensor
         whole["state"] = state
         optimizer.load_state_dict(whole)

@@ -1,0 +1,297 @@
+"""Several processes, one run: who they are, what they agree on, and matrices worked on by one of them each.
+
+Matrix work (orthogonalisation, caps, norms) needs whole matrices and costs the cube of their size, so it is spread: every matrix has an owner,
+who gets the whole of it, works, and hands out the result. Under 'ddp' everybody has whole weights, and results go to everybody; under
+'fsdp' weights, gradients and momenta are cut into blocks of rows (DTensors, Shard(0)), and blocks travel to the owner and back.
+Everything here is collective: all processes call it in the same order, whatever happens to one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput, RobustlipError
+
+T = TypeVar("T")
+
+MODES = ("ddp", "fsdp")
+
+# The first process writes and bounds the model alone at the end of a run while the others wait: longer than torch's ten minutes for GPUs.
+_PATIENCE = timedelta(hours=2)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows of a sharded tensor (n, …), sharing its memory; any other tensor itself."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one: rank 0 ≤ rank < size. sharded: weights are DTensors (fsdp). device: where this one computes."""
+
+    rank: int = 0
+    size: int = 1
+    sharded: bool = False
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """The process that prints and writes."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> slice:
+        """This process's part of `count` rows: parts differ by one row at most, and may be empty."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def shard(self, count: int, rank: int) -> int:
+        """How many of `count` rows a sharded tensor has on a rank, by torch's rule: blocks of ⌈count/size⌉, so the last may be smaller or empty."""
+        block = -(-count // self.size)
+        return max(0, min(block, count - rank * block))
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over processes, on all of them: same shape, dtype and device."""
+        if self.size == 1:
+            return values
+        summed = values.detach().to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over processes; NaN counts as infinity."""
+        if self.size == 1:
+            return values
+        most = values.detach().to(self.device, copy=True)
+        most = torch.where(most.isnan(), torch.inf, most)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.to(values.device)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which may differ by process. An exception on any of them is raised on all: that of the lowest rank that has one.
+
+        `work` itself must not be collective. An exception that is none of ours reaches the others as a RobustlipError that names its rank.
+        """
+        if self.size == 1:
+            return work()
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        failed = torch.tensor([error is not None], dtype=torch.float32, device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if not bool(failed):
+            return cast(T, result)
+        told: list[Exception | None] = [None] * self.size
+        ours = error is None or isinstance(error, RobustlipError)
+        dist.all_gather_object(told, error if ours else RobustlipError(f"process {self.rank} failed: {type(error).__name__}: {error}"))
+        rank, first = next((r, e) for r, e in enumerate(told) if e is not None)
+        raise error if error is not None and rank == self.rank else first
+
+    def on_first(self, work: Callable[[], object]) -> None:
+        """Run `work` on the first process alone; what it raises is raised on all."""
+        self.together(work if self.first else lambda: None)
+
+    def told(self, value: T) -> T:
+        """The first process's value, on all: anything that can be pickled."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device(self.device))
+        return box[0]
+
+    def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors for the first process to write; the other processes get nothing that they could use."""
+        if not self.sharded:
+            return tensors
+        whole: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            # One after another, so that a process holds no more than one whole tensor on its device.
+            full = cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self.first:
+                whole[name] = full.detach().cpu()
+        return whole
+
+    def laid_out_like(self, whole: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor, which every process has, as `like` is: sharded, or itself."""
+        if not hasattr(like, "device_mesh"):
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded = cast(Any, like)
+        return distribute_tensor(whole.to(self.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+    def wrap(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The module whose forward and backward passes go through all processes, each with its own rows; gradients are means over processes.
+
+        'fsdp': the parameters of each of `blocks`, and then of all the rest, are gathered while they are needed; they become new DTensors, so
+        optimisers and constraints are made after this.
+        """
+        if self.size == 1:
+            return module
+        if not self.sharded:
+            # Buffers (power iterations of a reparametrisation) follow from weights that are equal: nothing to send.
+            return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
+        for part in (*blocks, module):
+            # Also for the last: after an evaluation, which has no backward pass, parameters must be shards again.
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        return module
+
+    def spread(self, batches: Sequence[Sequence[tuple[tuple[int, ...], float]]]) -> list[Spread]:
+        """Owners for the matrices of each batch, given as (whole shape (m, n), cost): the dearest batch first, each matrix to the process that has
+        least to do."""
+        load = [0.0] * self.size
+        spreads: dict[int, Spread] = {}
+        for b in sorted(range(len(batches)), key=lambda b: -max(cost for _, cost in batches[b])):
+            owners: list[int] = []
+            for _, cost in batches[b]:
+                owners.append(min(range(self.size), key=lambda rank: load[rank]))
+                load[owners[-1]] += cost
+            spreads[b] = Spread(self, tuple(shape for shape, _ in batches[b]), tuple(owners))
+        return [spreads[b] for b in range(len(batches))]
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Matrices of whole shapes (m, n) and one dtype, each with the rank of its owner.
+
+    A part is what one process has of a matrix: all of it, or its rows when the world is sharded.
+    """
+
+    world: World
+    shapes: tuple[tuple[int, ...], ...]
+    owners: tuple[int, ...]
+
+    @property
+    def mine(self) -> list[int]:
+        return [i for i, owner in enumerate(self.owners) if owner == self.world.rank]
+
+    def collect(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Of the parts of all matrices, the whole matrices that this process owns, by number. Not sharded: the parts themselves, not copies."""
+        if not self.world.sharded:
+            return {i: parts[i] for i in self.mine}
+        send = [[parts[i] for i in owned] for owned in self._owned()]
+        received = self._exchange(send, [[self._part_shape(i, rank) for i in self.mine] for rank in self._ranks()], parts[0])
+        return {i: torch.cat(blocks) for i, *blocks in zip(self.mine, *received, strict=True)}
+
+    def deliver(self, whole: dict[int, Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """What the owners made of their matrices, in every process, laid out like `parts`, whose values do not matter. An owner's own, not
+        sharded, is what it gave, not a copy."""
+        if self.world.size == 1:
+            return list(whole.values())
+        owned = self._owned()
+        if self.world.sharded:
+            blocks = {i: matrix.split([self._part_shape(i, rank)[0] for rank in self._ranks()]) for i, matrix in whole.items()}
+            send = [[blocks[i][rank] for i in self.mine] for rank in self._ranks()]
+            received = self._exchange(send, [[tuple(parts[i].shape) for i in numbers] for numbers in owned], parts[0])
+        else:
+            received = self._to_everybody([whole[i] for i in self.mine], [[self.shapes[i] for i in numbers] for numbers in owned], parts[0])
+            received[self.world.rank] = [whole[i] for i in self.mine]
+        by_number = {i: matrix for numbers, matrices in zip(owned, received, strict=True) for i, matrix in zip(numbers, matrices, strict=True)}
+        return [by_number[i] for i in range(len(parts))]
+
+    def _owned(self) -> list[list[int]]:
+        """Numbers of the matrices of each rank."""
+        return [[i for i, owner in enumerate(self.owners) if owner == rank] for rank in self._ranks()]
+
+    def _ranks(self) -> range:
+        return range(self.world.size)
+
+    def _part_shape(self, i: int, rank: int) -> tuple[int, ...]:
+        return (self.world.shard(self.shapes[i][0], rank), *self.shapes[i][1:])
+
+    def _exchange(self, send: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor) -> list[list[Tensor]]:
+        """Tensors for each rank, sent at once; returns those from each rank, of these shapes."""
+        out = _flat([tensor for tensors in send for tensor in tensors], like)
+        sizes = [sum(map(_count, of_rank)) for of_rank in shapes]
+        received = like.new_empty(sum(sizes))
+        dist.all_to_all_single(received, out, sizes, [sum(t.numel() for t in tensors) for tensors in send])
+        return [_shaped(part, of_rank) for part, of_rank in zip(received.split(sizes), shapes, strict=True)]
+
+    def _to_everybody(self, send: list[Tensor], shapes: list[list[tuple[int, ...]]], like: Tensor) -> list[list[Tensor]]:
+        """Tensors of this process to all; returns those of each rank, of these shapes. One message, padded to the longest."""
+        sizes = [sum(map(_count, of_rank)) for of_rank in shapes]
+        padded = like.new_zeros(max(sizes))
+        padded[: sizes[self.world.rank]] = _flat(send, like)
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded)
+        return [_shaped(part[:size], of_rank) for part, size, of_rank in zip(received, sizes, shapes, strict=True)]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors]) if tensors else like.new_empty(0)
+
+
+def _shaped(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    return [part.view(shape) for part, shape in zip(flat.split([_count(shape) for shape in shapes]), shapes, strict=True)]
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) as torchrun says them in the environment; (0, 0, 1) without it.
+
+    Raises BadInput for an environment that is not whole.
+    """
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return 0, 0, 1
+        return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"expected WORLD_SIZE, RANK and LOCAL_RANK as torchrun sets them, got {error}; start it by torchrun, or unset them") from None
+
+
+@contextmanager
+def joined(device: str = "cpu", parallel: str = "ddp") -> Iterator[World]:
+    """The world that torchrun started this process in, joined for the block: gloo on CPU, nccl on GPUs, process i of a machine on its GPU i.
+
+    One process: no process group, and `parallel` plays no part. A process group that is there already is used, and left as it is.
+    Raises BadInput for an unknown mode and for a machine with fewer GPUs than processes.
+    """
+    if parallel not in MODES:
+        raise BadInput(f"expected a way to run in parallel among {', '.join(MODES)}, got {parallel!r}; name one of them")
+    rank, on_machine, size = launched()
+    if size == 1:
+        yield World(device=device)
+        return
+    where = torch.device(device)
+    if where.type == "cuda":
+        if device != "cuda" or on_machine >= torch.cuda.device_count():
+            raise BadInput(
+                f"expected one GPU for each process, got device {device!r} and {torch.cuda.device_count()} GPUs for process {on_machine} of this "
+                f"machine; use --device cuda with as many processes as GPUs, or --device cpu"
+            )
+        where = torch.device("cuda", on_machine)
+        torch.cuda.set_device(where)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=_PATIENCE)
+    world = World(rank, size, parallel == "fsdp", str(where))
+    try:
+        yield world
+    except RobustlipError:
+        # Raised on all processes. After any other exception the others may be inside a collective: leaving the group would wait for them.
+        if mine:
+            dist.destroy_process_group()
+        raise
+    if mine:
+        dist.destroy_process_group()
