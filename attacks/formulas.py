@@ -35,7 +35,7 @@ from robustlip.spectral import spectral_norm_bound
 UNITS = ("l2", "rms")
 GELU_DIVISOR = 1.1289  # of the published code
 
-# The six mistakes of the published formula, MATH.md section 4. `reproduced` says what they do to the value computed here.
+# The six mistakes of the published formula, MATH.md section 4, and a seventh of models with these options.
 MISTAKES = {
     1: "it takes norms of the whole W_q, W_k and W_v, where one head's slice can hold all of the norm and each head can read another token",
     2: "it divides the MLP's constant by 1.1289 although the forward pass has divided already",
@@ -43,6 +43,7 @@ MISTAKES = {
     4: "the attention scale multiplies the value term too, which is too small for scales below 1",
     5: "it takes the domain of clean embeddings, which a perturbation leaves",
     6: "its norms come from logs of training or power iteration instead of the weights in use",
+    7: "it sees neither final_scale, the factor on the logits, nor what stands in the place of LayerNorm",
 }
 
 
@@ -108,12 +109,33 @@ def _mlp_of(layer: nn.Module) -> tuple[nn.Linear, ScaledGELU, nn.Linear] | None:
     return None
 
 
+def _in_place_of_norm(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """(substitute for LayerNorm, what is behind it) of a branch of the published code's, or None. Substitutes learn nothing."""
+    if type(layer) is not nn.Sequential or len(layer) < 2:
+        return None
+    front, rest = layer[0], layer[1:]
+    if type(front) is nn.Tanh or (isinstance(front, (nn.RMSNorm, nn.LayerNorm)) and not front.elementwise_affine and front.eps):
+        return front, rest
+    return None
+
+
+def _behind_substitute(front: nn.Module, norm: float) -> tuple[float, float]:
+    """(Lipschitz constant in RMS, RMS norm behind it) of a substitute for LayerNorm on tokens of RMS norm ≤ norm: it divides by √(mean x² + eps)."""
+    if type(front) is nn.Tanh:
+        return 1.0, min(norm, 1.0)
+    eps = float(front.eps)  # type: ignore[arg-type]
+    return 1 / math.sqrt(eps), min(norm / math.sqrt(eps), 1.0)
+
+
 def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) -> tuple[float, float]:
     """(constant, growth of the norm) of one attention or MLP layer or residual of one, both in RMS, for token RMS norms ≤ `norm` in front.
 
-    repair: numbers of MISTAKES to leave out (1, 2 and 4 change the value); with none this is the published formula.
+    repair: numbers of MISTAKES to leave out (1, 2, 4 and 7 change the value); with none this is the published formula.
     Raises BadInput for any other layer.
     """
+    if isinstance(layer, Residual) and type(layer.branch) is nn.Identity:  # final_scale
+        factor = abs(layer.skip + layer.weight) if 7 in repair else 1.0
+        return factor, factor
     if isinstance(layer, Residual):
         constant, growth = newhouse_layer(layer.branch, norm, repair)
         skip, weight = abs(layer.skip), abs(layer.weight)
@@ -129,6 +151,14 @@ def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) 
             each = heads[2] * (on_values + 2 * on_logits * heads[0] * heads[1] * layer.heads * norm**2)
             return third * o * float(each.square().sum().sqrt()), third * o * float(heads[2].square().sum().sqrt())
         return third * o * v * (on_values + 2 * on_logits * norm**2 * q * k), third * o * v
+    substituted = _in_place_of_norm(layer)
+    if substituted is not None:
+        front, rest = substituted
+        if 7 not in repair:
+            return newhouse_layer(rest, norm, repair)
+        own, behind = _behind_substitute(front, norm)
+        constant, growth = newhouse_layer(rest, behind, repair)
+        return own * constant, growth * behind / norm if norm else 0.0
     mlp = _mlp_of(layer)
     if type(layer) is nn.Sequential and len(layer) == 1:
         return newhouse_layer(layer[0], norm, repair)
@@ -148,9 +178,10 @@ def newhouse2025(model: nn.Module, repair: Collection[int] = ()) -> Claim:
     Newhouse et al. 2025), in ∞-RMS, on embeddings of RMS norm ≤ 1: L ← L(|skip| + |weight|Λ) over the residuals with
     Λ_att = s·σ_o σ_v(1 + 2σ_q σ_k a²)/3 and Λ_mlp = σ_out σ_in/1.1289, a ← a(|skip| + |weight|·growth), then the head.
 
-    Of its six mistakes (MISTAKES) it reproduces 1, 2, 3, 4 and 5. Not 6: norms are taken from the weights in use, which is kinder to it.
+    Of its mistakes (MISTAKES) it reproduces 1, 2, 3, 4, 5 and 7. Not 6: norms are taken from the weights in use, which is kinder to it, as
+    is that the residuals' own weights are used: the published code takes 1/(2·blocks), whatever its option residual_scale makes of them.
     The published product starts with the norm of the embedding, for one-hot inputs; as every claim here is about embeddings, it starts with 1.
-    Raises BadInput for a model that it does not speak of: no embedding, LayerNorm, another activation, layers of other kinds.
+    Raises BadInput for a model that it does not speak of: no embedding, a learned LayerNorm, another activation, layers of other kinds.
     """
     chain = as_chain(model)
     if chain.embedding_depth == 0:
@@ -286,7 +317,7 @@ def norms_in_front(chain: Chain, formula: str) -> Iterable[tuple[str, nn.Module,
 def explain(model: nn.Module, claim: Claim) -> str:
     """One sentence: which assumption of the formula a violation most likely comes from."""
     if claim.formula == "newhouse2025":
-        repaired = {i: newhouse2025(model, {i}).value for i in (1, 2, 4)}
+        repaired = {i: newhouse2025(model, {i}).value for i in (1, 2, 4, 7)}
         worst = max(repaired, key=lambda i: repaired[i])
         said = newhouse2025(model).value
         if repaired[worst] <= said * (1 + 1e-9):
