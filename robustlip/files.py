@@ -40,7 +40,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class atomic:
-    """`with atomic(path) as temporary:` writes `temporary`, which becomes `path` only when the block ends well."""
+    """`with atomic(path) as temporary:` writes `temporary`, which becomes `path` only when the block ends well.
+
+    The contents are on the disk before the name is, and the name when the block is left: a power failure leaves the old file or the new one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -57,10 +60,31 @@ class atomic:
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
+        if kind is not None:
             self.temporary.unlink(missing_ok=True)
+            return
+        try:
+            with open(self.temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(self.temporary, self.path)
+        except OSError:
+            self.temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(self.path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can: Windows opens no folders, and some network file systems refuse."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
