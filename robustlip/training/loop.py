@@ -22,6 +22,7 @@ from robustlip.layers import Chain, Residual
 from robustlip.parallel import ALONE, World, joined
 from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
+from robustlip.training.losses import margin_loss
 from robustlip.training.optimizers import make_optimizers, restore, schedule, state_tensors
 from robustlip.training.recipe import Recipe, identity, load_recipe
 from robustlip.training.reparametrize import fold, reparametrize
@@ -47,6 +48,8 @@ def _constraint_of(recipe: Recipe, model: nn.Module, world: World) -> Constraint
 def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, step: int) -> Tensor:
     if recipe.loss.kind == "ibp":
         return ibp_loss(model, x, y.flatten(), recipe.loss, step)
+    if recipe.loss.kind == "margin":
+        return margin_loss(model, x, y.flatten(), recipe.loss, step)
     logits = forward(x).flatten(0, -2)
     return F.cross_entropy(recipe.loss.logit_scale * logits, y.flatten(), label_smoothing=recipe.loss.label_smoothing)
 

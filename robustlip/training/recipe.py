@@ -113,12 +113,14 @@ class LossPart(_Strict):
     kind 'ibp': cross entropy of the worst logits that interval bounds allow in the ball of radius epsilon (raw input units) of `norm`, for MLPs
     (Gowal et al. 2018), trained as Shi et al. 2021: their initialisation, epsilon grown over `ramp` steps after `start` steps near 0,
     their two regularisers with weight `regularizer` until then. See robustlip.training.ibp.
+    kind 'margin': cross entropy of the worst margins that the layers' Lipschitz constants allow in the l2 ball of radius epsilon, for MLPs; norm
+    = "l2", start and ramp as for 'ibp'. See robustlip.training.losses.
     """
 
     logit_scale: PositiveFloat = 1.0
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     input_noise: float = Field(default=0.0, ge=0)
-    kind: Literal["cross-entropy", "ibp"] = Field(default="cross-entropy", json_schema_extra=_LATER)
+    kind: Literal["cross-entropy", "ibp", "margin"] = Field(default="cross-entropy", json_schema_extra=_LATER)
     epsilon: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
     norm: Literal["linf", "l2"] = Field(default="linf", json_schema_extra=_LATER)
     start: int = Field(default=0, ge=0, json_schema_extra=_LATER)
@@ -128,8 +130,10 @@ class LossPart(_Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if (self.kind == "ibp") != (self.epsilon is not None):
-            raise ValueError("kind = 'ibp' needs an epsilon, and nothing else has one")
+        if (self.kind != "cross-entropy") != (self.epsilon is not None):
+            raise ValueError("kinds 'ibp' and 'margin' need an epsilon, and nothing else has one")
+        if self.kind == "margin" and self.norm != "l2":
+            raise ValueError("kind 'margin' needs norm = 'l2'")
         return self
 
 
@@ -169,10 +173,10 @@ class Recipe(_Strict):
     def _fits(self) -> Self:
         if self.reparametrization != "none" and self.constraint.method != "none":
             raise ValueError("a reparametrization and a constraint exclude each other")
-        if self.loss.kind == "ibp" and self.model.get("kind") != "mlp":
-            raise ValueError("loss kind 'ibp' is for models of kind 'mlp'")
-        if self.loss.kind == "ibp" and (self.run.compile or self.run.dtype != "float32"):
-            raise ValueError("loss kind 'ibp' trains in float32 and is not compiled")
+        if self.loss.kind != "cross-entropy" and self.model.get("kind") != "mlp":
+            raise ValueError(f"loss kind '{self.loss.kind}' is for models of kind 'mlp'")
+        if self.loss.kind != "cross-entropy" and (self.run.compile or self.run.dtype != "float32"):
+            raise ValueError(f"loss kind '{self.loss.kind}' trains in float32 and is not compiled")
         if self.reparametrization != "none" and self.run.compile:
             raise ValueError("a reparametrization has state of its own and is not compiled")
         if self.data.tokenizer is not None:

@@ -1,0 +1,77 @@
+"""Training on certified margins: the logits that a Lipschitz bound still allows a rival, inside the loss.
+
+With L ≥ the ℓ2 Lipschitz constant from the raw input to the last hidden state and rows u of the last layer, f_y − f_j falls by at most
+ε·L·‖u_y − u_j‖₂ in the ℓ2 ball of radius ε (MATH.md section 5). So the worst margin is m_j = f_y − f_j − ε·L·‖u_y − u_j‖₂, and the loss is
+the cross entropy of logits −s·m_j (own label: 0). Plain cross entropy is ε = 0. It pays for margins in units of the radius that they certify, so
+scaling the logits no longer helps, and a sample whose margin is far above ε costs nothing.
+
+L is the product of the layers' constants, and gradients flow through it: an unconstrained model can lower it, a constrained one has it given.
+Spectral norms come from power iteration, an estimate from below at a tenth of the cost of a bound. Sources: Tsuzuku et al. 2018
+(Lipschitz-margin training), Leino et al. 2021 and Hu et al. 2023 (one bound a rival).
+
+Bounds here are in the arithmetic of training. Certificates come from robustlip.certify, never from this file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.constraints.norms import top_singular
+from robustlip.errors import BadInput
+from robustlip.layers import Chain, GroupSort, Householder, MaxMin, Normalize
+from robustlip.training.ibp import radius_at
+from robustlip.training.recipe import LossPart
+
+# Slopes of at most 1, and layers that only move numbers.
+_ONE = (nn.Flatten, nn.Identity, nn.ReLU, nn.Tanh, MaxMin, GroupSort, Householder)
+
+
+def lipschitz_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float) -> Tensor:
+    """(N, C): f_y − f_j at x (N, …), labels y (N,), less what the ℓ2 ball of radius epsilon (raw input units) can take from it; 0 at j = y.
+
+    Raises BadInput for a model that does not end with a Linear layer, or has layers other than Flatten, Normalize, Linear, ReLU, Tanh, MaxMin,
+    GroupSort and Householder.
+    """
+    layers = list(model)
+    head = layers[-1]
+    if not isinstance(head, nn.Linear):
+        raise BadInput("expected an MLP that ends with a Linear layer, got another; train it with loss kind 'cross-entropy'")
+    logits = model(x)
+    rows = head.weight
+    # The rows' distances by their products: (C, C), and a root with a finite gradient at the own label's 0, moved up by at most 10⁻¹⁰.
+    difference = rows[:, None, :] - rows[None, :, :]
+    distance = (difference.square().sum(-1) + 1e-20).sqrt()
+    room = epsilon * body_constant(layers[:-1], rows) * distance[y]
+    margins = logits.gather(1, y[:, None]) - logits - room
+    return margins.scatter(1, y[:, None], 0.0)
+
+
+def body_constant(layers: list[nn.Module], like: Tensor) -> Tensor:
+    """A scalar, differentiable: the product of the layers' ℓ2 Lipschitz constants, norms estimated; dtype of `like`. Raises BadInput as above."""
+    constant = like.new_ones(())
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            constant = constant * _spectral_norm(layer.weight)
+        elif isinstance(layer, Normalize):
+            constant = constant / layer.std.min()
+        elif not isinstance(layer, _ONE):
+            raise BadInput(
+                f"expected Flatten, Normalize, Linear, ReLU, Tanh, MaxMin, GroupSort and Householder layers for certified margins, got {layer}; "
+                f"use activation = 'relu' or 'maxmin'"
+            )
+    return constant
+
+
+def _spectral_norm(weight: Tensor) -> Tensor:
+    """σ = uᵀWv with u and v held: its gradient uvᵀ is that of σ."""
+    with torch.no_grad():
+        u, _, v = top_singular(weight)
+    return (u.mT @ weight @ v).squeeze()
+
+
+def margin_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:
+    """The training loss of a step: cross entropy of −logit_scale·m_j at this step's ε, which grows over `ramp` steps after `start`."""
+    margins = lipschitz_margins(model, x, y, radius_at(loss, step))
+    return F.cross_entropy(-loss.logit_scale * margins, y, label_smoothing=loss.label_smoothing)
