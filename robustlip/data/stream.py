@@ -83,7 +83,7 @@ class Documents:
             if column not in columns:
                 raise BadInput(f"expected a column {column!r} in {name}, got {', '.join(columns)}; name one of them as text_column")
             self._data = self._data.select_columns([column])
-        self._start: Any = copy.deepcopy(self._data.state_dict())
+        self._start: Any = self._data.state_dict()
         self._at = self._start
         self._rows: Iterator[Any] | None = None
 
@@ -103,11 +103,10 @@ class Documents:
         Raises BadInput for a row without text and for a position of something else, DataUnavailable when reading fails.
         """
         try:
-            with quiet():
-                if self._rows is None:
-                    self._rows = self._reopened()
-                row = next(self._rows, None)
-            self._at = copy.deepcopy(self._data.state_dict())
+            if self._rows is None:
+                self._rows = self._reopened()
+            row = next(self._rows, None)
+            self._at = self._data.state_dict()  # a copy
         except BadInput:
             raise
         except Exception as error:  # of the file system, of pyarrow, or of whichever HTTP client datasets uses
@@ -126,9 +125,10 @@ class Documents:
     def _reopened(self) -> Iterator[Any]:
         """Rows from the position on, the first of them read. Raises BadInput for a position of something else."""
         try:
-            self._data.load_state_dict(copy.deepcopy(self._at))
-            rows = iter(self._data)
-            first = next(rows, None)
+            with quiet():
+                self._data.load_state_dict(copy.deepcopy(self._at))
+                rows = iter(self._data)
+                first = next(rows, None)
         except (LookupError, TypeError, AttributeError) as error:  # it indexes into what it is given
             raise BadInput(
                 f"expected a position in {self.name}, got one of other files or another version of datasets ({type(error).__name__}); "
