@@ -20,7 +20,7 @@ from robustlip.training.optimizers import make_optimizers
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
-GRIDS = sorted(path for path in (FOLDER / "grid").glob("*.toml") if "base" in tomllib.loads(path.read_text()) and path.stem != "constraints")
+GRIDS = sorted(path for path in (FOLDER / "grid").glob("*.toml") if isinstance(tomllib.loads(path.read_text(encoding="utf-8")).get("base"), str))
 
 
 def on_meta(recipe: Recipe) -> torch.nn.Module:
