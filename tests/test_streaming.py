@@ -293,9 +293,11 @@ def test_a_batch_is_a_function_of_the_step(source: str) -> None:
         assert np.array_equal(x.flatten().numpy(), wanted[start : start + 128])
         assert np.array_equal(y.flatten().numpy(), wanted[start + 1 : start + 129])
         assert torch.equal(torch.cat([x[rank::4] for rank in range(4)]).sort(0).values, x.sort(0).values)
-    resumed = Source(spec, None)
-    resumed.restore(made.state(41))
-    assert torch.equal(resumed.batch(41)[0], made.batch(41)[0])
+    # A state taken while the next step is read ahead is that step's, and a source that was used can be sent elsewhere.
+    resumed, state = Source(spec, None), made.state(41)
+    resumed.batch(7)
+    resumed.restore(state)
+    assert torch.equal(resumed.batch(41)[0], made.batch(41)[0]) and torch.equal(resumed.batch(42)[1], made.batch(42)[1])
     held = torch.cat([x.flatten() for x, _ in made.evaluation(None)])
     assert torch.equal(held, made.test[: len(held)]) and not set(map(int, made.test)) - set(range(257))
 
@@ -348,6 +350,19 @@ def test_a_killed_run_goes_on_at_its_place_in_the_data(source: str, tmp_path: Pa
 def test_recipes_that_cannot_stream(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe("x/y", **change)
+
+
+def test_an_error_of_reading_ahead_is_raised_at_its_step(tmp_path: Path) -> None:
+    """The documents up to there are trained on; the broken one ends the run with its sentence."""
+    path = tmp_path / "broken.jsonl"
+    good = "".join(json.dumps({"text": "x" * 40}) + "\n" for _ in range(200))
+    path.write_text(good + '{"text": null}\n')
+    made = Source(recipe(str(path)), None)
+    # 64 documents are tokenised at once: three times 64 of 41 tokens are 61 steps of 128, and the broken one is in the fourth.
+    for step in range(61):
+        made.batch(step)
+    with pytest.raises(BadInput, match="got NoneType"):
+        made.batch(61)
 
 
 def test_too_little_to_evaluate_on(lines: Path) -> None:

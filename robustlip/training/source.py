@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +47,8 @@ class Source:
         self.note = ""
         if recipe.data.streaming:
             self.stream = _open(recipe, data_dir)
+            self._reader = ThreadPoolExecutor(1)
+            self._ahead: tuple[int, Future[np.ndarray]] | None = None
             self.test, self.note = torch.from_numpy(self.stream.held_out_tokens()).long(), self.stream.note
             if len(self.test) <= self.context:
                 raise BadInput(f"expected held-out documents of more than {self.context} tokens, got {len(self.test)}; raise data.held_out")
@@ -60,7 +64,7 @@ class Source:
         size = self.recipe.run.batch
         if self.stream is not None:
             # One window after the other: row r of step t begins at token (t·size + r)·context, the one that the row before predicts last.
-            tokens = torch.from_numpy(self.stream.window(step * size * self.context, size * self.context + 1)).long()
+            tokens = torch.from_numpy(self._tokens(step)).long()
             return tokens[:-1].view(size, self.context), tokens[1:].view(size, self.context)
         if self.text:
             start = torch.randint(len(self.train) - self.context - 1, (size,), generator=generator)
@@ -72,13 +76,36 @@ class Source:
             x = x + self.recipe.loss.input_noise * torch.randn(x.shape, generator=generator)
         return x, self.y[pick]
 
+    def _tokens(self, step: int) -> np.ndarray:
+        """The tokens of a step; those of the next one are read and tokenised while this one trains, by a thread that has the stream to itself."""
+        assert self.stream is not None
+        count = self.recipe.run.batch * self.context
+
+        def read(step: int) -> np.ndarray:
+            assert self.stream is not None
+            return self.stream.window(step * count, count + 1)
+
+        if self._ahead is not None and self._ahead[0] == step:
+            tokens = self._ahead[1].result()
+        else:
+            tokens = self._reader.submit(read, step).result()
+        self._ahead = (step + 1, self._reader.submit(read, step + 1))
+        return tokens
+
     def state(self, step: int) -> dict[str, Any] | None:
         """Where the data of `step`, the next one, begins: plain numbers and strings for the state of a run; None where the step is enough."""
-        return None if self.stream is None else self.stream.state_at(step * self.recipe.run.batch * self.context)
+        if self.stream is None:
+            return None
+        if self._ahead is not None:
+            self._ahead[1].result()  # the stream is the other thread's until then
+        return self.stream.state_at(step * self.recipe.run.batch * self.context)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from a `state`; without one, the data before the next step is read again. Raises BadInput when the data is not as it was."""
         if self.stream is not None and state is not None:
+            if self._ahead is not None:
+                wait([self._ahead[1]])
+            self._ahead = None
             self.stream.restore(state)
 
     def evaluation(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
