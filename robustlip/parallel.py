@@ -139,8 +139,7 @@ class World:
         if self.size == 1:
             return module
         if not self.sharded:
-            # Buffers (power iterations of a reparametrisation) follow from weights that are equal: nothing to send.
-            return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(module)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

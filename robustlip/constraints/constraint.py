@@ -121,17 +121,17 @@ class Constraint:
         def after_step(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
             for target in rows:
                 _cap_rows(target)
-            norms = [self._map(group, _step_of(group, opt)) for group in groups]
+            norms = self._map(groups, [_step_of(group, opt) for group in groups])
             norms += [_largest_row(target) for target in rows]
             self._refuse_violations([*(t for group in groups for t in group.targets), *rows], norms)
 
         optimizer.register_step_post_hook(after_step)
 
-    def _grouped(self, pairs: list[tuple[Target, int]]) -> list[_Group]:
-        """Targets whose slices can be mapped together, in stacks of bounded size, with their owners."""
+    def _grouped(self, pairs: list[tuple[Target, int]], apart: bool = False) -> list[_Group]:
+        """Targets whose slices can be mapped together, in stacks of bounded size, with their owners. apart: each by itself."""
         parts: dict[tuple[object, ...], list[list[tuple[Target, int]]]] = {}
-        for target, number in pairs:
-            key = (target.shape(), target.weight.dtype, target.weight.device)
+        for i, (target, number) in enumerate(pairs):
+            key = (target.shape(), target.weight.dtype, target.weight.device, i if apart else None)
             stacks = parts.setdefault(key, [[]])
             if sum(t.weight.numel() for t, _ in stacks[-1]) + target.weight.numel() > _LARGEST_STACK * self.world.size and stacks[-1]:
                 stacks.append([])
@@ -147,18 +147,19 @@ class Constraint:
             groups.append(_Group(targets, numbers, spread, caps[:, None, None]))
         return groups
 
-    def _map(self, group: _Group, step: StepTaken) -> Tensor:
-        """Map the weights of a group in place; returns lower bounds of the norms (RMS units) that they then have, one a target, 0 for others'."""
-        parts = [local(t.weight) for t in group.targets]
-        whole = group.spread.collect(parts)
-        norms = self.world.together(lambda: self._map_mine(group, whole, step))
-        for part, mapped in zip(parts, group.spread.deliver(whole, parts), strict=True):
-            if mapped is not part:
-                part.copy_(mapped)
+    def _map(self, groups: list[_Group], steps: list[StepTaken]) -> list[Tensor]:
+        """Map the weights of groups in place; returns lower bounds of the norms (RMS units) that they then have: one a target, 0 for others'."""
+        parts = [[local(t.weight) for t in group.targets] for group in groups]
+        whole = [group.spread.collect(weights) for group, weights in zip(groups, parts, strict=True)]
+        norms = self.world.together(lambda: [self._map_mine(*each) for each in zip(groups, whole, steps, strict=True)])
+        for group, weights, mine in zip(groups, parts, whole, strict=True):
+            for weight, mapped in zip(weights, group.spread.deliver(mine, weights), strict=True):
+                if mapped is not weight:
+                    weight.copy_(mapped)
         return norms
 
     def _map_mine(self, group: _Group, whole: dict[int, Tensor], step: StepTaken) -> Tensor:
-        """The same for the matrices that this process owns, which are all in `whole`."""
+        """The same for the matrices of a group that this process owns, which are all in `whole`."""
         assert self.method is not None
         out = group.caps.new_zeros(len(group.targets))
         if not whole:
@@ -207,15 +208,19 @@ class Constraint:
             return
         update = None if update_norm is None else (_of_slice(target, update_norm),) * target.slices
         step = StepTaken((target.w_max,) * target.slices, update, (decay,) * target.slices, (rate,) * target.slices)
-        self._map(self._grouped([(target, 0)])[0], step)
+        self._map(self._grouped([(target, 0)]), [step])
 
     @torch.no_grad()
     def project(self) -> None:
         """Bring every target inside once, by normalisation: for the initial weights, from which all guarantees start."""
-        inside = Constraint([], SpectralNormalize(), self.world)
+        if self.method is None:
+            return
         for target in self.targets:
-            if self.method is not None:
-                inside.apply(target)
+            if target.rows:
+                _cap_rows(target)
+        inside = Constraint([], SpectralNormalize(), self.world)
+        groups = inside._grouped([(t, 0) for t in self.targets if not t.rows], apart=True)
+        inside._map(groups, [_unknown_step(group) for group in groups])
 
     def measured(self) -> dict[str, float]:
         """Guaranteed upper bounds of all constrained norms, RMS units."""
@@ -245,6 +250,12 @@ def _of_slice(target: Target, update_norm: float) -> float:
     """A bound of the whole matrix's update bounds each slice's, in the slice's own RMS units."""
     fan_out, fan_in = target.weight.shape
     return update_norm * math.sqrt(fan_out / fan_in) * target.rms_scale()
+
+
+def _unknown_step(group: _Group) -> StepTaken:
+    caps = [t.w_max for t, _ in group.mine() for _ in range(t.slices)]
+    zeros = (0.0,) * len(caps)
+    return StepTaken(tuple(caps), None, zeros, zeros)
 
 
 def _step_of(group: _Group, optimizer: torch.optim.Optimizer) -> StepTaken:
