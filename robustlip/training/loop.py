@@ -186,8 +186,8 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
 
     # Compiled before hooks of processes are on the model, and before the optimisers see its parameters.
     forward = world.together(lambda: Forward(recipe, model, batch(first)[0]))
-    # Interval bounds read weights outside of the layers' own forward passes: then there is one block, the whole model.
-    blocks = [] if recipe.loss.kind == "ibp" else [m for m in model.modules() if isinstance(m, Residual)]
+    # Other losses read weights outside of the layers' own forward passes: then there is one block, the whole model.
+    blocks = [] if recipe.loss.kind != "cross-entropy" else [m for m in model.modules() if isinstance(m, Residual)]
     run = world.wrap(_Pass(recipe, model, forward), blocks)
     optimizers = make_optimizers(recipe, model, world)
     constraint = _constraint_of(recipe, model, world)
