@@ -26,7 +26,8 @@ def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     _, exponent = torch.frexp(a.abs().amax((-2, -1), keepdim=True))
     # ldexp in two halves: 2^-e itself can overflow for subnormal matrices.
     half = -exponent // 2
-    return torch.ldexp(torch.ldexp(a, half), -exponent - half), exponent[..., 0, 0]
+    one = torch.ones(exponent.shape, dtype=a.dtype, device=a.device)
+    return a * torch.ldexp(one, half) * torch.ldexp(one, -exponent - half), exponent[..., 0, 0]
 
 
 def _unscaled(norm: Tensor, exponent: Tensor) -> Tensor:
@@ -140,6 +141,24 @@ def spectral_norms(weights: Mapping[str, Tensor], iterations: int = 100) -> dict
         for (name, _), bound, estimate in zip(members, bounds.tolist(), spectral_norm_estimate(batch, iterations).tolist(), strict=True):
             found[name] = SpectralNorm(bound, estimate)
     return {name: found[name] for name in sorted(found)}
+
+
+def quartic_bound(weight: Tensor) -> float:
+    """q ≥ max ‖(Wx)∘(Wx)‖₂ over ‖x‖₂ ≤ 1, for W (m, n) with rows w_i.
+
+    (w_i·x)² = ⟨w_iw_iᵀ, xxᵀ⟩ and xxᵀ = I/n + S for a unit x, with S of trace 0 and ‖S‖_F ≤ 1; S meets the w_iw_iᵀ less their part along I, whose
+    Gram matrix is G∘G − ssᵀ/n with G = WWᵀ, s_i = ‖w_i‖². So q = ‖s‖/n + sqrt(λ_max of it), at most max_i‖w_i‖·σ(W), which is taken where it is less.
+    """
+    a, exponent = _scaled(weight)
+    gram = a @ a.mT
+    size = norm_up(a).square()
+    traceless = gram.square() - size[:, None] * size / a.shape[1]
+    # A Gram entry is off by γ_n‖w_i‖‖w_j‖, its square by a little more than twice that times as much, the rest by less.
+    lost = up(8 * gamma(a.shape[1] + 4, U64) * norm_up(size, 0).square())
+    top = up(gram_iteration_bound((traceless + traceless.mT) / 2, 6) + lost).sqrt()
+    plain = up(size.amax().sqrt() * spectral_norm_bound(a))
+    bound = up(torch.minimum(up(norm_up(size, 0) / a.shape[1] + top), plain) * (1 + 1e-12))
+    return float(_unscaled(bound, 2 * exponent).clamp_min(1e-300)) if bool(a.any()) else 0.0
 
 
 def infinity_to_two_bound(weight: Tensor) -> Tensor:

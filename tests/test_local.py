@@ -26,9 +26,10 @@ from robustlip.certifiers.dual import Rivals, at_positions, first_order
 from robustlip.certifiers.local import reference_of
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
-from robustlip.local import ChainExpansion, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.local import ChainExpansion, Expansion, JacobianChain, Scope, expand, linear, loss
 from robustlip.local import normalization as local_normalization
-from robustlip.local.attention import others
+from robustlip.local.attention import SoftmaxBall, others
+from robustlip.local.jacobian import bounded
 from robustlip.local.linear import ElementwiseExpansion, elementwise
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.rules import Context
@@ -240,6 +241,22 @@ def test_what_an_expansion_promises_is_never_exceeded(name) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_two_sided_weights_serve_both_signs(name) -> None:
+    case, layer = case_of(name)
+    x = samples(case, 3 * len(RADII))
+    expansion = expanded(case, layer, x)
+    radius = torch.tensor(RADII, dtype=torch.float64).repeat(3)[:, None].expand(len(x), tokens(case, x).shape[1])
+    bounds: list = []
+    expansion.advance(radius, 0 * radius, bounds)
+    g = torch.randn(4, *expansion.clean.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    zero = torch.zeros(4, len(x), dtype=torch.float64)
+    both = loss(zero, expansion.adjoint(g, two_sided=True)[1], bounds)
+    for one in (g, -g):
+        alone = loss(zero, expansion.adjoint(one)[1], bounds)
+        assert not bool((both < alone * (1 - 1e-9)).any())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_adjoints_are_those_of_autograd(name) -> None:
     case, layer = case_of(name)
     x = samples(case, 6).requires_grad_()
@@ -319,6 +336,98 @@ def test_single_tokens_agree_with_all_and_are_never_exceeded(position, jacobian,
         everyone[:, position] = radius
         mine, theirs = (e.advance(r, 0 * r, [])[0] for e, r in ((rows, alone), (full, everyone)))
         assert bool((mine[:, 0] <= theirs[:, position] * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_attention_asks_of_the_layers_in_front_is_never_exceeded(relu) -> None:
+    """|⟨c, Δ⟩| of the logits that a later attention follows back, by gradient ascent on the token that moves, against what is allowed."""
+    torch.manual_seed(2)
+    blocks = gpt_blocks(False, nn.ReLU if relu else nn.GELU).double().requires_grad_(False)
+    n, length, position = 10, 5, 4
+    x = 2 * torch.randn(n, length, D, dtype=torch.float64)
+    full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
+    zero = torch.zeros(n, length, dtype=torch.float64)
+    full.advance(zero, zero, [])
+    rows = JacobianChain(full.at_rows(torch.arange(n), torch.full((n,), position)))
+    asked = 0
+    for l, question in enumerate(rows.questions):
+        if question is None:
+            continue
+        asked += 1
+        functionals = rows.parts[l].functionals()
+        assert functionals is not None and len(functionals) > 1
+
+        def change(v: Tensor, l: int = l) -> Tensor:
+            moved = torch.cat([x[:, :position], x[:, position:] + v], 1)
+            return (blocks[:l](moved) - blocks[:l](x))[:, position]
+
+        for radius in RADII:
+            bounds: list = []
+            ball = torch.full((n, 1), radius, dtype=torch.float64)
+            rows.advance(ball, 0 * ball, bounds)
+            first, weights = question
+            allowed = bounded(first * radius, weights, bounds[: len(weights)], ball[:, 0])
+            v = torch.randn(n, 1, D, dtype=torch.float64).requires_grad_()
+            optimizer = torch.optim.Adam([v], lr=0.2)
+            best = 0.0
+            for _ in range(24):
+                fraction = (torch.einsum("and,nd->an", functionals, change(into(v, ball, "l2"))).abs() - 1e-12) / allowed
+                best = max(best, float(fraction.detach().amax()))
+                optimizer.zero_grad()
+                (-fraction.amax(0).sum()).backward()
+                optimizer.step()
+            assert best <= 1 + 1e-9
+            assert best > 0.5 or radius > 0.1  # near the point the first order is nearly all
+    assert asked
+
+
+@pytest.mark.parametrize("size", [0.01, 0.3, 1.0, 3.0, 20.0, 80.0])
+def test_a_softmax_ball_holds_what_logits_within_it_do(size) -> None:
+    """Changes of logits by gradient ascent: weights, their changes, and what is beyond first order, one-sided, for functionals of mean 0."""
+    generator = torch.Generator().manual_seed(int(100 * size))
+    n, t = 40, 6
+    p = (3 * torch.randn(n, t, generator=generator, dtype=torch.float64)).softmax(-1)
+    p[:8] = torch.tensor([1 - 5e-9, *[1e-9] * 5], dtype=torch.float64)  # saturated
+    b = size * torch.rand(n, t, generator=generator, dtype=torch.float64)
+    other = b * torch.rand(n, 1, generator=generator, dtype=torch.float64)
+    ball = SoftmaxBall(p, b, other, torch.ones(n, t, dtype=torch.bool))
+    square, drawn = ball.second_order()
+    omega = torch.randn(n, t, generator=generator, dtype=torch.float64)
+    omega[::2] *= p[::2].rsqrt()  # rare keys that matter
+    omega = omega - (p * omega).sum(-1, keepdim=True)
+    allowed = (square * (-omega).clamp_min(0) + drawn * omega.abs()).sum(-1)
+    mean = (p * other).sum(-1, keepdim=True)
+    v = torch.randn(n, t, generator=generator, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=0.1)
+    largest = torch.zeros(3, dtype=torch.float64)
+    for step in range(120):
+        eta = b * v.tanh()
+        # Onto |Σ pη| ≤ μ by shrinking, which keeps |η| ≤ b.
+        eta = eta * (mean / (p * eta).sum(-1, keepdim=True).abs().clamp_min(1e-300)).clamp_max(1.0)
+        weights = (p.log() + eta).softmax(-1)
+        rest = ((weights - p - p * (eta - (p * eta).sum(-1, keepdim=True))) * omega).sum(-1)
+        noise = 1e-13 * omega.abs().amax(-1) * (1 + size)
+        fractions = torch.stack([(weights / ball.upper).amax(-1), ((weights - p).abs() / ball.dev).amax(-1), -rest / (allowed + noise)])
+        largest = torch.maximum(largest, fractions.detach().amax(-1))
+        optimizer.zero_grad()
+        (-fractions[step % 3].sum()).backward()
+        optimizer.step()
+    assert float(largest.amax()) <= 1 + 1e-9, largest
+    assert float(largest[2]) > 0.3 or size > 1.0, largest
+
+
+def test_moments_along_the_path_are_those_of_quadrature() -> None:
+    """One key that moves among many: in `second_order` its own terms, by Simpson's rule."""
+    tau = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    simpson = torch.full_like(tau, 2.0)
+    simpson[1::2], simpson[0], simpson[-1] = 4.0, 1.0, 1.0
+    for b in (1e-3, 0.2, 1.0, 4.0):
+        p = torch.tensor([[1e-6, 1 - 1e-6]], dtype=torch.float64)
+        change = torch.tensor([[b, 0.0]], dtype=torch.float64)
+        square, drawn = SoftmaxBall(p, change, 0 * change, torch.ones(1, 2, dtype=torch.bool)).second_order()
+        wanted = float((simpson * (1 - tau) * (tau * b).exp()).sum() / 6000) * 1e-6 * b * b
+        assert wanted <= float(square[0, 0]) <= wanted * 1.04 * (1 + 1e-4)
+        assert float(drawn[0, 0]) <= 1e-5 * float(square[0, 0]) * (1 + b * math.exp(b)) ** 2
 
 
 def test_a_single_token_through_normalize_keeps_its_own_size() -> None:
@@ -403,17 +512,28 @@ def test_curvatures_are_suprema(name) -> None:
 
 
 @pytest.mark.parametrize("divisor", [1.0, 0.5, 3.0])
-def test_curvature_where_a_neuron_can_be_is_an_upper_bound(divisor) -> None:
+def test_bending_where_a_neuron_can_be_is_bounded_both_ways(divisor) -> None:
+    """f(z + Δ) − f(z) − f'(z)Δ against ±½κΔ², densely."""
     z = torch.linspace(-6, 6, 241, dtype=torch.float64)
     layer = ScaledGELU(divisor)
     expansion = expand(layer, z[None, None], Scope(Context(torch.float64, {})))
     assert isinstance(expansion, ElementwiseExpansion)
     for reach in (0.0, 1e-3, 0.1, 0.7, 2.0, 9.0):
         each = torch.full((1, 1, len(z)), reach, dtype=torch.float64)
-        bound = torch.as_tensor(expansion._curvature(each)) + 0 * each
-        points = z[:, None] + reach * torch.linspace(-1, 1, 401, dtype=torch.float64)
-        bent = (torch.exp(-0.5 * points**2) / math.sqrt(2 * math.pi) * (2 - points**2)).abs() / divisor
-        assert bool((bent.amax(1) <= bound[0, 0]).all())
+        convex, concave = (k[0, 0] for k in expansion._curvatures(each))
+        change = reach * torch.linspace(-1, 1, 401, dtype=torch.float64)
+        rest = layer(z[:, None] + change) - expansion.f.value[0, 0, :, None] - expansion.f.slope[0, 0, :, None] * change
+        assert bool((rest.amax(1) <= 0.5 * convex * reach**2 + 1e-14).all())
+        assert bool((-rest.amin(1) <= 0.5 * concave * reach**2 + 1e-14).all())
+        if 0 < reach < 0.5:  # and no more than twice what is there, where the function bends at all
+            assert float((0.5 * convex * reach**2 - 2 * rest.amax(1).clamp_min(0.02 * reach**2 / divisor)).amax()) <= 0
+
+
+def test_the_third_derivative_of_gelu_is_below_its_supremum() -> None:
+    with mpmath.workdps(30):
+        top = mpmath.sqrt((7 - mpmath.sqrt(33)) / 2)  # where −z⁴ + 7z² − 4 = 0
+        supremum = abs(mpmath.diff(lambda z: z * mpmath.ncdf(z), top, 3))
+    assert float(supremum) <= linear._GELU_THIRD <= float(supremum) * (1 + 1e-5)
 
 
 def test_the_curvature_of_normalisation_is_a_supremum() -> None:

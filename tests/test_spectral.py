@@ -14,6 +14,7 @@ from robustlip.spectral import (
     gram_iteration_bound,
     infinity_to_two_bound,
     one_to_two_bound,
+    quartic_bound,
     spectral_norm_bound,
     spectral_norm_estimate,
     spectral_norms,
@@ -110,3 +111,43 @@ def test_report_has_both_sides_of_every_matrix() -> None:
     assert all(0 <= row.gap < 0.01 for row in report.values())
     with pytest.raises(BadInput, match="vectors"):
         spectral_norms({"bias": torch.randn(3)})
+
+
+def largest_squares(weight: torch.Tensor) -> float:
+    """‖(Wx)∘(Wx)‖ by gradient ascent over unit x, from every row and from random starts."""
+    generator = torch.Generator().manual_seed(1)
+    n = weight.shape[1]
+    start = torch.cat([weight, torch.randn(32, n, generator=generator, dtype=torch.float64)])
+    x = torch.nn.functional.normalize(start + 1e-9, dim=-1)
+    for _ in range(200):
+        # A step of power iteration on the gradient 4Wᵀ(Wx)³ cannot lower a convex function of x on the sphere.
+        x = torch.nn.functional.normalize((x @ weight.T) ** 3 @ weight + 1e-12 * x, dim=-1)
+    return float((x @ weight.T).square().norm(dim=-1).amax())
+
+
+QUARTIC = {
+    "random": (torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.55),
+    "wide": (torch.randn(4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.7),
+    "orthonormal": (torch.eye(8, dtype=torch.float64), 0.9),
+    "all rows alike": (torch.ones(50, 5, dtype=torch.float64), 0.99),
+    "one row": (torch.tensor([[3.0, 4.0]], dtype=torch.float64), 0.99),
+    "one large row": (torch.cat([torch.full((1, 6), 10.0), 0.1 * torch.ones(20, 6)]).double(), 0.9),
+    "rank two": (torch.randn(30, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64) @ torch.eye(2, 9, dtype=torch.float64), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", QUARTIC)
+@pytest.mark.parametrize("exponent", [0, -140, 120])
+def test_quartic_bound_is_never_below_what_ascent_finds(name, exponent) -> None:
+    weight, close = QUARTIC[name]
+    found = largest_squares(weight)
+    bound = quartic_bound(weight * 10.0**exponent) * 10.0 ** (-2 * exponent)
+    assert found <= bound * (1 + 1e-9)
+    assert bound * close <= found
+    largest_row = float(weight.norm(dim=-1).amax())
+    assert bound <= largest_row * float(torch.linalg.matrix_norm(weight, 2)) * (1 + 1e-9)
+
+
+def test_quartic_bound_of_zero_and_of_what_squares_to_nothing() -> None:
+    assert quartic_bound(torch.zeros(3, 4)) == 0.0
+    assert quartic_bound(torch.full((3, 4), 1e-200, dtype=torch.float64)) > 0.0

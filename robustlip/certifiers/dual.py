@@ -91,7 +91,7 @@ def at_positions(reference: Reference, sample: Tensor, position: Tensor, *, jaco
     margin, pairs and hidden_norm are those of the batch's last tokens: a caller that reads other positions replaces what it uses of them.
     jacobians: whether radii between layers go through exact Jacobian blocks too, where the widths allow it.
     """
-    reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device), [])  # the others' rounding arrives
+    reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device))  # the others' rounding arrives
     body = reference.body.at_rows(sample, position)
     if jacobians and body.parts and all(part.clean.shape[-1] == reference.start.shape[-1] for part in body.parts):
         body = JacobianChain(body)
@@ -142,7 +142,7 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
     radius, _ = search(lambda epsilon: rivals.losses(reference, epsilon), rivals.margin, start)
     done.scatter_(1, first.T, True)
     while True:
-        hidden = reference.hidden(radius, [])
+        hidden = reference.hidden(radius)
         harmless = up(reference.pairs * hidden.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1) < reference.margin
         open_ = ~harmless & ~done & (radius > 0)[:, None]
         if not bool(open_.any()):

@@ -69,7 +69,7 @@ class Reference:
             return epsilon.unsqueeze(-1) * where
         return epsilon.unsqueeze(-1).expand(*epsilon.shape, tokens)
 
-    def hidden(self, epsilon: Tensor, bounds: list[Pair]) -> Tensor:
+    def hidden(self, epsilon: Tensor, bounds: list[Pair] | None = None) -> Tensor:
         """The radius in front of the head, of the token that is read (…, N)."""
         if self.context.weight_radius is not None:
             self.context.weight_radius.copy_(epsilon)  # what every layer's expansion reads
@@ -172,7 +172,7 @@ def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Thre
 
     def losses(epsilon: Tensor) -> Tensor:
         nonlocal reached
-        hidden = reference.hidden(epsilon, [])
+        hidden = reference.hidden(epsilon)
         reached = hidden
         # The head's own change moves a pair of logits by ‖(e_y − e_j)ᵀE h‖ ≤ √2‖E‖‖h‖.
         own = 2**0.5 * (1 + 1e-15) * reference.head_change() * (reference.hidden_norm + hidden)

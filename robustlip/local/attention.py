@@ -8,9 +8,8 @@ so p' lies between p^L_ij and p^U_ij (MATH.md section 6), |p' − p| ≤ dev, an
 Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, where Σ_j p_ijω_ij = 0, exactly
     ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.
 The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. In the third, on the path p^τ = softmax(S + τη) the second derivative is
-Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, so beyond Σ_j p_jη_jω_ij it is at most Σ_j [½p^U_j(b_j + b̄)² + ½V·dev_j]|ω_ij| with V = Σp^Ub² and b̄ a
-bound of |Σ_j p^τ_jη_j|, which under p is that of the parts that are not centred (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij), and in Σ_j
-p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
+Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, which `SoftmaxBall.second_order` integrates; its square lowers the margin only where ω_ij < 0, the variance both
+ways (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij). In Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
 Against MATH.md section 7 this has |⟨γ_i, v_j − o_i⟩| in the place of ‖γ_i‖‖W_o‖‖v_j − o_i‖, and the mean of the bilinear part drops out.
 """
 
@@ -33,6 +32,10 @@ from robustlip.spectral import gram_iteration_bound, spectral_norm_bound
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
 _LARGEST_LOGIT_CHANGE = 50.0
+# From here on the moments of e^{τx} are computed by parts without losing more than nine digits.
+_SMALLEST_GROWTH = 0.05
+# Keys of a head whose logits are followed back to the input, each by an adjoint of its own.
+ASKED_KEYS = 16
 # What subtracting nearly equal float64 numbers of size 1 can lose, many times over.
 _CANCEL = 2.0**-44
 
@@ -54,6 +57,61 @@ def others(x: Tensor) -> Tensor:
     largest, at = x.max(-1, keepdim=True)
     rest = x.scatter(-1, at, 0.0).sum(-1, keepdim=True)
     return (rest + (largest - x)).scatter(-1, at, rest)
+
+
+class SoftmaxBall:
+    """Softmax weights p (…, R, T) whose logits change by η, |η_j| ≤ b_j and |Σ_j p_jη_j| ≤ μ = Σ_j p_j·other_j. seen: what a row may attend to.
+
+    upper, dev: p'_j ≤ upper_j and |p'_j − p_j| ≤ dev_j, also all along the path p^τ = softmax(S + τη).
+    """
+
+    def __init__(self, p: Tensor, b: Tensor, other: Tensor, seen: Tensor) -> None:
+        self.p, self.b = p, b
+        # Where a change could be huge (or overflowed), the weights may be anything: b enters remainders as it is, exponentials clamped.
+        self.lost = ~(b.amax(-1, keepdim=True) <= _LARGEST_LOGIT_CHANGE)
+        clamped = b.clamp_max(_LARGEST_LOGIT_CHANGE)
+        grow = clamped.exp()
+        high, low = p * grow, p / grow
+        upper = high / (high + others(low) + 1e-300)
+        lower = low / (low + others(high) + 1e-300)
+        # Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
+        self.shift = (p * other).sum(-1, keepdim=True)
+        total = 1 + self.shift + (p * (torch.expm1(clamped) - b).clamp_min(0.0)).sum(-1, keepdim=True)
+        upper = torch.minimum(upper, high * self.shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
+        lower = torch.maximum(lower, low / total * (1 - _CANCEL))
+        # Lost digits of the two differences: a few 2⁻⁵³ of sums near 1, against p itself.
+        self.upper = torch.where(self.lost & seen, torch.ones_like(upper), (upper * (1 + _CANCEL)).clamp_max(1.0))
+        lower = torch.where(self.lost, torch.zeros_like(lower), lower * (1 - _CANCEL))
+        self.dev = torch.maximum(self.upper - p, p - lower).clamp_min(0.0) + _CANCEL * p
+
+    def second_order(self) -> tuple[Tensor, Tensor]:
+        """(c, c'): −Σ_j(c_j·max(−ω_j, 0) + c'_j|ω_j|) ≤ Σ_j (p'_j − p_j − p_j(η_j − Σ_k p_kη_k))ω_j for any ω with Σ_j p_jω_j = 0.
+
+        The middle is ∫(1 − τ)Σ_j p^τ_j((η_j − η̄^τ)² − Var^τ)ω_j dτ. With x = b + μ, p^τ_j ≤ p_j e^{τx_j}, and η̄ moves at the speed Var:
+            |η̄^τ| ≤ μ + τV, V = Σ_j b_j²∫p_j e^{τx_j}dτ;        |p^τ_j − p_j| ≤ τ·∫p_j e^{τx_j}(b_j + μ + τV)dτ
+        (averages of increasing functions over [0, τ] are at most those over [0, 1]). Moments are exact, so nothing is taken at its end point.
+        """
+        p, b, upper = self.p, self.b, self.upper
+        x = (b + self.shift).clamp(_SMALLEST_GROWTH, 2 * _LARGEST_LOGIT_CHANGE)  # the shift is at most the row's largest b
+        # J_k = ∫τᵏe^{τx}dτ over [0, 1] by parts: stable from _SMALLEST_GROWTH on, and increasing in x.
+        grown = x.exp()
+        j0 = torch.expm1(x) / x
+        j1 = (grown - j0) / x
+        j2 = (grown - 2 * j1) / x
+        j3 = (grown - 3 * j2) / x
+        turn = torch.minimum(p * (j1 - j2), upper / 6)  # ≥ ∫(1 − τ)τ p^τ dτ
+        reach, square = torch.minimum(p * j0, upper), b.square()
+        speed = (reach * square).sum(-1, keepdim=True)
+        start = b + self.shift
+        spread = torch.minimum(p * (j0 - j1), upper / 2) * start.square()
+        spread = spread + speed * (2 * turn * start + torch.minimum(p * (j2 - j3), upper / 12) * speed)
+        drawn = (turn * square).sum(-1, keepdim=True) * (reach * start + torch.minimum(p * j1, upper / 2) * speed)
+        # What holds for any p^τ ≤ upper, and in rows that are lost, where x was cut off, is all that holds.
+        plain = 0.5 * upper * (b + b.amax(-1, keepdim=True)).square()
+        loose = 0.5 * (upper * square).sum(-1, keepdim=True) * self.dev
+        spread = torch.where(self.lost, plain, torch.minimum(spread, plain))
+        drawn = torch.where(self.lost, loose, torch.minimum(drawn, loose))
+        return spread * (1 + 1e-8), drawn * (1 + 1e-8)
 
 
 @register(Attention)
@@ -145,7 +203,7 @@ class AttentionExpansion(Expansion):
     def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
         return AttentionRow(self, sample, position)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         layer, u, tiny = self.layer, self.scope.unit, self.scope.tiny
         d, width, length = layer.head_width, layer.width, self.length
         e = self._weight_changes()
@@ -197,23 +255,8 @@ class AttentionExpansion(Expansion):
         zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
         other = torch.where(self.seen, (by_key + bilinear) * (1 + 1e-12), zero)
         b = other + torch.where(self.seen, by_query * (1 + 1e-12), zero)
-        top_b = b.amax(-1, keepdim=True)
-        # Where a change could be huge (or overflowed), the weights may be anything: b enters remainders as it is, exponentials clamped.
-        lost = ~(top_b <= _LARGEST_LOGIT_CHANGE)
-        grow = b.clamp_max(_LARGEST_LOGIT_CHANGE).exp()
-        high, low = self.p * grow, self.p / grow
-        upper = high / (high + others(low) + 1e-300)
-        lower = low / (low + others(high) + 1e-300)
-        # Σ_j p_jη_j is bounded by the parts that are not centred, μ; so Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and
-        # e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
-        shift = (self.p * other).sum(-1, keepdim=True)
-        total = 1 + shift + (self.p * (torch.expm1(b.clamp_max(_LARGEST_LOGIT_CHANGE)) - b).clamp_min(0.0)).sum(-1, keepdim=True)
-        upper = torch.minimum(upper, high * shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
-        lower = torch.maximum(lower, low / total * (1 - _CANCEL))
-        # Lost digits of the two differences: a few 2⁻⁵³ of sums near 1, against p itself.
-        upper = torch.where(lost & self.seen, torch.ones_like(upper), (upper * (1 + _CANCEL)).clamp_max(1.0))
-        lower = torch.where(lost, torch.zeros_like(lower), lower * (1 - _CANCEL))
-        dev = torch.maximum(upper - self.p, self.p - lower).clamp_min(0.0) + _CANCEL * self.p
+        ball = SoftmaxBall(self.p, b, other, self.seen)
+        upper, dev = ball.upper, ball.dev
 
         mixed = torch.minimum((upper @ rho_v.unsqueeze(-1)).squeeze(-1), self._top(rho_v))
         value_size = self.top_value + self._top(rho_v)
@@ -242,19 +285,18 @@ class AttentionExpansion(Expansion):
             ]
         ).amax(0)
         fresh = self.scope.fits(up(fresh), largest)
+        if bounds is None:
+            return up(moved) + fresh, error
 
-        # Of η on the path: its mean under p^τ, which under p is that of the parts that are not centred.
-        drift = (dev * b + self.p * other).sum(-1, keepdim=True)
-        mean_b = torch.minimum(torch.minimum((upper * b).sum(-1, keepdim=True), drift), top_b)
-        variance = (upper * b * b).sum(-1, keepdim=True)
-        curved = 0.5 * upper * (b + mean_b).square() + 0.5 * variance * dev
+        spread, drawn = ball.second_order()
+        curved = spread + drawn
         # What is not first order is also at most all there is and all that is first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow as b².
         whole = dev + self.p * b
         rest = self.p * bilinear
         crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
         v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
         bounds += [
-            Either(up(curved * (1 + 1e-12)).flatten(-2), up(whole * (1 + 1e-12)).flatten(-2)),
+            Either(spread.flatten(-2), drawn.flatten(-2), up(whole * (1 + 1e-12)).flatten(-2)),
             up(rest * (1 + 1e-12)).flatten(-3),
             up(crossed * (1 + 1e-12)).flatten(-2),
             (up(v_rounding * (1 + 1e-12)) + after).flatten(-2),
@@ -282,7 +324,7 @@ class AttentionExpansion(Expansion):
         parts = (("query", dq), ("key", dk), ("value", dv))
         return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         layer = self.layer
         outer = layer.split((self.factor * g) @ self.matrices["output"])  # γ (A, N, H, T, d)
         # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
@@ -295,7 +337,10 @@ class AttentionExpansion(Expansion):
         crossed = token_norms(by_heads(outer, by_head))
         norms = token_norms(g)
         slack = 4 * ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)
-        either = Either(weights.flatten(-2), weights.flatten(-2))
+        # Σ_j p^τ_j(η_j − η̄)²ω_j lowers the margin only where ω_j < 0.
+        against = (lost.unsqueeze(-1) - omega).clamp_min(0.0)
+        sizes = weights.flatten(-2)
+        either = Either(sizes if two_sided else against.flatten(-2), sizes)
         return back, [either, weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
 
 
@@ -327,6 +372,7 @@ class AttentionRow(AttentionExpansion):
         seen = full.position <= position[:, None] if full.layer.causal else torch.ones_like(self.mine)
         self.seen, self.position = seen[:, None, None, :], position
         self.way: tuple[Tensor, Tensor] | None = None
+        self.products: Tensor | None = None
         # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
         mean = self.p @ self.k
         centred = self.k - mean
@@ -354,6 +400,11 @@ class AttentionRow(AttentionExpansion):
 
     def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
         bound = torch.minimum(super()._by_query(moved, radius, error), radius.unsqueeze(-1) * self.query_rows)
+        if self.products is not None:
+            direct = self.products.unflatten(0, (self.layer.heads, -1)).permute(2, 0, 1)  # (M, H, J)
+            direct = up(direct + self.asked_lost * radius)
+            known = torch.full_like(bound, torch.inf).scatter(-1, self.asked.unsqueeze(2), direct.unsqueeze(2))
+            bound = torch.minimum(bound, known)
         if self.way is None:
             return bound
         epsilon, beyond = self.way
@@ -372,6 +423,18 @@ class AttentionRow(AttentionExpansion):
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         self.way = (epsilon, beyond)
+
+    def functionals(self) -> Tensor:
+        # Logit ij, apart from a shift of row i, changes by s·W_qᵀRᵀ(k_j − k̄)·Δx_i; of the keys, those that the remainder hears most.
+        heard = (self.p * self.value_distance * self.query_rows.square()).squeeze(2)
+        self.asked = heard.topk(min(ASKED_KEYS, heard.shape[-1])).indices  # (M, H, J)
+        keys = self.centred.gather(2, self.asked.unsqueeze(-1).expand(-1, -1, -1, self.centred.shape[-1]))
+        size = torch.linalg.matrix_norm(self.by_head["query"])
+        self.asked_lost = 2.0**-30 * self.s * size[:, None] * (norm_up(keys) + self.nk.gather(2, self.asked))
+        return (self.s * (keys @ self.by_head["query"])).flatten(1, 2).transpose(0, 1)
+
+    def known(self, products: Tensor | None) -> None:
+        self.products = products
 
     def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
         if self.way is None:

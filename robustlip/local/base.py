@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
-from robustlip.rounding import U64
+from robustlip.rounding import U64, up
 from robustlip.rules import Context, rule_for
 
 # Of an adjoint that float64 computed: its error, as a fraction of the layer's gain (norms of all that was multiplied, nothing cancelled).
@@ -62,27 +62,51 @@ class Scope:
 
 @dataclass(frozen=True)
 class Either:
-    """Two bounds of the same remainder, each against its weights, (A, N, H, J) and (N, H, J): the smaller sum over J counts, head by head."""
+    """Two bounds of the same remainder, of which the smaller counts, head by head.
 
-    first: Tensor
-    second: Tensor
+    As a bound: what `against` < 0 and the size of ω meet, both (N, H, J), or `whole` (N, H, J), which meets the size of ω alone.
+    As a weight: against = max(−ω, 0) (A, N, H, J), or the size of ω again where both signs count, and the size of ω.
+    """
+
+    against: Tensor
+    size: Tensor
+    whole: Tensor | None = None
+
+    def meet(self, bound: Either) -> Tensor:
+        assert bound.whole is not None
+
+        def sum_of(w: Tensor, b: Tensor) -> Tensor:
+            return torch.einsum("anhj,nhj->anh", w, b)
+
+        if self.against is self.size:
+            first = sum_of(self.size, bound.against + bound.size)
+        else:
+            first = sum_of(self.against, bound.against) + sum_of(self.size, bound.size)
+        return torch.minimum(first, sum_of(self.size, bound.whole)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Curved:
-    """½Σ_n |ω_n|κ_nΔz_n² of neurons z = Wx + b, κ_n ≥ |f''| where z_n can be. As a weight: |ω| (A, N, n) of tokens of one sample in a row.
+    """½Σ_n κ_n|ω_n|Δz_n² of neurons z = Wx + b, where only curvature against the sign of ω_n lowers the margin.
 
-    As a bound: κ (N, n), `each` ≥ |Δz_n| (N, n) and `whole` ≥ ‖Δz‖₂ (N, 1).
+    As a weight, of tokens of one sample in a row: `convex` the adjoints below 0, −ω, `concave` those above, ω (A, N, n); both the size of ω where
+    both signs count. As a bound (N, n): how far the function can bend up and down, `each` ≥ |Δz_n| and `whole` ≥ ‖Δz‖₂ (N, 1).
     """
 
-    kappa: Tensor
+    convex: Tensor
+    concave: Tensor
     each: Tensor | None = None
     whole: Tensor | None = None
 
     def meet(self, bound: Curved) -> Tensor:
         assert bound.each is not None and bound.whole is not None
-        steepest = (self.kappa * bound.kappa).amax(-1) * bound.whole.square()[:, 0]
-        return 0.5 * torch.minimum(steepest, torch.einsum("anm,nm->an", self.kappa, bound.kappa * bound.each.square()))
+        squares = 0.5 * (1 + 1e-12) * bound.each.square()
+        if self.convex is self.concave:
+            bent = self.convex * torch.maximum(bound.convex, bound.concave)
+        else:
+            bent = self.convex * bound.convex + self.concave * bound.concave
+        steepest = 0.5 * (1 + 1e-12) * bent.amax(-1) * bound.whole.square()[:, 0]
+        return torch.minimum(steepest, torch.einsum("anm,nm->an", bent, squares))
 
 
 Pair = Tensor | Either | Curved
@@ -102,15 +126,19 @@ class Expansion:
     by_token: ClassVar[tuple[str, ...]] = ("clean",)
     shaped: ClassVar[bool] = False
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         """(radius, error) behind the layer, each (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order.
 
+        bounds: None where radii alone are wanted; the error that comes back then means nothing.
         error ≥ the ℓ2 norm, token by token, of what is not linear in the change at the point where error was last 0.
         """
         raise NotImplementedError
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
-        """(Jᵀg (A, N, T, D), the weights (A, N, ·) of g in the order of the bounds)."""
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        """(Jᵀg (A, N, T, D), the weights (A, N, ·) of g in the order of the bounds).
+
+        Weights and bounds together bound how far ⟨g, R⟩ falls below 0; with `two_sided` its size.
+        """
         raise NotImplementedError
 
     def lipschitz(self) -> Tensor | float:
@@ -125,6 +153,13 @@ class Expansion:
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         """ε and ‖E‖ (…, N, 1) for the next `advance`."""
+
+    def functionals(self) -> Tensor | None:
+        """Vectors (A, N, D) whose products with the change in front of a single token's layer would sharpen `advance`, None where there are none."""
+        return None
+
+    def known(self, products: Tensor | None) -> None:
+        """Bounds (A, N) of the sizes of these products, for the next `advance`."""
 
     def jacobian(self) -> Tensor:
         """J of a single token's layer (N, D', D), by its adjoints of all unit vectors."""
@@ -190,10 +225,17 @@ def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor
     total = first_order
     for w, b in zip(weights, bounds, strict=True):
         if isinstance(w, Either) and isinstance(b, Either):
-            total = total + torch.minimum(torch.einsum("anhj,nhj->anh", w.first, b.first), torch.einsum("anhj,nhj->anh", w.second, b.second)).sum(-1)
+            total = total + w.meet(b)
         elif isinstance(w, Curved) and isinstance(b, Curved):
             total = total + w.meet(b)
         else:
             assert isinstance(w, Tensor) and isinstance(b, Tensor)
             total = total + torch.einsum("anm,nm->an", w, b)
     return total
+
+
+def bounded(first_order: Tensor, weights: list[Pair], bounds: list[Pair], epsilon: Tensor) -> Tensor:
+    """`loss` with the rounding of its own sums added, infinite where it is not a number. epsilon: (N,)."""
+    # Adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
+    vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds if isinstance(b, Tensor)), start=torch.zeros_like(epsilon)))
+    return torch.nan_to_num(up((loss(first_order, weights, bounds) + vanished) * (1 + 1e-9)), nan=torch.inf, posinf=torch.inf)

@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor
 
-from robustlip.local.base import Pair
+from robustlip.local.base import Expansion, Pair, bounded, token_norms
 from robustlip.local.structure import ChainExpansion
 from robustlip.rounding import up
 from robustlip.spectral import gram_iteration_bound
@@ -29,15 +29,21 @@ class JacobianChain(ChainExpansion):
         self.__dict__.update(copy.copy(chain).__dict__)
         count, device = len(chain.clean), chain.clean.device
         blocks: list[Tensor] = []  # M_{l+1←k} for the last l: (N, D', D_k)
-        self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,)
+        self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,), but for the last l
         gains: list[Tensor] = []
         self.lost = [torch.zeros(count, dtype=torch.float64, device=device)]  # error of the computed M_{l←0} in front of each part
-        for part in self.parts:
+        self.questions: list[tuple[Tensor, list[Pair]] | None] = []
+        for l, part in enumerate(self.parts):
+            asked = part.functionals() if l else None
+            self.questions.append(None if asked is None else self._pulled_back(asked, self.parts[:l]))
             size = part.clean.shape[-1]
             way = blocks[0] if blocks else torch.eye(size, dtype=torch.float64, device=device).expand(count, size, size)
             part.learn_way(way, torch.ones(count, dtype=torch.float64, device=device))
-            jacobian = part.jacobian()
             gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=device)
+            if l == len(self.parts) - 1:
+                self.last_gain = gain.unsqueeze(-1)
+                break  # of what is behind the last part only its rounding in the head is read: its exact Jacobian would buy nothing
+            jacobian = part.jacobian()
             blocks = [jacobian @ m for m in blocks] + [jacobian]
             gains = [g * gain for g in gains] + [gain]
             stacked = torch.stack(blocks, 1)  # (N, l + 1, D', D): all parts of a chain of residuals have one width
@@ -47,16 +53,32 @@ class JacobianChain(ChainExpansion):
             self.lost.append(error[:, 0])
             self.norms.append(list(up(norm + error).unbind(1)))
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _pulled_back(rows: Tensor, parts: list[Expansion]) -> tuple[Tensor, list[Pair]]:
+        """Functionals (A, N, D) in front of a part → their first-order norms at the start and the weights of what the parts on the way add."""
+        g, groups = rows.unsqueeze(2), []
+        for part in reversed(parts):
+            g, weights = part.adjoint(g, two_sided=True)
+            groups.append(weights)
+        return token_norms(g)[..., 0], [w for group in reversed(groups) for w in group]
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         first, zero = radius, torch.zeros_like(radius)
         remainders: list[Tensor] = []
         beyond = zero
-        for part, norms, lost in zip(self.parts, self.norms, self.lost[:-1], strict=True):
+        bounds = [] if bounds is None else bounds  # remainders are needed even where they are not asked for
+        begin = len(bounds)
+        for l, (part, lost, question) in enumerate(zip(self.parts, self.lost, self.questions, strict=True)):
+            if question is not None:
+                part.known(bounded(question[0] * first[:, 0], question[1], bounds[begin:], first[:, 0]))
             part.given(first, beyond + lost.unsqueeze(-1) * first)
             radius, remainder = part.advance(radius, zero, bounds)
+            part.known(None)  # of this ε alone
+            if l == len(self.norms):
+                break
             remainders.append(remainder)
             beyond = remainder  # M_{l+1←l+1} is the identity
             for k in range(len(remainders) - 1):
-                beyond = beyond + norms[k + 1].unsqueeze(-1) * remainders[k]
-            radius = torch.minimum(radius, up(norms[0].unsqueeze(-1) * first + beyond))
-        return radius, up(error + beyond)
+                beyond = beyond + self.norms[l][k + 1].unsqueeze(-1) * remainders[k]
+            radius = torch.minimum(radius, up(self.norms[l][0].unsqueeze(-1) * first + beyond))
+        return radius, up(error + self.last_gain * beyond + remainder)

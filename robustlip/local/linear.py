@@ -21,7 +21,7 @@ from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
 from robustlip.rules.linear import Matrix
-from robustlip.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound
+from robustlip.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound, quartic_bound
 
 # (√λ r + √a e)² ≤ (1 + η)λr² + (1 + 1/η)a e², so that weights stay apart from bounds; e is rounding, far below r.
 _SPLIT = 1e-3
@@ -37,6 +37,7 @@ class LinearConstants:
     gain: float
     rows: Tensor
     bias_norm: float
+    quartic: float | None
 
     @classmethod
     def of(cls, layer: nn.Linear, space: str) -> LinearConstants:
@@ -49,7 +50,8 @@ class LinearConstants:
         else:
             gain, rows = matrix.sigma, norm_up(weight)
         bias = None if layer.bias is None else layer.bias.detach().double()
-        return cls(weight, bias, matrix, gain, rows, 0.0 if bias is None else float(norm_up(bias, 0)))
+        quartic = quartic_bound(weight) if space == "l2" else None
+        return cls(weight, bias, matrix, gain, rows, 0.0 if bias is None else float(norm_up(bias, 0)), quartic)
 
     def rounding(self, norm: Tensor, perturbed: Tensor | float, context: Context) -> Tensor:
         """‖executed − exact‖ of (W + E)x + b for executed ‖x‖ ≤ norm, ‖E‖ ≤ perturbed; as rules.linear.LinearRule."""
@@ -101,11 +103,11 @@ class EmbeddingExpansion(Expansion):
         self.matrix: Matrix = scope.context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         self.clean = layer.weight.detach().double()[ids]
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         moved = torch.zeros_like(radius) + weight_change(self.scope, self.matrix.sigma)
         return up(moved), moved
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.new_zeros(*g.shape[:-1], 1), []
 
 
@@ -113,12 +115,13 @@ class EmbeddingExpansion(Expansion):
 class LinearExpansion(_Affine):
     """Linear alone."""
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         moved, fresh = self.parts(radius)
-        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
         return moved + fresh, up(self.constants.matrix.sigma * error) + fresh
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         slack = ADJOINT_SLACK * self.constants.gain * norms.sum(-1, keepdim=True)
         return g @ self.constants.weight, [norms, slack]
@@ -141,6 +144,7 @@ class Elementwise:
 
 
 _SQRT_2PI = math.sqrt(2 * math.pi)
+_GELU_THIRD = 0.7787700  # sup of the size of gelu's third derivative, φ(z)·z(z² − 4)
 
 
 def _gelu_slope(z: Tensor, approximate: str) -> Tensor:
@@ -206,19 +210,28 @@ class ElementwiseExpansion(Expansion):
             rows, gain, before = self._shape
             self.way = (epsilon, beyond, rows, gain, before)
 
-    def _curvature(self, each: Tensor) -> Tensor:
-        """≥ |f''| of each neuron where it can be, (…, N, T, n).
+    def _curvatures(self, each: Tensor) -> tuple[Tensor, Tensor]:
+        """(κ⁺, κ⁻) (…, N, T, n) with −½κ⁻Δ² ≤ f(z + Δ) − f(z) − f'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ each.
 
-        gelu'' = φ(z)(2 − z²) is even; its size falls from z = 0 to √2, where it is 0, rises to 4·φ(2)·½ = 0.10799 at |z| = 2 and falls again. So from
-        the smallest |z| of the interval on, it is at most the larger of its size there and (below 2) that second peak.
+        The middle is ∫(1 − τ)f''(z + τΔ)dτ·Δ², so f'' may be taken where it is largest on the interval, or at z with a third of the largest third
+        derivative times `each` more. gelu'' = φ(z)(2 − z²) is even: it falls from z = 0 on, is 0 at √2, lowest at 2 with −0.107982, then rises to 0.
         """
         assert self.f.curvature is not None
+        top = self.f.curvature
         if getattr(self.layer, "approximate", "tanh") != "none":
-            return torch.full_like(each, self.f.curvature)
-        near = (self.distance - each * (1 + 1e-12)).clamp_min(0.0)
-        here = torch.exp(-0.5 * near.square()) / _SQRT_2PI * (2 - near.square()).abs() * (1 + 1e-12) + 1e-300
-        sized = torch.where(near < 2, here.clamp_min(0.107982), here)
-        return torch.minimum(sized * (self.f.curvature / 0.7978846) * (1 + 1e-7), torch.full_like(each, self.f.curvature))
+            return torch.full_like(each, top), torch.full_like(each, top)
+
+        def at(z: Tensor) -> Tensor:
+            return torch.exp(-0.5 * z.square()) / _SQRT_2PI * (2 - z.square())
+
+        def sized(kappa: Tensor) -> Tensor:
+            return (kappa.clamp_min(0.0) * (top / 0.7978846 * (1 + 1e-7)) + 1e-15).clamp_max(top)
+
+        reach = each * (1 + 1e-12)
+        near, far = (self.distance - reach).clamp_min(0.0), self.distance + reach
+        lowest = torch.where(near > 2, -at(near), torch.where(far < 2, -at(far), torch.full_like(far, 0.107982)))
+        here, drift = at(self.distance), _GELU_THIRD / 3 * reach
+        return sized(torch.minimum(at(near), here + drift)), sized(torch.minimum(lowest, drift - here))
 
     def _rounding(self, norm: Tensor) -> Tensor:
         """‖fl(f(z)) − f(z)‖ for executed ‖z‖ ≤ norm."""
@@ -246,7 +259,7 @@ class ElementwiseExpansion(Expansion):
         part.f = replace(self.f, value=part.clean, slope=rows_of(self.f.slope, sample, position))
         return part
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         if self.affine is None:
             moved, fresh, rows = radius, torch.zeros_like(radius), torch.ones(1, dtype=radius.dtype, device=radius.device)
         else:
@@ -262,27 +275,40 @@ class ElementwiseExpansion(Expansion):
         # Neuron by neuron, (…, N, T, n).
         each = torch.minimum(each + fresh.unsqueeze(-1), whole.unsqueeze(-1))
         if self.f.curvature is None:
-            crossing = (each - self.distance).clamp_min(0.0)
             slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)
-            bounds.append(crossing.flatten(-2))
-            curved = norm_up(crossing)
         else:
             slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)
-            kappa = self._curvature(each)
-            if self.single:
-                bounds.append(Curved(kappa.squeeze(-2) * (1 + 1e-12), each.squeeze(-2), whole))
-            else:
-                bounds += [moved_square(radius), fresh.square()]
-            curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
         behind = torch.minimum(slope.amax(-1) * whole, norm_up(slope * each))
         rounding = self._rounding(self.z_norm + whole)
+        behind = up(behind * (1 + 1e-12)) + rounding
+        if bounds is None:
+            return behind, error
+        curved = self._bend(radius, each, whole, fresh, bounds)
         bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
         steepest = self.slope.amax(-1)
         sigma = 1.0 if self.affine is None else self.affine.constants.matrix.sigma
-        error = up((steepest * (sigma * error + fresh) + curved) * (1 + 1e-12)) + rounding
-        return up(behind * (1 + 1e-12)) + rounding, error
+        return behind, up((steepest * (sigma * error + fresh) + curved) * (1 + 1e-12)) + rounding
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
+        """The norm of f(z + Δz) − f(z) − f'(z)∘Δz (…, N, T), its bounds by neuron appended. each, whole: of Δz; fresh: of what is not WΔx."""
+        if self.f.curvature is None:
+            crossing = (each - self.distance).clamp_min(0.0)
+            bounds.append(crossing.flatten(-2))
+            return norm_up(crossing)
+        convex, concave = self._curvatures(each)
+        if self.single:
+            bounds.append(Curved(convex.squeeze(-2), concave.squeeze(-2), each.squeeze(-2), whole))
+        else:
+            bounds += [moved_square(radius), fresh.square()]
+        kappa = torch.maximum(convex, concave)
+        curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
+        if self.affine is not None and self.affine.constants.quartic is not None:
+            # ‖Δz∘Δz‖ of Δz = WΔx + e, e no longer than `fresh`.
+            squares = self.affine.constants.quartic * radius.square() + fresh * (2 * whole + fresh)
+            curved = torch.minimum(curved, 0.5 * kappa.amax(-1) * squares)
+        return curved
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         size = g.abs()
         inner = g * self.f.slope
         norms, inner_norms = token_norms(g), token_norms(inner)
@@ -290,9 +316,10 @@ class ElementwiseExpansion(Expansion):
         tail: list[Pair] = [inner_norms, norms, ADJOINT_SLACK * gain * norms.sum(-1, keepdim=True)]
         if self.f.curvature is None:
             # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
-            weights: list[Pair] = [(-g).clamp_min(0.0).flatten(-2), *tail]
+            weights: list[Pair] = [(size if two_sided else (-g).clamp_min(0.0)).flatten(-2), *tail]
         elif self.single:
-            weights = [Curved(size.squeeze(-2)), *tail]
+            size = size.squeeze(-2)
+            weights = [Curved(size, size) if two_sided else Curved((size - g.squeeze(-2)) / 2, (size + g.squeeze(-2)) / 2), *tail]
         else:
             largest = size.amax(-1)
             if self.affine is None:

@@ -42,7 +42,7 @@ class NormalizationExpansion(Expansion):
             self.clean = self.clean + bias.detach().double()
         self.at_centre = local_lipschitz(layer, clean, 0.0)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
         root = math.sqrt(self.width) * (1 + 1e-15)
         norm = self.largest * root + self.shift
@@ -59,14 +59,15 @@ class NormalizationExpansion(Expansion):
 
         fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square())
         curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()
-        bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]
+        if bounds is not None:
+            bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]
         moved = torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh
         return moved, up(self.at_centre * error + curve) + fresh
 
     def lipschitz(self) -> Tensor | float:
         return 4 * self.at_centre.amax(-1)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         slack = 4 * ADJOINT_SLACK * (self.at_centre * norms).sum(-1, keepdim=True)
         inner = self.gamma * g

@@ -30,10 +30,10 @@ class ToL2(Expansion):
         self.clean = clean
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == "linf" else 1.0
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         return radius * self.factor, error
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g, []
 
 
@@ -43,10 +43,10 @@ class Same(Expansion):
     def __init__(self, clean: Tensor, scope: Scope) -> None:
         self.clean, self.space, self.whole = clean, scope.space, scope.whole
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         return radius, error
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g, []
 
 
@@ -92,7 +92,7 @@ class ChainExpansion(Expansion):
             i += 1
         self.clean, self.space, self.whole = clean, space, whole
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         for part in self.parts:
             radius, error = part.advance(radius, error, bounds)
         return radius, error
@@ -105,6 +105,13 @@ class ChainExpansion(Expansion):
             # What float64 lost of J·M is measured against M: J may nearly annihilate it.
             self.way_lost = 2.0**-34 * torch.linalg.matrix_norm(m)
             m, before = part.jacobian() @ m, before * part.lipschitz()
+
+    def functionals(self) -> Tensor | None:
+        return self.parts[0].functionals() if self.parts else None
+
+    def known(self, products: Tensor | None) -> None:
+        if self.parts:
+            self.parts[0].known(products)
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         for part in self.parts:
@@ -129,10 +136,10 @@ class ChainExpansion(Expansion):
         chain.clean = rows_of(self.clean, sample, position)
         return chain
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         groups: list[list[Pair]] = []
         for part in reversed(self.parts):
-            g, weights = part.adjoint(g)
+            g, weights = part.adjoint(g, two_sided)
             groups.append(weights)
         return g, [w for group in reversed(groups) for w in group]
 
@@ -159,14 +166,15 @@ class ResidualExpansion(Expansion):
         self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
         self.clean = layer.skip * clean + layer.weight * self.branch.clean
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         inner, inner_error = self.branch.advance(radius, error, bounds)
         skip, weight = abs(self.skip), abs(self.weight)
         norm = skip * (self.norm + radius) + weight * (self.branch_norm + inner)
         # The two scalars, two products and the sum round once each.
         fresh = 4 * self.scope.unit * norm + 3 * math.sqrt(self.clean.shape[-1]) * self.scope.tiny
         fresh = self.scope.fits(up(fresh), norm)
-        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
         return up(skip * radius + weight * inner) + fresh, up(skip * error + weight * inner_error) + fresh
 
     def learn_way(self, m: Tensor, before: Tensor) -> None:
@@ -174,6 +182,12 @@ class ResidualExpansion(Expansion):
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         self.branch.given(epsilon, beyond)
+
+    def functionals(self) -> Tensor | None:
+        return self.branch.functionals()
+
+    def known(self, products: Tensor | None) -> None:
+        self.branch.known(products)
 
     def lipschitz(self) -> Tensor | float:
         return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()
@@ -184,9 +198,9 @@ class ResidualExpansion(Expansion):
         part.branch = self.branch.at_rows(sample, position)
         return part
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
-        through, weights = self.branch.adjoint(self.weight * g)
+        through, weights = self.branch.adjoint(self.weight * g, two_sided)
         slack = ADJOINT_SLACK * (abs(self.skip) + abs(self.weight)) * norms.sum(-1, keepdim=True)
         return self.skip * g + through, [*weights, norms, slack]
 
@@ -204,12 +218,13 @@ class AddPositionsExpansion(Expansion):
         self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
         self.norm = norm_up(self.clean)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         fresh = self.scope.fits(up(2 * self.scope.unit * (self.norm + radius)), self.norm + radius)
-        bounds.append(fresh)
+        if bounds is not None:
+            bounds.append(fresh)
         return radius + fresh, error + fresh
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g, [token_norms(g)]
 
 
@@ -222,17 +237,18 @@ class MeanTokensExpansion(Expansion):
         self.norm = norm_up(clean)
         self.clean = clean.mean(1, keepdim=True)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         largest = (self.norm + radius).amax(-1, keepdim=True)
 
         def one(context: Context) -> Tensor:
             return context.gamma(self.tokens + 1) * largest + math.sqrt(self.clean.shape[-1]) * context.tiny * self.tokens
 
         fresh = self.scope.fits(up(self.scope.both(one)), largest * self.tokens)
-        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
         return up(radius.mean(-1, keepdim=True)) + fresh, up(error.mean(-1, keepdim=True)) + fresh
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         return (g / self.tokens).expand(*g.shape[:-2], self.tokens, g.shape[-1]), [norms, ADJOINT_SLACK * norms]
 
@@ -247,12 +263,12 @@ class FlattenExpansion(Expansion):
         self.space, self.shape = scope.space, clean.shape[1:]
         self.clean = clean.flatten(1).unsqueeze(1)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         order = {"l2": 2.0, "l1": 1.0, "linf": torch.inf}[self.space]
         joined = up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
         return joined, up(torch.linalg.vector_norm(error, dim=-1, keepdim=True) * (1 + 1e-12))
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.squeeze(-2).unflatten(-1, self.shape), []
 
 
@@ -262,11 +278,11 @@ class ToTokens(Expansion):
     def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
         self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         shape = (*radius.shape[:-1], self.clean.shape[1])
         return radius.expand(shape), error.expand(shape)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.flatten(-2).unsqueeze(-2), []
 
 
@@ -280,11 +296,11 @@ class PatchifyExpansion(Expansion):
         self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
         self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         shape = (*radius.shape[:-1], self.clean.shape[1])
         return radius.expand(shape), error.expand(shape)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         (c, h, w), p = self.shape, self.patch
         grid = g.unflatten(-1, (c, p, p)).unflatten(-4, (h // p, w // p))  # (…, H/p, W/p, C, p, p)
         k = grid.dim()
@@ -321,20 +337,21 @@ class NormalizeExpansion(Expansion):
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair]) -> tuple[Tensor, Tensor]:
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         size = self.gain * (self.reach + self.factor * radius)
         root = math.sqrt(self.clean.shape[-1])
         # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
         fresh = 4 * self.scope.unit * size + root * self.scope.tiny * (1 + self.gain)
         fresh = self.scope.fits(up(fresh), size)
-        bounds += [fresh, radius.amax(-1, keepdim=True)]
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
         return moved, up(self.gain * error) + fresh
 
     def lipschitz(self) -> Tensor | float:
         return self.gain
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
         # In ℓ∞ a unit of radius moves a linear function by ‖g‖₁ ≤ √n‖g‖₂.
         return g * self.scale, [norms, ADJOINT_SLACK * self.gain * self.factor * norms.sum(-1, keepdim=True)]
