@@ -52,10 +52,6 @@ class atomic:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=self.path.suffix)
         os.close(handle)
-        # mkstemp makes the file private; results are as readable as anything else the user writes.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
         self.temporary = Path(name)
         return self.temporary
 
@@ -64,6 +60,10 @@ class atomic:
             self.temporary.unlink(missing_ok=True)
             return
         try:
+            # mkstemp makes the file private, as some writers do with theirs; results are as readable as anything else the user writes.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(self.temporary, 0o666 & ~mask)
             with open(self.temporary, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(self.temporary, self.path)

@@ -54,6 +54,19 @@ def test_states_and_models_too(calls: list[tuple[str, str]], tmp_path: Path) -> 
     assert load_tensors(tmp_path / "s.safetensors")[1]["step"] == 1
 
 
+def test_every_file_is_as_readable_as_the_user_wants(tmp_path: Path) -> None:
+    """Files of weights too, which their library makes private."""
+    import torch
+
+    before = os.umask(0o022)
+    try:
+        write_text(tmp_path / "a.txt", "a")
+        save_tensors(tmp_path / "s.safetensors", {"w": torch.ones(3)}, {})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o644}
+
+
 def test_contents_that_cannot_be_put_on_the_disk_replace_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk may be noticed at the last moment only."""
     write_text(tmp_path / "a.txt", "old")
