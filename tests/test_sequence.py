@@ -44,6 +44,27 @@ def test_positions_are_certified_as_their_windows_are(kind) -> None:
         assert kind == "baseline" or float(radius[t]) >= 0.5 * one.radius[0]
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_all_tokens_of_every_prefix_are_certified_as_their_windows_are(joint) -> None:
+    model, ids, _ = made("lipschitz")
+    threat = EmbeddingBall(joint=joint)
+    radius, prediction = sequence_radii(model, ids, threat)
+    assert int((radius > 0).sum()) >= 4
+    for t in range(11):
+        one = certify(model, ids[None, : t + 1], ids[t + 1 : t + 2], threat, "local")
+        assert one.prediction[0] == prediction[t]
+        # The same proof at radii a tenth apart.
+        assert 0.88 * one.radius[0] <= float(radius[t]) <= one.radius[0] * (1 + 2e-3)
+
+
+def test_no_attack_succeeds_inside_an_all_token_radius() -> None:
+    model, ids, _ = made("lipschitz")
+    radius, _ = sequence_radii(model, ids, EmbeddingBall())
+    for t in (radius > 0).nonzero()[:, 0].tolist():
+        found = by_name("pgd")(model, ids[None, : t + 1], ids[t + 1 : t + 2], EmbeddingBall(radius=float(radius[t])))
+        assert not found.success.any()
+
+
 @pytest.mark.parametrize("kind", ["lipschitz", "baseline"])
 def test_no_attack_succeeds_inside_a_position_s_radius(kind) -> None:
     model, ids, _ = made(kind)
@@ -66,5 +87,7 @@ def test_what_is_no_sequence_is_refused() -> None:
         sequence_radii(model, ids[None])
     with pytest.raises(BadInput):
         sequence_radii(model, ids[:1])
+    with pytest.raises(BadInput, match="last token or of all"):
+        sequence_radii(model, ids, EmbeddingBall(tokens=(0, -1)))
     with pytest.raises(UnsupportedLayer, match="causal"):
         sequence_radii(LipschitzTransformer((1, 4, 4), 2, 4, 8, 2, 1).eval(), ids)

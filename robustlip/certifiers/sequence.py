@@ -1,8 +1,14 @@
-"""Every next-token prediction of a sequence certified in one go: T positions from one clean pass. MATH.md section 7.
+"""Every next-token prediction of a sequence certified in one go: T positions from one clean pass. MATH.md sections 6 and 7.
 
 Position t predicts token t + 1 from tokens 0 … t; a causal model computes all of these at once, and its clean activations serve all of them.
-The threat is of one token, the last of each prefix: T networks of single tokens, as in certifiers.dual without the exact Jacobians (they buy a few
-percent here and cost more than all else). All tokens of a prefix need an adjoint for every position and token; certify() does them window by window.
+Two threats of each prefix have proofs that positions can share:
+
+- its last token (EmbeddingBall(tokens=(-1,))), by method 'dual': T networks of single tokens, as in certifiers.dual but without the exact Jacobians
+  (they cost more than all else);
+- all of its tokens, each or jointly (EmbeddingBall()), by method 'local': tokens behind t do not reach t, so one propagation of a radius ε through
+  the whole sequence bounds what every position sees, and all positions try the same radii.
+
+The dual method for all tokens needs an adjoint for every position, rival and token: certify() does that window by window, and proves more.
 """
 
 from __future__ import annotations
@@ -14,21 +20,27 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.dual import alone, at_positions, dual_applies
-from robustlip.certifiers.local import double_copy, reference_of
+from robustlip.certifiers.local import Reference, double_copy, reference_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, evaluated, head_of, margins, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Attention, Chain, as_chain
-from robustlip.rounding import norm_up
+from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall
 
+LAST = EmbeddingBall(tokens=(-1,))
+# Radii that all positions try: halvings of the largest token's norm first, then between the best of each and the next.
+HALVINGS, STEPS_BETWEEN = 24, 6
+# Radii propagated at once: (…, H, T, T) numbers each.
+_AT_ONCE = 4
+
 
 @torch.no_grad()
-def sequence_radii(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def sequence_radii(model: nn.Module, tokens: Tensor, threat: EmbeddingBall = LAST) -> tuple[Tensor, Tensor]:
     """(radius (T − 1,) float64, prediction (T − 1,)) of the predictions of tokens[1:] from tokens (T,), as executed in the model's dtype.
 
-    The threat is EmbeddingBall(tokens=(-1,)) of each prefix. A radius is 0 where the prediction is not the next token or nothing is proved.
-    Raises BadInput or UnsupportedLayer.
+    threat: of each prefix, its last token (the default) or all its tokens, in units of the embedding's ℓ2 norm. A radius is 0 where the
+    prediction is not the next token or nothing is proved. Raises BadInput or UnsupportedLayer.
     """
     chain = as_chain(model)
     dtype = check_model(chain)
@@ -36,7 +48,8 @@ def sequence_radii(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         raise UnsupportedLayer("expected a causal next-token model, got another; certify its samples one by one")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise BadInput(f"expected token ids of shape (T,), T >= 2, got {tuple(tokens.shape)}; pass one sequence")
-    threat = EmbeddingBall(tokens=(-1,))
+    if threat.tokens not in (None, (-1,)):
+        raise BadInput(f"expected a threat of the last token or of all tokens, got {threat.name}; certify() takes others, window by window")
     if reason := train_mode_reason(chain) or dual_applies(chain, threat):
         raise UnsupportedLayer(f"expected a model that the method covers, got one where {reason}; mend that first")
     if head_of(chain) is None:
@@ -54,16 +67,42 @@ def sequence_radii(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         radius = torch.zeros(len(y), dtype=torch.float64, device=device)
         at = right.nonzero()[:, 0]
         if len(at):
-            radius[at] = _one_token(chain, x, y[at], at, context)
+            whole = reference_of(chain, x, y[:1], EmbeddingBall(), context)
+            hidden = whole.body.clean[0, at]
+            head = head_of(double_copy(chain, context))
+            assert head is not None
+            margin = margins(head(hidden), y[at])
+            prove = _last_token if threat.tokens else _every_token
+            found = prove(replace(whole, margin=margin, hidden_norm=norm_up(hidden)), y[at], at)
+            radius[at] = torch.where((margin > 0).all(-1), found, 0.0)
     return radius.cpu(), logits.argmax(-1).cpu()
 
 
-def _one_token(chain: Chain, x: Tensor, y: Tensor, at: Tensor, context: Context) -> Tensor:
-    """Radii of the positions `at` (M,) of one sequence (1, T), labels y (M,)."""
-    whole = reference_of(chain, x, y[:1], EmbeddingBall(), context)
-    single = at_positions(whole, torch.zeros_like(at), at, jacobians=False)
-    hidden = whole.body.clean[0, at]
-    head = head_of(double_copy(chain, context))
-    assert head is not None
-    single = replace(single, margin=margins(head(hidden), y), hidden_norm=norm_up(hidden))
-    return torch.where((single.margin > 0).all(-1), alone(single, y), 0.0)
+def _last_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
+    """Radii of the positions `at` (M,) of one sequence, labels y (M,); margin and hidden_norm of `whole` are theirs already."""
+    one = replace(whole, margin=whole.margin[:1], hidden_norm=whole.hidden_norm[:1])
+    single = at_positions(one, torch.zeros_like(at), at, jacobians=False)
+    return alone(replace(single, margin=whole.margin, hidden_norm=whole.hidden_norm), y)
+
+
+def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
+    """As `_last_token`, for all tokens of each prefix: the largest of the tried radii at which every rival's margin outlasts what can be lost."""
+    assert whole.rows is not None
+    pairs = up(norm_up(whole.rows[y][:, None] - whole.rows))  # (M, C)
+    length = whole.start.shape[1]
+
+    def held(epsilon: Tensor) -> Tensor:
+        """(E,) → (E, M): which positions are proved at which radius."""
+        first = epsilon[:, None, None].expand(-1, 1, length)
+        radius = whole.body.advance(first, torch.zeros_like(first), None)[0][:, 0, at]
+        lost = up(pairs * radius.unsqueeze(-1)) + 2 * whole.single(radius).unsqueeze(-1)
+        return (lost < whole.margin).all(-1)
+
+    best = torch.zeros(len(at), dtype=torch.float64, device=at.device)
+    tried = norm_up(whole.start).amax() * 0.5 ** torch.arange(HALVINGS, dtype=torch.float64, device=at.device)
+    for _ in range(2):
+        for part in tried.split(_AT_ONCE):
+            best = torch.maximum(best, torch.where(held(part), part[:, None], 0.0).amax(0))
+        between = 2 ** (torch.arange(1, STEPS_BETWEEN + 1, dtype=torch.float64, device=at.device) / (STEPS_BETWEEN + 1))
+        tried = (best[best > 0].unique()[:, None] * between).flatten()
+    return best
