@@ -9,6 +9,7 @@ Everything here is collective: all processes call it in the same order, whatever
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MODES = ("ddp", "fsdp")
 
 # The first process writes and bounds the model alone at the end of a run while the others wait: longer than torch's ten minutes for GPUs.
 _PATIENCE = timedelta(hours=2)
+_LINGER = 0.2  # seconds
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -288,9 +290,17 @@ def joined(device: str = "cpu", parallel: str = "ddp") -> Iterator[World]:
     try:
         yield world
     except RobustlipError:
-        # Raised on all processes. After any other exception the others may be inside a collective: leaving the group would wait for them.
+        # Raised on all processes. After any other exception the others may be inside a collective: leaving could wait for them; torchrun ends them.
         if mine:
-            dist.destroy_process_group()
+            _leave()
         raise
     if mine:
-        dist.destroy_process_group()
+        dist.barrier()
+        _leave()
+
+
+def _leave() -> None:
+    # gloo's threads still hold tensors of collectives that are over, and need the interpreter to let them go: a process that exits before that
+    # is aborted (torch 2.13; DDP keeps the group, and so its threads, alive).
+    time.sleep(_LINGER)
+    dist.destroy_process_group()
