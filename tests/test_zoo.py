@@ -81,11 +81,12 @@ def test_every_model_has_a_certificate_file() -> None:
 
 
 @pytest.mark.parametrize("role", ["lipschitz", "baseline"])
-def test_the_accuracy_of_the_cifar_pair(role, real_data) -> None:
-    data = load_data("cifar10:test", data_dir=real_data)
-    known = card(f"cifar10-mlp-{role}")
+@pytest.mark.parametrize("family", ["cifar10", "mnist"])
+def test_the_accuracy_of_pairs_whose_data_does_not_ship(family, role, real_data) -> None:
+    data = load_data(f"{family}:test", data_dir=real_data)
+    known = card(f"{family}-mlp-{role}")
     if data.note != known["data_note"]:
-        pytest.skip(f"needs the {known['data_note']} of cifar10 that the card is of")
+        pytest.skip(f"needs the {known['data_note']} of {family} that the card is of")
     assert "subset" in known["caveats"]
     accuracy = float((load(known["name"]).scores(data.x).argmax(-1) == data.y).float().mean())
     assert accuracy == pytest.approx(known["val_accuracy"], abs=1e-6)
@@ -99,7 +100,7 @@ def test_certificates_verify_from_their_files(path) -> None:
         rows = load_rows(file.data, None, model.vocabulary)
     except DataUnavailable:
         # Data that does not ship: that the file is of these weights is known all the same.
-        assert file.data.spec.startswith("cifar10") and file.weights_sha256 == weights_sha256(model)
+        assert file.data.spec.startswith(("cifar10", "mnist")) and file.weights_sha256 == weights_sha256(model)
         pytest.skip(f"needs {file.data.spec} ({file.data.note}) in ROBUSTLIP_DATA")
     if rows.note != file.data.note:
         pytest.skip(f"needs the {file.data.note} of {file.data.spec}, the data here is another")
