@@ -349,7 +349,8 @@ def test_a_remainder_reaches_all_layers_behind(monkeypatch) -> None:
         nn.init.eye_(layer.weight)
     blocks = nn.Sequential(*(Residual(b) for b in (kink, *linear_layers))).requires_grad_(False)
     x = torch.zeros(1, 1, D, dtype=torch.float64)
-    rows = JacobianChain(ChainExpansion(blocks, x, Scope(Context(torch.float64, {}))).at_rows(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)))
+    first = torch.zeros(1, dtype=torch.long)
+    rows = JacobianChain(ChainExpansion(blocks, x, Scope(Context(torch.float64, {}))).at_rows(first, first))
     arrived: list[Tensor] = []
     for part in rows.parts:
         monkeypatch.setattr(part, "advance", lambda r, e, b, inner=part.advance: (arrived.append(r), inner(r, e, b))[1])
@@ -423,7 +424,7 @@ def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activa
         rows.advance(ball, 0 * ball, bounds)
         for l, rows_of_l in functionals.items():
             assert rows_of_l is not None
-            first, weights = rows.questions[l]  # type: ignore[misc]
+            weights = rows.questions[l][1]  # type: ignore[index]
             for sign in (1.0, -1.0):  # each side alone, as the margin's own functional is bounded
                 g, groups = sign * rows_of_l.unsqueeze(2), []
                 for part in reversed(rows.parts[:l]):
