@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from reporting import finish
 
 from robustlip.certifiers import certify
 from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer
@@ -78,14 +77,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     rows = [measure(name, arguments.repeats) for name in CASES]
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     for row in rows:
         times = f"forward {row['forward_s'] * 1e3:8.2f} ms  certify {row['certify_s'] * 1e3:8.2f} ms"
         print(f"{row['case']:<38} {row['threat']:<14} {times}  ratio {row['ratio']:.2f}  to exact arithmetic {row['ratio_to_real']:.2f}")
-    print(machine)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "machine": machine}, file, indent=1)
+    finish(rows, arguments.json)
 
 
 if __name__ == "__main__":

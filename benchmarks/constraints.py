@@ -11,14 +11,12 @@ Interval-trained rows also say what intervals keep at the radius they were train
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
 
-import torch
+from reporting import finish
 
 from robustlip.certifiers import certify
 from robustlip.checkpoints import load_into, toml_text
@@ -106,10 +104,7 @@ def main() -> None:
             f"| {1e3 * mean['step_s']:.2f} |",
             flush=True,
         )
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    print(machine)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"rows": rows, "machine": machine}, indent=1), encoding="utf-8")
+    finish(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ split.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from reporting import finish
 
 from robustlip.certifiers import certify
 from robustlip.certifiers.sdp import Constants, eclipse_constants, lipsdp_constants, network_of, product_of_norms
@@ -116,11 +115,7 @@ def main() -> None:
             elif isinstance(values, dict) and "refused" in values:
                 print(f"  {method:<38} {values['refused']}")
         print("  median certified ℓ2 radius:", ", ".join(f"{m} {r:.4f}" for m, r in row["median_radius_l2"].items()), flush=True)
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    print(machine)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "machine": machine}, file, indent=1)
+    finish(rows, arguments.json)
 
 
 if __name__ == "__main__":

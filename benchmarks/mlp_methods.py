@@ -10,14 +10,13 @@ with backward CROWN, and with α-CROWN, over all rivals.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from reporting import finish
 from torch import nn
 
 from robustlip.attacks import by_name
@@ -114,11 +113,7 @@ def main() -> None:
                 rows.append(row)
                 shares = f"median {row['median']:.3f}  p10 {row['p10']:.3f}  p90 {row['p90']:.3f}  largest {row['largest']:.3f}"
                 print(f"{row['model']:<22} {row['norm']:<5} {row['method']:<32} {row['samples']:>4}  {shares}  {row['ms_per_sample']:8.2f} ms")
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-    print(machine)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "machine": machine}, file, indent=1)
+    finish(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ Targets: at most 2 times on a CPU; on a GPU, where Gram iteration is used, at le
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from reporting import finish
 
 from robustlip.spectral import gram_iteration_bound, spectral_norm_bound, spectral_norm_estimate
 
@@ -52,11 +51,7 @@ def main() -> None:
             f"{shape!s:<16} bound {times['bound'] * 1e3:8.2f} ms  torch {times['torch'] * 1e3:8.2f} ms  ratio {rows[-1]['ratio']:.2f}  "
             f"above the truth by {over:.1e}, power iteration below the bound by {gap:.1e}"
         )
-    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
-    print(machine)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "machine": machine}, file, indent=1)
+    finish(rows, arguments.json, device=device)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Memory is the peak of a process of its own for each variant.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from reporting import finish
 from torch import nn
 
 from robustlip.constraints import METHODS, Constraint, targets_of
@@ -103,19 +102,12 @@ def main() -> None:
             "peak_mb": peak,
             "extra_mb": peak - plain_peak,
         })  # fmt: skip
-    machine = {
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-        "device": arguments.device, "batch": arguments.batch, "repeats": arguments.repeats,
-    }  # fmt: skip
     print("| method | step, ms | of which optimiser and constraint, ms | step / unconstrained | the same by the clock | peak memory above, MB |")
     print("|---|---:|---:|---:|---:|---:|")
     for r in rows:
         times = f"{r['step_s'] * 1e3:.0f} | {r['optimizer_s'] * 1e3:.0f} | {r['ratio']:.3f} | {r['wall_ratio']:.3f}"
         print(f"| {r['method']} | {times} | {r['extra_mb']:.0f} of {plain_peak:.0f} |")
-    print(machine)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows, "machine": machine}, file, indent=1)
+    finish(rows, arguments.json, device=arguments.device, batch=arguments.batch, repeats=arguments.repeats)
 
 
 if __name__ == "__main__":
