@@ -2,9 +2,10 @@
 
     ROBUSTLIP_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/frontier.py MODEL … [--windows 100] [--context 64] [--cache runs/frontier] [--json FILE]
 
-MODEL: names of the zoo or files of `robustlip train`. Accuracy and loss are of the whole test split at context 256. Radii are over the same windows for
-all models, the last token's prediction, by the largest of the deterministic methods: for one token (the last) and for all tokens. The median is over windows that the model predicts correctly; `all` counts a wrong prediction as 0. `relative` divides by the embedding's largest norm,
-since a table of longer rows has longer radii. What is done is kept in --cache by the hash of the weights, so an interrupted run goes on.
+MODEL: names of the zoo or files of `robustlip train`. Accuracy and loss are of the whole test split at context 256. Radii are over the same windows
+for all models, the last token's prediction, by the largest of the deterministic methods: for one token (the last) and for all tokens. The median
+is over windows that the model predicts correctly; `all` counts a wrong prediction as 0. `relative` divides by the embedding's largest norm, since a
+table of longer rows has longer radii. What is done is kept in --cache by the hash of the weights, so an interrupted run goes on.
 """
 
 from __future__ import annotations
