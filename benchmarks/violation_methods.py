@@ -74,7 +74,7 @@ DEAR_ON_THE_ZOO = ("lipsdp",)
 def climbed(g: Draw, kind: str, method: str) -> tuple[Chain, Tensor, Threat]:
     """A small model whose weights were changed at random, step by step, wherever that brought `method`'s radius nearer to the attack's."""
     if kind == "gpt":
-        model: Chain = randomised(LipschitzGPT("abcdefgh", 8, pick(g, (1, 2)), 1, attention_scale=pick(g, (0.5, 2.0))), g)
+        model: Chain = randomised(LipschitzGPT("abcdefgh", 8, pick(g, (1, 2)), pick(g, (1, 2)), attention_scale=pick(g, (0.5, 2.0))), g)
         x = torch.randint(8, (8, 3), generator=g).unique(dim=0)
         threat: Threat = pick(g, (EmbeddingBall(), EmbeddingBall(tokens=(-1,)), EmbeddingBall(joint=True)))
     else:

@@ -207,7 +207,7 @@ def _check_model(recipe: Recipe) -> None:
     from robustlip.models.build import build
 
     config = dict(recipe.model)
-    if "gpt" in str(config.get("kind")):
+    if "gpt" in str(config.get("kind")) and "vocabulary_size" not in config:
         config.setdefault("vocabulary", "ab")
     with torch.device("meta"):
         build(config)

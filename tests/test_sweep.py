@@ -271,3 +271,13 @@ def test_a_row_that_was_altered_is_refused(tmp_path) -> None:
     (tmp_path / "o" / done.rows[0].name / "row.json").write_text("{")
     with pytest.raises(BadInput, match=r"row\.json"):
         sweep(tmp_path / "grid.toml", tmp_path / "o")
+
+
+def test_a_recipe_with_a_vocabulary_of_its_own_size_can_be_swept(tmp_path) -> None:
+    """Streamed text has no alphabet: its recipes state a size, and the check of the models must not add characters to it."""
+    recipe = (Path(__file__).parent.parent / "recipes" / "small-gpt.toml").read_text()
+    text = recipe.replace("[model]\n", "[model]\nvocabulary_size = 257\n") if "vocabulary_size" not in recipe else recipe
+    (tmp_path / "tiny.toml").write_text(text)
+    (tmp_path / "grid.toml").write_text(GRID)
+    grid, runs = load_grid(tmp_path / "grid.toml")
+    assert len(runs) == 2 and all(r.recipe.model["vocabulary_size"] == 257 for r in runs)
