@@ -81,6 +81,9 @@ certificates: $(READY)  ## make the zoo's certificates again, after a change of 
 	  certify shakespeare-gpt-$$role page:test embedding-l2 40 dual; \
 	done; \
 	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 40 dual; \
-	if [ -n "$$ROBUSTLIP_DATA" ]; then for role in lipschitz baseline; do \
-	  certify cifar10-mlp-$$role cifar10:test l2 100 local; certify cifar10-mlp-$$role cifar10:test linf 100 local; \
-	done; fi
+	if [ -n "$$ROBUSTLIP_DATA" ]; then \
+	  for role in lipschitz baseline; do \
+	    certify cifar10-mlp-$$role cifar10:test l2 100 local; certify cifar10-mlp-$$role cifar10:test linf 100 local; \
+	  done; \
+	  certify mnist-mlp-lipschitz mnist:test l2 100 global; certify mnist-mlp-baseline mnist:test l2 100 local-lipschitz; \
+	fi

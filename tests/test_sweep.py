@@ -279,5 +279,5 @@ def test_a_recipe_with_a_vocabulary_of_its_own_size_can_be_swept(tmp_path) -> No
     text = recipe.replace("[model]\n", "[model]\nvocabulary_size = 257\n") if "vocabulary_size" not in recipe else recipe
     (tmp_path / "tiny.toml").write_text(text)
     (tmp_path / "grid.toml").write_text(GRID)
-    grid, runs = load_grid(tmp_path / "grid.toml")
+    _, runs = load_grid(tmp_path / "grid.toml")
     assert len(runs) == 2 and all(r.recipe.model["vocabulary_size"] == 257 for r in runs)
