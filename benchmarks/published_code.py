@@ -4,7 +4,7 @@
 
 FOLDER: a checkout of the paper's repository (github Arongil/lipschitz-transformers); PYTHON: an interpreter with jax and numpy. Both sides are
 pinned to one core; seconds are of the process, so what else the machine does counts little. Steps are of random tokens at context 256, float32, after
-warm-up (JAX compiles in its first step). Theirs normalises by power iteration from below; ours divides by a guaranteed bound and checks after every step.
+warm-up (JAX compiles in its first step). Theirs normalises by power iteration from below; ours divides by a guaranteed bound and checks each step.
 """
 
 from __future__ import annotations
