@@ -153,7 +153,8 @@ def quartic_bound(weight: Tensor) -> float:
     gram = a @ a.mT
     size = norm_up(a).square()
     traceless = gram.square() - size[:, None] * size / a.shape[1]
-    # A Gram entry is off by γ_n‖w_i‖‖w_j‖, its square by a little more than twice that times as much, the rest by less.
+    # A Gram entry is off by γ_n‖w_i‖‖w_j‖, its square by a little more than twice that times as much; the rest of the rounding, s included, is far
+    # below what ‖S‖_F² = 1 − 1/n < 1 leaves.
     lost = up(8 * gamma(a.shape[1] + 4, U64) * norm_up(size, 0).square())
     top = up(gram_iteration_bound((traceless + traceless.mT) / 2, 6) + lost).sqrt()
     plain = up(size.amax().sqrt() * spectral_norm_bound(a))

@@ -337,6 +337,47 @@ def test_single_tokens_agree_with_all_and_are_never_exceeded(position, jacobian,
         assert bool((mine[:, 0] <= theirs[:, position] * (1 + 1e-9)).all())
 
 
+def test_what_single_tokens_were_told_is_forgotten() -> None:
+    """Parts are shared: a plain chain that advances after a JacobianChain did must not read what held for another radius."""
+    torch.manual_seed(3)
+    blocks = gpt_blocks(False).double().requires_grad_(False)
+    x = torch.randn(2, 4, D, dtype=torch.float64)
+    where = (torch.arange(2), torch.full((2,), 3))
+    full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
+    full.advance(torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64), [])
+    rows, fresh = full.at_rows(*where), full.at_rows(*where)
+    small, large = torch.full((2, 1), 1e-3, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    JacobianChain(rows).advance(small, 0 * small, [])
+    assert torch.equal(rows.advance(large, 0 * large, [])[0], fresh.advance(large, 0 * large, [])[0])
+
+
+def nested() -> dict[str, Callable[[], list[nn.Module]]]:
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
+
+    return {
+        "sequence": lambda: [nn.Sequential(Residual(mlp()), Residual(Attention(D, 2)))],
+        "residual": lambda: [Residual(nn.Sequential(Residual(mlp()), Residual(Attention(D, 2))))],
+        "attention first": lambda: [nn.Sequential(Attention(D, 2), Residual(mlp()))],
+        "twice": lambda: [nn.Sequential(nn.Linear(D, D), nn.Sequential(Attention(D, 2)))],
+    }
+
+
+@pytest.mark.parametrize("name", nested())
+def test_attention_inside_other_chains_is_certified_for_single_tokens(name) -> None:
+    torch.manual_seed(0)
+    parts = {f"part{i}": m for i, m in enumerate(nested()[name]())}
+    model = NextTokenChain(OrderedDict(embed_tokens=nn.Embedding(5, D), **parts, head=nn.Linear(D, 5)))
+    model = model.eval().requires_grad_(False)
+    x = torch.randint(5, (6, 4), generator=torch.Generator().manual_seed(1))
+    y = model.scores(x).argmax(-1)
+    threat = EmbeddingBall(tokens=(-1,))
+    certificate = certify(model, x, y, threat, "dual")
+    assert (certificate.radius > 0).all()
+    reach = MinimumRadius()(model, x, y, threat).radius
+    assert (certificate.radius < reach).all() and np.median(certificate.radius / reach) > 0.1
+
+
 def test_a_remainder_reaches_all_layers_behind(monkeypatch) -> None:
     """Neurons that are dead at the clean point and alive nearby, then linear layers: what they carry is remainder, two and three layers on too."""
     kink = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D, bias=False)).double()

@@ -65,6 +65,13 @@ def test_no_attack_succeeds_inside_an_all_token_radius() -> None:
         assert not found.success.any()
 
 
+@pytest.mark.parametrize("threat", [EmbeddingBall(), EmbeddingBall(tokens=(-1,))])
+def test_where_nothing_is_proved_radii_are_0(threat) -> None:
+    model, ids, _ = made("lipschitz", gain=6.0)
+    radius, prediction = sequence_radii(model.bfloat16(), ids, threat)
+    assert radius.shape == prediction.shape and bool((radius == 0).all())
+
+
 @pytest.mark.parametrize("kind", ["lipschitz", "baseline"])
 def test_no_attack_succeeds_inside_a_position_s_radius(kind) -> None:
     model, ids, _ = made(kind)

@@ -526,7 +526,7 @@ def test_recipes_of_the_repository_are_valid() -> None:
     assert len([load_recipe(path) for path in folder.glob("*.toml")]) >= 6
 
 
-def test_the_grid_of_constraint_methods_makes_valid_recipes() -> None:
+def test_the_grid_of_constraint_methods_makes_valid_recipes(monkeypatch) -> None:
     """Every method under both optimisers, merged over one base; a cell's own settings win, and an empty table replaces."""
     import importlib.util
 
@@ -536,6 +536,7 @@ def test_the_grid_of_constraint_methods_makes_valid_recipes() -> None:
     spec = importlib.util.spec_from_file_location("constraints_benchmark", source)
     assert spec is not None and spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(str(source.parent))  # as when it is run as a script
     spec.loader.exec_module(benchmark)
     cells = {(m, o): r for m, o, r in benchmark.recipes_of(tomllib.loads(benchmark.GRID.read_text(encoding="utf-8")))}
     assert {(m, o) for m in METHODS for o in ("muon", "adamw")} <= set(cells)

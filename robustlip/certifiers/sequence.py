@@ -100,9 +100,11 @@ def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
 
     best = torch.zeros(len(at), dtype=torch.float64, device=at.device)
     tried = norm_up(whole.start).amax() * 0.5 ** torch.arange(HALVINGS, dtype=torch.float64, device=at.device)
-    for _ in range(2):
-        for part in tried.split(_AT_ONCE):
+    between = 2 ** (torch.arange(1, STEPS_BETWEEN + 1, dtype=torch.float64, device=at.device) / (STEPS_BETWEEN + 1))
+    for finer in (False, True):
+        if finer:
+            tried = (best[best > 0].unique()[:, None] * between).flatten()
+        for start in range(0, len(tried), _AT_ONCE):  # none where no position has a radius
+            part = tried[start : start + _AT_ONCE]
             best = torch.maximum(best, torch.where(held(part), part[:, None], 0.0).amax(0))
-        between = 2 ** (torch.arange(1, STEPS_BETWEEN + 1, dtype=torch.float64, device=at.device) / (STEPS_BETWEEN + 1))
-        tried = (best[best > 0].unique()[:, None] * between).flatten()
     return best

@@ -357,7 +357,9 @@ class AttentionRow(AttentionExpansion):
     The others' radii are those that `full` last saw arrive, with nothing perturbed; all they do counts as remainder.
     """
 
-    shaped = True
+    @property
+    def shaped(self) -> bool:
+        return True
 
     def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor) -> None:
         self.__dict__.update({k: v for k, v in full.__dict__.items() if k != "arrived"})
@@ -433,8 +435,11 @@ class AttentionRow(AttentionExpansion):
         self.asked_lost = 2.0**-30 * self.s * size[:, None] * (norm_up(keys) + self.nk.gather(2, self.asked))
         return (self.s * (keys @ self.by_head["query"])).flatten(1, 2).transpose(0, 1)
 
-    def known(self, products: Tensor | None) -> None:
+    def known(self, products: Tensor) -> None:
         self.products = products
+
+    def forget(self) -> None:
+        self.way = self.products = None
 
     def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
         if self.way is None:

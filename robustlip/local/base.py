@@ -124,7 +124,11 @@ class Expansion:
     whole: tuple[int, ...] | None = None
     # Names of the tensors (N, T, …) that `at_rows` picks tokens from.
     by_token: ClassVar[tuple[str, ...]] = ("clean",)
-    shaped: ClassVar[bool] = False
+
+    @property
+    def shaped(self) -> bool:
+        """Whether this layer, or one inside it, makes use of `learn_way`."""
+        return False
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         """(radius, error) behind the layer, each (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order.
@@ -154,11 +158,14 @@ class Expansion:
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         """ε and ‖E‖ (…, N, 1) for the next `advance`."""
 
+    def forget(self) -> None:
+        """Drop what `given` and `known` told: it held for one ε."""
+
     def functionals(self) -> Tensor | None:
         """Vectors (A, N, D) whose products with the change in front of a single token's layer would sharpen `advance`, None where there are none."""
         return None
 
-    def known(self, products: Tensor | None) -> None:
+    def known(self, products: Tensor) -> None:
         """Bounds (A, N) of the sizes of these products, for the next `advance`."""
 
     def jacobian(self) -> Tensor:

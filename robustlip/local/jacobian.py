@@ -73,7 +73,7 @@ class JacobianChain(ChainExpansion):
                 part.known(bounded(question[0] * first[:, 0], question[1], bounds[begin:], first[:, 0]))
             part.given(first, beyond + lost.unsqueeze(-1) * first)
             radius, remainder = part.advance(radius, zero, bounds)
-            part.known(None)  # of this ε alone
+            part.forget()  # parts are shared with the chain that this one was made from
             if l == len(self.norms):
                 break
             remainders.append(remainder)

@@ -184,7 +184,6 @@ class ElementwiseExpansion(Expansion):
     by_token = ("clean", "z_norm", "slope", "distance")
     # Of single tokens every neuron's own curvature is affordable; see `Curved`.
     single: bool = False
-    shaped = True
     # (‖w_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `learn_way` and `given` have told.
     _shape: tuple[Tensor, Tensor, Tensor] | None = None
     way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
@@ -198,6 +197,13 @@ class ElementwiseExpansion(Expansion):
         # f' as float64 gives it is off by a few units of a number near 1.
         self.slope = self.f.slope.abs() + 2.0**-45
         self.distance = z.abs()
+
+    @property
+    def shaped(self) -> bool:
+        return True
+
+    def forget(self) -> None:
+        self.way = None
 
     def learn_way(self, m: Tensor, before: Tensor) -> None:
         if self.affine is not None:
@@ -225,7 +231,7 @@ class ElementwiseExpansion(Expansion):
             return torch.exp(-0.5 * z.square()) / _SQRT_2PI * (2 - z.square())
 
         def sized(kappa: Tensor) -> Tensor:
-            return (kappa.clamp_min(0.0) * (top / 0.7978846 * (1 + 1e-7)) + 1e-15).clamp_max(top)
+            return (kappa.clamp_min(0.0) * (top / 0.7978846 * (1 + 1e-7)) + 1e-15 * max(1.0, top)).clamp_max(top)
 
         reach = each * (1 + 1e-12)
         near, far = (self.distance - reach).clamp_min(0.0), self.distance + reach

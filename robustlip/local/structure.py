@@ -97,21 +97,31 @@ class ChainExpansion(Expansion):
             radius, error = part.advance(radius, error, bounds)
         return radius, error
 
+    @property
+    def shaped(self) -> bool:
+        return any(part.shaped for part in self.parts)
+
     def learn_way(self, m: Tensor, before: Tensor) -> None:
+        self.way_lost = None
         for i, part in enumerate(self.parts):
             part.learn_way(m, before)
             if not any(later.shaped for later in self.parts[i + 1 :]):
                 return
-            # What float64 lost of J·M is measured against M: J may nearly annihilate it.
-            self.way_lost = 2.0**-34 * torch.linalg.matrix_norm(m)
+            # What float64 lost of J·M is measured against M, the largest so far: a J may nearly annihilate it.
+            lost = 2.0**-34 * torch.linalg.matrix_norm(m)
+            self.way_lost = lost if self.way_lost is None else torch.maximum(self.way_lost, lost)
             m, before = part.jacobian() @ m, before * part.lipschitz()
 
     def functionals(self) -> Tensor | None:
         return self.parts[0].functionals() if self.parts else None
 
-    def known(self, products: Tensor | None) -> None:
+    def known(self, products: Tensor) -> None:
         if self.parts:
             self.parts[0].known(products)
+
+    def forget(self) -> None:
+        for part in self.parts:
+            part.forget()
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         for part in self.parts:
@@ -186,8 +196,15 @@ class ResidualExpansion(Expansion):
     def functionals(self) -> Tensor | None:
         return self.branch.functionals()
 
-    def known(self, products: Tensor | None) -> None:
+    def known(self, products: Tensor) -> None:
         self.branch.known(products)
+
+    def forget(self) -> None:
+        self.branch.forget()
+
+    @property
+    def shaped(self) -> bool:
+        return self.branch.shaped
 
     def lipschitz(self) -> Tensor | float:
         return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()
