@@ -85,6 +85,10 @@ class Either:
         return torch.minimum(first, sum_of(self.size, bound.whole)).sum(-1)
 
 
+# Numbers of a temporary tensor: of one that fits a core's cache, and of one that a GPU holds easily.
+_CACHED, _RESIDENT = 2**17, 2**26
+
+
 @dataclass(frozen=True)
 class Curved:
     """½Σ_n κ_n|ω_n|Δz_n² of neurons z = Wx + b, where only curvature against the sign of ω_n lowers the margin.
@@ -100,13 +104,17 @@ class Curved:
 
     def meet(self, bound: Curved) -> Tensor:
         assert bound.each is not None and bound.whole is not None
-        squares = 0.5 * (1 + 1e-12) * bound.each.square()
-        if self.convex is self.concave:
-            bent = self.convex * torch.maximum(bound.convex, bound.concave)
-        else:
-            bent = self.convex * bound.convex + self.concave * bound.concave
-        steepest = 0.5 * (1 + 1e-12) * bent.amax(-1) * bound.whole.square()[:, 0]
-        return torch.minimum(steepest, torch.einsum("anm,nm->an", bent, squares))
+        squares, whole = bound.each.square(), bound.whole.square()[:, 0]
+        both = torch.maximum(bound.convex, bound.concave) if self.convex is self.concave else None
+        sums = []
+        # A few adjoints at a time: on a processor, products that stay in its cache take a fraction of the time of those that do not.
+        count = max(1, (_CACHED if squares.device.type == "cpu" else _RESIDENT) // squares.numel())
+        for convex, concave in zip(self.convex.split(count), self.concave.split(count), strict=True):
+            bent = convex * bound.convex if both is None else convex * both
+            if both is None:
+                bent.addcmul_(concave, bound.concave)
+            sums.append(torch.minimum(bent.amax(-1) * whole, bent.mul_(squares).sum(-1)))
+        return 0.5 * (1 + 1e-12) * torch.cat(sums)
 
 
 Pair = Tensor | Either | Curved
