@@ -9,6 +9,7 @@ import sys
 from collections import OrderedDict
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -274,17 +275,16 @@ def test_constants_cover_all_slopes_and_permutations(kind) -> None:
         model = mlp(widths, kind, seed)
         below = brute_force(model)
         network = network_of(model)
-        for found in (lipsdp_constants(network), eclipse_constants(network), product_of_norms(network)):
-            assert bool((upper_pairs(found.pairs) >= upper_pairs(below.pairs)).all())
-            assert found.whole >= below.whole
         found = lipsdp_constants(network)
+        for claimed in (found, eclipse_constants(network), product_of_norms(network)):
+            assert bool((upper_pairs(claimed.pairs) >= upper_pairs(below.pairs)).all())
+            assert claimed.whole >= below.whole
         tightest = max(tightest, float((upper_pairs(below.pairs) / upper_pairs(found.pairs)).max()), below.whole / found.whole)
     assert tightest > 0.9  # a bound of twice the truth would hide an error of twice
 
 
 @pytest.mark.parametrize("kind", ["relu", "gelu", "maxmin", "groupsort3", "householder"])
-@pytest.mark.parametrize("solve", [lipsdp_constants, eclipse_constants])
-def test_constants_are_ordered(kind, solve) -> None:
+def test_constants_are_ordered(kind) -> None:
     for seed in range(3):
         network = network_of(mlp([5, 12, 12, 6, 4], kind, seed))
         lipsdp, eclipse, norms = lipsdp_constants(network), eclipse_constants(network), product_of_norms(network)
@@ -292,8 +292,8 @@ def test_constants_are_ordered(kind, solve) -> None:
         for tighter, looser in ((lipsdp, eclipse), (eclipse, norms)):
             assert bool((tighter.pairs <= looser.pairs).all())
         assert lipsdp.whole < 0.95 * norms.whole and eclipse.whole < 0.98 * norms.whole
-        found = solve(network)
-        assert bool((upper_pairs(found.pairs) <= 2**0.5 * found.whole * (1 + 1e-12)).all())
+        for found in (lipsdp, eclipse):
+            assert bool((upper_pairs(found.pairs) <= 2**0.5 * found.whole * (1 + 1e-12)).all())
         weights = [np.linalg.svd(w.mid.numpy(), compute_uv=False)[0] for w in (*(w for w, _ in network.stages), network.head)]
         slope = {"gelu": 1.1289041**3}.get(kind, 1.0)
         assert norms.whole == pytest.approx(float(np.prod(weights)) * slope, rel=1e-6)
@@ -341,7 +341,7 @@ def test_no_pair_of_points_is_steeper_than_the_constants(kind) -> None:
         assert bool((upper_pairs(pairs) <= upper_pairs(found.pairs) * (1 + 1e-9)).all()) and whole <= found.whole * (1 + 1e-9)
 
 
-def hardest(kind: str, seed: int, steps: int = 150) -> Chain:
+def hardest(kind: str, seed: int, steps: int = 100) -> Chain:
     """Weights and a point, optimised for a large local gain at a small product of norms: where bounds are nearly attained."""
     model = mlp([3, 6, 6, 2], kind, seed)
     x = torch.randn(8, 3, dtype=torch.float64).requires_grad_()
@@ -363,10 +363,11 @@ def test_adversarial_weights_do_not_break_the_constants(kind) -> None:
         model = hardest(kind, seed)
         network = network_of(model)
         pairs, whole = steepest(model)
-        for found in (lipsdp_constants(network), eclipse_constants(network)):
+        lipsdp, eclipse = lipsdp_constants(network), eclipse_constants(network)
+        for found in (lipsdp, eclipse):
             assert whole <= found.whole * (1 + 1e-9)
             assert bool((upper_pairs(pairs) <= upper_pairs(found.pairs) * (1 + 1e-9)).all())
-        assert whole > 0.6 * lipsdp_constants(network).whole  # near enough to notice an error
+        assert whole > 0.6 * lipsdp.whole  # near enough to notice an error
 
 
 @pytest.mark.parametrize("name", ["coupled", "relu for maxmin"])
@@ -607,17 +608,24 @@ def methods() -> None:
     assert {"lipsdp", "eclipse"} <= set(METHODS)
 
 
+@cache
+def attacked(kind: str) -> Chain:
+    """One model for all norms: its constants are those of l2, kept with it."""
+    return mlp([6, 12, 12, 4], kind, 1, gain=2.0).float()
+
+
 @pytest.mark.parametrize("kind", ["relu", "gelu", "maxmin", "householder"])
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
 def test_no_attack_succeeds_inside_a_radius(kind, norm, methods) -> None:
-    model = mlp([6, 12, 12, 4], kind, 1, gain=2.0).float()
+    model = attacked(kind)
+    torch.manual_seed(1)
     x = torch.rand(16, 6)
     y = model(x).argmax(-1)
     threat = parse_threat(norm)
     radius = certify(model, x, y, threat, "lipsdp").radius
     assert (radius > 0).mean() > 0.8
     assert (radius <= by_name("min")(model, x, y, threat).radius).all()
-    for i in range(len(x)):  # at 1.0 times each radius, not only near the boundary
+    for i in range(0, len(x), 2):  # at 1.0 times each radius, not only near the boundary
         found = by_name("pgd", steps=20)(model, x[i : i + 1], y[i : i + 1], parse_threat(norm, float(radius[i])))
         assert not bool(np.asarray(found.success).any())
     eclipse, usual = certify(model, x, y, threat, "eclipse").radius, certify(model, x, y, threat, "global").radius
@@ -650,7 +658,7 @@ def test_rounding_attack_breaks_the_real_radius_and_not_the_executed_one(dtype, 
     """As in test_certify.py: every ReLU is active, the constant is attained, and rounding alone decides."""
     generator = torch.Generator().manual_seed(0)
     broken = 0
-    for _ in range(12):
+    for _ in range(6):
         model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.ReLU(), nn.Linear(48, 2))
         nn.init.eye_(model[0].weight)
         with torch.no_grad():
@@ -704,7 +712,7 @@ def test_constants_follow_the_weights(methods) -> None:
 
 
 def test_what_the_methods_are_not_for() -> None:
-    good = mlp([4, 6, 3], "relu")
+    good, large = mlp([4, 6, 3], "relu"), LipschitzMLP([4, 9000, 9000, 2])
     for applies in (lipsdp_applies, eclipse_applies):
         assert applies(good, InputBall("l2")) == ""
         assert "embedding-l2" in applies(good, EmbeddingBall())
@@ -714,7 +722,7 @@ def test_what_the_methods_are_not_for() -> None:
         assert "flattens" in applies(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.Flatten(), c=nn.Linear(4, 2))), InputBall("l2"))
         between = Chain(OrderedDict(a=nn.Linear(4, 2), b=Normalize([0.0, 0.0], [1.0, 2.0]), c=nn.Linear(2, 2)))
         assert "by channel" in applies(between, InputBall("l2"))
-        assert "neurons" in applies(LipschitzMLP([4, 9000, 9000, 2]), InputBall("l2"))
+        assert "neurons" in applies(large, InputBall("l2"))
         assert "begins with ReLU" in applies(Chain(OrderedDict(a=nn.ReLU(), c=nn.Linear(2, 2))), InputBall("l2"))
 
 

@@ -101,20 +101,19 @@ def radii(method: str, model: Chain, x: torch.Tensor, y: torch.Tensor, norm: str
     return radius
 
 
-def applicable() -> list[tuple[str, str]]:
-    return [(m, name) for m in METHODS for name in MODELS if not APPLIES[m](make(name)[0], InputBall("l2"))]
-
-
-@pytest.mark.parametrize(("method", "name"), applicable())
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_no_attack_succeeds_inside_the_radius(method, name, norm) -> None:
-    for seed in (0, 1):
-        model, x, y, _ = make(name, seed)
+def test_no_attack_succeeds_inside_the_radius(name, norm) -> None:
+    """One attack, which knows no method, is compared with all; each norm has weights of its own."""
+    model, x, y, _ = make(name, NORMS.index(norm))
+    found = torch.as_tensor(by_name("min")(model, x, y, InputBall(norm)).radius)
+    methods = [m for m in METHODS if not APPLIES[m](model, InputBall(norm))]
+    assert len(methods) >= 3
+    for method in methods:
         radius = radii(method, model, x, y, norm)
-        found = torch.as_tensor(by_name("min")(model, x, y, InputBall(norm)).radius)
-        assert bool((radius <= found).all())
-        assert float((radius > 0).double().mean()) > 0.7
-        assert float((radius / found).median()) > 0.02  # a bound that nothing comes near would hide a broken attack
+        assert bool((radius <= found).all()), method
+        assert float((radius > 0).double().mean()) > 0.7, method
+        assert float((radius / found).median()) > 0.02, method  # a bound that nothing comes near would hide a broken attack
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -228,18 +227,19 @@ def test_every_rivals_bound_is_below_every_margin_in_the_ball(name, norm) -> Non
         network = network_of(model, tuple(x.shape[1:]), context_of(model))
         ball = Ball(x.double().flatten(1), torch.full((6,), radius, dtype=torch.float64), norm)
         seen = least_margins(network, ball, y)
-        for method, bound in lower_bounds(network, ball, y, model).items():
+        bounds = lower_bounds(network, ball, y, model)
+        for method, bound in bounds.items():
             assert bool((bound <= seen + 1e-12).all()), (method, seed)
             assert method == "sdp" or bool(bound.isfinite().all())
         if radius == 0.02:
-            assert bool((lower_bounds(network, ball, y, model)["crown"] > seen - 0.3 * (1 + seen.abs())).all())
+            assert bool((bounds["crown"] > seen - 0.3 * (1 + seen.abs())).all())
 
 
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU])
 def test_bounds_on_a_line_are_below_every_point_of_it(kind) -> None:
     """One input and few neurons: 2001 points are the whole ball. CROWN alone, without the interval's bound that could hide its faults."""
     tight = []
-    for seed in range(40):
+    for seed in range(16):
         torch.manual_seed(seed)
         hidden = [nn.Linear(1, 3), kind()] if seed % 2 else [nn.Linear(1, 2), kind(), nn.Linear(2, 3), kind()]
         model = scaled(nn.Sequential(*hidden, nn.Linear(3, 2)), 2.5)
@@ -558,16 +558,15 @@ def test_linear_models_have_their_exact_radius(method, norm) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_better_methods_prove_no_less(norm) -> None:
-    for seed in range(3):
-        for name in ("relu", "relu-deep", "maxmin"):
-            model, x, y, logits = make(name, seed)
-            found = {m: radii(m, model, x, y, norm) for m in METHODS}
-            plain = global_radii(model, x, y, logits, InputBall(norm), context_of(model))[0]
-            assert bool((found["crown"] >= 0.99 * found["ibp"]).all())
-            # MaxMin is written as three rows a pair here, whose norms are larger than that of sorting.
-            assert name == "maxmin" or bool((found["local-lipschitz"] >= 0.98 * plain).all())
-            best = torch.maximum(found["sdp"], found["crown"])
-            assert float((best / torch.maximum(found["crown"], found["local-lipschitz"])).median()) > 0.999
+    for seed, name in enumerate(("relu", "relu-deep", "maxmin")):
+        model, x, y, logits = make(name, seed)
+        found = {m: radii(m, model, x, y, norm) for m in METHODS}
+        plain = global_radii(model, x, y, logits, InputBall(norm), context_of(model))[0]
+        assert bool((found["crown"] >= 0.99 * found["ibp"]).all())
+        # MaxMin is written as three rows a pair here, whose norms are larger than that of sorting.
+        assert name == "maxmin" or bool((found["local-lipschitz"] >= 0.98 * plain).all())
+        best = torch.maximum(found["sdp"], found["crown"])
+        assert float((best / torch.maximum(found["crown"], found["local-lipschitz"])).median()) > 0.999
     if norm == "l2":
         assert float((found["sdp"] / found["local-lipschitz"]).median()) > 1.0
 
@@ -578,7 +577,7 @@ def test_zoo_models_are_certified_near_to_where_attacks_succeed(name, least) -> 
     from robustlip.models.zoo import load
 
     model, data = load(name), load_data("digits:test")
-    x, y = data.x[40:64], data.y[40:64]
+    x, y = data.x[40:52], data.y[40:52]
     radius = radii("sdp", model, x, y, "l2")
     found = torch.as_tensor(by_name("min")(model, x, y, InputBall("l2")).radius)
     right = model.scores(x).argmax(-1) == y
