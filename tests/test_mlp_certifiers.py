@@ -116,12 +116,12 @@ def test_no_attack_succeeds_inside_the_radius(name, norm) -> None:
         assert float((radius / found).median()) > 0.02, method  # a bound that nothing comes near would hide a broken attack
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_hundreds_of_samples_survive_pgd_at_their_radius(method, norm) -> None:
+def test_hundreds_of_samples_survive_pgd_at_their_radius(norm) -> None:
+    """All methods in one batch: 300 samples at the radius of the first method, the same 300 at that of the second, …"""
     model, x, y, _ = make("relu", 3, 300)
-    radius = radii(method, model, x, y, norm)
-    model64, points = copy.deepcopy(model).double(), x.double()
+    radius = torch.cat([radii(method, model, x, y, norm) for method in METHODS])
+    model64, points, y = copy.deepcopy(model).double(), x.double().repeat(len(METHODS), 1), y.repeat(len(METHODS))
     # Steepest ascent of every rival in turn, at exactly the radius of each sample.
     for rival in range(4):
         delta = torch.zeros_like(points)
@@ -193,7 +193,7 @@ def lower_bounds(network, ball: Ball, y: torch.Tensor, model: Chain) -> dict[str
     return found
 
 
-def dual_margins(network, ball: Ball, boxes, y: torch.Tensor, steps: int = 30, noise: float = 0.0) -> torch.Tensor:
+def dual_margins(network, ball: Ball, boxes, y: torch.Tensor, steps: int = 20, noise: float = 0.0) -> torch.Tensor:
     """Lower bounds (N, C) by the dual, of every rival, −inf where the multipliers make no definite form; with random multipliers by `noise`."""
     logits = network.forward(ball.x)[-1]
     margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], torch.inf)
@@ -303,19 +303,19 @@ def test_any_multipliers_are_sound(norm) -> None:
 
 
 def test_the_dual_is_nearly_exact_with_two_inputs() -> None:
-    """Rays in 720 directions find the true radius, from above, to within their spacing."""
+    """Rays in 360 directions find the true radius, from above, to within their spacing."""
     for seed in (2,):
         torch.manual_seed(seed)
         model = scaled(nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), 2.0)
         x = torch.rand(10, 2)
         y = model(x).argmax(-1)
         network = network_of(model, (2,), context_of(model))
-        angle = torch.linspace(0, 2 * math.pi, 721, dtype=torch.float64)
+        angle = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)
         length = torch.linspace(0, 2, 801, dtype=torch.float64)
         cloud = torch.stack([angle.cos(), angle.sin()], -1)[:, None] * length[:, None]
         truth = []
         for point, label in zip(x.double(), y, strict=True):
-            broken = network.forward((point + cloud).flatten(0, 1))[-1].argmax(-1).view(721, 801) != label
+            broken = network.forward((point + cloud).flatten(0, 1))[-1].argmax(-1).view(361, 801) != label
             truth.append(float(length[broken.any(0)].min()) if bool(broken.any()) else math.inf)
         exact = torch.tensor(truth, dtype=torch.float64)
         radius = radii("sdp", model, x, y, "l2", rounds=9)
@@ -454,8 +454,8 @@ def test_curvature_and_minimum_are_those_of_forty_digits(name) -> None:
         if curve.lowest is not None:
             place = mpmath.findroot(first, curve.lowest[0])
             assert abs(place - curve.lowest[0]) < 1e-4 and curve.lowest[1] <= in_digits(name, place) <= curve.lowest[1] + 1e-5
-            assert all(in_digits(name, a) >= in_digits(name, b) for a, b in pairwise(grid) if b <= place)
-            assert all(in_digits(name, a) <= in_digits(name, b) for a, b in pairwise(grid) if a >= place)
+            before, after = ([in_digits(name, z) for z in part] for part in ([z for z in grid if z <= place], [z for z in grid if z >= place]))
+            assert all(a >= b for a, b in pairwise(before)) and all(a <= b for a, b in pairwise(after))
         for z in (-3.0, -0.4, 0.0, 0.9, 5.0):
             assert abs(float(curve.derivative(torch.tensor(z, dtype=torch.float64))) - float(first(z))) < 1e-12
 
@@ -507,7 +507,7 @@ def test_what_rounding_takes_is_all_there(dtype) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_shortens_radii_and_they_hold_as_executed(method) -> None:
-    model, x, _, _ = make("relu-one", 0, 40)
+    model, x, _, _ = make("relu-one", 0, 24)
     exact = radii(method, copy.deepcopy(model).double(), x.double(), model.scores(x).argmax(-1), "l2", torch.float64)
     low = copy.deepcopy(model).half()
     inputs = x.half()
