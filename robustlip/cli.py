@@ -363,7 +363,7 @@ def zoo_list(json: Json = None) -> None:
     rows = [
         [
             name,
-            str(card.get("data", DASH)),
+            str(card.get("data", DASH)) + (f" ({card['data_note']})" if card.get("data_note") else ""),
             percent(card.get("val_accuracy")),
             str(card.get("parameters", DASH)),
             str(card.get("weights_sha256", DASH))[:12],

@@ -202,6 +202,12 @@ def test_certify_and_attack_write_what_the_issue_says(place, capsys):
         assert found["radius"] is None or proved["radius"] <= found["radius"]
 
 
+def test_a_model_of_a_subset_says_so_in_the_list(capsys) -> None:
+    assert run("zoo", "list") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "-mlp-" in line}
+    assert "mnist (subset)" in lines["mnist-mlp-lipschitz"] and "subset" not in lines["digits-mlp-lipschitz"]
+
+
 def test_json_on_stdout_is_json_alone(capsys):
     assert run("certify", GOOD, "--data", "digits:test", "--limit", "3", "--json", "-") == 0
     captured = capsys.readouterr()
