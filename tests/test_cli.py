@@ -295,3 +295,35 @@ def test_help_and_version_do_not_wait_for_torch():
     for verb in ("demo", "train", "certify", "attack", "eval", "table", "report", "zoo"):
         assert verb in shown
     assert started("-m", "robustlip", "--version").startswith("robustlip 0.")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [(None, 0), (SystemExit(0), 0), (SystemExit(None), 0), (SystemExit(2), 2), (SystemExit("words"), 1), (RuntimeError("broken"), 1)],
+)
+def test_one_of_several_processes_ends_at_once_with_its_exit_code(monkeypatch, capfd, outcome, code) -> None:
+    """Without the interpreter's clearing up, which gloo's threads would outlive; a traceback is printed first."""
+    from robustlip import __main__
+
+    class Exited(BaseException):
+        pass
+
+    def exit_(code: int) -> None:
+        raise Exited(code)
+
+    def main() -> None:
+        print("said")
+        if outcome is not None:
+            raise outcome
+
+    monkeypatch.setattr(__main__, "main", main)
+    monkeypatch.setattr(__main__.os, "_exit", exit_)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Exited) as ended:
+        __main__.run()
+    assert ended.value.args == (code,)
+    printed = capfd.readouterr()
+    assert printed.out == "said\n" and ("RuntimeError: broken" in printed.err) == isinstance(outcome, RuntimeError)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    if outcome is None:
+        assert __main__.run() is None

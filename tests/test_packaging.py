@@ -107,7 +107,7 @@ def test_wheel_has_one_top_level_name(installed: Path) -> None:
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} - {"bin", "__pycache__"}
     assert top == {"robustlip"}
     (metadata,) = installed.glob("*.dist-info")
-    assert "robustlip = robustlip.cli:main" in (metadata / "entry_points.txt").read_text()
+    assert "robustlip = robustlip.__main__:run" in (metadata / "entry_points.txt").read_text()
     assert (metadata / "licenses" / "LICENSE").is_file() and "License-Expression: MIT" in (metadata / "METADATA").read_text()
 
 

@@ -58,8 +58,9 @@ INTERVALS = {
     "constraint": {"method": "none"},
     "loss": {"kind": "ibp", "epsilon": 0.3, "norm": "l2", "regularizer": 0.0},
 }
+ADVERSARIAL = {**GPT, "loss": {"kind": "adversarial", "norm": "l2", "epsilon": 0.2}}
 # Which of them run how: each costs half a second.
-RUNS = {"mlp": MODES, "gpt": MODES, "adamw": ("fsdp",), "sigma": ("ddp",), "intervals": ("fsdp",)}
+RUNS = {"mlp": MODES, "gpt": MODES, "adamw": ("fsdp",), "sigma": ("ddp",), "intervals": ("fsdp",), "adversarial": MODES}
 # What two processes refuse: (changes of the MLP, mode, words of the sentence).
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "batch": ({"run": {"steps": 1, "batch": 7}}, "ddp", "2 processes can share equally, got 7"),
@@ -96,6 +97,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     text.write_text("to be or not to be, that is the question. " * 60, encoding="utf-8")
     data = {"name": str(text), "context": 12}
     specs = {"mlp": MLP, "gpt": {**GPT, "data": data}, "adamw": {**ADAMW, "data": data}, "sigma": SIGMA, "intervals": INTERVALS}
+    specs["adversarial"] = {**ADVERSARIAL, "data": data}
     recipes = {name: Recipe.model_validate(spec) for name, spec in specs.items()}
     for name, recipe in recipes.items():
         train(recipe, out / name)

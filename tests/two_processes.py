@@ -191,6 +191,9 @@ def main() -> None:
         part(job, seen)
     (Path(job["out"]) / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as robustlip.__main__ does: gloo's threads outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain, Residual
 from robustlip.parallel import ALONE, World, joined
+from robustlip.training.adversarial import adversarial_loss, cross_entropy
 from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
 from robustlip.training.losses import margin_loss
@@ -50,8 +51,9 @@ def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, 
         return ibp_loss(model, x, y.flatten(), recipe.loss, step)
     if recipe.loss.kind == "margin":
         return margin_loss(model, x, y.flatten(), recipe.loss, step)
-    logits = forward(x).flatten(0, -2)
-    return F.cross_entropy(recipe.loss.logit_scale * logits, y.flatten(), label_smoothing=recipe.loss.label_smoothing)
+    if recipe.loss.kind == "adversarial":
+        return adversarial_loss(model, x, y, recipe.loss, step)
+    return cross_entropy(forward(x), y, recipe.loss)
 
 
 @torch.no_grad()

@@ -113,6 +113,8 @@ class LossPart(_Strict):
     kind 'ibp': cross entropy of the worst logits that interval bounds allow in the ball of radius epsilon (raw input units) of `norm`, for MLPs
     (Gowal et al. 2018), trained as Shi et al. 2021: their initialisation, epsilon grown over `ramp` steps after `start` steps near 0,
     their two regularisers with weight `regularizer` until then. See robustlip.training.ibp.
+    kind 'adversarial': cross entropy at embeddings that one gradient step made worse, for gpts; epsilon is a fraction of the largest norm of the
+    embedding table, norm = "l2", of every token. See robustlip.training.adversarial.
     kind 'margin': cross entropy of the worst margins that the layers' Lipschitz constants allow in the l2 ball of radius epsilon, for MLPs; norm
     = "l2", start and ramp as for 'ibp'. See robustlip.training.losses.
     """
@@ -120,7 +122,7 @@ class LossPart(_Strict):
     logit_scale: PositiveFloat = 1.0
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     input_noise: float = Field(default=0.0, ge=0)
-    kind: Literal["cross-entropy", "ibp", "margin"] = Field(default="cross-entropy", json_schema_extra=_LATER)
+    kind: Literal["cross-entropy", "ibp", "margin", "adversarial"] = Field(default="cross-entropy", json_schema_extra=_LATER)
     epsilon: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
     norm: Literal["linf", "l2"] = Field(default="linf", json_schema_extra=_LATER)
     start: int = Field(default=0, ge=0, json_schema_extra=_LATER)
@@ -131,9 +133,9 @@ class LossPart(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.kind != "cross-entropy") != (self.epsilon is not None):
-            raise ValueError("kinds 'ibp' and 'margin' need an epsilon, and nothing else has one")
-        if self.kind == "margin" and self.norm != "l2":
-            raise ValueError("kind 'margin' needs norm = 'l2'")
+            raise ValueError("kinds 'ibp', 'margin' and 'adversarial' need an epsilon, and nothing else has one")
+        if self.kind in ("margin", "adversarial") and self.norm != "l2":
+            raise ValueError(f"kind '{self.kind}' needs norm = 'l2'")
         return self
 
 
@@ -173,15 +175,18 @@ class Recipe(_Strict):
     def _fits(self) -> Self:
         if self.reparametrization != "none" and self.constraint.method != "none":
             raise ValueError("a reparametrization and a constraint exclude each other")
-        if self.loss.kind != "cross-entropy" and self.model.get("kind") != "mlp":
+        text = "gpt" in str(self.model.get("kind"))
+        if self.loss.kind in ("ibp", "margin") and self.model.get("kind") != "mlp":
             raise ValueError(f"loss kind '{self.loss.kind}' is for models of kind 'mlp'")
+        if self.loss.kind == "adversarial" and not text:
+            raise ValueError("loss kind 'adversarial' is for gpts, whose embeddings it moves")
         if self.loss.kind != "cross-entropy" and (self.run.compile or self.run.dtype != "float32"):
             raise ValueError(f"loss kind '{self.loss.kind}' trains in float32 and is not compiled")
         if self.reparametrization != "none" and self.run.compile:
             raise ValueError("a reparametrization has state of its own and is not compiled")
         if self.data.tokenizer is not None:
             least, size = TOKENIZERS[self.data.tokenizer], self.model.get("vocabulary_size")
-            if "gpt" not in str(self.model.get("kind")) or type(size) is not int or size < least:
+            if not text or type(size) is not int or size < least:
                 raise ValueError(f"tokenizer {self.data.tokenizer!r} needs a gpt with vocabulary_size of at least {least}")
         return self
 

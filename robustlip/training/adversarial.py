@@ -1,0 +1,45 @@
+"""Adversarial training of transformers in embedding space: the loss at the embeddings that one gradient step found worst.
+
+Every token moves by ε·(largest norm of the embedding table) along its own gradient, all at once: the fast gradient method of Goodfellow et
+al. 2015 in ℓ2, on embeddings as Miyato et al. 2017 did, the whole training loss being that of the moved point (Madry et al. 2018 with one step).
+The radius is relative because a longer table has longer radii for nothing.
+
+A certified radius is about the margin over the gradient's norm, less what the bounds lose (docs/tightness.md); caps bound the gradient from above
+for all inputs, this lowers it where the data is. It promises nothing: certificates come from robustlip.certify.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.layers import Chain
+from robustlip.training.ibp import radius_at
+from robustlip.training.recipe import LossPart
+
+
+def worst_embeddings(model: Chain, embeddings: Tensor, y: Tensor, radius: Tensor | float, loss: LossPart) -> Tensor:
+    """Embeddings (N, T, D), each token at most `radius` (ℓ2) away, to first order those of the largest loss for labels y; without gradient.
+
+    A token whose gradient is 0 stays where it is.
+    """
+    point = embeddings.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(model.from_embeddings(point), y, loss), point)
+    return (point + radius * F.normalize(gradient, dim=-1, eps=torch.finfo(gradient.dtype).tiny)).detach()
+
+
+def cross_entropy(logits: Tensor, y: Tensor, loss: LossPart) -> Tensor:
+    """Mean over all predictions of logits (…, V), labels y (…)."""
+    return F.cross_entropy(loss.logit_scale * logits.flatten(0, -2), y.flatten(), label_smoothing=loss.label_smoothing)
+
+
+def adversarial_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:
+    """The training loss of a step: token ids x (N, T), labels y (N, T); its radius grows to epsilon over `ramp` steps after `start`."""
+    embeddings = model.embed(x)
+    # The layers as a list: a slice of a model makes another model.
+    table = next(layer.weight for layer in list(model)[: model.embedding_depth] if isinstance(layer, nn.Embedding))
+    radius = radius_at(loss, step) * torch.linalg.vector_norm(table.detach(), dim=-1).amax()
+    # The step is a constant, so gradients reach the table through the embeddings that it is added to.
+    change = worst_embeddings(model, embeddings, y, radius, loss) - embeddings.detach()
+    return cross_entropy(model.from_embeddings(embeddings + change), y, loss)
