@@ -90,8 +90,8 @@ def test_the_radius_is_a_part_of_the_largest_row_and_grows_over_the_ramp() -> No
     expected = F.cross_entropy(model.from_embeddings(moved).flatten(0, 1), y.flatten()).item()
     losses = [adversarial_loss(model, x, y, part, step).item() for step in range(14)]
     assert losses[12] == losses[13] == pytest.approx(expected, rel=1e-12)
-    assert losses == sorted(losses) and losses[0] < losses[6] < losses[12]
-    assert losses[0] == pytest.approx(F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item(), rel=1e-3)
+    assert losses == sorted(losses) and losses[1] < losses[6] < losses[12]
+    assert losses[0] == losses[1] == F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() < losses[2]
 
 
 def test_gradients_are_those_of_the_loss_at_the_moved_point() -> None:

@@ -12,6 +12,7 @@ Where only the last token of a causal model moves, no other token does but by ro
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -21,13 +22,18 @@ from torch import Tensor
 from robustlip.certifiers.local import Reference, local_applies, reference_of, search
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention, Chain, MeanTokens
-from robustlip.local import JacobianChain, Pair, loss
+from robustlip.local import Curved, JacobianChain, Pair, loss, picked
 from robustlip.rounding import up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Rivals whose adjoints are carried at once.
 RIVALS = 4
+# Of a single token: rivals whose quadratic forms are made; how far beyond the radius that is known by then, once for each, and how
+# well it is to be known (a bracket's width).
+SHARPENED = 3
+REACHES = ((1.6, 0.03), (1.15, 0.02))
+TOLERANCE = 5e-4
 
 
 def dual_applies(model: Chain, threat: Threat) -> str:
@@ -77,6 +83,25 @@ class Rivals:
         vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds if isinstance(b, Tensor)), start=torch.zeros_like(epsilon)))
         return up((total + vanished).T * (1 + 1e-9))
 
+    def contested(self, reference: Reference, epsilon: Tensor) -> Rivals:
+        """Those that may win within ε (N,), as many of each sample: the others lose there by what is proved, and so within every smaller ε."""
+        spare = torch.nan_to_num(self.margin - self.losses(reference, epsilon), nan=-torch.inf)  # (N, A)
+        most = max(1, int((~(spare > 0)).sum(-1).max()))
+        chosen = spare.topk(most, dim=-1, largest=False).indices.T
+        part = copy.copy(self)
+        part.weights, part.linear, part.margin = picked(self.weights, chosen), self.linear.gather(0, chosen), self.margin.gather(1, chosen.T)
+        return part
+
+    def sharpen(self, reference: Reference, epsilon: Tensor) -> None:
+        """Learn the quadratic forms of neurons for the few that come nearest to winning at ε (N,): they hold up to there."""
+        bounds: list[Pair] = []
+        reference.hidden(epsilon, bounds)
+        spare = torch.nan_to_num(self.margin.T - loss(self.linear * epsilon, self.weights, bounds), nan=-torch.inf)
+        chosen = spare.topk(min(SHARPENED, len(spare)), dim=0, largest=False).indices
+        for i, (weight, bound) in enumerate(zip(self.weights, bounds, strict=True)):
+            if isinstance(weight, Curved) and isinstance(bound, Curved) and bound.matrix is not None:
+                self.weights[i] = weight.formed(bound, chosen)
+
 
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
     """Whether the threat is of the last token of a causal next-token model: then the other tokens move by rounding only."""
@@ -124,11 +149,26 @@ def _start(reference: Reference) -> Tensor:
     return 1e-6 * reference.start.abs().amax((-1, -2)).clamp_min(1e-3)
 
 
-def alone(reference: Reference, y: Tensor) -> Tensor:
-    """Radii (N,) of single tokens, all rivals at once."""
+def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
+    """Radii (N,) of single tokens. sharpen: then again, a little further, with the quadratic forms of the rivals that stood in the way."""
     order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
     rivals = Rivals(reference, y, order.T)
-    return search(lambda epsilon: rivals.losses(reference, epsilon), rivals.margin, _start(reference))[0]
+
+    def longest(start: Tensor, tolerance: float) -> Tensor:
+        def losses(epsilon: Tensor) -> Tensor:
+            return torch.where((epsilon <= limit)[:, None], rivals.losses(reference, epsilon), torch.inf)
+
+        return search(losses, rivals.margin, start, tolerance)[0]
+
+    start = _start(reference)
+    limit = torch.full_like(start, torch.inf)
+    radius = longest(start, TOLERANCE if not sharpen else REACHES[0][1])
+    for (reach, _), tolerance in zip(REACHES if sharpen else (), (*(t for _, t in REACHES[1:]), TOLERANCE), strict=False):
+        limit = torch.minimum(limit, reach * radius)
+        rivals = rivals.contested(reference, limit)
+        rivals.sharpen(reference, limit)
+        radius = torch.maximum(radius, longest(torch.where(radius > 0, radius, start), tolerance))
+    return radius
 
 
 def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:

@@ -142,7 +142,7 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
     return Reference(body, start, rows, bias, margins(logits, y), pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
 
 
-def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor, tolerance: float = 5e-4) -> tuple[Tensor, Tensor]:
     """(radius (N,), the largest fraction of a margin lost there): the largest ε found at which losses(ε) (N, C) < margin for all rivals.
 
     The search wants a change that starts at 0: what is lost at radius 0, by rounding alone, is taken off the margins first. Whether an ε is
@@ -158,7 +158,7 @@ def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor) ->
         fraction = torch.where(held, fraction.clamp_max(1 - 1e-9), fraction.clamp_min(1.0))
         return fraction, torch.where((room > 0).all(-1), torch.ones_like(fraction), torch.zeros_like(fraction))
 
-    return largest_radius(evaluate, start)
+    return largest_radius(evaluate, start, tolerance=tolerance)
 
 
 def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def _last_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
     """Radii of the positions `at` (M,) of one sequence, labels y (M,); margin and hidden_norm of `whole` are theirs already."""
     one = replace(whole, margin=whole.margin[:1], hidden_norm=whole.hidden_norm[:1])
     single = at_positions(one, torch.zeros_like(at), at, jacobians=False)
-    return alone(replace(single, margin=whole.margin, hidden_norm=whole.hidden_norm), y)
+    return alone(replace(single, margin=whole.margin, hidden_norm=whole.hidden_norm), y, sharpen=False)
 
 
 def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:

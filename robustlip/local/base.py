@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
-from robustlip.rounding import U64, up
+from robustlip.rounding import U64, gamma, up
 from robustlip.rules import Context, rule_for
+from robustlip.spectral import largest_eigenvalue_bound
 
 # Of an adjoint that float64 computed: its error, as a fraction of the layer's gain (norms of all that was multiplied, nothing cancelled).
 # γ_n of a matrix product is n·2⁻⁵³ and a Frobenius norm at most √n spectral ones: 2⁻³⁰ covers widths up to 2¹⁴ many times over.
@@ -72,6 +73,12 @@ class Either:
     size: Tensor
     whole: Tensor | None = None
 
+    def picked(self, chosen: Tensor) -> Either:
+        """As a weight: the adjoints `chosen` (K, N) alone."""
+        pick = chosen[..., None, None].expand(*chosen.shape, *self.size.shape[2:])
+        size = self.size.gather(0, pick)
+        return Either(size if self.against is self.size else self.against.gather(0, pick), size)
+
     def meet(self, bound: Either) -> Tensor:
         assert bound.whole is not None
 
@@ -90,17 +97,42 @@ _CACHED, _RESIDENT = 2**17, 2**26
 
 
 @dataclass(frozen=True)
+class Forms:
+    """Quadratic forms of adjoints whose largest eigenvalue is known: ½Σ_n c_n(w_n·Δ + e_n)² ≤ ½(√λ‖Δ‖ + √max c ‖e‖)², λ ≥ λ_max(Wᵀdiag(c)W).
+
+    convex, concave: (N, n) curvatures that c = κ⁺·max(−ω, 0) + κ⁻·max(ω, 0) was made of; the forms hold where the curvatures of a bound are no larger.
+    largest: λ, peak: max_n c_n, both (A, N), λ infinite for an adjoint that was not asked for.
+    """
+
+    convex: Tensor
+    concave: Tensor
+    largest: Tensor
+    peak: Tensor
+
+
+@dataclass(frozen=True)
 class Curved:
     """½Σ_n κ_n|ω_n|Δz_n² of neurons z = Wx + b, where only curvature against the sign of ω_n lowers the margin.
 
     As a weight, of tokens of one sample in a row: `convex` the adjoints below 0, −ω, `concave` those above, ω (A, N, n); both the size of ω where
-    both signs count. As a bound (N, n): how far the function can bend up and down, `each` ≥ |Δz_n| and `whole` ≥ ‖Δz‖₂ (N, 1).
+    both signs count. As a bound (N, n): how far the function can bend up and down, `each` ≥ |Δz_n| and `whole` ≥ ‖Δz‖₂ (N, 1). Where the neurons
+    are those of one token behind a Linear layer: matrix, its W (n, D), Δz = WΔ + e, `moved` ≥ ‖Δ‖₂ and `fresh` ≥ ‖e‖₂ (N, 1).
     """
 
     convex: Tensor
     concave: Tensor
     each: Tensor | None = None
     whole: Tensor | None = None
+    matrix: Tensor | None = None
+    moved: Tensor | None = None
+    fresh: Tensor | None = None
+    forms: Forms | None = None
+
+    def picked(self, chosen: Tensor) -> Curved:
+        """As a weight: the adjoints `chosen` (K, N), numbers of its own, alone."""
+        pick = chosen.unsqueeze(-1).expand(*chosen.shape, self.convex.shape[-1])
+        convex = self.convex.gather(0, pick)
+        return Curved(convex, convex if self.concave is self.convex else self.concave.gather(0, pick))
 
     def meet(self, bound: Curved) -> Tensor:
         assert bound.each is not None and bound.whole is not None
@@ -114,7 +146,31 @@ class Curved:
             if both is None:
                 bent.addcmul_(concave, bound.concave)
             sums.append(torch.minimum(bent.amax(-1) * whole, bent.mul_(squares).sum(-1)))
-        return 0.5 * (1 + 1e-12) * torch.cat(sums)
+        found = torch.cat(sums)
+        if self.forms is not None:
+            assert bound.moved is not None and bound.fresh is not None
+            f = self.forms
+            held = (bound.convex <= f.convex).all(-1) & (bound.concave <= f.concave).all(-1)
+            formed = (f.largest.sqrt() * bound.moved[:, 0] + f.peak.sqrt() * bound.fresh[:, 0]).square()
+            found = torch.where(held, torch.fmin(found, formed), found)
+        return 0.5 * (1 + 1e-12) * found
+
+    def formed(self, bound: Curved, chosen: Tensor) -> Curved:
+        """This weight with the forms of `chosen` adjoints (K, N), numbers of its own, for the curvatures of a bound that has a matrix."""
+        assert bound.matrix is not None
+        pick = chosen.unsqueeze(-1).expand(*chosen.shape, self.convex.shape[-1])
+        c = self.convex.gather(0, pick) * bound.convex + self.concave.gather(0, pick) * bound.concave
+        usable, finite = torch.isfinite(c).all(-1), c.nan_to_num(0.0, 0.0, 0.0)
+        w = bound.matrix
+        count = max(1, (_CACHED if w.device.type == "cpu" else _RESIDENT) * 16 // (len(chosen) * w.numel()))
+        products = (w.mT @ (part.unsqueeze(-1) * w) for part in finite.split(count, 1))
+        # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
+        lost = gamma(len(w) + 4, U64) * (finite @ w.square().sum(-1)) + w.numel() * 2.0**-1022
+        found = up(torch.cat([largest_eigenvalue_bound(product) for product in products], 1) + 2 * lost)
+        found = torch.where(usable, found, torch.inf)
+        largest = found.new_full(self.convex.shape[:2], torch.inf).scatter(0, chosen, found)
+        peak = torch.zeros_like(largest).scatter(0, chosen, c.amax(-1))
+        return replace(self, forms=Forms(bound.convex, bound.concave, largest, peak))
 
 
 Pair = Tensor | Either | Curved
@@ -233,6 +289,11 @@ def expand(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
 def token_norms(g: Tensor) -> Tensor:
     """‖g_t‖₂ of adjoints (A, N, T, D), rounded up: (A, N, T)."""
     return torch.linalg.vector_norm(g, dim=-1) * (1 + 2.0**-35)
+
+
+def picked(weights: list[Pair], chosen: Tensor) -> list[Pair]:
+    """Weights (A, N, ·) of the adjoints `chosen` (K, N) alone, sample by sample."""
+    return [w.gather(0, chosen.unsqueeze(-1).expand(*chosen.shape, w.shape[-1])) if isinstance(w, Tensor) else w.picked(chosen) for w in weights]
 
 
 def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor:

@@ -303,7 +303,8 @@ class ElementwiseExpansion(Expansion):
             return norm_up(crossing)
         convex, concave = self._curvatures(each)
         if self.single:
-            bounds.append(Curved(convex.squeeze(-2), concave.squeeze(-2), each.squeeze(-2), whole))
+            matrix = None if self.affine is None else self.affine.constants.weight
+            bounds.append(Curved(convex.squeeze(-2), concave.squeeze(-2), each.squeeze(-2), whole, matrix, radius, fresh))
         else:
             bounds += [moved_square(radius), fresh.square()]
         kappa = torch.maximum(convex, concave)

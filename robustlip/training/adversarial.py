@@ -35,7 +35,9 @@ def cross_entropy(logits: Tensor, y: Tensor, loss: LossPart) -> Tensor:
 
 
 def adversarial_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:
-    """The training loss of a step: token ids x (N, T), labels y (N, T); its radius grows to epsilon over `ramp` steps after `start`."""
+    """The training loss of a step: token ids x (N, T), labels y (N, T); plain for `start` steps, then its radius grows to epsilon over `ramp` more."""
+    if step < loss.start:
+        return cross_entropy(model(x), y, loss)
     embeddings = model.embed(x)
     # The layers as a list: a slice of a model makes another model.
     table = next(layer.weight for layer in list(model)[: model.embedding_depth] if isinstance(layer, nn.Embedding))
