@@ -29,10 +29,12 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Rivals whose adjoints are carried at once.
 RIVALS = 4
-# Of a single token: rivals whose quadratic forms are made; how far beyond the radius that is known by then, once for each, and how
-# well it is to be known (a bracket's width).
-SHARPENED = 3
-REACHES = ((1.6, 0.03), (1.15, 0.02))
+# Rivals whose quadratic forms are made; how far beyond the radius that is known by then, once for each, and how well it is to be known (a
+# bracket's width): of single tokens, and of whole sequences, where each trial costs more than what a second round gains.
+SHARPENED = 4
+Reaches = tuple[tuple[float, float], ...]
+REACHES: Reaches = ((1.6, 0.03), (1.15, 0.02))
+REACHES_OF_MANY: Reaches = ((1.3, 0.02),)
 TOLERANCE = 5e-4
 
 
@@ -93,14 +95,14 @@ class Rivals:
         return part
 
     def sharpen(self, reference: Reference, epsilon: Tensor) -> None:
-        """Learn the quadratic forms of neurons for the few that come nearest to winning at ε (N,): they hold up to there."""
+        """Learn the quadratic forms of neurons at the token that is read, of the few that come nearest to winning at ε (N,), up to there."""
         bounds: list[Pair] = []
         reference.hidden(epsilon, bounds)
         spare = torch.nan_to_num(self.margin.T - loss(self.linear * epsilon, self.weights, bounds), nan=-torch.inf)
         chosen = spare.topk(min(SHARPENED, len(spare)), dim=0, largest=False).indices
         for i, (weight, bound) in enumerate(zip(self.weights, bounds, strict=True)):
             if isinstance(weight, Curved) and isinstance(bound, Curved) and bound.matrix is not None:
-                self.weights[i] = weight.formed(bound, chosen)
+                self.weights[i] = weight.formed(bound, chosen, reference.row)
 
 
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
@@ -149,10 +151,8 @@ def _start(reference: Reference) -> Tensor:
     return 1e-6 * reference.start.abs().amax((-1, -2)).clamp_min(1e-3)
 
 
-def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
-    """Radii (N,) of single tokens. sharpen: then again, a little further, with the quadratic forms of the rivals that stood in the way."""
-    order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
-    rivals = Rivals(reference, y, order.T)
+def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reaches) -> Tensor:
+    """Radii (N,) at which these rivals lose, then again a reach further with the quadratic forms of those that stood in the way, reach by reach."""
 
     def longest(start: Tensor, tolerance: float) -> Tensor:
         def losses(epsilon: Tensor) -> Tensor:
@@ -160,15 +160,21 @@ def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
 
         return search(losses, rivals.margin, start, tolerance)[0]
 
-    start = _start(reference)
     limit = torch.full_like(start, torch.inf)
-    radius = longest(start, TOLERANCE if not sharpen else REACHES[0][1])
-    for (reach, _), tolerance in zip(REACHES if sharpen else (), (*(t for _, t in REACHES[1:]), TOLERANCE), strict=False):
+    tolerances = [*(tolerance for _, tolerance in reaches), TOLERANCE]
+    radius = longest(start, tolerances[0])
+    for (reach, _), tolerance in zip(reaches, tolerances[1:], strict=True):
         limit = torch.minimum(limit, reach * radius)
         rivals = rivals.contested(reference, limit)
         rivals.sharpen(reference, limit)
         radius = torch.maximum(radius, longest(torch.where(radius > 0, radius, start), tolerance))
     return radius
+
+
+def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
+    """Radii (N,) of single tokens, all rivals at once."""
+    order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
+    return _longest(reference, Rivals(reference, y, order.T), _start(reference), REACHES if sharpen else ())
 
 
 def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:
@@ -179,7 +185,7 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
     done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True)
     first = order[:, :count].T
     rivals = Rivals(reference, y, first)
-    radius, _ = search(lambda epsilon: rivals.losses(reference, epsilon), rivals.margin, start)
+    radius = _longest(reference, rivals, start, REACHES_OF_MANY)
     done.scatter_(1, first.T, True)
     while True:
         hidden = reference.hidden(radius)
@@ -196,6 +202,9 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
         before = radius[samples]
         losses = found.losses(part, before)
         kept = ((losses < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
+        if not bool(kept.all()):
+            found.sharpen(part, before)
+            kept = ((found.losses(part, before) < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
         if not bool(kept.all()):
             # A ball that was proved against the rivals that are done holds every smaller one.
             shorter, _ = search(partial(found.losses, part), found.margin, start[samples])

@@ -5,4 +5,7 @@ from robustlip.local.base import Curved, Expansion, Pair, Scope, expand, loss, p
 from robustlip.local.jacobian import JacobianChain
 from robustlip.local.structure import ChainExpansion, ToL2
 
-__all__ = ["ChainExpansion", "Curved", "Expansion", "JacobianChain", "Pair", "Scope", "ToL2", "expand", "loss", "picked", "register", "token_norms", "unsupported"]
+__all__ = [
+    "ChainExpansion", "Curved", "Expansion", "JacobianChain", "Pair", "Scope", "ToL2", "expand", "loss", "picked", "register", "token_norms",
+    "unsupported",
+]  # fmt: skip

@@ -98,12 +98,13 @@ _CACHED, _RESIDENT = 2**17, 2**26
 
 @dataclass(frozen=True)
 class Forms:
-    """Quadratic forms of adjoints whose largest eigenvalue is known: ½Σ_n c_n(w_n·Δ + e_n)² ≤ ½(√λ‖Δ‖ + √max c ‖e‖)², λ ≥ λ_max(Wᵀdiag(c)W).
+    """Quadratic forms of adjoints at one token, λ ≥ λ_max(Wᵀdiag(c)W): ½Σ_n c_n(w_n·Δ + e_n)² ≤ ½(√λ‖Δ‖ + √max c ‖e‖)².
 
-    convex, concave: (N, n) curvatures that c = κ⁺·max(−ω, 0) + κ⁻·max(ω, 0) was made of; the forms hold where the curvatures of a bound are no larger.
-    largest: λ, peak: max_n c_n, both (A, N), λ infinite for an adjoint that was not asked for.
+    token: which. convex, concave: (N, n) curvatures that c = κ⁺·max(−ω, 0) + κ⁻·max(ω, 0) was made of; the forms hold where the curvatures of a
+    bound are no larger. largest: λ, peak: max_n c_n, both (A, N), λ infinite for an adjoint that was not asked for.
     """
 
+    token: int
     convex: Tensor
     concave: Tensor
     largest: Tensor
@@ -112,11 +113,11 @@ class Forms:
 
 @dataclass(frozen=True)
 class Curved:
-    """½Σ_n κ_n|ω_n|Δz_n² of neurons z = Wx + b, where only curvature against the sign of ω_n lowers the margin.
+    """½Σ_t Σ_n κ_n|ω_n|Δz_n² of neurons z = Wx + b at tokens t, where only curvature against the sign of ω_n lowers the margin.
 
-    As a weight, of tokens of one sample in a row: `convex` the adjoints below 0, −ω, `concave` those above, ω (A, N, n); both the size of ω where
-    both signs count. As a bound (N, n): how far the function can bend up and down, `each` ≥ |Δz_n| and `whole` ≥ ‖Δz‖₂ (N, 1). Where the neurons
-    are those of one token behind a Linear layer: matrix, its W (n, D), Δz = WΔ + e, `moved` ≥ ‖Δ‖₂ and `fresh` ≥ ‖e‖₂ (N, 1).
+    As a weight: `convex` the adjoints below 0, −ω, `concave` those above, ω (A, N, T, n); both the size of ω where both signs count. As a bound
+    (N, T, n): how far the function can bend up and down, `each` ≥ |Δz_n| and `whole` ≥ ‖Δz‖₂ (N, T). Behind a Linear layer and a change in ℓ2
+    also its W (n, D), `matrix`: Δz = WΔ + e, `moved` ≥ ‖Δ‖₂ and `fresh` ≥ ‖e‖₂ (N, T).
     """
 
     convex: Tensor
@@ -130,13 +131,13 @@ class Curved:
 
     def picked(self, chosen: Tensor) -> Curved:
         """As a weight: the adjoints `chosen` (K, N), numbers of its own, alone."""
-        pick = chosen.unsqueeze(-1).expand(*chosen.shape, self.convex.shape[-1])
+        pick = chosen[..., None, None].expand(*chosen.shape, *self.convex.shape[2:])
         convex = self.convex.gather(0, pick)
         return Curved(convex, convex if self.concave is self.convex else self.concave.gather(0, pick))
 
     def meet(self, bound: Curved) -> Tensor:
         assert bound.each is not None and bound.whole is not None
-        squares, whole = bound.each.square(), bound.whole.square()[:, 0]
+        squares, whole = bound.each.square(), bound.whole.square()
         both = torch.maximum(bound.convex, bound.concave) if self.convex is self.concave else None
         sums = []
         # A few adjoints at a time: on a processor, products that stay in its cache take a fraction of the time of those that do not.
@@ -146,20 +147,21 @@ class Curved:
             if both is None:
                 bent.addcmul_(concave, bound.concave)
             sums.append(torch.minimum(bent.amax(-1) * whole, bent.mul_(squares).sum(-1)))
-        found = torch.cat(sums)
+        found = torch.cat(sums)  # (A, N, T)
         if self.forms is not None:
             assert bound.moved is not None and bound.fresh is not None
-            f = self.forms
-            held = (bound.convex <= f.convex).all(-1) & (bound.concave <= f.concave).all(-1)
-            formed = (f.largest.sqrt() * bound.moved[:, 0] + f.peak.sqrt() * bound.fresh[:, 0]).square()
-            found = torch.where(held, torch.fmin(found, formed), found)
-        return 0.5 * (1 + 1e-12) * found
+            f, at = self.forms, self.forms.token
+            held = ((bound.convex[:, at] <= f.convex) & (bound.concave[:, at] <= f.concave)).all(-1)
+            formed = (f.largest.sqrt() * bound.moved[:, at] + f.peak.sqrt() * bound.fresh[:, at]).square()
+            found[..., at] = torch.where(held, torch.fmin(found[..., at], formed), found[..., at])
+        return 0.5 * (1 + 1e-12) * found.sum(-1)
 
-    def formed(self, bound: Curved, chosen: Tensor) -> Curved:
-        """This weight with the forms of `chosen` adjoints (K, N), numbers of its own, for the curvatures of a bound that has a matrix."""
+    def formed(self, bound: Curved, chosen: Tensor, token: int) -> Curved:
+        """This weight with the forms of the adjoints `chosen` (K, N) at a token, for the curvatures of a bound that has a matrix."""
         assert bound.matrix is not None
-        pick = chosen.unsqueeze(-1).expand(*chosen.shape, self.convex.shape[-1])
-        c = self.convex.gather(0, pick) * bound.convex + self.concave.gather(0, pick) * bound.concave
+        convex, concave = bound.convex[:, token], bound.concave[:, token]
+        pick = chosen.unsqueeze(-1).expand(*chosen.shape, convex.shape[-1])
+        c = self.convex[:, :, token].gather(0, pick) * convex + self.concave[:, :, token].gather(0, pick) * concave
         usable, finite = torch.isfinite(c).all(-1), c.nan_to_num(0.0, 0.0, 0.0)
         w = bound.matrix
         count = max(1, (_CACHED if w.device.type == "cpu" else _RESIDENT) * 16 // (len(chosen) * w.numel()))
@@ -170,7 +172,7 @@ class Curved:
         found = torch.where(usable, found, torch.inf)
         largest = found.new_full(self.convex.shape[:2], torch.inf).scatter(0, chosen, found)
         peak = torch.zeros_like(largest).scatter(0, chosen, c.amax(-1))
-        return replace(self, forms=Forms(bound.convex, bound.concave, largest, peak))
+        return replace(self, forms=Forms(token, convex, concave, largest, peak))
 
 
 Pair = Tensor | Either | Curved

@@ -1,8 +1,9 @@
 """Linear layers, and Linear followed by an elementwise function, expanded as one.
 
 Together they are tighter than one after the other. Behind z = Wx + b each neuron moves by at most ‖w_n‖·r + e (e: rounding) and all of them together
-by σ(W)·r + e, so slopes hold on intervals, and with |f''| ≤ κ the remainder of the function meets its adjoint ω as
-    |Σ_n ω_n R_n| ≤ ½κ Σ_n |ω_n| Δz_n² ≤ ½κ·(√λ·r + √max|ω|·e)²,   λ = min(max_n|ω_n|·σ(W)², Σ_n|ω_n|‖w_n‖²) ≥ λ_max(Wᵀdiag|ω|W).
+by σ(W)·r + e, so slopes hold on intervals, and with −κ⁻_n ≤ f'' ≤ κ⁺_n on them the remainder of the function meets its adjoint ω as
+    −Σ_n ω_n R_n ≤ ½ Σ_n c_n Δz_n² ≤ ½ min(max_n c_n·‖Δz‖², Σ_n c_n|Δz_n|², (√λ·r + √max c·e)²),   λ ≥ λ_max(Wᵀdiag(c)W),
+c_n = κ⁺_n max(−ω_n, 0) + κ⁻_n max(ω_n, 0). See robustlip.local.base.Curved.
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
 from robustlip.rules.linear import Matrix
 from robustlip.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound, quartic_bound
-
-# (√λ r + √a e)² ≤ (1 + η)λr² + (1 + 1/η)a e², so that weights stay apart from bounds; e is rounding, far below r.
-_SPLIT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,6 @@ class ElementwiseExpansion(Expansion):
     """f(z) for z = Wx + b, or for z = x when there is no Linear in front (`affine` None: every number moves by at most the token's ℓ2 radius)."""
 
     by_token = ("clean", "z_norm", "slope", "distance")
-    # Of single tokens every neuron's own curvature is affordable; see `Curved`.
-    single: bool = False
     # (‖w_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `learn_way` and `given` have told.
     _shape: tuple[Tensor, Tensor, Tensor] | None = None
     way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
@@ -261,7 +257,6 @@ class ElementwiseExpansion(Expansion):
         part = super().at_rows(sample, position)
         assert isinstance(part, ElementwiseExpansion)
         part.affine = None if self.affine is None else self.affine.at_rows(sample, position)  # type: ignore[assignment]
-        part.single = True
         part.f = replace(self.f, value=part.clean, slope=rows_of(self.f.slope, sample, position))
         return part
 
@@ -302,11 +297,8 @@ class ElementwiseExpansion(Expansion):
             bounds.append(crossing.flatten(-2))
             return norm_up(crossing)
         convex, concave = self._curvatures(each)
-        if self.single:
-            matrix = None if self.affine is None else self.affine.constants.weight
-            bounds.append(Curved(convex.squeeze(-2), concave.squeeze(-2), each.squeeze(-2), whole, matrix, radius, fresh))
-        else:
-            bounds += [moved_square(radius), fresh.square()]
+        matrix = self.affine.constants.weight if self.affine is not None and self.scope.space == "l2" else None
+        bounds.append(Curved(convex, concave, each, whole, matrix, radius, fresh))
         kappa = torch.maximum(convex, concave)
         curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
         if self.affine is not None and self.affine.constants.quartic is not None:
@@ -324,23 +316,9 @@ class ElementwiseExpansion(Expansion):
         if self.f.curvature is None:
             # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
             weights: list[Pair] = [(size if two_sided else (-g).clamp_min(0.0)).flatten(-2), *tail]
-        elif self.single:
-            size = size.squeeze(-2)
-            weights = [Curved(size, size) if two_sided else Curved((size - g.squeeze(-2)) / 2, (size + g.squeeze(-2)) / 2), *tail]
         else:
-            largest = size.amax(-1)
-            if self.affine is None:
-                form = largest
-            else:
-                c = self.affine.constants
-                form = torch.minimum(largest * c.gain**2, (size * c.rows.square()).sum(-1))
-            half = 0.5 * self.f.curvature * (1 + 1e-9)
-            weights = [half * (1 + _SPLIT) * form, half * (1 + 1 / _SPLIT) * largest, *tail]
+            weights = [Curved(size, size) if two_sided else Curved((size - g) / 2, (size + g) / 2), *tail]
         return inner if self.affine is None else inner @ self.affine.constants.weight, weights
-
-
-def moved_square(radius: Tensor) -> Tensor:
-    return radius.square() * (1 + 1e-12)
 
 
 @register(*ELEMENTWISE)

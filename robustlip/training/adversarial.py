@@ -35,7 +35,7 @@ def cross_entropy(logits: Tensor, y: Tensor, loss: LossPart) -> Tensor:
 
 
 def adversarial_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:
-    """The training loss of a step: token ids x (N, T), labels y (N, T); plain for `start` steps, then its radius grows to epsilon over `ramp` more."""
+    """The training loss of a step: token ids x (N, T), labels y (N, T). Plain for `start` steps, then with a radius that grows over `ramp`."""
     if step < loss.start:
         return cross_entropy(model(x), y, loss)
     embeddings = model.embed(x)
