@@ -41,6 +41,7 @@ CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/rules
 AT_ATTENTION, AT_LINEAR, AT_NORMALIZATION, AT_STRUCTURE, AT_JACOBIAN = (
     f"robustlip/local/{name}.py" for name in ("attention", "linear", "normalization", "structure", "jacobian")
 )
+AT_BASE = "robustlip/local/base.py"
 BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
 
 MUTATIONS = [
@@ -155,8 +156,8 @@ MUTATIONS = [
     Mutation("local: slopes at the clean point for the whole interval", AT_LINEAR,
              "slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)", "slope = self.slope + 0 * each",
              f"{LOCAL} -k 'promises and gelu'"),
-    Mutation("local: half of the curvature's weight", AT_LINEAR,
-             "half = 0.5 * self.f.curvature * (1 + 1e-9)", "half = 0.25 * self.f.curvature * (1 + 1e-9)",
+    Mutation("local: half of the curvature's weight", AT_BASE,
+             "return 0.5 * (1 + 1e-12) * found.sum(-1)", "return 0.25 * (1 + 1e-12) * found.sum(-1)",
              f"{LOCAL} -k 'promises and (tanh or gelu)'"),
     Mutation("local: tanh's curvature of GELU", AT_LINEAR, "1 - value * value, 1.0, 0.7698004,", "1 - value * value, 1.0, 0.7598004,",
              f"{LOCAL} -k 'curvatures'"),
@@ -165,8 +166,23 @@ MUTATIONS = [
     Mutation("local: a quarter of the third derivative for a third", AT_LINEAR,
              "_GELU_THIRD / 3 * reach", "_GELU_THIRD / 4 * reach", f"{LOCAL} -k 'where_a_neuron'"),
     Mutation("local: curvature in favour of the margin taken for the one against", AT_LINEAR,
-             "Curved((size - g.squeeze(-2)) / 2, (size + g.squeeze(-2)) / 2)", "Curved((size + g.squeeze(-2)) / 2, (size - g.squeeze(-2)) / 2)",
-             f"{LOCAL} -k 'bend_one_way'"),
+             "Curved((size - g) / 2, (size + g) / 2)", "Curved((size + g) / 2, (size - g) / 2)", f"{LOCAL} -k 'bend_one_way'"),
+    Mutation("local: quadratic forms without what rounds in front of the neurons", AT_BASE,
+             "f.largest.sqrt() * bound.moved[:, at] + f.peak.sqrt() * bound.fresh[:, at]", "f.largest.sqrt() * bound.moved[:, at]",
+             f"{LOCAL} -k 'forms'"),
+    Mutation("local: quadratic forms for curvatures larger than theirs", AT_BASE,
+             "torch.where(held, torch.fmin(found[..., at], formed), found[..., at])", "torch.fmin(found[..., at], formed)", f"{LOCAL} -k 'forms'"),
+    Mutation("local: quadratic forms of one token for all", AT_BASE,
+             "found[..., at] = torch.where(held, torch.fmin(found[..., at], formed), found[..., at])",
+             "found[...] = torch.where(held[:, None], torch.fmin(found, formed.unsqueeze(-1)), found)", f"{LOCAL} -k 'forms'"),
+    Mutation("local: quadratic forms kept by the next adjoint", AT_BASE,
+             "torch.inf).scatter(0, chosen, found)", "torch.inf).scatter(0, (chosen + 1) % len(self.convex), found)", f"{LOCAL} -k 'forms'"),
+    Mutation("an eigenvalue without what its factor leaves over", SPECTRAL,
+             "found = up((t + left + rounded) * (1 + 1e-13))", "found = up((t + rounded) * (1 + 1e-13))", "tests/test_spectral.py -k eigenvalue"),
+    Mutation("dual: one of the rivals that may win set aside", BY_DUAL,
+             "most = max(1, int((~(spare > 0)).sum(-1).max()))", "most = max(1, int((~(spare > 0)).sum(-1).max()) - 1)", f"{LOCAL} -k 'set_aside'"),
+    Mutation("dual: a reach that ends nowhere", BY_DUAL,
+             "torch.where((epsilon <= limit)[:, None],", "torch.where((epsilon <= epsilon)[:, None],", f"{LOCAL} -k 'set_aside'"),
     Mutation("local: squares of neurons without their mean", SPECTRAL,
              "norm_up(size, 0) / a.shape[1] + top", "top", "tests/test_spectral.py -k quartic"),
     Mutation("local: the divisor does not enlarge underflow", AT_LINEAR,

@@ -10,7 +10,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mpmath
 import numpy as np
@@ -22,11 +22,11 @@ from robustlip.attacks.minnorm import MinimumRadius
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.worst_weights import worst_attention
 from robustlip.certifiers import certify
-from robustlip.certifiers.dual import Rivals, at_positions, first_order
-from robustlip.certifiers.local import reference_of
+from robustlip.certifiers.dual import REACHES, Rivals, _longest, alone, at_positions, first_order
+from robustlip.certifiers.local import reference_of, search
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
-from robustlip.local import ChainExpansion, Expansion, JacobianChain, Scope, expand, linear, loss
+from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, linear, loss
 from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
 from robustlip.local.linear import ElementwiseExpansion, elementwise
@@ -416,6 +416,100 @@ def test_neurons_of_single_tokens_bend_one_way(activation) -> None:
     result = attacked(rows, layers, x[:, 1:])
     assert result.largest() <= 1 + 1e-9, result
     assert float(result.loss.amax()) > 0.25, result
+
+
+def curved_pair(seed: int, adjoints: int = 6, samples: int = 3, tokens: int = 2, n: int = 20) -> tuple[Curved, Curved, Tensor]:
+    """A weight, a bound with a matrix (n, D), and the adjoints ω (A, N, T, n) that the weight is of."""
+    torch.manual_seed(seed)
+    omega = torch.randn(adjoints, samples, tokens, n, dtype=torch.float64)
+    matrix = torch.randn(n, D, dtype=torch.float64)
+    moved, fresh = torch.rand(samples, tokens, dtype=torch.float64) + 0.1, 0.3 * torch.rand(samples, tokens, dtype=torch.float64)
+    sigma = torch.linalg.matrix_norm(matrix, 2)
+    convex, concave = torch.rand(2, samples, tokens, n, dtype=torch.float64)
+    each = matrix.norm(dim=-1) * moved[..., None] + fresh[..., None]
+    bound = Curved(convex, concave, each, sigma * moved + fresh, matrix, moved, fresh)
+    return Curved((-omega).clamp_min(0), omega.clamp_min(0)), bound, omega
+
+
+@pytest.mark.parametrize("token", [0, 1, -1])
+@pytest.mark.parametrize("seed", range(4))
+def test_quadratic_forms_hold_at_their_worst_change(seed, token) -> None:
+    """Δ along the top eigenvector and e on the neuron that counts most, in every token at once: what is met is never less, and less than without."""
+    weight, bound, omega = curved_pair(seed)
+    chosen = torch.stack([torch.randperm(len(omega))[:2] for _ in range(omega.shape[1])], -1)
+    formed = weight.formed(bound, chosen, token)
+    plain, met = weight.meet(bound), formed.meet(bound)
+    assert (met <= plain * (1 + 1e-12)).all() and (met.gather(0, chosen) < plain.gather(0, chosen)).all()
+    rest = torch.ones_like(plain, dtype=torch.bool).scatter(0, chosen, False)
+    assert torch.equal(met[rest], plain[rest])
+    c = weight.convex * bound.convex + weight.concave * bound.concave
+    vectors = torch.linalg.eigh(bound.matrix.mT @ (c.unsqueeze(-1) * bound.matrix)).eigenvectors[..., -1]  # (A, N, T, D)
+    z = vectors @ bound.matrix.mT * bound.moved[..., None]
+    peak = torch.nn.functional.one_hot(c.argmax(-1), c.shape[-1]).double() * bound.fresh[..., None]
+    for change in (z, z + torch.sign(z) * peak, torch.nn.functional.normalize(z, dim=-1) * bound.fresh[..., None] + z):
+        worst = 0.5 * (c * change.square()).sum((-1, -2))
+        assert (worst <= met * (1 + 1e-12)).all()
+    # One token, where the form is all there is: within its 3 %, so nothing is given away either.
+    alone = Curved(weight.convex[..., token, :].unsqueeze(-2), weight.concave[..., token, :].unsqueeze(-2))
+    one = Curved(*(t[:, token].unsqueeze(1) for t in (bound.convex, bound.concave, bound.each, bound.whole)), bound.matrix,
+                 *(t[:, token].unsqueeze(1) for t in (bound.moved, 0 * bound.fresh)))  # fmt: skip
+    exact = 0.5 * (c * z.square()).sum(-1)[..., token]
+    single = alone.formed(one, chosen, 0).meet(one).gather(0, chosen)
+    assert (single >= exact.gather(0, chosen)).all() and (single <= 1.03 * exact.gather(0, chosen)).all()
+    # And with rounding as large as the change, where it hurts most.
+    loud = replace(one, fresh=one.moved)
+    here, at = c[..., token, :], z[..., token, :]
+    hurt = at + torch.nn.functional.normalize(here * at, dim=-1) * loud.fresh
+    exact = 0.5 * (here * hurt.square()).sum(-1)
+    loud = replace(loud, each=torch.full_like(loud.each, 1e9), whole=torch.full_like(loud.whole, 1e9))
+    assert (alone.formed(loud, chosen, 0).meet(loud).gather(0, chosen) >= exact.gather(0, chosen)).all()
+
+
+def test_quadratic_forms_count_only_for_curvatures_they_were_made_of() -> None:
+    """A neuron that can bend more, one way or the other, and the sample is met as without forms; others keep theirs. Infinity has no form."""
+    weight, bound, _ = curved_pair(1, tokens=1)
+    chosen = torch.zeros(1, 3, dtype=torch.int64)
+    formed = weight.formed(bound, chosen, 0)
+    for name in ("convex", "concave"):
+        more = getattr(bound, name).clone()
+        more[1, 0, 7] *= 1.0001
+        wider = replace(bound, **{name: more})
+        met, plain = formed.meet(wider), weight.meet(wider)
+        assert torch.equal(met[:, 1], plain[:, 1]) and (met[0, [0, 2]] < plain[0, [0, 2]]).all()
+    less = replace(bound, convex=bound.convex * 0.5, concave=bound.concave * 0.5)
+    assert (formed.meet(less) <= formed.meet(bound)).all()
+    endless = bound.convex.clone()
+    endless[2, 0, :] = torch.inf
+    broken = weight.formed(replace(bound, convex=endless), chosen, 0)
+    assert torch.isinf(broken.forms.largest[0, 2]) and torch.isfinite(broken.forms.largest[0, :2]).all()
+
+
+def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
+    """The contested ones are all that the full bounds leave open, in every sample; and what is proved afterwards stays below the reach."""
+    torch.manual_seed(3)
+    model = LipschitzGPT("abcdefghijkl", width=16, heads=2, blocks=2).double().requires_grad_(False)
+    x = torch.randint(12, (9, 6))
+    y = model.scores(x).argmax(-1)
+    reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
+    single = at_positions(reference, torch.arange(len(x)), torch.full((len(x),), 5))
+    order = single.margin.argsort(-1)[:, :-1]
+    rivals = Rivals(single, y, order.T)
+    radius = alone(single, y, sharpen=False)
+    few = rivals.contested(single, 2 * radius)
+    assert 1 <= few.margin.shape[1] < 11
+    open_ = ~(rivals.losses(single, 2 * radius) < rivals.margin)
+    for n in range(len(x)):
+        assert {float(m) for m in rivals.margin[n][open_[n]]} <= {float(m) for m in few.margin[n]}
+    matched = (few.margin.unsqueeze(-1) == rivals.margin.unsqueeze(1)).double().argmax(-1)
+    assert torch.allclose(few.losses(single, radius), rivals.losses(single, radius).gather(1, matched), rtol=1e-12)
+    sharp = alone(single, y)
+    reach = math.prod(factor for factor, _ in REACHES)
+    # A first answer so rough that nobody is contested at the reach: it ends there all the same.
+    begin = torch.full_like(radius, 1e-6)
+    rough = search(lambda epsilon: rivals.losses(single, epsilon), rivals.margin, begin, 0.5)[0]
+    assert (rough < 0.95 * radius).any()
+    assert (_longest(single, rivals, begin, ((1.001, 0.5),)) <= 1.001 * rough * (1 + 1e-9)).all()
+    assert (sharp >= radius * (1 - 0.04)).all() and (sharp <= reach * radius * (1 + 1e-9)).all() and (sharp > 1.02 * radius).any()
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])

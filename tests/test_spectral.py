@@ -13,6 +13,7 @@ from robustlip.errors import BadInput
 from robustlip.spectral import (
     gram_iteration_bound,
     infinity_to_two_bound,
+    largest_eigenvalue_bound,
     one_to_two_bound,
     quartic_bound,
     spectral_norm_bound,
@@ -151,3 +152,44 @@ def test_quartic_bound_is_never_below_what_ascent_finds(name, exponent) -> None:
 def test_quartic_bound_of_zero_and_of_what_squares_to_nothing() -> None:
     assert quartic_bound(torch.zeros(3, 4)) == 0.0
     assert quartic_bound(torch.full((3, 4), 1e-200, dtype=torch.float64)) > 0.0
+
+
+SPREADS = {
+    "decaying": lambda n: torch.logspace(0, -9, n, dtype=torch.float64),
+    "flat": lambda n: torch.ones(n, dtype=torch.float64),
+    "two alike": lambda n: torch.cat([torch.tensor([1.0, 1.0 - 1e-9], dtype=torch.float64), torch.full((n - 2,), 0.1, dtype=torch.float64)]),
+    "one": lambda n: torch.nn.functional.one_hot(torch.tensor(3), n).double(),
+}
+
+
+@pytest.mark.parametrize("exponent", [-480, 0, 300])
+@pytest.mark.parametrize("name", SPREADS)
+def test_the_largest_eigenvalue_is_bounded_from_above_and_closely(name, exponent) -> None:
+    torch.manual_seed(2)
+    n = 12
+    q, _ = torch.linalg.qr(torch.randn(5, n, n, dtype=torch.float64))
+    symmetric = torch.ldexp((q * SPREADS[name](n)) @ q.mT, torch.tensor(exponent))
+    found = largest_eigenvalue_bound(symmetric)
+    for matrix, value in zip(symmetric, found, strict=True):
+        with mpmath.workdps(40):
+            exact = max(mpmath.eigsy(mpmath.matrix(((matrix + matrix.mT) / 2).tolist()), eigvals_only=True))
+        assert exact <= value.item() <= 1.03 * exact
+
+
+def test_the_largest_eigenvalue_stands_where_power_iteration_is_wrong(monkeypatch) -> None:
+    """It begins in the eigenspace of a small eigenvalue, so the factorisation fails in some of the batch, and what it left over counts."""
+    small = torch.diag(torch.tensor([1.0, 1.0, 8.0, 1.0], dtype=torch.float64))
+    fine = torch.diag(torch.tensor([2.0, 1.0, 0.0, 1.0], dtype=torch.float64))
+    blind = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64).unsqueeze(-1)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: blind)
+    found = largest_eigenvalue_bound(torch.stack([small, fine, small, torch.zeros_like(fine)]))
+    assert (found[[0, 2]] >= 8.0).all() and (found[[0, 2]] <= 8.8).all() and 2.0 <= found[1] <= 2.06 and 0.0 <= found[3] < 1e-290
+    # A factor that is not one: whatever it is, the residual makes up for it.
+    wrong = torch.zeros_like(fine)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: (wrong.expand_as(a), torch.zeros(a.shape[:-2], dtype=torch.int32)))
+    assert (largest_eigenvalue_bound(torch.stack([small, fine])) >= torch.tensor([8.0, 2.0])).all()
+
+
+def test_matrices_that_overflowed_have_no_largest_eigenvalue() -> None:
+    with pytest.raises(BadInput, match="NaN or infinity"):
+        largest_eigenvalue_bound(torch.full((2, 2), float("inf"), dtype=torch.float64))
