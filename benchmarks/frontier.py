@@ -5,7 +5,8 @@
 MODEL: names of the zoo or files of `robustlip train`. Accuracy and loss are of the whole test split at context 256. Radii are over the same windows
 for all models, the last token's prediction, by the largest of the deterministic methods: for one token (the last) and for all tokens. The median
 is over windows that the model predicts correctly; `all` counts a wrong prediction as 0. `relative` divides by the embedding's largest norm, since a
-table of longer rows has longer radii. What is done is kept in --cache by the hash of the weights, so an interrupted run goes on.
+table of longer rows has longer radii. `first order` is the relative distance at which gradients alone would lose the margin to the nearest of four
+rivals: no bound, but what a certificate could come near to. What is done is kept in --cache by the hash of the weights, so a run goes on.
 """
 
 from __future__ import annotations
@@ -63,6 +64,23 @@ def radii(model: Any, threat: EmbeddingBall, windows: int, context: int, kept: P
     return np.array(done["radius"][:windows]), np.array(done["right"][:windows], dtype=bool)
 
 
+def first_order(model: Any, windows: int, context: int) -> dict[str, float]:
+    """Medians over right predictions of the smallest margin/‖gradient‖ of four rivals: of the last token's embedding, and summed over all tokens'."""
+    data = load_data("tiny_shakespeare:test", limit=windows, context=context, vocabulary=model.vocabulary)
+    embeddings = model.embed(data.x).detach().requires_grad_()
+    logits = model.scores_from_embeddings(embeddings)
+    own = logits.gather(1, data.y[:, None])
+    margins = own - logits.scatter(1, data.y[:, None], -torch.inf).topk(4).values
+    found: dict[str, list[torch.Tensor]] = {"one": [], "all": []}
+    for margin in margins.unbind(1):
+        (gradient,) = torch.autograd.grad(margin.sum(), embeddings, retain_graph=True)
+        norms = gradient.norm(dim=-1)
+        found["one"].append(margin.detach() / norms[:, -1])
+        found["all"].append(margin.detach() / norms.sum(-1))
+    right = (margins > 0).all(1)
+    return {label: float(torch.stack(each).amin(0)[right].median()) for label, each in found.items()}
+
+
 def measured(name: str, windows: int, context: int, cache: Path) -> dict[str, Any]:
     model = zoo.load(name)
     try:
@@ -72,6 +90,7 @@ def measured(name: str, windows: int, context: int, cache: Path) -> dict[str, An
     bound = lipschitz_bound(model)
     row: dict[str, Any] = {"model": Path(name).stem, **predicted(model, 256), "published": published}
     row |= {"bound_rms": bound["rms"], "bound_l2": bound["l2"]}
+    steep = first_order(model, windows, context)
     largest = float(torch.linalg.vector_norm(model.embed_tokens.weight.detach().double(), dim=-1).amax())
     for label, threat in THREATS.items():
         kept = cache / f"{weights_sha256(model)[:16]}.{RULES_VERSION}.{threat.name}.{context}.json"
@@ -79,6 +98,7 @@ def measured(name: str, windows: int, context: int, cache: Path) -> dict[str, An
         row |= {
             f"{label}_median": float(np.median(radius[right])), f"{label}_relative": float(np.median(radius[right])) / largest,
             f"{label}_all": float(np.median(np.where(right, radius, 0.0))), f"{label}_right": int(right.sum()),
+            f"{label}_first_order": steep[label] / largest,
         }  # fmt: skip
     return row
 
@@ -93,11 +113,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     rows = [measured(name, arguments.windows, arguments.context, arguments.cache) for name in arguments.models]
-    print("| model | accuracy | loss | sound bound, ∞-RMS | l2 | published formula | one token | relative | all tokens | relative |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    radius = "one token | relative | first order | all tokens | relative | first order"
+    print(f"| model | accuracy | loss | sound bound, ∞-RMS | l2 | published formula | {radius} |")
+    print("|---" + "|---:" * 11 + "|")
     for r in sorted(rows, key=lambda row: row["accuracy"]):
         published = "–" if r["published"] is None else f"{r['published']:.3g}"
-        medians = " | ".join(f"{r[k + '_median']:.3g} | {r[k + '_relative']:.4f}" for k in THREATS)
+        medians = " | ".join(f"{r[k + '_median']:.3g} | {r[k + '_relative']:.4f} | {r[k + '_first_order']:.3f}" for k in THREATS)
         print(f"| {r['model']} | {r['accuracy']:.3f} | {r['loss']:.3f} | {r['bound_rms']:.3g} | {r['bound_l2']:.3g} | {published} | {medians} |")
     finish(rows, arguments.json, windows=arguments.windows, context=arguments.context)
 
