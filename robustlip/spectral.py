@@ -130,6 +130,13 @@ def largest_eigenvalue_bound(symmetric: Tensor, iterations: int = 24) -> Tensor:
     return found
 
 
+def spectral_norm_quick(weight: Tensor) -> Tensor:
+    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, mostly within 2 %, by `largest_eigenvalue_bound`."""
+    a, exponent = _scaled(weight)
+    gram, gram_error = _gram(a)
+    return _unscaled(up(up(largest_eigenvalue_bound(gram) + gram_error).sqrt()), exponent) * (a.abs().amax((-2, -1)) > 0)
+
+
 def spectral_norm_estimate(weight: Tensor, iterations: int = 100) -> Tensor:
     """A LOWER estimate of ‖W‖₂ by power iteration: float64 (...). For reporting the gap; never for a certificate."""
     a, exponent = _scaled(weight)

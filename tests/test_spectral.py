@@ -18,10 +18,15 @@ from robustlip.spectral import (
     quartic_bound,
     spectral_norm_bound,
     spectral_norm_estimate,
+    spectral_norm_quick,
     spectral_norms,
 )
 
-BOUNDS = [spectral_norm_bound, lambda w: gram_iteration_bound(w, 12)]
+BOUNDS = [spectral_norm_bound, lambda w: gram_iteration_bound(w, 12), spectral_norm_quick]
+
+
+def closeness(bound, of_the_others: float) -> float:
+    return 0.04 if bound is spectral_norm_quick else of_the_others
 
 
 def exact_norm(weight: torch.Tensor) -> mpmath.mpf:
@@ -39,7 +44,7 @@ def test_bound_is_never_below_the_exact_norm(bound, seed, m, n, exponent) -> Non
         truth = exact_norm(weight)
         got = mpmath.mpf(float(bound(weight)))
         assert got >= truth
-        assert got <= truth * (1 + mpmath.mpf("5e-3"))
+        assert got <= truth * (1 + mpmath.mpf(closeness(bound, 5e-3)))
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -52,7 +57,7 @@ def test_clustered_singular_values(bound, gap) -> None:
     values[0] = 1.0
     weight = q * values @ p
     assert float(bound(weight)) >= 1 - 1e-14
-    assert float(bound(weight)) <= 1 + 1e-3
+    assert float(bound(weight)) <= 1 + closeness(bound, 1e-3)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -62,7 +67,7 @@ def test_batches_shapes_and_dtypes(bound) -> None:
         truth = torch.linalg.matrix_norm(weight.double(), 2)
         got = bound(weight)
         assert got.dtype == torch.float64 and got.shape == (2, 3)
-        assert bool((got >= truth * (1 - 1e-14)).all() and (got <= truth * 1.001).all())
+        assert bool((got >= truth * (1 - 1e-14)).all() and (got <= truth * (1 + closeness(bound, 1e-3))).all())
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -72,7 +77,7 @@ def test_extreme_matrices(bound) -> None:
     for scale in (1e-45, 1e-30, 1e30):
         weight = torch.full((3, 4), scale, dtype=torch.float32)  # 1e-45 is subnormal: stored as 1.4e-45
         truth = float(weight.double()[0, 0]) * 12**0.5
-        assert truth <= float(bound(weight)) <= truth * (1 + 1e-3)
+        assert truth <= float(bound(weight)) <= truth * (1 + closeness(bound, 1e-3))
     u, v = torch.randn(40, 1, dtype=torch.float64), torch.randn(1, 30, dtype=torch.float64)
     assert float(bound(u @ v)) >= float(u.norm() * v.norm()) * (1 - 1e-13)
 

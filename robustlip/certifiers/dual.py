@@ -29,12 +29,11 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Rivals whose adjoints are carried at once.
 RIVALS = 4
-# Rivals whose quadratic forms are made; how far beyond the radius that is known by then, once for each, and how well it is to be known (a
-# bracket's width): of single tokens, and of whole sequences, where each trial costs more than what a second round gains.
-SHARPENED = 4
+# Rivals whose quadratic forms are made, and what neurons have to take of a margin for that.
+SHARPENED, WORTH = 3, 0.05
+# How far beyond the radius that is known by then, and how well that is to be known (a bracket's width), round by round. A second round gains 1 %.
 Reaches = tuple[tuple[float, float], ...]
-REACHES: Reaches = ((1.6, 0.03), (1.15, 0.02))
-REACHES_OF_MANY: Reaches = ((1.3, 0.02),)
+REACHES: Reaches = ((1.25, 0.02),)
 TOLERANCE = 5e-4
 
 
@@ -102,7 +101,8 @@ class Rivals:
         chosen = spare.topk(min(SHARPENED, len(spare)), dim=0, largest=False).indices
         for i, (weight, bound) in enumerate(zip(self.weights, bounds, strict=True)):
             if isinstance(weight, Curved) and isinstance(bound, Curved) and bound.matrix is not None:
-                self.weights[i] = weight.formed(bound, chosen, reference.row)
+                share = (weight.meet(bound) / self.margin.T).gather(0, chosen)
+                self.weights[i] = weight.formed(bound, chosen, reference.row, share > WORTH)
 
 
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
@@ -185,7 +185,7 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
     done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True)
     first = order[:, :count].T
     rivals = Rivals(reference, y, first)
-    radius = _longest(reference, rivals, start, REACHES_OF_MANY)
+    radius = _longest(reference, rivals, start, REACHES)
     done.scatter_(1, first.T, True)
     while True:
         hidden = reference.hidden(radius)

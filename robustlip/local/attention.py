@@ -28,7 +28,7 @@ from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, 
 from robustlip.rounding import norm_up, up
 from robustlip.rules.attention import Heads, check_projections, join_heads
 from robustlip.rules.elementwise import FUNCTION_ULPS
-from robustlip.spectral import gram_iteration_bound, spectral_norm_bound
+from robustlip.spectral import spectral_norm_bound, spectral_norm_quick
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
 _LARGEST_LOGIT_CHANGE = 50.0
@@ -418,7 +418,7 @@ class AttentionRow(AttentionExpansion):
         self.way_gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
         for name, matrix in self.by_head.items():
             z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
-            self.way_gain[name] = up(gram_iteration_bound(z, 3) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
+            self.way_gain[name] = up(spectral_norm_quick(z) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
         forms = self.s * (self.centred @ (self.by_head["query"] @ m.unsqueeze(1)))  # (M, H, T, D₀)
         lost = 2.0**-30 * self.s * size * torch.linalg.matrix_norm(self.by_head["query"])  # (M, H)
         self.way_rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)

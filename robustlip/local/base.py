@@ -156,20 +156,23 @@ class Curved:
             found[..., at] = torch.where(held, torch.fmin(found[..., at], formed), found[..., at])
         return 0.5 * (1 + 1e-12) * found.sum(-1)
 
-    def formed(self, bound: Curved, chosen: Tensor, token: int) -> Curved:
-        """This weight with the forms of the adjoints `chosen` (K, N) at a token, for the curvatures of a bound that has a matrix."""
+    def formed(self, bound: Curved, chosen: Tensor, token: int, worth: Tensor | None = None) -> Curved:
+        """This weight with the forms of the adjoints `chosen` (K, N) at a token, for the curvatures of a bound that has a matrix.
+
+        worth: (K, N), which of them to make; all unless given.
+        """
         assert bound.matrix is not None
         convex, concave = bound.convex[:, token], bound.concave[:, token]
         pick = chosen.unsqueeze(-1).expand(*chosen.shape, convex.shape[-1])
         c = self.convex[:, :, token].gather(0, pick) * convex + self.concave[:, :, token].gather(0, pick) * concave
-        usable, finite = torch.isfinite(c).all(-1), c.nan_to_num(0.0, 0.0, 0.0)
+        wanted = torch.isfinite(c).all(-1) if worth is None else torch.isfinite(c).all(-1) & worth
         w = bound.matrix
-        count = max(1, (_CACHED if w.device.type == "cpu" else _RESIDENT) * 16 // (len(chosen) * w.numel()))
-        products = (w.mT @ (part.unsqueeze(-1) * w) for part in finite.split(count, 1))
         # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
-        lost = gamma(len(w) + 4, U64) * (finite @ w.square().sum(-1)) + w.numel() * 2.0**-1022
-        found = up(torch.cat([largest_eigenvalue_bound(product) for product in products], 1) + 2 * lost)
-        found = torch.where(usable, found, torch.inf)
+        lost = gamma(len(w) + 4, U64) * (c[wanted] @ w.square().sum(-1)) + w.numel() * 2.0**-1022
+        count = max(1, (_CACHED if w.device.type == "cpu" else _RESIDENT) * 16 // w.numel())
+        products = (w.mT @ (part.unsqueeze(-1) * w) for part in c[wanted].split(count))
+        found = torch.full_like(c[..., 0], torch.inf)
+        found[wanted] = up(torch.cat([largest_eigenvalue_bound(product) for product in products]) + 2 * lost)
         largest = found.new_full(self.convex.shape[:2], torch.inf).scatter(0, chosen, found)
         peak = torch.zeros_like(largest).scatter(0, chosen, c.amax(-1))
         return replace(self, forms=Forms(token, convex, concave, largest, peak))

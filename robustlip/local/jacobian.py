@@ -15,7 +15,7 @@ from torch import Tensor
 from robustlip.local.base import Expansion, Pair, bounded, token_norms
 from robustlip.local.structure import ChainExpansion
 from robustlip.rounding import up
-from robustlip.spectral import gram_iteration_bound
+from robustlip.spectral import spectral_norm_quick
 
 # Error of a Jacobian block that float64 computed, as a fraction of a bound of its norm with nothing cancelled: γ_n with Frobenius norms is n²·2⁻⁵³ of
 # spectral ones. This covers n ≤ 2⁹; wider blocks get more.
@@ -47,7 +47,7 @@ class JacobianChain(ChainExpansion):
             blocks = [jacobian @ m for m in blocks] + [jacobian]
             gains = [g * gain for g in gains] + [gain]
             stacked = torch.stack(blocks, 1)  # (N, l + 1, D', D): all parts of a chain of residuals have one width
-            norm = gram_iteration_bound(stacked, 4)
+            norm = spectral_norm_quick(stacked)
             wide = max(1.0, (size / 2**9) ** 2)
             error = _BLOCK_ERROR * wide * len(blocks) * torch.stack(gains, 1)
             self.lost.append(error[:, 0])

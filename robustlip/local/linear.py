@@ -22,7 +22,7 @@ from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
 from robustlip.rules.linear import Matrix
-from robustlip.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound, quartic_bound
+from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, quartic_bound, spectral_norm_quick
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class ElementwiseExpansion(Expansion):
         if self.affine is not None:
             z = self.affine.constants.weight @ m  # (N, n, D₀)
             lost = 2.0**-34 * torch.linalg.matrix_norm(self.affine.constants.weight) * torch.linalg.matrix_norm(m)
-            self._shape = (up(norm_up(z) + lost.unsqueeze(-1)), up(gram_iteration_bound(z, 3) + lost), before)
+            self._shape = (up(norm_up(z) + lost.unsqueeze(-1)), up(spectral_norm_quick(z) + lost), before)
 
     def given(self, epsilon: Tensor, beyond: Tensor) -> None:
         if self._shape is not None:
