@@ -488,6 +488,8 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     """The contested ones are all that the full bounds leave open, in every sample; and what is proved afterwards stays below the reach."""
     torch.manual_seed(3)
     model = LipschitzGPT("abcdefghijkl", width=16, heads=2, blocks=2).double().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.mul_(4.0 if "up" in name else 1.0)  # neurons that bend enough for forms to be worth their while
     x = torch.randint(12, (9, 6))
     y = model.scores(x).argmax(-1)
     reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
@@ -495,9 +497,9 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     order = single.margin.argsort(-1)[:, :-1]
     rivals = Rivals(single, y, order.T)
     radius = alone(single, y, sharpen=False)
-    few = rivals.contested(single, 2 * radius)
+    few = rivals.contested(single, 1.2 * radius)
     assert 1 <= few.margin.shape[1] < 11
-    open_ = ~(rivals.losses(single, 2 * radius) < rivals.margin)
+    open_ = ~(rivals.losses(single, 1.2 * radius) < rivals.margin)
     for n in range(len(x)):
         assert {float(m) for m in rivals.margin[n][open_[n]]} <= {float(m) for m in few.margin[n]}
     matched = (few.margin.unsqueeze(-1) == rivals.margin.unsqueeze(1)).double().argmax(-1)
