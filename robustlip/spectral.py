@@ -103,12 +103,16 @@ def largest_eigenvalue_bound(symmetric: Tensor, iterations: int = 24) -> Tensor:
     """λ ≥ λ_max(S) for each symmetric positive semidefinite matrix of `symmetric` (..., n, n): float64 (...), guaranteed, mostly within 3 %.
 
     A number t just above what power iteration finds, and a Cholesky factor of tI − S: λ_max(S) ≤ t + ‖tI − S − LLᵀ‖_F, whatever the factorisation
-    did, with the rounding of every product added. Where there is no factor, Gram iteration. Cheaper than an eigensolver by far.
+    did, with the rounding of every product added. Where there is no factor, Gram iteration. Cheaper than an eigensolver by far. Any scale.
     Raises BadInput for NaN and infinity.
     """
-    s = (symmetric + symmetric.mT) / 2
-    if not bool(torch.isfinite(s).all()):
-        raise BadInput("expected finite matrices, got NaN or infinity; a bound in front of them overflowed")
+    scaled, exponent = _scaled(symmetric)
+    return _unscaled(_largest_eigenvalue(scaled, iterations), exponent)
+
+
+def _largest_eigenvalue(scaled: Tensor, iterations: int = 24) -> Tensor:
+    """`largest_eigenvalue_bound` of finite matrices whose squares neither overflow nor vanish where it matters: entries up to about 1."""
+    s = (scaled + scaled.mT) / 2
     n = s.shape[-1]
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = torch.randn(n, 1, generator=generator, dtype=torch.float64).to(s.device).expand(*s.shape[:-2], n, 1)
@@ -134,7 +138,7 @@ def spectral_norm_quick(weight: Tensor) -> Tensor:
     """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, mostly within 2 %, by `largest_eigenvalue_bound`."""
     a, exponent = _scaled(weight)
     gram, gram_error = _gram(a)
-    return _unscaled(up(up(largest_eigenvalue_bound(gram) + gram_error).sqrt()), exponent) * (a.abs().amax((-2, -1)) > 0)
+    return _unscaled(up(up(_largest_eigenvalue(gram) + gram_error).sqrt()), exponent) * (a.abs().amax((-2, -1)) > 0)
 
 
 def spectral_norm_estimate(weight: Tensor, iterations: int = 100) -> Tensor:

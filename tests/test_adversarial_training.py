@@ -118,6 +118,18 @@ def test_a_token_without_a_gradient_stays() -> None:
     assert torch.equal(worst_embeddings(model, embeddings, y, 0.5, LossPart.model_validate(LOSS)), embeddings)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-40])
+def test_gradients_whose_squares_vanish_move_tokens_by_the_radius(monkeypatch, size) -> None:
+    """A softmax that is nearly sure leaves such gradients: the step has its length all the same, and 0 where float32 has nothing left."""
+    model = model_of().float()
+    _, y, embeddings = drawn(model)
+    tiny = torch.full_like(embeddings, size)
+    tiny[0, 0] = 0.0
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: (tiny,))
+    moved = (worst_embeddings(model, embeddings, y, 0.5, LossPart.model_validate(LOSS)) - embeddings).norm(dim=-1)
+    assert moved[0, 0] == 0.0 and torch.allclose(moved.flatten()[1:], torch.tensor(0.5), rtol=1e-3)
+
+
 def test_a_run_ends_with_a_smaller_gradient_and_resumes(text, tmp_path) -> None:
     """Same recipe but for the loss: margins are more gradients away. Interrupted, the run ends with the same weights."""
 

@@ -482,6 +482,8 @@ def test_quadratic_forms_count_only_for_curvatures_they_were_made_of() -> None:
     endless[2, 0, :] = torch.inf
     broken = weight.formed(replace(bound, convex=endless), chosen, 0)
     assert torch.isinf(broken.forms.largest[0, 2]) and torch.isfinite(broken.forms.largest[0, :2]).all()
+    huge = weight.formed(replace(bound, matrix=bound.matrix * 1e160), chosen, 0)
+    assert torch.isinf(huge.forms.largest).all()
 
 
 def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:

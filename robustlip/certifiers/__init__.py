@@ -84,7 +84,7 @@ def certify(
         context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
         device = next(chain.parameters()).device
         parts, winners = [], []
-        for part in batches(len(x), batch_size or _batch_size(chain, x)):
+        for part in batches(len(x), batch_size or _batch_size(chain, x, method)):
             xb, yb = x[part].to(device), y[part].to(device).long()
             given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
@@ -100,11 +100,12 @@ def certify(
     return _assemble(chain, context, y.cpu(), threat, method, name, sha, index, radius, bound, prediction, finite, refused, winners)
 
 
-def _batch_size(chain: Chain, x: Tensor) -> int:
-    """Samples at a time: few enough for the widest activation to stay under 2²⁵ numbers, at most 4096."""
+def _batch_size(chain: Chain, x: Tensor, method: str) -> int:
+    """Samples at a time: few enough for the widest activation to stay under 2²⁵ numbers, at most 4096. 2²² where adjoints are kept."""
     widest = max(max(p.shape) for p in chain.parameters())
     tokens = x.shape[1:].numel() if chain.embedding_depth else 1
-    return max(1, min(4096, 2**25 // (widest * tokens)))
+    room = 2**22 if tokens > 1 and method in ("dual", "best") else 2**25
+    return max(1, min(4096, room // (widest * tokens)))
 
 
 def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Position t predicts token t + 1 from tokens 0 … t; a causal model computes all
 Two threats of each prefix have proofs that positions can share:
 
 - its last token (EmbeddingBall(tokens=(-1,))), by method 'dual': T networks of single tokens, as in certifiers.dual but without the exact Jacobians
-  (they cost more than all else);
+  and the quadratic forms (they cost more than all else);
 - all of its tokens, each or jointly (EmbeddingBall()), by method 'local': tokens behind t do not reach t, so one propagation of a radius ε through
   the whole sequence bounds what every position sees, and all positions try the same radii.
 

@@ -141,7 +141,7 @@ class Curved:
         both = torch.maximum(bound.convex, bound.concave) if self.convex is self.concave else None
         sums = []
         # A few adjoints at a time: on a processor, products that stay in its cache take a fraction of the time of those that do not.
-        count = max(1, (_CACHED if squares.device.type == "cpu" else _RESIDENT) // squares.numel())
+        count = max(1, (_CACHED if squares.device.type == "cpu" else _RESIDENT) // max(1, self.convex[:1].numel()))
         for convex, concave in zip(self.convex.split(count), self.concave.split(count), strict=True):
             bent = convex * bound.convex if both is None else convex * both
             if both is None:
@@ -170,9 +170,15 @@ class Curved:
         # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
         lost = gamma(len(w) + 4, U64) * (c[wanted] @ w.square().sum(-1)) + w.numel() * 2.0**-1022
         count = max(1, (_CACHED if w.device.type == "cpu" else _RESIDENT) * 16 // w.numel())
-        products = (w.mT @ (part.unsqueeze(-1) * w) for part in c[wanted].split(count))
+        values = []
+        for part in c[wanted].split(count):
+            product = w.mT @ (part.unsqueeze(-1) * w)
+            fits = torch.isfinite(product).all(-1).all(-1)
+            # What overflowed has no form.
+            bounded = largest_eigenvalue_bound(torch.where(fits[:, None, None], product, 0.0))
+            values.append(torch.where(fits, bounded, torch.inf))
         found = torch.full_like(c[..., 0], torch.inf)
-        found[wanted] = up(torch.cat([largest_eigenvalue_bound(product) for product in products]) + 2 * lost)
+        found[wanted] = up(torch.cat(values) + 2 * lost)
         largest = found.new_full(self.convex.shape[:2], torch.inf).scatter(0, chosen, found)
         peak = torch.zeros_like(largest).scatter(0, chosen, c.amax(-1))
         return replace(self, forms=Forms(token, convex, concave, largest, peak))

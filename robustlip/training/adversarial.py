@@ -26,7 +26,10 @@ def worst_embeddings(model: Chain, embeddings: Tensor, y: Tensor, radius: Tensor
     """
     point = embeddings.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(cross_entropy(model.from_embeddings(point), y, loss), point)
-    return (point + radius * F.normalize(gradient, dim=-1, eps=torch.finfo(gradient.dtype).tiny)).detach()
+    # Scaled first: squares of what a saturated softmax leaves vanish in float32, and a norm of 0 would make a step without end.
+    largest = gradient.abs().amax(-1, keepdim=True)
+    direction = F.normalize(gradient / torch.where(largest > 0, largest, 1.0), dim=-1)
+    return (point + radius * direction).detach()
 
 
 def cross_entropy(logits: Tensor, y: Tensor, loss: LossPart) -> Tensor:
