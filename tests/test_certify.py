@@ -206,7 +206,7 @@ def test_rounding_attack_breaks_the_real_certificate_and_not_the_executed_one(ki
     """
     generator = torch.Generator().manual_seed(0)
     broken = 0
-    for _ in range(40):
+    for _ in range(40 if kind == "linear" else 12):  # of an MLP, all methods are tried
         model = ROUNDED[kind]().to(dtype).requires_grad_(False)
         exact = copy.deepcopy(model).double()
         x = torch.rand(128, 64, generator=generator).to(dtype)
