@@ -99,7 +99,7 @@ def gram_iteration_bound(weight: Tensor, iterations: int = 10) -> Tensor:
     return _unscaled(up(total).sqrt(), exponent) * (a.abs().amax((-2, -1)) > 0)
 
 
-def largest_eigenvalue_bound(symmetric: Tensor, iterations: int = 24) -> Tensor:
+def largest_eigenvalue_bound(symmetric: Tensor) -> Tensor:
     """λ ≥ λ_max(S) for each symmetric positive semidefinite matrix of `symmetric` (..., n, n): float64 (...), guaranteed, mostly within 3 %.
 
     A number t just above what power iteration finds, and a Cholesky factor of tI − S: λ_max(S) ≤ t + ‖tI − S − LLᵀ‖_F, whatever the factorisation
@@ -107,16 +107,16 @@ def largest_eigenvalue_bound(symmetric: Tensor, iterations: int = 24) -> Tensor:
     Raises BadInput for NaN and infinity.
     """
     scaled, exponent = _scaled(symmetric)
-    return _unscaled(_largest_eigenvalue(scaled, iterations), exponent)
+    return _unscaled(_largest_eigenvalue(scaled), exponent)
 
 
-def _largest_eigenvalue(scaled: Tensor, iterations: int = 24) -> Tensor:
+def _largest_eigenvalue(scaled: Tensor) -> Tensor:
     """`largest_eigenvalue_bound` of finite matrices whose squares neither overflow nor vanish where it matters: entries up to about 1."""
     s = (scaled + scaled.mT) / 2
     n = s.shape[-1]
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = torch.randn(n, 1, generator=generator, dtype=torch.float64).to(s.device).expand(*s.shape[:-2], n, 1)
-    for _ in range(iterations):
+    for _ in range(24):
         v = s @ torch.nn.functional.normalize(v, dim=-2, eps=1e-300)
     t = 1.02 * torch.linalg.vector_norm(v, dim=(-2, -1))
     shifted = -s

@@ -25,7 +25,8 @@ from robustlip.models.build import build
 from robustlip.muon import POLYNOMIALS, Muon, orthogonalize
 from robustlip.spectral import spectral_norm_bound
 from robustlip.training import Recipe, TrainingStopped, identity, load_recipe, train
-from robustlip.training.ibp import ibp_initialize, interval_margins, radius_at
+from robustlip.training.ibp import ibp_initialize, interval_margins
+from robustlip.training.objective import radius_at
 from robustlip.training.optimizers import make_optimizers
 from robustlip.training.reparametrize import SigmaReparam, fold, reparametrize
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from robustlip.certifiers.local import Reference, local_applies, reference_of, search
+from robustlip.certifiers.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention, Chain, MeanTokens
 from robustlip.local import Curved, JacobianChain, Pair, loss, picked
@@ -34,7 +35,6 @@ SHARPENED, WORTH = 3, 0.05
 # How far beyond the radius that is known by then, and how well that is to be known (a bracket's width), round by round. A second round gains 1 %.
 Reaches = tuple[tuple[float, float], ...]
 REACHES: Reaches = ((1.25, 0.02),)
-TOLERANCE = 5e-4
 
 
 def dual_applies(model: Chain, threat: Threat) -> str:

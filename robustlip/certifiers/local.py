@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robustlip.certifiers.lipschitz import entry
 from robustlip.certifiers.samples import head_of, margins
-from robustlip.certifiers.search import largest_radius
+from robustlip.certifiers.search import TOLERANCE, largest_radius
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain
 from robustlip.local import ChainExpansion, Pair, Scope, ToL2, unsupported
@@ -142,7 +142,7 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
     return Reference(body, start, rows, bias, margins(logits, y), pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
 
 
-def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor, tolerance: float = 5e-4) -> tuple[Tensor, Tensor]:
+def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:
     """(radius (N,), the largest fraction of a margin lost there): the largest ε found at which losses(ε) (N, C) < margin for all rivals.
 
     The search wants a change that starts at 0: what is lost at radius 0, by rounding alone, is taken off the margins first. Whether an ε is

@@ -9,10 +9,12 @@ from torch import Tensor
 
 # No certificate claims more: a model that ignores its input is robust at every radius, and JSON knows no infinity.
 LARGEST = 1e100
+# Width of the bracket at which a search ends, relative.
+TOLERANCE = 5e-4
 
 
 def largest_radius(
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, *, tolerance: float = 5e-4, steps: int = 40
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, *, tolerance: float = TOLERANCE, steps: int = 40
 ) -> tuple[Tensor, Tensor]:
     """(radius, change): for each sample the largest ε found with change(ε) < room(ε), and the change there; 0 where there is none.
 

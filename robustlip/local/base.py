@@ -92,8 +92,9 @@ class Either:
         return torch.minimum(first, sum_of(self.size, bound.whole)).sum(-1)
 
 
-# Numbers of a temporary tensor: of one that fits a core's cache, and of one that a GPU holds easily.
-_CACHED, _RESIDENT = 2**17, 2**26
+def room(like: Tensor) -> int:
+    """Numbers of a temporary tensor: of one that fits a core's cache, or of one that a GPU holds easily."""
+    return 2**17 if like.device.type == "cpu" else 2**26
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Curved:
         both = torch.maximum(bound.convex, bound.concave) if self.convex is self.concave else None
         sums = []
         # A few adjoints at a time: on a processor, products that stay in its cache take a fraction of the time of those that do not.
-        count = max(1, (_CACHED if squares.device.type == "cpu" else _RESIDENT) // max(1, self.convex[:1].numel()))
+        count = max(1, room(squares) // max(1, self.convex[:1].numel()))
         for convex, concave in zip(self.convex.split(count), self.concave.split(count), strict=True):
             bent = convex * bound.convex if both is None else convex * both
             if both is None:
@@ -169,7 +170,7 @@ class Curved:
         w = bound.matrix
         # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
         lost = gamma(len(w) + 4, U64) * (c[wanted] @ w.square().sum(-1)) + w.numel() * 2.0**-1022
-        count = max(1, (_CACHED if w.device.type == "cpu" else _RESIDENT) * 16 // w.numel())
+        count = max(1, 16 * room(w) // w.numel())
         values = []
         for part in c[wanted].split(count):
             product = w.mT @ (part.unsqueeze(-1) * w)

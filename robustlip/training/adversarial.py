@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.layers import Chain
-from robustlip.training.ibp import radius_at
+from robustlip.training.objective import cross_entropy, radius_at
 from robustlip.training.recipe import LossPart
 
 
@@ -30,11 +30,6 @@ def worst_embeddings(model: Chain, embeddings: Tensor, y: Tensor, radius: Tensor
     largest = gradient.abs().amax(-1, keepdim=True)
     direction = F.normalize(gradient / torch.where(largest > 0, largest, 1.0), dim=-1)
     return (point + radius * direction).detach()
-
-
-def cross_entropy(logits: Tensor, y: Tensor, loss: LossPart) -> Tensor:
-    """Mean over all predictions of logits (…, V), labels y (…)."""
-    return F.cross_entropy(loss.logit_scale * logits.flatten(0, -2), y.flatten(), label_smoothing=loss.label_smoothing)
 
 
 def adversarial_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, Normalize
+from robustlip.training.objective import cross_entropy, radius_at
 from robustlip.training.recipe import LossPart
 
 _MONOTONE = (nn.ReLU, nn.Tanh, nn.Identity)
@@ -33,20 +34,6 @@ def ibp_initialize(model: Chain) -> None:
         nn.init.normal_(linear.weight, std=math.sqrt(2 * math.pi) / linear.in_features)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
-
-
-def radius_at(loss: LossPart, step: int) -> float:
-    """ε of a training step: near 0 for `start` steps, then over `ramp` steps up to epsilon, the first quarter of them with the fourth power.
-
-    The two pieces, t⁴ and its tangent, meet with equal slopes, as in the ramp that Shi et al. use.
-    """
-    assert loss.epsilon is not None
-    part = 1.0 if step >= loss.start + loss.ramp else max(0.0, (step + 1 - loss.start) / (loss.ramp + 1))
-    bend = 0.25
-    total = bend**4 + 4 * bend**3 * (1 - bend)
-    shape = part**4 if part < bend else bend**4 + 4 * bend**3 * (part - bend)
-    # Not 0: the regularisers are ratios of radii.
-    return loss.epsilon * max(shape / total, 1e-4)
 
 
 def interval_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float, norm: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -126,7 +113,7 @@ def ibp_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> T
     assert loss.epsilon is not None
     epsilon = radius_at(loss, step)
     margins, seen = interval_margins(model, x, y, epsilon, loss.norm)
-    robust = F.cross_entropy(-loss.logit_scale * margins, y, label_smoothing=loss.label_smoothing)
+    robust = cross_entropy(-margins, y, loss)
     weight = loss.regularizer * (1 - epsilon / loss.epsilon)
     if weight == 0 or not seen:
         return robust

@@ -20,10 +20,11 @@ from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain, Residual
 from robustlip.parallel import ALONE, World, joined
-from robustlip.training.adversarial import adversarial_loss, cross_entropy
+from robustlip.training.adversarial import adversarial_loss
 from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
 from robustlip.training.losses import margin_loss
+from robustlip.training.objective import cross_entropy
 from robustlip.training.optimizers import make_optimizers, restore, schedule, state_tensors
 from robustlip.training.recipe import Recipe, identity, load_recipe
 from robustlip.training.reparametrize import fold, reparametrize

@@ -15,13 +15,12 @@ Bounds here are in the arithmetic of training. Certificates come from robustlip.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.constraints.norms import top_singular
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, Normalize
-from robustlip.training.ibp import radius_at
+from robustlip.training.objective import cross_entropy, radius_at
 from robustlip.training.recipe import LossPart
 
 # Slopes of at most 1, and layers that only move numbers.
@@ -74,4 +73,4 @@ def _spectral_norm(weight: Tensor) -> Tensor:
 def margin_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:
     """The training loss of a step: cross entropy of −logit_scale·m_j at this step's ε, which grows over `ramp` steps after `start`."""
     margins = lipschitz_margins(model, x, y, radius_at(loss, step))
-    return F.cross_entropy(-loss.logit_scale * margins, y, label_smoothing=loss.label_smoothing)
+    return cross_entropy(-margins, y, loss)
