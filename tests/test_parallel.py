@@ -59,8 +59,18 @@ INTERVALS = {
     "loss": {"kind": "ibp", "epsilon": 0.3, "norm": "l2", "regularizer": 0.0},
 }
 ADVERSARIAL = {**GPT, "loss": {"kind": "adversarial", "norm": "l2", "epsilon": 0.2}}
+# tanh, for its slopes have no jumps.
+MARGIN = {
+    **MLP,
+    "model": {"kind": "mlp", "widths": [64, 16, 10], "activation": "tanh"},
+    "loss": {"kind": "margin", "norm": "l2", "epsilon": 0.3, "logit_scale": 10.0},
+}
+STREAMED = {**GPT, "model": {**GPT["model"], "vocabulary_size": 257}}
 # Which of them run how: each costs half a second.
-RUNS = {"mlp": MODES, "gpt": MODES, "adamw": ("fsdp",), "sigma": ("ddp",), "intervals": ("fsdp",), "adversarial": MODES}
+RUNS = {
+    "mlp": MODES, "gpt": MODES, "adamw": ("fsdp",), "sigma": ("ddp",), "intervals": ("fsdp",), "adversarial": MODES, "margin": MODES,
+    "streamed": MODES,
+}  # fmt: skip
 # What two processes refuse: (changes of the MLP, mode, words of the sentence).
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "batch": ({"run": {"steps": 1, "batch": 7}}, "ddp", "2 processes can share equally, got 7"),
@@ -98,6 +108,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     data = {"name": str(text), "context": 12}
     specs = {"mlp": MLP, "gpt": {**GPT, "data": data}, "adamw": {**ADAMW, "data": data}, "sigma": SIGMA, "intervals": INTERVALS}
     specs["adversarial"] = {**ADVERSARIAL, "data": data}
+    specs["margin"] = MARGIN
+    lines = out / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"line {i}: " + "to be or not " * (i % 5)}) + "\n" for i in range(60)), encoding="utf-8")
+    specs["streamed"] = {**STREAMED, "data": {"name": str(lines), "streaming": True, "tokenizer": "bytes", "context": 12, "held_out": 4}}
     recipes = {name: Recipe.model_validate(spec) for name, spec in specs.items()}
     for name, recipe in recipes.items():
         train(recipe, out / name)
