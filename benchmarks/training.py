@@ -39,8 +39,7 @@ def stepper(method: str, batch: int, device: str) -> Callable[[], tuple[float, f
     optimizers = [Muon(list(matrices.values()), lr=0.05), torch.optim.AdamW(rest, lr=1e-3)]
     constraint = Constraint(targets_of(model, 1.0, overrides={"mlp*": 2.0, "head.weight": 30.0}), method)
     constraint.project()
-    for optimizer in optimizers:
-        constraint.attach(optimizer)
+    constraint.attach(*optimizers)
     tokens = torch.randint(CHARACTERS, (batch, CONTEXT + 1), device=device)
 
     def now() -> tuple[float, float]:

@@ -30,9 +30,14 @@ def build(config: dict[str, Any]) -> Chain:
     """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option."""
     options = dict(config)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise BadInput(f"expected a model kind among {', '.join(KINDS)}, got {kind!r}; name one of them in the recipe")
     try:
         return KINDS[kind](**options)
     except TypeError as error:
         raise BadInput(f"expected only options that a model of kind {kind!r} has, got {sorted(options)} ({error}); check the recipe") from None
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # of torch, for sizes that no layer has
+        if isinstance(error, BadInput):
+            raise
+        told = str(error).splitlines()[0][:200]
+        raise BadInput(f"expected sizes that a model of kind {kind!r} can have, got {options} ({told}); check the recipe") from None

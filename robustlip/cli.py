@@ -31,7 +31,7 @@ app.add_typer(zoo_app, name="zoo")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a zoo name, a .safetensors file of ours, or package.module:callable")]
 DataSpec = Annotated[str, typer.Option("--data", help="digits, mnist, cifar10, tiny_shakespeare, a hub name or a file, each with :split")]
 ThreatName = Annotated[str, typer.Option("--threat", help="l1, l2, linf, embedding-l2[@positions], weights-spectral, …")]
-Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="write JSON to FILE, or - for stdout")]
+Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="write JSON to FILE; to stdout for - or no FILE")]
 Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, cuda:1, …  [default: the GPU if there is one]")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="samples at once")]
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="at most so many samples")]
@@ -43,10 +43,20 @@ Context = Annotated[Optional[int], typer.Option("--context", min=1, help="text o
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Errors of ours end in one sentence and their exit code; any other exception keeps its traceback."""
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="robustlip")
+        app(args=_whole(sys.argv[1:] if arguments is None else arguments), prog_name="robustlip")
     except RobustlipError as error:
         print(f"robustlip: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _whole(arguments: Sequence[str]) -> list[str]:
+    """`--json` without a file, at the end or before another option, means stdout."""
+    whole: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        whole.append(argument)
+        if argument == "--json" and following != "-" and following.startswith("-"):
+            whole.append("-")
+    return whole
 
 
 def _version(asked: bool) -> None:

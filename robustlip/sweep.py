@@ -269,7 +269,10 @@ def _known(run: Run, folder: Path) -> Row:
     state = place / f"{run.recipe.name}.state.safetensors"
     if not state.is_file():
         return row
-    _, header = load_tensors(state)
+    try:
+        _, header = load_tensors(state)
+    except BadInput as error:
+        return replace(row, status=FAILED, note=str(error)[:300])
     last = {key: value for entry in header.get("history", []) for key, value in entry.items()}
     return replace(
         row, status=PARTIAL, steps=int(header.get("step", 0)), seconds=header.get("seconds"), accuracy=last.get("accuracy"), loss=last.get("loss")
@@ -288,8 +291,6 @@ def _train(run: Run, sweep: Sweep, which: str, published: Published, device: str
 
     try:
         path = train(run.recipe, place, device=device, data_dir=data_dir, progress=progress)
-    except BadInput:
-        raise
     except (RobustlipError, RuntimeError) as error:
         return replace(_known(run, sweep.folder), status=FAILED, note=str(error).splitlines()[0][:300])
     card = tomllib.loads(path.with_suffix(".toml").read_text(encoding="utf-8"))

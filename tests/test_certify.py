@@ -280,3 +280,22 @@ def test_nan_weights_and_overridden_forward_are_refused() -> None:
         certify(*tiny("gpt", 0), InputBall("l2"))
     with pytest.raises(BadInput, match="with an embedding"):
         certify(*tiny("mlp", 0), EmbeddingBall())
+
+
+@pytest.mark.parametrize("exponent", [-150, -222, -240, -300])
+def test_the_bound_of_tiny_weights_does_not_vanish(exponent) -> None:
+    """Products below 2⁻¹⁰⁷⁴ are 0 in float64, and a bound of 0 would be false."""
+    torch.manual_seed(0)
+    model = LipschitzGPT("abc", 8, 2, 1).double()
+    plain = lipschitz_bound(model)["l2"]
+    with torch.no_grad():
+        model.head.weight.mul_(10.0**exponent)
+    assert lipschitz_bound(model)["l2"] >= plain * 10.0**exponent * (1 - 1e-9)
+
+
+def test_a_bound_that_overflows_is_infinite() -> None:
+    model = LipschitzGPT("abc", 8, 2, 3).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1e60)
+    assert lipschitz_bound(model)["l2"] == torch.inf

@@ -88,8 +88,7 @@ def test_every_method_attaches_to_every_optimiser(method, name) -> None:
         "adamw": lambda: [torch.optim.AdamW(model.parameters(), lr=0.3)],
         "sgd": lambda: [torch.optim.SGD(model.parameters(), lr=1e-3)],
     }[name]()
-    for optimizer in optimizers:
-        constraint.attach(optimizer)
+    constraint.attach(*optimizers)
     heads = model[1].branch.query.weight
     for _ in range(12):
         for optimizer in optimizers:
@@ -362,3 +361,100 @@ def test_options_that_a_method_does_not_have() -> None:
     ):
         with pytest.raises(BadInput, match=message):
             make_method(**options)
+
+
+def test_no_weight_is_left_out_unsaid() -> None:
+    """Weights that nothing would hold, and tables that are a Linear layer's too, have to be named or mended."""
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(BadInput, match="name it in free"):
+        targets_of(conv, 1.0)
+    assert [t.name for t in targets_of(conv, 1.0, free=["0.*"])] == ["2.weight"]
+    with pytest.raises(BadInput, match="match a weight"):
+        targets_of(conv, 1.0, free=["0.*", "nothing"])
+    with pytest.raises(BadInput, match="in_proj_weight"):
+        targets_of(nn.TransformerEncoderLayer(8, 2, 16), 1.0)
+    with pytest.raises(BadInput, match="original"):
+        targets_of(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), 1.0)
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(BadInput, match="untie"):
+        targets_of(tied, 1.0)
+
+
+def test_optimisers_that_do_not_own_the_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    constraint = Constraint(targets_of(model, 1.0), "soft-cap")
+    first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
+    with pytest.raises(BadInput, match=r"got none with 1\.weight"):
+        constraint.attach(first)
+    constraint.attach(first, second)
+
+
+@pytest.mark.parametrize("decay", [1.0, 1.5, 1.99])
+def test_soft_cap_under_a_decay_that_turns_the_weights_round(decay) -> None:
+    """λη between 1 and 2 sends σ to −(λη − 1)σ: as far from 0 as |1 − λη| says."""
+    weight = nn.Parameter(torch.eye(6))
+    optimizer = Muon([weight], lr=0.1, weight_decay=decay / 0.1)
+    constraint = Constraint([Target("w", weight, 1.0)], "soft-cap")
+    constraint.attach(optimizer)
+    for _ in range(4):
+        weight.grad = -weight.detach().sign() * torch.eye(6)
+        try:
+            optimizer.step()
+        except BadInput as error:  # two caps apart: no soft cap reaches that far, and it says so
+            assert "lower the learning rate" in str(error)
+            return
+        constraint.check()
+
+
+def test_steps_in_bfloat16_are_as_large_as_stated() -> None:
+    """Products in 16 bits reach beyond the polynomial's peak."""
+    torch.manual_seed(0)
+    for size in (16, 128, 256):
+        weight = nn.Parameter(torch.zeros(size, size))
+        optimizer = Muon([weight], lr=1.0, dtype=torch.bfloat16)
+        weight.grad = torch.randn(size, size)
+        optimizer.step()
+        assert float(singular(weight)[0]) <= optimizer.update_norm(1.0) * (1 + 1e-6)
+    assert Muon([weight], lr=1.0).update_norm(1.0) == POLYNOMIALS["six-step"].peak
+
+
+@pytest.mark.parametrize("exponent", [-36, -24, -13, -6, 0, 6, 12])
+def test_norms_while_training_do_not_depend_on_the_scale(exponent) -> None:
+    """float32 squares of small weights vanish, and their powers overflow: neither may reach the bound, the probe or a map."""
+    torch.manual_seed(0)
+    matrix = torch.randn(2, 24, 16) * 10.0**exponent
+    true = singular(matrix.double())[:, 0]
+    assert bool((fast_norm_bound(matrix).double() >= true * (1 - 1e-6)).all())
+    assert bool((fast_norm_bound(matrix).double() <= true * 1.02).all())
+    block = fixed_vectors(2, matrix)
+    for _ in range(30):
+        norms, block = probe(matrix, block)
+    assert bool((norms.double() <= true * (1 + 1e-5)).all()) and bool((norms.double() >= true * 0.9).all())
+    lengths = torch.linalg.vector_norm(block, dim=-1)
+    assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", REAL)
+def test_a_step_inside_of_autocast_is_mapped_in_full(method) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, 12) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, inside in zip(layers, (False, True), strict=True):
+        constraint = Constraint(targets_of(layer, 0.5), method)
+        constraint.project()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        constraint.attach(optimizer)
+        layer.weight.grad = torch.ones(12, 12)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            optimizer.step()
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "axis", "w_max"),
+    [((16, 4), 5, 0, 1.0), ((16, 4), 0, 0, 1.0), ((16, 4), 3, 1, 1.0), ((4, 4), 1, 0, -1.0), ((2, 1, 3, 3), 1, 0, 1.0)],
+)
+def test_targets_that_cannot_be_are_refused(shape, slices, axis, w_max) -> None:
+    with pytest.raises(BadInput, match="expected"):
+        Target("w", nn.Parameter(torch.zeros(shape)), w_max, slices, axis)

@@ -392,7 +392,6 @@ def test_refusals_of_smooth(place, capsys):
     assert run("smooth", "shakespeare-gpt-lipschitz", "--data", "page", "--limit", 2, "--sigma", 0.1) == 2 and "token ids" in sentence(capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="what 'sdp' proves of a sample depends on its batch, by up to 3 %; verify calls the larger claim unsound")
 def test_a_certificate_verifies_whatever_batches_it_was_made_in(place):
     arguments = ("certify", "digits-mlp-baseline", "--data", "digits:test", "--limit", 16, "--method", "sdp")
     assert run(*arguments, "--batch-size", 4, "--json", "cert.json") == 0

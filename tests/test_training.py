@@ -96,8 +96,7 @@ def test_constraints_hold_after_every_step_and_by_head(method) -> None:
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [Muon(matrices, lr=rate), torch.optim.AdamW(rest, lr=1.0)]
-    for optimizer in optimizers:
-        constraint.attach(optimizer)
+    constraint.attach(*optimizers)
     heads = model[1].branch.query.weight
     for _ in range(30):
         for optimizer in optimizers:

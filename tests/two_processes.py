@@ -114,8 +114,7 @@ def pieces(job: dict[str, Any], seen: Seen) -> None:
         constraint.project()
         muon = Muon([{"params": weights[:2], "lr": 0.02}, {"params": [*weights[2:4], weights[5]], "lr": 0.03}], weight_decay=0.1, world=world)
         rows = RowMomentum([weights[4]], lr=0.5)
-        for optimizer in (muon, rows):
-            constraint.attach(optimizer)
+        constraint.attach(muon, rows)
         for _ in range(2):
             for w in weights:
                 w.grad = drawn(tuple(w.shape))

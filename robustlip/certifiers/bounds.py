@@ -50,7 +50,8 @@ def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
     # NaN compares false: a bound that overflows for large inputs depends on their size too.
     if not embedding and not bool(run_rules(layers, replace(start, norm=start.norm * 1e6), context).change <= state.change):
         raise BadInput("expected a model whose bound holds for all inputs, got one whose bound grows with their size (attention); certify samples")
-    value = float(up(state.change / step))
+    # NaN is a bound that overflowed on its way: none.
+    value = float(up(state.change / step).nan_to_num(torch.inf, torch.inf))
     return {"l2": value, "rms": value * math.sqrt(width / state.width) * (1 + 1e-15), "domain": float(norm) if embedding else "all"}
 
 

@@ -104,26 +104,43 @@ class Constraint:
         factor = math.inf if self.method is None else 1.0 if target.rows else self.guarantee.factor
         return target.w_max * factor * (1 + target.rounding())
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Apply the constraint to this optimiser's weights after each step. Any torch optimiser will do.
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Apply the constraint to these optimisers' weights after each of their steps. Any torch optimiser will do.
 
         An optimiser with `update_norm(lr)` states how large its steps are (robustlip.muon.Muon); for others the methods that need it measure.
+        Raises BadInput where a target belongs to none of them: it would move without its constraint.
         """
+        if self.method is None:
+            return
+        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        if astray := [target.name for target in self.targets if id(target.weight) not in owned]:
+            raise BadInput(
+                f"expected optimisers that own every constrained weight, got none with {', '.join(astray[:3])}"
+                f"{f' and {len(astray) - 3} more' if len(astray) > 3 else ''}; attach all optimisers in one call, parameter groups added before"
+            )
+        for optimizer in optimizers:
+            self._attach(optimizer)
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         # The number of the group, not the group: load_state_dict puts new dictionaries in their place.
         owned = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         mine = [(t, owned[id(t.weight)]) for t in self.targets if id(t.weight) in owned]
-        if self.method is None or not mine:
+        if not mine:
             return
         groups = self._grouped([(t, n) for t, n in mine if not t.rows])
         rows = [t for t, _ in mine if t.rows]
 
+        kind = mine[0][0].weight.device.type
+
         @torch.no_grad()
         def after_step(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-            for target in rows:
-                _cap_rows(target)
-            norms = self._map(groups, [_step_of(group, opt) for group in groups])
-            norms += [_largest_row(target) for target in rows]
-            self._refuse_violations([*(t for group in groups for t in group.targets), *rows], norms)
+            # A step inside of torch.autocast would map in 16 bits.
+            with torch.autocast(kind, enabled=False):
+                for target in rows:
+                    _cap_rows(target)
+                norms = self._map(groups, [_step_of(group, opt) for group in groups])
+                norms += [_largest_row(target) for target in rows]
+                self._refuse_violations([*(t for group in groups for t in group.targets), *rows], norms)
 
         optimizer.register_step_post_hook(after_step)
 

@@ -12,6 +12,10 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
     Over-estimates by at most n^(1/2^(iterations + 2)), 0.6 % for n = 512. Inflated by 10⁻⁵ for float32 rounding, which is a margin
     and not a proof: certificates use robustlip.spectral instead.
     """
+    # The largest entry is 1: squares of what training produces do not vanish, and powers of them do not overflow.
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    matrix = matrix / largest
     gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
     log_scale = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
     for i in range(iterations + 1):
@@ -20,7 +24,7 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
         gram = gram / size[..., None, None]
         if i < iterations:
             gram = gram @ gram
-    return ((log_scale / 2).exp() * (1 + 1e-5)).to(matrix.dtype)
+    return ((log_scale / 2).exp() * (1 + 1e-5) * largest[..., 0, 0]).to(matrix.dtype)
 
 
 def fixed_vectors(count: int, like: Tensor) -> Tensor:
@@ -35,7 +39,17 @@ def fixed_vectors(count: int, like: Tensor) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    """Rows of length 1, whatever their scale; rows of zeros stay zeros."""
+    return _unit_and_length(rows)[0]
+
+
+def _unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of length 1 (..., n), what their lengths were (..., 1)): squares of tiny entries do not vanish, those of huge ones do not overflow."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    rows = rows / largest
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / length.clamp_min(torch.finfo(rows.dtype).tiny), length * largest
 
 
 def top_singular(matrix: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,8 +61,8 @@ def top_singular(matrix: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor, 
     v = fixed_vectors(1, matrix)
     for _ in range(iterations):
         v = _unit(_unit(v @ matrix.mT) @ matrix)
-    mapped = v @ matrix.mT
-    return _unit(mapped).mT, torch.linalg.vector_norm(mapped, dim=-1, keepdim=True), v.mT
+    u, length = _unit_and_length(v @ matrix.mT)
+    return u.mT, length, v.mT
 
 
 def probe(matrix: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +71,8 @@ def probe(matrix: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     norms (K,) = the larger ‖Mv‖ of the two rows v: a *lower* bound of ‖M‖₂ up to rounding, so one above a cap is a sure violation.
     """
     mapped = block @ matrix.mT
-    norms = torch.linalg.vector_norm(mapped, dim=-1).amax(-1)
+    mapped, length = _unit_and_length(mapped)
+    norms = length[..., 0].amax(-1)
     back = mapped @ matrix
     start = fixed_vectors(1, matrix)
     first, second = back[..., :1, :], _unit(back[..., 1:, :])

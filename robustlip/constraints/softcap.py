@@ -20,13 +20,13 @@ _GRID = 1 / 256
 
 @lru_cache(maxsize=1024)
 def soft_cap_coupling(w_max: float, update_norm: float, decay: float = 0.0) -> float:
-    """The strength a of the soft cap that maps every singular value ≤ w_max(1 − decay) + update_norm to at most w_max.
+    """The strength a of the soft cap that maps every singular value ≤ w_max·|1 − decay| + update_norm to at most w_max.
 
     Newhouse et al. 2025, appendix on soft cap: a is the smallest non-negative real root of −k⁹a⁴ + 3k⁷a³ − 3k⁵a² + (k − w_max) = 0,
-    k = w_max(1 − decay) + update_norm. Raises BadInput when the update is too large for w_max: some value in [0, k] would
+    k = w_max·|1 − decay| + update_norm. Raises BadInput when the update is too large for w_max: some value in [0, k] would
     come out above it.
     """
-    k = w_max * (1 - decay) + update_norm
+    k = w_max * abs(1 - decay) + update_norm
     if k <= w_max:
         return 0.0
     roots = np.roots([-(k**9), 3 * k**7, -3 * k**5, 0.0, k - w_max])

@@ -31,6 +31,17 @@ class Target:
     axis: int = 0
     rows: bool = False
 
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2:
+            raise BadInput(f"expected a matrix under a constraint, got {self.name} of shape {tuple(self.weight.shape)}; convolutions are not held")
+        if not 0 < self.w_max < math.inf:
+            raise BadInput(f"expected w_max above 0, got {self.w_max} for {self.name}; give a positive cap")
+        if self.axis not in (0, 1) or self.slices < 1 or self.weight.shape[self.axis] % self.slices:
+            raise BadInput(
+                f"expected slices that divide axis 0 or 1 of {self.name}, got {self.slices} of axis {self.axis} of {tuple(self.weight.shape)}; "
+                f"use the number of heads"
+            )
+
     def split(self, weight: Tensor) -> Tensor:
         """(fan_out, fan_in) → (slices, m, n)."""
         if self.axis == 0:
@@ -51,11 +62,11 @@ class Target:
         return 1 / math.sqrt(n) if self.rows else math.sqrt(n / m)
 
     def rounding(self) -> float:
-        """The relative excess over a guaranteed cap that the rounding of a step is allowed: 10⁻⁴, and √min(m, n) units of the dtype.
+        """The relative excess over a guaranteed cap that the rounding of a step is allowed: 10⁻⁴, and 2 + √min(m, n) units of the dtype.
 
         A margin, not a proof. Storing alone moves each entry by up to u, the norm by up to u times the Frobenius norm.
         """
-        return 1e-4 + UNIT[self.weight.dtype] * math.sqrt(min(self.shape()))
+        return 1e-4 + UNIT[self.weight.dtype] * (2 + math.sqrt(min(self.shape())))
 
     def cost(self) -> float:
         """Multiplications of one product WWᵀ by slice: what its map and its measurement take, up to a factor."""
@@ -72,17 +83,25 @@ class Target:
 
 
 def targets_of(
-    model: nn.Module, w_max: float, *, per_head: bool = True, overrides: dict[str, float] | None = None, rows: Iterable[str] = ()
+    model: nn.Module,
+    w_max: float,
+    *,
+    per_head: bool = True,
+    overrides: dict[str, float] | None = None,
+    rows: Iterable[str] = (),
+    free: Iterable[str] = (),
 ) -> list[Target]:
     """Every weight matrix of a model as a Target: attention by head, embeddings and position tables by row, Linear and the rest whole.
 
     overrides: {pattern: w_max}; the last pattern that matches a weight's name wins ('head.weight', 'attn*.query.weight').
     rows: patterns of matrices whose rows are capped instead of the whole, for an unembedding ('head.weight'): a margin
     moves by ‖u_y − u_j‖, at most twice the longest row.
-    Raises BadInput for a pattern that matches nothing, or a w_max ≤ 0.
+    free: patterns of weights that stay without a constraint. Weights of other layers (convolutions, torch's own attention, reparametrised ones) are
+    held by nothing here, so they have to be named there.
+    Raises BadInput for a pattern that matches nothing, a w_max ≤ 0, a weight that two kinds of layers share, and one that would be left out unsaid.
     """
     overrides = overrides or {}
-    by_row = tuple(rows)
+    by_row, left = tuple(rows), tuple(free)
     used: set[str] = set()
     targets: list[Target] = []
     row_tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -92,17 +111,27 @@ def targets_of(
         if isinstance(module, Attention) and per_head:
             for linear in (module.query, module.key, module.value):
                 by_head[id(linear.weight)] = (module.heads, 0)
-    matrices = row_tables | {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    # Added to scores, multiplied with nothing.
+    added = {id(m.distance_bias) for m in model.modules() if isinstance(m, Attention)}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in matrices:
+        if spared := {pattern for pattern in left if fnmatch.fnmatch(name, pattern)}:
+            used |= spared
+            continue
+        if id(parameter) in row_tables & linears:
+            raise BadInput(f"expected weights of one layer each, got {name}, a table of rows that a Linear layer shares; untie them")
+        if id(parameter) not in row_tables | linears:
+            if parameter.dim() > 1 and id(parameter) not in added:
+                raise BadInput(
+                    f"expected matrices of Linear and Embedding layers, got {name} of shape {tuple(parameter.shape)}, which nothing would hold; "
+                    f"replace its layer, or name it in free"
+                )
             continue
         limit = w_max
         for pattern, value in overrides.items():
             if fnmatch.fnmatch(name, pattern):
                 limit = value
                 used.add(pattern)
-        if not limit > 0:
-            raise BadInput(f"expected w_max above 0, got {limit} for {name}; give a positive cap")
         matching = {pattern for pattern in by_row if fnmatch.fnmatch(name, pattern)}
         used |= matching
         if matching or id(parameter) in row_tables:
@@ -110,6 +139,6 @@ def targets_of(
         else:
             slices, axis = by_head.get(id(parameter), (1, 0))
             targets.append(Target(name, parameter, limit, slices, axis))
-    if missing := set(overrides).union(by_row) - used:
+    if missing := set(overrides).union(by_row, left) - used:
         raise BadInput(f"expected override patterns that match a weight, got {sorted(missing)}; the weights are {[t.name for t in targets]}")
     return targets

@@ -75,9 +75,13 @@ class Documents:
             from datasets import load_dataset
 
             files, self.note = local
-            with quiet():
-                reader = str(_kind(files[0]))
-                self._data = load_dataset(reader, data_files={"rows": [str(file) for file in files]}, split="rows", streaming=True)
+            reader = str(_kind(files[0]))
+            try:
+                with quiet():
+                    self._data = load_dataset(reader, data_files={"rows": [str(file) for file in files]}, split="rows", streaming=True)
+            except Exception as error:  # of pyarrow, of a decompressor, or of datasets itself
+                told = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                raise BadInput(f"expected {reader} files that datasets reads in {name}, got an error ({told}); check the files") from error
         columns = self._data.column_names
         if columns is not None:
             if column not in columns:

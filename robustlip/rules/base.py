@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.rounding import TINY, UNIT, gamma, up
+from robustlip.rounding import SMALLEST, TINY, UNIT, gamma, up
+
+# More than the few products of one rule can lose by underflow.
+VANISHED = 64 * SMALLEST
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,10 @@ def rule_for(layer: nn.Module) -> Rule:
 
 def apply_rule(layer: nn.Module, state: State, context: Context) -> State:
     """The state behind one layer, its domain tightened by the clean pass where that is known."""
-    return context.tighten(layer, rule_for(layer).step(layer, state, context))
+    behind = rule_for(layer).step(layer, state, context)
+    # A product of small numbers can vanish, and what stands behind may be large: a change that is not 0 stays above 0.
+    change = torch.where(state.change > 0, behind.change + VANISHED, behind.change)
+    return context.tighten(layer, replace(behind, change=change))
 
 
 def run_rules(layers: Iterable[nn.Module], state: State, context: Context) -> State:

@@ -17,7 +17,7 @@ from robustlip.checkpoints import load_tensors, save_model, save_tensors, toml_t
 from robustlip.constraints import Constraint, make_method, targets_of
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.files import write_text
-from robustlip.hashing import weights_sha256
+from robustlip.hashing import tensors_sha256, weights_sha256
 from robustlip.layers import Chain, Residual
 from robustlip.parallel import ALONE, World, joined
 from robustlip.training.adversarial import adversarial_loss
@@ -126,6 +126,13 @@ def _check_parallel(recipe: Recipe, world: World) -> None:
         raise BadInput("expected a pass that is not compiled under fsdp, got run.compile = true: one graph of whole weights; use ddp or leave it out")
 
 
+def _folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"expected a folder for the run, got {out} ({error.strerror}); name another with --out") from None
+
+
 def _remove_leftovers(out: Path, name: str) -> None:
     """Temporary files of a run that was killed while it wrote."""
     for kind in ("state.safetensors", "safetensors", "toml"):
@@ -162,6 +169,7 @@ def train(
 
 def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress: Callable[[int, int, Figures], None] | None, resume: bool) -> Path:
     source = world.together(lambda: Source(recipe, data_dir))
+    world.together(lambda: _folder(out))
     torch.manual_seed(recipe.seed)
     from robustlip.models.build import build
 
@@ -169,6 +177,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     if source.text:
         config.setdefault("vocabulary", source.vocabulary)
     model = build(config)
+    world.together(lambda: source.check(model))
     if recipe.loss.kind == "ibp":
         ibp_initialize(model)
     reparametrize(model, recipe.reparametrization)
@@ -195,8 +204,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     optimizers = make_optimizers(recipe, model, world)
     constraint = _constraint_of(recipe, model, world)
     constraint.project()
-    for optimizer in optimizers:
-        constraint.attach(optimizer)
+    constraint.attach(*optimizers)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if saved is not None:
         restore(model, optimizers, saved, world)
@@ -217,7 +225,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
         train_loss = world.total(loss.detach()).item() / world.size
         if not math.isfinite(train_loss):
             raise TrainingStopped(
-                f"expected a finite loss, got {train_loss} at step {step}; the last state is kept in {state_path}: lower the learning rate"
+                f"expected a finite loss, got {train_loss} at step {step}; {_kept(state_path)}: lower the learning rate"
             )
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -264,17 +272,26 @@ def _state_of(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, 
     tensors, header = load_tensors(path)
     if header.get("recipe_sha256") != identity(recipe):
         raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {path}; choose another folder")
+    step = header.get("step")
+    if not (type(step) is int and 0 <= step <= recipe.run.steps and isinstance(header.get("history"), list) and "seconds" in header):
+        raise BadInput(f"expected a state of at most {recipe.run.steps} steps, got step {step!r} in {path}; remove it, or choose another folder")
+    # States of the first versions have no hash.
+    if header.get("tensors_sha256", "") not in ("", tensors_sha256(tensors)):
+        raise BadInput(f"expected the tensors that were written to {path}, got others by their SHA-256: the file is damaged; remove it or restore it")
     return tensors, header
+
+
+def _kept(path: Path) -> str:
+    return f"the last state is kept in {path}" if path.is_file() else "there is no state yet"
 
 
 def _save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     step = header["step"]
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise TrainingStopped(
-            f"expected finite weights after step {step}, got NaN or infinity in {broken[0]}; the last state is kept in {path}: "
-            f"lower the learning rate"
+            f"expected finite weights after step {step}, got NaN or infinity in {broken[0]}; {_kept(path)}: lower the learning rate"
         )
-    _write(lambda: save_tensors(path, tensors, header), path, step)
+    _write(lambda: save_tensors(path, tensors, {**header, "tensors_sha256": tensors_sha256(tensors)}), path, step)
 
 
 def _write(write: Callable[[], None], path: Path, step: int) -> None:
@@ -285,7 +302,7 @@ def _write(write: Callable[[], None], path: Path, step: int) -> None:
         write()
     except (OSError, SafetensorError) as error:
         raise TrainingStopped(
-            f"expected room to write {path} at step {step}, got an error ({error}); the last state is kept: make room and start again, it goes on"
+            f"expected room to write {path} at step {step}, got an error ({error}); make room and start again, it goes on from the last state, if any"
         ) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustlip.errors import BadInput, RobustlipError
 from robustlip.layers import Residual
 from robustlip.muon import Muon, RowMomentum
 from robustlip.parallel import ALONE, World
@@ -69,7 +70,17 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 
 def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], world: World = ALONE) -> None:
-    """The reverse of `state_tensors`, from whole tensors, which every process has."""
+    """The reverse of `state_tensors`, from whole tensors, which every process has. Raises BadInput where they are not of these."""
+    try:
+        _restore(model, optimizers, tensors, world)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        if isinstance(error, RobustlipError):
+            raise
+        told = str(error).splitlines()[0][:200]
+        raise BadInput(f"expected the tensors of a training state of this recipe, got others ({told}); choose another folder") from None
+
+
+def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], world: World) -> None:
     weights = model.state_dict()
     named = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict({k: world.laid_out_like(v, weights[k]) if k in weights else v for k, v in named.items()})
@@ -82,6 +93,8 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: 
                 _, _, i, key = name.split(".", 3)
                 # Momenta are laid out as their weights; counts of steps are the same everywhere.
                 like = parameters[int(i)]
+                if tensor.dim() and tensor.shape != like.shape:
+                    raise ValueError(f"{name} of shape {tuple(tensor.shape)} for a weight of {tuple(like.shape)}")
                 state.setdefault(int(i), {})[key] = world.laid_out_like(tensor, like) if tensor.shape == like.shape else tensor
         whole["state"] = state
         optimizer.load_state_dict(whole)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -18,8 +18,13 @@ from robustlip.errors import BadInput
 _LATER: Any = {"later": True}
 
 
+# Numbers that torch takes: larger ones overflow on their way.
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataPart(_Strict):
@@ -63,10 +68,10 @@ class OptimizerPart(_Strict):
     """
 
     name: Literal["muon", "adamw"] = "adamw"
-    lr: PositiveFloat
-    adamw_lr: PositiveFloat = 1e-3
+    lr: Rate
+    adamw_lr: Rate = 1e-3
     momentum: float = Field(0.9, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0)
     final: float = Field(0.0, ge=0, le=1)
@@ -74,7 +79,7 @@ class OptimizerPart(_Strict):
     polynomial: Literal["six-step", "torch", "145m-script"] = Field(default="six-step", json_schema_extra=_LATER)
     earlier_layers: float = Field(default=1.0, gt=0, le=1, json_schema_extra=_LATER)
     embedding_inflation: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
-    embedding_lr: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
+    embedding_lr: Rate | None = Field(default=None, json_schema_extra=_LATER)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -94,9 +99,9 @@ class ConstraintPart(_Strict):
     method: Literal[
         "none", "weight-decay", "spectral-weight-decay", "spectral-normalize", "stiefel", "spectral-hammer", "soft-cap", "hard-cap", "hard-cap-msign"
     ] = "none"  # fmt: skip
-    w_max: PositiveFloat = 1.0
+    w_max: Rate = 1.0
     per_head: bool = True
-    overrides: dict[str, PositiveFloat] = Field(default_factory=dict)
+    overrides: dict[str, Rate] = Field(default_factory=dict)
     rows: tuple[str, ...] = Field(default=(), json_schema_extra=_LATER)
     strength: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
     polynomial: Literal["six-step", "torch", "145m-script"] | None = Field(default=None, json_schema_extra=_LATER)
@@ -134,6 +139,10 @@ class LossPart(_Strict):
     def _fits(self) -> Self:
         if (self.kind != "cross-entropy") != (self.epsilon is not None):
             raise ValueError("kinds 'ibp', 'margin' and 'adversarial' need an epsilon, and nothing else has one")
+        if self.kind == "cross-entropy" and (self.start or self.ramp):
+            raise ValueError("start and ramp belong to kinds 'ibp', 'margin' and 'adversarial'")
+        if self.kind != "ibp" and (self.regularizer, self.tolerance) != (0.5, 0.5):
+            raise ValueError("regularizer and tolerance belong to kind 'ibp'")
         if self.kind in ("margin", "adversarial") and self.norm != "l2":
             raise ValueError(f"kind '{self.kind}' needs norm = 'l2'")
         return self
@@ -144,7 +153,7 @@ class RunPart(_Strict):
     torch.compile. Neither touches evaluation and certificates. See robustlip.training.compute."""
 
     steps: PositiveInt
-    batch: PositiveInt
+    batch: int = Field(gt=0, le=2**20)
     evaluate_every: PositiveInt = 200
     checkpoint_every: PositiveInt = 100
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_LATER)
@@ -162,7 +171,7 @@ class Recipe(_Strict):
     description: str = ""
     paper: str = ""
     caveats: str = ""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     reparametrization: Literal["none", "spectral-norm", "sigma-reparam"] = Field(default="none", json_schema_extra=_LATER)
     model: dict[str, Any]
     data: DataPart
@@ -176,6 +185,10 @@ class Recipe(_Strict):
         if self.reparametrization != "none" and self.constraint.method != "none":
             raise ValueError("a reparametrization and a constraint exclude each other")
         text = "gpt" in str(self.model.get("kind"))
+        if self.loss.start >= self.run.steps:
+            raise ValueError(f"loss.start is the step that epsilon grows from, and there are {self.run.steps} steps")
+        if text and self.loss.input_noise:
+            raise ValueError("input_noise is for models whose inputs are numbers, not token ids")
         if self.loss.kind in ("ibp", "margin") and self.model.get("kind") != "mlp":
             raise ValueError(f"loss kind '{self.loss.kind}' is for models of kind 'mlp'")
         if self.loss.kind == "adversarial" and not text:
@@ -218,4 +231,8 @@ def identity(recipe: Recipe) -> str:
             out[name] = plain(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
         return out
 
-    return hashlib.sha256(json.dumps(plain(recipe, recipe.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
+    said = plain(recipe, recipe.model_dump(mode="json"))
+    overrides = list(recipe.constraint.overrides)
+    if overrides != sorted(overrides):
+        said["order"] = overrides  # the last pattern that matches wins
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from robustlip.data.stream import Documents, TokenStream
 from robustlip.data.tokenizers import make_tokenizer
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, RobustlipError
+from robustlip.hashing import tensors_sha256
+from robustlip.layers import Chain
 from robustlip.training.recipe import Recipe
 
 
@@ -45,6 +47,7 @@ class Source:
         self.context = recipe.data.context
         self.vocabulary: str | None = None
         self.note = ""
+        self._hash: str | None = None
         if recipe.data.streaming:
             self.stream = _open(recipe, data_dir)
             self._reader = ThreadPoolExecutor(1)
@@ -58,6 +61,29 @@ class Source:
         else:
             train, test = (load_data(f"{recipe.data.name}:{split}", data_dir=data_dir) for split in ("train", "test"))
             self.x, self.y, self.test_x, self.test_y, self.note = train.x, train.y, test.x, test.y, train.note
+
+    def check(self, model: Chain) -> None:
+        """Raises BadInput where the model cannot take this data."""
+        if self.text and (shortest := min(len(self.train), len(self.test))) <= self.context + 1:
+            raise BadInput(f"expected a text of more than {self.context + 1} characters in each split, got {shortest}; shorten data.context")
+        x, y = (t[:1] for t in next(iter(self.evaluation(1))))
+        largest = int(y.max()) if self.text or self.stream is not None else int(torch.cat([self.y, self.test_y]).max())
+        try:
+            with torch.no_grad():
+                logits = model(x)
+        except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
+            if isinstance(error, RobustlipError):
+                raise
+            told = str(error).splitlines()[0][:200]
+            raise BadInput(
+                f"expected a model that takes samples of shape {tuple(x.shape[1:])}, as {self.recipe.data.name} has them, got an error ({told}); "
+                f"change its sizes or its kind"
+            ) from None
+        if logits.shape[:-1] != y.shape or largest >= logits.shape[-1]:
+            raise BadInput(
+                f"expected logits of shape {(*y.shape, 'at least', largest + 1)}, got {tuple(logits.shape)}; "
+                f"change the model's last width, or its kind"
+            )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         generator = _step_generator(self.recipe.seed, step)
@@ -93,20 +119,29 @@ class Source:
         return tokens
 
     def state(self, step: int) -> dict[str, Any] | None:
-        """Where the data of `step`, the next one, begins: plain numbers and strings for the state of a run; None where the step is enough."""
+        """Where the data of `step`, the next one, begins, in plain numbers and strings; for data that is held whole, what it is."""
         if self.stream is None:
-            return None
+            return {"train_sha256": self._sha256()}
         if self._ahead is not None:
             self._ahead[1].result()  # the stream is the other thread's until then
         return self.stream.state_at(step * self.recipe.run.batch * self.context)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from a `state`; without one, the data before the next step is read again. Raises BadInput when the data is not as it was."""
-        if self.stream is not None and state is not None:
+        if self.stream is None:
+            if (state or {}).get("train_sha256", "") not in ("", self._sha256()):
+                raise BadInput(f"expected the training data that the run began with, got another {self.recipe.data.name}; restore it, or start again")
+        elif state is not None:
             if self._ahead is not None:
                 wait([self._ahead[1]])
             self._ahead = None
             self.stream.restore(state)
+
+    def _sha256(self) -> str:
+        """Of the whole training split; the same data all along, so it is taken once."""
+        if self._hash is None:
+            self._hash = tensors_sha256({"tokens": self.train} if self.text else {"x": self.x, "y": self.y})
+        return self._hash
 
     def evaluation(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the test split: images all; text as consecutive windows, every position predicted. limit: windows."""

@@ -126,14 +126,17 @@ class Search:
     def instances(self, pairs: Tensor, form: Form | None = None) -> Instances:
         return Instances.of(form or self.form, self.sample[pairs], self.rival[pairs], self.ball)
 
-    def begin(self, known: Multipliers | None) -> None:
-        """Closed-form multipliers, or known ones in absolute terms; both made stiffer where the form is not definite."""
+    def begin(self, known: tuple[Multipliers, Tensor] | None) -> None:
+        """Closed-form multipliers, or, of the pairs that `known` says, its own in absolute terms; made stiffer where the form is not definite."""
         parts = []
         for pairs in torch.arange(len(self.sample), device=self.sample.device).split(PAIRS):
             it = self.instances(pairs)
             m, scale = start(it)
             if known is not None:
-                m = relative(known.take(pairs), it, scale)
+                former = relative(known[0].take(pairs), it, scale)
+                there = known[1][pairs]
+                chosen = zip(former.tensors(), m.tensors(), strict=True)
+                m = Multipliers.of([torch.where(there.view(-1, *[1] * (t.dim() - 1)), old, t) for old, t in chosen])
             dual = Dual(it, m, scale)
             offset = value(dual)[0]
             for _ in range(STIFFENINGS):
@@ -174,8 +177,10 @@ class Search:
         now, sure = ([t.clone() for t in self.known] for _ in range(2))
         first, second = ([torch.zeros_like(t) for t in self.known] for _ in range(2))
         count, pace = torch.zeros_like(self.margin), torch.full_like(self.margin, rate)
+        # Probes belong to neurons, so that those of a pair do not depend on what else is in the batch.
         generator = torch.Generator(device=self.margin.device).manual_seed(0)
         for _ in range(steps):
+            noise = torch.randn(self.form.variables, PROBES, generator=generator, dtype=self.margin.dtype, device=self.margin.device)
             smallest, rival = self.radii.min(1)
             live = (smallest < ENOUGH * self.limit).nonzero()[:, 0]
             if not len(live):
@@ -190,10 +195,9 @@ class Search:
                     good = offset > -torch.inf
                     found = radius_of(offset, dual.split_cost(), dual.total_lambda(), it.radius)
                     better = good & (found > self.radii[live, rival[live]])
-                    noise = torch.randn(*point.shape, PROBES, generator=generator, dtype=point.dtype, device=point.device)
-                    probe = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
+                    probe = torch.linalg.solve_triangular(factor.mT, noise[self.form.places[self.sample[p]]], upper=True)
                     aim = torch.minimum(it.radius, torch.maximum(found, 0.5 * it.radius) * 1.03)
-                    barrier = self.margin[p] * BARRIER * 0.93 ** count[p] / point.shape[-1]
+                    barrier = self.margin[p] * BARRIER * 0.93 ** count[p] / it.moving
                 gain = dual.at(point[..., None])[:, 0] + dual.minima() - dual.split_cost() * aim - dual.total_lambda() * aim.square()
                 gain = gain + barrier * dual.curvature(probe).mean(-1)
                 gradients = torch.autograd.grad((torch.where(good, gain, torch.zeros_like(gain)) / self.margin[p]).sum(), leaves)
@@ -245,7 +249,9 @@ def sdp_radii(
 def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float) -> Tensor:
     network, device = problem.network, problem.x.device
     x, y = problem.x[part.to(device)], problem.y[part.to(device)]
-    margin = problem.margin[part].to(device)
+    # Of the float64 matrices: executed margins depend on the batch in their last bits, and the search magnifies what differs.
+    logits = network.forward(x)[-1]
+    margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], torch.inf).clamp_min(1e-30)
     norm = problem.threat.norm  # type: ignore[union-attr]
     unit = Ball(x, torch.ones(len(x), dtype=torch.float64, device=device), norm)
     limit = (margin / unit.dual(clean_gradients(network, x, y)).clamp_min(1e-30)).amin(-1).clamp_max(1e6)
@@ -307,13 +313,13 @@ def _plain(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) 
     return Plain(margin.scatter(1, own, torch.inf), cost.scatter(1, own, 0.0), held.scatter(1, own, True), lost)
 
 
-def _moved(old: Search, new: Search) -> Multipliers | None:
-    """Absolute multipliers of the old pairs and crossing neurons on the new ones; 0 where there were none."""
+def _moved(old: Search, new: Search) -> tuple[Multipliers, Tensor] | None:
+    """(absolute multipliers of the old pairs and crossing neurons on the new ones, 0 for new neurons; which pairs are old ones), None without any."""
     source = old.pair[new.sample, new.rival]
-    if bool((source < 0).any()):
+    if not bool((source >= 0).any()):
         return None
     behind = old.order[new.sample]
-    absolute = old.absolute().take(source)
+    absolute = old.absolute().take(source.clamp_min(0))
     found = []
     befores, afters = [old.form.layers[-1], *old.form.layers[:-1]], [new.form.layers[-1], *new.form.layers[:-1]]
     for tensor, before, after in zip([absolute.last, *absolute.inner], befores, afters, strict=True):
@@ -322,7 +328,7 @@ def _moved(old: Search, new: Search) -> Multipliers | None:
         there, here = before.index[behind], after.index[new.sample]
         whole.scatter_(2, there[:, None].expand_as(tensor), tensor * before.valid[behind][:, None])
         found.append(whole.gather(2, here[:, None].expand(-1, tensor.shape[1], -1)))
-    return Multipliers(found[0], found[1:], absolute.log_lambda, absolute.split)
+    return Multipliers(found[0], found[1:], absolute.log_lambda, absolute.split), source >= 0
 
 
 def _proved(search: Search, form: Form, plain: Plain) -> Tensor:

@@ -71,6 +71,8 @@ class Form:
     gradient: Tensor  # of the margins at the clean point (N, C, n)
     reach: Tensor  # ‖v‖₂ ≤ this (N,)
     operations: int
+    places: Tensor  # which of all inputs and inner neurons each entry of v is (N, d)
+    variables: int  # how many inputs and inner neurons there are
 
     def to(self, dtype: torch.dtype) -> Form:
         layers = tuple(layer.to(dtype) for layer in self.layers)
@@ -93,13 +95,15 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
     jacobian = rows
     centre = clean[0]
     layers, edge, reach2 = [], inputs, ball.reach.square()
+    places, variables = [torch.arange(inputs, device=x.device).expand(n, -1)], inputs
     for i, stage in enumerate(stages):
         low, high = boxes.low[i], boxes.high[i]
         size = torch.maximum(size @ stage.weight.abs().mT + stage.bias.abs(), torch.maximum(low.abs(), high.abs()))
         crossing = (low < 0) & (high > 0) & ~stage.linear
         active = ((low >= 0) | stage.linear) & ~crossing
         k = max(1, int(crossing.sum(-1).max()))
-        index = crossing.double().topk(k, dim=-1).indices
+        # By number of neuron, whatever else is in the batch.
+        index = crossing.int().argsort(dim=-1, descending=True, stable=True)[:, :k]
         valid = crossing.gather(1, index)
         last = i == len(stages) - 1
         move = torch.linalg.vector_norm(jacobian, dim=-1) * ball.reach[:, None]
@@ -116,6 +120,8 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
         jacobian = following.weight @ (((clean[i] > 0) | stage.linear).double()[..., None] * jacobian)
         size = torch.where(active, size, high.clamp_min(0.0) * crossing)
         edge += k
+        places.append(variables + index)
+        variables += len(stage.bias)
     head = network.stages[-1]
     a = head.weight[y][:, None] - head.weight
     kept = active.double()
@@ -126,7 +132,8 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
     gradient = (a * slope[:, None]) @ jacobian
     operations = sum(sum(s.weight.shape) + 8 for s in network.stages) + edge + 64
     weights = _picked(a.mT, layers[-1].index).mT * layers[-1].valid[:, None]
-    return Form(tuple(layers), weights, fixed, constant, absolute, gradient, up(reach2).sqrt() * (1 + 1e-12), operations)
+    reach = up(reach2).sqrt() * (1 + 1e-12)
+    return Form(tuple(layers), weights, fixed, constant, absolute, gradient, reach, operations, torch.cat(places, 1), variables)
 
 
 
@@ -146,6 +153,11 @@ class Instances:
     operations: int
     hurts: Tensor  # (B, k') places of the last layer's neurons of negative weight, the only ones with a κ; and their rows (B, k', d)
     bent: Tensor
+
+    @property
+    def moving(self) -> Tensor:
+        """How many entries of v stand for something (B,): the padding depends on the batch."""
+        return self.gradient.shape[-1] + sum((layer.valid.sum(-1) for layer in self.layers[:-1]), start=torch.zeros_like(self.constant))
 
     @classmethod
     def of(cls, form: Form, sample: Tensor, rival: Tensor, ball: Ball) -> Instances:
