@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from robustlip.attacks.spaces import Space, space_of
-from robustlip.checks import check_finite_weights
+from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.layers import as_chain
 from robustlip.threats import InputBall, Threat
@@ -142,6 +142,7 @@ class Attack(ABC):
             dtype = _dtype_of(chain, x)
             x, y = _check_samples(x, y, threat, dtype)
             chain.check_inputs(x)
+            check_fit(chain, x)
             index = _check_index(index, len(x))
             with torch.no_grad():
                 logits = chain.scores(x)

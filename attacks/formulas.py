@@ -321,7 +321,7 @@ def explain(model: nn.Module, claim: Claim) -> str:
         worst = max(repaired, key=lambda i: repaired[i])
         said = newhouse2025(model).value
         if repaired[worst] <= said * (1 + 1e-9):
-            return f"No single one of its mistakes lowers this value (MATH.md section 4): {MISTAKES[5]}."
+            return f"No single one of its mistakes lowers this value (docs/theory.md, section 5): {MISTAKES[5]}."
         instead = f"without it the formula says {repaired[worst]:.4g} instead of {said:.4g} (RMS)"
         return f"Mistake {worst} of the published formula: {MISTAKES[worst]}; {instead}."
     if claim.formula == "product":

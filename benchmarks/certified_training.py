@@ -4,7 +4,7 @@
     ROBUSTLIP_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/certified_training.py --data mnist --seeds 3 --samples 1000 \\
         --methods eclipse,crown,local-lipschitz --json FILE
 
-All recipes come from recipes/grid/certified.toml, the same number of settings for each contender. Every model is certified by --methods, float32
+All recipes come from benchmarks/grids/certified.toml, the same number of settings for each contender. Every model is certified by --methods, float32
 as executed, and attacked by the package's PGD; a sample that the attack breaks counts as not certified without asking the dearer methods, which
 could not prove it. Both on the same samples of the test split. Three tables: every setting; each contender's best; and our best beside the best of
 each rival at equal clean accuracy (within one point). Settings are compared on the test split, for every contender alike.
@@ -39,7 +39,7 @@ from robustlip.models.build import build
 from robustlip.threats import InputBall
 from robustlip.training import Recipe, train
 
-GRID = Path(__file__).parent.parent / "recipes" / "grid" / "certified.toml"
+GRID = Path(__file__).parent / "grids" / "certified.toml"
 OURS = "constrained"
 RADIUS = 0.5
 POINT = 0.01

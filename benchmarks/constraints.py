@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/constraints.py [--json FILE] [--seeds 3] [--only soft-cap] [--write FOLDER]
 
-All recipes come from recipes/grid/constraints.toml; --write saves them as files for `robustlip train`. Columns: accuracy on the test split, the
+All recipes come from benchmarks/grids/constraints.toml; --write saves them as files for `robustlip train`. Columns: accuracy on the test split, the
 sound ℓ2 Lipschitz bound of the logits, accuracy certified by that bound at two radii (scaling the logits changes bounds, not
 these), the largest measured norm over its cap, and milliseconds a step. Means over seeds. A row without a guarantee may be over its cap.
 Interval-trained rows also say what intervals keep at the radius they were trained for, in training arithmetic.
@@ -26,7 +26,7 @@ from robustlip.models.build import build
 from robustlip.threats import InputBall
 from robustlip.training import Recipe, train
 
-GRID = Path(__file__).parent.parent / "recipes" / "grid" / "constraints.toml"
+GRID = Path(__file__).parent / "grids" / "constraints.toml"
 RADII = (0.1, 0.3)
 
 

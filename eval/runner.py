@@ -273,6 +273,7 @@ def _part(
     if read_metadata(path) == json.loads(json.dumps(key, default=str)):
         say(f"{model} · {threat.name}: kept from an earlier run of this folder")
         return read_records(path)
+    _refuse_to_shorten(path, key)
     records: list[Record] = []
     n = min(limit, len(data.index))
     for start in range(0, n, settings.batch_size):
@@ -292,6 +293,17 @@ def _part(
             records.append(record)
     write_records(path, records, key)
     return records
+
+
+def _refuse_to_shorten(path: Path, key: dict[str, Any]) -> None:
+    """Raises BadInput where the same part stands there with more samples: they would be lost."""
+    there = read_metadata(path) or {}
+    if there.get("weights_sha256") == key["weights_sha256"] and there.get("threat") == json.loads(json.dumps(key["threat"], default=str)):
+        if isinstance(had := there.get("limit"), int) and had > key["limit"]:
+            raise BadInput(
+                f"expected at least the {had} samples that {path.parent.parent} has of {key['model']}, got a limit of {key['limit']}; "
+                f"leave --limit out to go on, or name another folder with --out"
+            )
 
 
 def _evaluate(

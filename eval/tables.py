@@ -202,10 +202,17 @@ def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
     if partial or bool(summary["partial"].any()):
         lines.append("PARTIAL RUN: fewer samples (*) or fewer models and threats than the suite asks for.")
     for threat, units in dict(zip(summary["threat"], summary["units"], strict=True)).items():
-        lines.append(f"Radii of {threat}: {units}.")
+        lines.append(f"Radii of {threat}: {units}{_certifiers(summary[summary['threat'] == threat])}.")
     for data, note in dict.fromkeys(zip(summary["data"], summary["data_note"], strict=True)):
         lines.append(f"Data {data}{f': {_NOTES.get(note, note)}' if note else ''}.")
     return [*lines, LEGEND]
+
+
+def _certifiers(part: pd.DataFrame) -> str:
+    """Which methods proved the radii of some rows, in which arithmetic; '' where nothing was certified."""
+    pairs = dict.fromkeys(zip(part["method"], part["dtype"], strict=True))
+    told = [f"{method} ({dtype})" for method, dtype in pairs if isinstance(method, str) and method]
+    return f"; certified by {', '.join(told)}" if told else ""
 
 
 def render(summary: pd.DataFrame, form: str, *, partial: bool = False, title: str = "", one_row_per_model: bool = False) -> str:

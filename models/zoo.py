@@ -59,7 +59,10 @@ def _from_callable(spec: str) -> nn.Module:
         raise BadInput(f"expected package.module:callable, got {spec!r} ({error}); check the name and PYTHONPATH") from None
     if not callable(made):
         raise BadInput(f"expected a callable that returns an nn.Module, got {type(made).__name__} at {spec!r}; point at a function")
-    model = made()
+    try:
+        model = made()
+    except Exception as error:  # of somebody else's code
+        raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(error).__name__} ({error}); call it by itself to see why") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(model).__name__}; return the model")
     return model

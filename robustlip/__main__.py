@@ -10,13 +10,17 @@ from robustlip.cli import main
 
 
 def run() -> None:
-    """robustlip.cli.main, and the end of the process with its exit code.
+    """robustlip.cli.main, and the end of the process with its exit code: 70 for an error that is none of ours, since 1 is an answer.
 
     One of several processes of torchrun ends without the interpreter's own clearing up: threads of gloo that outlive it abort the process now
     and then (torch 2.13), which torchrun takes for a failed run. All files are written by then.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        main()
+        try:
+            main()
+        except Exception:
+            traceback.print_exc()
+            sys.exit(70)
         return
     code: object = 0
     try:
@@ -25,7 +29,7 @@ def run() -> None:
         code = exit_.code
     except BaseException:
         traceback.print_exc()
-        code = 1
+        code = 70
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

@@ -393,13 +393,19 @@ def zoo_show(name: Annotated[str, typer.Argument(help="a zoo name")], json: Json
     card: dict[str, Any] = zoo.card(name)
     card |= {"sound_bound": zoo.sound_bound(name)}
     out.json({"name": name, **card})
-    out.table(name, ["", ""], _flat(card))
+    aside = ("name", "history", "bound", "constrained_norms_rms")
+    shown = {key: value for key, value in card.items() if key not in aside and value not in ("", None)}
+    shown["history"] = "--json has it" if "history" in card else None
+    out.table(name, ["", ""], [(key, value) for key, value in _flat(shown) if value != "None"])
 
 
 def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in card.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", f"{value:.6g}" if type(value) is float else str(value)))
     return rows
 
 

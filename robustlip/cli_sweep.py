@@ -34,7 +34,7 @@ def sweep(
     out.json({"sweep": str(folder), **done.document(), "plots": [str(path) for path in pictures]})
     headings, rows = table(done)
     title = f"{wanted.title or wanted.name}: accuracy and bound{'  (PARTIAL)' if done.partial else ''}"
-    out.table(title, headings, rows, left=len(done.keys) + 1)
+    out.table(title, headings, rows, left=headings.index("Status") + 1)
     out.say(f"results: {folder / 'results.json'}\ntables:  {folder / 'table.md'} (also .csv)")
     if pictures:
         out.say(f"plot:    {pictures[0]} (also .svg)")

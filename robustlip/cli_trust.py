@@ -47,13 +47,13 @@ def verify(
     told = [
         ("verdict", result.verdict.upper()),
         ("certificate of", f"{file.model} against {file.threat}, covers {file.dtype}, method {file.method}, {file.created}"),
-        ("weights", file.weights_sha256),
+        ("certified weights", file.weights_sha256),
         ("rows", f"{len(file.samples)} of {file.data.spec}: {counts}"),
         *((finding.kind, finding.sentence) for finding in result.findings[:20]),
         *([("and", f"{len(result.findings) - 20} more differences (all with --json)")] if len(result.findings) > 20 else []),
         *(("note", note) for note in result.notes),
     ]
-    out.table(f"{certificate.name}: verified against {model}", ["", ""], told)
+    out.table(f"{certificate.name}: checked against {model}", ["", ""], told)
     if result.exit_code == 3:
         raise CertificateViolation(f"{certificate.name} is unsound: {result.sentence()}")
     if result.exit_code:

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from robustlip.errors import BadInput
 from robustlip.files import json_text, write_text
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 120
+LONGEST_NAME = 32
 STDOUT = "-"
 
 
@@ -53,8 +54,12 @@ class Out:
         from rich.text import Text
 
         table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        # Labels stand on the first line of long texts; numbers on the last line of headings that broke.
+        vertical: Literal["top", "bottom"] = "bottom" if any(headings) else "top"
         for i, heading in enumerate(headings):
-            table.add_column(Text(heading), justify="left" if i < left else "right", no_wrap=False, overflow="fold", vertical="bottom")
+            # Names are never cut: another column folds.
+            name = i == 0 and any(headings) and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
+            table.add_column(Text(heading), justify="left" if i < left else "right", no_wrap=name, overflow="fold", vertical=vertical)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.console().print(table)
@@ -109,7 +114,7 @@ def choose_device(asked: str | None, out: Out) -> str:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0][:120]
             raise BadInput(f"expected a device that torch can use here, got {asked!r} ({reason}); leave --device out or use cpu") from None
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{(n := torch.get_num_threads())} thread{'s' if n > 1 else ''}"
     out.say(f"device: {device} ({name})")
     return device
 

@@ -320,6 +320,9 @@ LEGEND = (
 )
 
 
+_COLUMNS_OF_KEYS = 3
+
+
 def figure(value: float | None, digits: int = 4) -> str:
     """A number for people, – for none."""
     return "–" if value is None else f"{value:.{digits}g}"
@@ -337,12 +340,22 @@ def _cells(row: Row, keys: Sequence[str]) -> list[str]:
     status = f"{row.status} ({row.steps} of {row.of_steps} steps)" if row.status == PARTIAL else row.status
     accuracy = None if row.accuracy is None else 100 * row.accuracy
     shown = [figure(accuracy), figure(row.loss), upward(row.bound_rms), upward(row.bound_l2), figure(row.published)]
-    return [str(row.varied.get(key, "–")) for key in keys] + [status, *shown, figure(row.seconds, 3)]
+    return [*_settings(row, keys), status, *shown, figure(row.seconds, 3)]
+
+
+def _settings(row: Row, keys: Sequence[str]) -> list[str]:
+    """What is varied, a column each; of more than a few keys one text, each by the end of its name where that says which it is."""
+    if len(keys) <= _COLUMNS_OF_KEYS:
+        return [str(row.varied.get(key, "–")) for key in keys]
+    ends = [key.rpartition(".")[2] for key in keys]
+    short = {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+    return [", ".join(f"{short[key]} = {row.varied[key]}" for key in keys if key in row.varied) or "the base recipe"]
 
 
 def table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of text, in the order of the grid."""
-    return [*sweep.keys, *_COLUMNS], [_cells(row, sweep.keys) for row in sweep.rows]
+    keys = list(sweep.keys) if len(sweep.keys) <= _COLUMNS_OF_KEYS else ["settings"]
+    return [*keys, *_COLUMNS], [_cells(row, sweep.keys) for row in sweep.rows]
 
 
 def markdown(sweep: Sweep) -> str:
@@ -373,6 +386,7 @@ def csv(sweep: Sweep) -> str:
 
 # Okabe and Ito's palette, as in eval/plots.py, and shapes for those who see no colour.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+_NARROW = 8  # between the ends of the axis
 _LABELLED = 16  # points; more labels would cover each other
 
 
@@ -385,6 +399,7 @@ def draw(sweep: Sweep) -> list[Path]:
     if not rows:
         return []
     import matplotlib
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     matplotlib.use("Agg", force=True)
     import matplotlib.pyplot as plt
@@ -411,6 +426,11 @@ def draw(sweep: Sweep) -> list[Path]:
         for (x_at, y_at), texts in _labels(rows, group).items():
             axes.annotate(" / ".join(texts), (x_at, y_at), xytext=(7, -12), textcoords="offset points", fontsize=7.5, color="#444444")
         axes.set_xscale("log")
+        shown = [value for row in rows for value in (row.bound_rms, row.published) if value]
+        if max(shown) < _NARROW * min(shown):  # labels at powers of ten would be too few, and those between them run into each other
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.14, y=0.14)
         axes.set_xlabel("Lipschitz constant to the logits, ∞-RMS")
         axes.set_ylabel("test accuracy (%)")

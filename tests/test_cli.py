@@ -299,7 +299,7 @@ def test_help_and_version_do_not_wait_for_torch():
 
 @pytest.mark.parametrize(
     ("outcome", "code"),
-    [(None, 0), (SystemExit(0), 0), (SystemExit(None), 0), (SystemExit(2), 2), (SystemExit("words"), 1), (RuntimeError("broken"), 1)],
+    [(None, 0), (SystemExit(0), 0), (SystemExit(None), 0), (SystemExit(2), 2), (SystemExit("words"), 1), (RuntimeError("broken"), 70)],
 )
 def test_one_of_several_processes_ends_at_once_with_its_exit_code(monkeypatch, capfd, outcome, code) -> None:
     """Without the interpreter's clearing up, which gloo's threads would outlive; a traceback is printed first."""

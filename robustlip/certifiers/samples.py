@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from robustlip.checks import check_fit
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
 from robustlip.rounding import UNIT
@@ -101,6 +102,7 @@ def check_samples(model: Chain, x: Tensor, y: Tensor) -> None:
     if y.dtype.is_floating_point or y.dtype == torch.bool:
         raise BadInput(f"expected integer labels, got {y.dtype}; convert them to class numbers")
     model.check_inputs(x)
+    check_fit(model, x)
 
 
 def check_labels(y: Tensor, classes: int) -> None:

@@ -49,7 +49,9 @@ def load_data(
         default = texts.CHARACTERS if name == "page" else None
         return texts.windows(text, split or "test", vocabulary or default, context, limit, seed)
     if context is not None or vocabulary is not None:
-        raise BadInput(f"expected no context and no vocabulary for the images {name!r}, got one; leave both out")
+        if context is not None:
+            raise BadInput(f"expected no context for the images {name!r}, got {context}; leave it out")
+        raise BadInput(f"expected a text for a model of characters, got the images {name!r}; name a text, 'page' or 'tiny_shakespeare'")
     if name == "digits":
         return load_digits_split(split or "test", limit, seed)
     if name.endswith(".parquet"):

@@ -214,7 +214,8 @@ def load_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"expected a TOML recipe, got {path.name}, which is not TOML ({error}); correct that line") from None
     except ValidationError as error:
-        first = error.errors()[0]
+        # A key that is not known first: another one that is missing is often the same, misspelt.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         raise BadInput(f"expected a valid recipe in {path.name}, got '{where}': {first['msg']}; correct or remove that key") from None
 
