@@ -112,6 +112,8 @@ def run_suite(
         for role, model in pair.members()
         for threat in pair.threats
     ]
+    for _, _, model, threat, limit in work:
+        _refuse_to_shorten(folder / PARTS / _part_name(model, threat.name), threat, limit)
     total, done, failed, started = sum(limit for *_, limit in work), 0, set(), time.time()
     cards = _cards(suite)
     prepared: tuple[str, tuple[Chain, str, Dataset]] | None = None
@@ -273,7 +275,6 @@ def _part(
     if read_metadata(path) == json.loads(json.dumps(key, default=str)):
         say(f"{model} · {threat.name}: kept from an earlier run of this folder")
         return read_records(path)
-    _refuse_to_shorten(path, key)
     records: list[Record] = []
     n = min(limit, len(data.index))
     for start in range(0, n, settings.batch_size):
@@ -295,15 +296,15 @@ def _part(
     return records
 
 
-def _refuse_to_shorten(path: Path, key: dict[str, Any]) -> None:
-    """Raises BadInput where the same part stands there with more samples: they would be lost."""
+def _refuse_to_shorten(path: Path, threat: ThreatSpec, limit: int) -> None:
+    """Raises BadInput where a part stands there with more samples: they would be lost."""
     there = read_metadata(path) or {}
-    if there.get("weights_sha256") == key["weights_sha256"] and there.get("threat") == json.loads(json.dumps(key["threat"], default=str)):
-        if isinstance(had := there.get("limit"), int) and had > key["limit"]:
-            raise BadInput(
-                f"expected at least the {had} samples that {path.parent.parent} has of {key['model']}, got a limit of {key['limit']}; "
-                f"leave --limit out to go on, or name another folder with --out"
-            )
+    had = there.get("limit")
+    if isinstance(had, int) and had > limit and there.get("threat") == json.loads(json.dumps(threat.model_dump(mode="json"))):
+        raise BadInput(
+            f"expected at least the {had} samples that {path.parent.parent} has of {there.get('model')}, got a limit of {limit}; "
+            f"leave --limit out to go on, or name another folder with --out"
+        )
 
 
 def _evaluate(

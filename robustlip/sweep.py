@@ -22,6 +22,7 @@ import decimal
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -321,6 +322,7 @@ LEGEND = (
 
 
 _COLUMNS_OF_KEYS = 3
+_END = re.compile(r'"[^"]*"|[^."]+')  # the parts of a dotted key, which may be quoted
 
 
 def figure(value: float | None, digits: int = 4) -> str:
@@ -347,7 +349,7 @@ def _settings(row: Row, keys: Sequence[str]) -> list[str]:
     """What is varied, a column each; of more than a few keys one text, each by the end of its name where that says which it is."""
     if len(keys) <= _COLUMNS_OF_KEYS:
         return [str(row.varied.get(key, "–")) for key in keys]
-    ends = [key.rpartition(".")[2] for key in keys]
+    ends = [_END.findall(key)[-1] for key in keys]
     short = {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
     return [", ".join(f"{short[key]} = {row.varied[key]}" for key in keys if key in row.varied) or "the base recipe"]
 

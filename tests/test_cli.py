@@ -208,6 +208,34 @@ def test_a_model_of_a_subset_says_so_in_the_list(capsys) -> None:
     assert "mnist (subset)" in lines["mnist-mlp-lipschitz"] and "subset" not in lines["digits-mlp-lipschitz"]
 
 
+def test_json_without_a_file_is_stdout(capsys):
+    """At the end, and before another option."""
+    assert run("zoo", "show", "digits-mlp-lipschitz", "--json") == 0
+    card = json.loads(capsys.readouterr().out)
+    assert card["val_accuracy"] > 0.9 and card["sound_bound"]["l2"] > 0 and card["sound_bound"]["rms_inf"] > 0
+    assert run("certify", GOOD, "--json", "--data", "digits:test", "--limit", "3") == 0
+    assert len(json.loads(capsys.readouterr().out)["samples"]) == 3
+
+
+@pytest.mark.parametrize("verb", ["certify", "attack", "smooth"])
+def test_data_of_another_shape_is_one_sentence(capsys, verb, monkeypatch):
+    """digits have 64 numbers, this model wants 784."""
+    more = {"certify": (), "attack": ("--threat", "l2"), "smooth": ("--sigma", "0.1")}[verb]
+    said = refused(capsys, verb, "mnist-mlp-lipschitz", "--data", "digits:test", "--limit", "2", *more)
+    assert "samples of shape (1, 8, 8)" in said and "trained for" in said
+
+
+def test_a_callable_that_fails_is_one_sentence(place, capsys):
+    (place / "broken_for_cli.py").write_text("def model():\n    raise KeyError('weights')\n")
+    said = refused(capsys, "certify", "broken_for_cli:model", "--data", "digits:test", "--limit", "2")
+    assert "KeyError" in said and "nn.Module" in said
+
+
+def test_images_for_a_model_of_characters(capsys):
+    said = refused(capsys, "certify", "shakespeare-gpt-lipschitz", "--data", "digits:test", "--threat", "embedding-l2")
+    assert "got the images 'digits'" in said
+
+
 def test_json_on_stdout_is_json_alone(capsys):
     assert run("certify", GOOD, "--data", "digits:test", "--limit", "3", "--json", "-") == 0
     captured = capsys.readouterr()

@@ -354,6 +354,29 @@ def test_a_smaller_limit_is_labelled_partial(world, tmp_path):
     assert json.loads((tmp_path / "run/manifest.json").read_text())["partial"] is True
 
 
+def test_a_smaller_limit_does_not_delete_what_is_there(world, tmp_path):
+    suite = parse_suite(suite_table())
+    run_suite(suite, tmp_path / "run")
+    before = (tmp_path / "run/manifest.json").read_bytes()
+    with pytest.raises(BadInput, match="expected at least the 6 samples"):
+        run_suite(suite, tmp_path / "run", Settings(limit=2))
+    assert (tmp_path / "run/manifest.json").read_bytes() == before
+    assert len(read_run(tmp_path / "run").records) == 6 * 2 * 2
+    calls = len(world.calls)
+    run_suite(suite, tmp_path / "run")
+    assert len(world.calls) == calls
+
+
+def test_the_table_names_the_certifier(world, tmp_path):
+    from robustlip.eval.tables import render, summarise
+
+    suite = parse_suite(suite_table())
+    run = run_suite(suite, tmp_path / "run")
+    table = summarise(run.records, suite)
+    for form in ("md", "html"):
+        assert "certified by global (float32)" in render(table, form)
+
+
 def test_batches_make_the_same_rows(world, tmp_path):
     suite = parse_suite(suite_table())
     whole, parts = (run_suite(suite, tmp_path / str(size), Settings(batch_size=size)) for size in (256, 4))
