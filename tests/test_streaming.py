@@ -394,3 +394,14 @@ def test_models_of_subwords(kind: type, tmp_path: Path, capsys: pytest.CaptureFi
         with pytest.raises(BadInput, match="vocabulary"):
             kind(width=16, heads=2, blocks=1, **wrong)
     assert kind("abc", width=16, heads=2, blocks=1).vocabulary == "abc"
+
+
+@pytest.mark.parametrize("kind", ["empty.jsonl", "fake.parquet", "cut.jsonl.gz", "broken.jsonl"])
+def test_files_that_are_not_what_they_claim_are_one_sentence(tmp_path: Path, kind: str) -> None:
+    import gzip
+
+    whole = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts()).encode())
+    made = {"empty.jsonl": b"", "fake.parquet": b"PAR1 and no more", "cut.jsonl.gz": whole[: len(whole) // 2], "broken.jsonl": b'{"text": "a'}
+    (tmp_path / kind).write_bytes(made[kind])
+    with pytest.raises((BadInput, DataUnavailable), match="expected"):
+        train(recipe(str(tmp_path / kind)), tmp_path / "run")
