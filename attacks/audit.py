@@ -1,6 +1,6 @@
 """Audit: try to break a claimed Lipschitz constant, and keep the pair of inputs that comes closest.
 
-    audit(model, newhouse2025(model)).verdict        # 'violated' or 'holds': nothing found that contradicts the claim
+    audit(model, newhouse2025(model)).verdict        # 'violated', or 'not refuted': nothing found that contradicts the claim
 
 Everything is computed in float64 on a float64 copy of the model, in the norm of the claim: the largest token norm in and out (one token
 for models without tokens). What is reported is never a derivative: it is ‖f(x') − f(x)‖/‖x' − x‖ of an actual pair inside the domain,
@@ -31,7 +31,7 @@ from robustlip.layers import Attention, Chain, ScaledGELU, as_chain
 from robustlip.rounding import U64, gamma, norm_up
 from robustlip.rules import Context, State, run_rules
 
-VIOLATED, HOLDS = "violated", "holds"
+VIOLATED, HOLDS = "violated", "not refuted"
 INSIDE = 1e-12  # relative margin to the border of the domain, so that norms summed in any order stay within it
 
 

@@ -1,4 +1,4 @@
-"""`robustlip audit`: a claimed Lipschitz constant against what can be observed. Exit codes: 0 holds, 2 bad input, 3 violated."""
+"""`robustlip audit`: a claimed Lipschitz constant against what can be observed. Exit codes: 0 not refuted, 2 bad input, 3 violated."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _show(model: str, result: Audit, files: list[Path], out: Out, how: str) -> N
         headings = ["Layer", "Kind", "Kept", "Units", "Claimed", "Found", "Ratio", "Verdict"]
         out.table("Weights that an adversary would choose, same shapes and norms", headings, worst, left=4)
     if not result.violated:
-        out.say("The claim holds as far as this search can see; a search proves nothing.")
+        out.say("This search does not refute the claim; it proves nothing.")
         return
     top = max(result.worst, key=lambda w: w.ratio, default=None)
     if result.verdict == "violated":

@@ -78,7 +78,7 @@ def test_published_formula_is_violated_more_than_two_and_a_half_times_on_the_cou
 
 def test_our_bound_holds_on_the_counterexample_and_is_near(broken) -> None:
     found = audit(broken, ours(broken), **QUICK)
-    assert found.verdict == "holds"
+    assert found.verdict == "not refuted"
     assert found.ratio > 0.7
 
 
@@ -104,7 +104,7 @@ def test_a_larger_divisor_hides_in_the_mlp_constant() -> None:
     assert found.ratio == pytest.approx(1.1289, rel=1e-3)
     assert found.why.startswith("Mistake 2 ")
     assert newhouse2025(model, {2}).value == pytest.approx(1.1289 * newhouse2025(model).value)
-    assert audit(model, ours(model), tokens=2, **QUICK).verdict == "holds"
+    assert audit(model, ours(model), tokens=2, **QUICK).verdict == "not refuted"
 
 
 def test_a_scale_below_one_must_not_multiply_the_value_term() -> None:
@@ -121,7 +121,7 @@ def test_a_scale_below_one_must_not_multiply_the_value_term() -> None:
     assert found.found == pytest.approx(1 / 3, rel=1e-4) and found.ratio == pytest.approx(4, rel=1e-4)
     assert found.why.startswith("Mistake 4 ")
     assert newhouse2025(model, {4}).value == pytest.approx(1 / 3, rel=1e-5)
-    assert audit(model, ours(model), tokens=2, **QUICK).verdict == "holds"
+    assert audit(model, ours(model), tokens=2, **QUICK).verdict == "not refuted"
     # Above 1 the same mistake only wastes: the value is larger than without it.
     layer.scale = 4.0
     assert newhouse2025(model).value == pytest.approx(4 * newhouse2025(model, {4}).value)
@@ -150,10 +150,10 @@ def test_a_claim_just_below_a_linear_model_is_broken_and_one_just_above_is_not()
         sigma = float(torch.linalg.matrix_norm(model[1].weight.double(), 2))
         low = audit(model, stated(model, 0.99 * sigma), seed=seed, **QUICK)
         assert low.verdict == "violated" and low.ratio == pytest.approx(1 / 0.99, rel=1e-4)
-        assert audit(model, stated(model, 1.0000001 * sigma), seed=seed, **QUICK).verdict == "holds"
+        assert audit(model, stated(model, 1.0000001 * sigma), seed=seed, **QUICK).verdict == "not refuted"
         for claim in (ours(model), product(model)):
             close = audit(model, claim, seed=seed, **QUICK)
-            assert close.verdict == "holds" and close.ratio > 0.999
+            assert close.verdict == "not refuted" and close.ratio > 0.999
 
 
 def test_rounding_does_not_refute_an_exact_claim() -> None:
@@ -163,7 +163,7 @@ def test_rounding_does_not_refute_an_exact_claim() -> None:
         model[0].weight.copy_(torch.eye(12))
     for seed in range(5):
         found = audit(model, stated(model, 1.0), seed=seed, **QUICK)
-        assert found.verdict == "holds" and found.found == pytest.approx(1.0, rel=1e-9)
+        assert found.verdict == "not refuted" and found.found == pytest.approx(1.0, rel=1e-9)
 
 
 def test_units_are_converted() -> None:
@@ -172,7 +172,7 @@ def test_units_are_converted() -> None:
     rms = sigma * math.sqrt(30 / 10)
     assert product(model).in_units("rms").value == pytest.approx(rms)
     assert audit(model, stated(model, 0.99 * rms, "rms"), **QUICK).verdict == "violated"
-    assert audit(model, stated(model, 1.01 * rms, "rms"), **QUICK).verdict == "holds"
+    assert audit(model, stated(model, 1.01 * rms, "rms"), **QUICK).verdict == "not refuted"
 
 
 def test_inputs_stay_in_the_box() -> None:
@@ -203,7 +203,7 @@ def test_mlps_reach_our_bound_with_worst_weights_and_never_pass_it(activation: s
 def test_product_formula_is_wrong_for_gelu_mlps_only_through_the_slope() -> None:
     model = LipschitzMLP([12, 16, 16, 5], "gelu")
     found = audit(model, product(model), worst_weights=True, **QUICK)
-    assert found.verdict == "holds" and found.violated  # random weights pass; the formula does not
+    assert found.verdict == "not refuted" and found.violated  # random weights pass; the formula does not
     assert found.worst[0].ratio == pytest.approx(1.1289**2, rel=1e-3)
     assert "GELU" in found.why
     relu = LipschitzMLP([12, 16, 16, 5], "relu")
@@ -220,16 +220,16 @@ def test_our_bound_holds_on_random_transformers(seed: int) -> None:
             p.mul_(3.0)
     for model in (gpt, patches):
         found = audit(model, ours(model), seed=seed, tokens=4, **QUICK)
-        assert found.verdict == "holds" and found.found > 0
+        assert found.verdict == "not refuted" and found.found > 0
 
 
 def test_starting_from_samples_uses_them() -> None:
     patches = LipschitzTransformer((1, 8, 8), 4, 10, width=16, heads=2, blocks=1)
     found = audit(patches, ours(patches), torch.rand(3, 1, 8, 8), **QUICK)
-    assert found.x.shape == (4, 16) and found.verdict == "holds"
+    assert found.x.shape == (4, 16) and found.verdict == "not refuted"
     mlp = LipschitzMLP([64, 16, 10])
     found = audit(mlp, ours(mlp), torch.rand(3, 1, 8, 8), **QUICK)
-    assert found.x.shape == (1, 8, 8) and found.verdict == "holds"
+    assert found.x.shape == (1, 8, 8) and found.verdict == "not refuted"
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -253,7 +253,7 @@ def test_worst_weights_break_the_published_formula_and_not_ours(tmp_path: Path) 
         model[0].weight.mul_(4 / model[0].weight.norm(dim=-1).max())
     published = audit(model, newhouse2025(model), worst_weights=True, tokens=4, **QUICK)
     ratio = {w.part: w.ratio for w in published.worst}
-    assert published.verdict == "holds" and published.violated
+    assert published.verdict == "not refuted" and published.violated
     assert ratio["attention"] >= 2.5 and ratio["mlp"] == pytest.approx(1.1289, rel=1e-3)
     proved = audit(model, ours(model), worst_weights=True, tokens=4, **QUICK)
     assert not proved.violated

@@ -458,3 +458,8 @@ def test_a_step_inside_of_autocast_is_mapped_in_full(method) -> None:
 def test_targets_that_cannot_be_are_refused(shape, slices, axis, w_max) -> None:
     with pytest.raises(BadInput, match="expected"):
         Target("w", nn.Parameter(torch.zeros(shape)), w_max, slices, axis)
+
+
+def test_polynomials_that_nobody_knows_are_refused() -> None:
+    with pytest.raises(BadInput, match="expected a polynomial among"):
+        make_method("stiefel", polynomial="x")

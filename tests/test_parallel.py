@@ -257,7 +257,7 @@ def test_owners_share_the_cost() -> None:
 
 
 def test_the_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
     assert launched() == (0, 0, 1)
     with joined("cpu", "fsdp") as world:
@@ -267,6 +267,10 @@ def test_the_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         launched()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(BadInput, match="MASTER_ADDR"):
+        launched()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert launched() == (1, 1, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device in ("cuda", "cuda:0"):
