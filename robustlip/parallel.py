@@ -256,10 +256,14 @@ def launched() -> tuple[int, int, int]:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return 0, 0, 1
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]  # noqa: B018  (they have to be there)
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ[key]
         return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size
     except (KeyError, ValueError) as error:
-        raise BadInput(f"expected WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them, got {error}; start it by torchrun, or unset them") from None
+        raise BadInput(
+            f"expected WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them, got {error}; "
+            f"start it by torchrun, or unset them"
+        ) from None
 
 
 @contextmanager
