@@ -160,6 +160,32 @@ def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], message:
         recipe(**change)
 
 
+def test_a_run_starts_from_a_model(tmp_path: Path) -> None:
+    """Its weights, inside the new caps, before the first step; the card says which; anything else is refused."""
+    first = train(recipe(), tmp_path / "first")
+    weights, header = load_tensors(first)
+    rate, steps = {"name": "muon", "lr": 1e-9, "adamw_lr": 1e-9}, {"steps": 1, "batch": 16}
+    spec = recipe(optimizer=rate, run={**steps, "start_from": str(first), "start_sha256": header["weights_sha256"]})
+    second, _ = load_tensors(train(spec, tmp_path / "second"))
+    assert all(torch.allclose(second[name], weights[name], atol=1e-5) for name in weights)
+    assert header["weights_sha256"] in (tmp_path / "second" / "tiny.toml").read_text(encoding="utf-8")
+    tight = {"method": "spectral-normalize", "w_max": 0.1}
+    third, _ = load_tensors(train(recipe(optimizer=rate, constraint=tight, run={**steps, "start_from": str(first)}), tmp_path / "third"))
+    assert float(torch.linalg.svdvals(third["linear1.weight"])[0]) <= 0.1 * (12 / 64) ** 0.5 * 1.001
+    assert identity(recipe(run={**steps, "start_from": "a"})) != identity(recipe(run=steps))
+    for change, message in (
+        ({"run": {**steps, "start_from": str(first), "start_sha256": "0" * 64}}, "run.start_sha256"),
+        ({"run": {**steps, "start_from": str(first)}, "model": {"kind": "mlp", "widths": [64, 13, 10]}}, "which is another"),
+        ({"run": {**steps, "start_from": str(first)}, "model": {"kind": "mlp", "widths": [64, 12, 10], "activation": "tanh"}}, "which is another"),
+        ({"run": {**steps, "start_from": "no-such-model"}}, "expected"),
+        ({"run": {**steps, "start_from": "math:sqrt"}}, "save the model first"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            train(recipe(**change), tmp_path / "refused")
+    with pytest.raises(ValidationError, match="needs start_from"):
+        recipe(run={**steps, "start_sha256": "0" * 64})
+
+
 def test_a_checked_model_trains_as_before(tmp_path: Path) -> None:
     """The check runs the model once; no random number of the run is drawn for it."""
     train(recipe(), tmp_path / "a")

@@ -29,6 +29,7 @@ from robustlip.training.optimizers import make_optimizers, restore, schedule, st
 from robustlip.training.recipe import Recipe, identity, load_recipe
 from robustlip.training.reparametrize import fold, reparametrize
 from robustlip.training.source import Source
+from robustlip.training.start import start_from
 
 Figures = dict[str, float]
 
@@ -180,6 +181,8 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     world.together(lambda: source.check(model))
     if recipe.loss.kind == "ibp":
         ibp_initialize(model)
+    start = recipe.run.start_from
+    started_from = None if start is None else world.together(lambda: start_from(model, start, recipe.run.start_sha256))
     reparametrize(model, recipe.reparametrization)
     model = model.to(world.device).train()
 
@@ -260,6 +263,8 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
         fold(model)
         _write(lambda: save_model(path, model.eval().cpu()), path, recipe.run.steps)
         card = _card(recipe, model, source, history)
+        if started_from is not None:
+            card["start_weights_sha256"] = started_from
         if update_norm is not None:
             card["update_norm_rms"] = update_norm
         write_text(path.with_suffix(".toml"), toml_text(card))

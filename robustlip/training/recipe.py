@@ -150,7 +150,11 @@ class LossPart(_Strict):
 
 class RunPart(_Strict):
     """batch: of one step, over all machines. dtype: of the products of the training forward pass; weights stay float32. compile: that pass, by
-    torch.compile. Neither touches evaluation and certificates. See robustlip.training.compute."""
+    torch.compile. Neither touches evaluation and certificates. See robustlip.training.compute.
+
+    start_from: the zoo model or .safetensors file whose weights the run starts from, instead of fresh ones; momenta and rates start anew.
+    start_sha256: what its weights' hash has to be. The card records it in any case.
+    """
 
     steps: PositiveInt
     batch: int = Field(gt=0, le=2**20)
@@ -158,6 +162,14 @@ class RunPart(_Strict):
     checkpoint_every: PositiveInt = 100
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_LATER)
     compile: bool = Field(default=False, json_schema_extra=_LATER)
+    start_from: str | None = Field(default=None, json_schema_extra=_LATER)
+    start_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", json_schema_extra=_LATER)
+
+    @model_validator(mode="after")
+    def _starts(self) -> Self:
+        if self.start_sha256 is not None and self.start_from is None:
+            raise ValueError("start_sha256 needs start_from")
+        return self
 
 
 class Recipe(_Strict):
@@ -195,6 +207,8 @@ class Recipe(_Strict):
             raise ValueError("loss kind 'adversarial' is for gpts, whose embeddings it moves")
         if self.loss.kind != "cross-entropy" and (self.run.compile or self.run.dtype != "float32"):
             raise ValueError(f"loss kind '{self.loss.kind}' trains in float32 and is not compiled")
+        if self.run.start_from is not None and self.loss.kind == "ibp":
+            raise ValueError("loss kind 'ibp' has an initialisation of its own, and starts from no other weights")
         if self.reparametrization != "none" and self.run.compile:
             raise ValueError("a reparametrization has state of its own and is not compiled")
         if self.data.tokenizer is not None:
