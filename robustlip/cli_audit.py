@@ -123,7 +123,7 @@ def _show(model: str, result: Audit, files: list[Path], out: Out, how: str) -> N
         headings = ["Layer", "Kind", "Kept", "Units", "Claimed", "Found", "Ratio", "Verdict"]
         out.table("Weights that an adversary would choose, same shapes and norms", headings, worst, left=4)
     if not result.violated:
-        out.say("This search does not refute the claim; it proves nothing.")
+        out.say("This search does not refute the claim; a search proves nothing.")
         return
     top = max(result.worst, key=lambda w: w.ratio, default=None)
     if result.verdict == "violated":

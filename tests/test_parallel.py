@@ -43,6 +43,7 @@ GPT: dict[str, Any] = {
     "model": {"kind": "lipschitz-gpt", "width": 16, "heads": 2, "blocks": 2, "distance_bias": 4},
     "optimizer": {"name": "muon", "lr": 0.05, "earlier_layers": 0.5, "embedding_inflation": 16.0, "warmup": 3, "clip_gradient": 0.5},
     "constraint": {"method": "hard-cap", "w_max": 1.0, "rows": ["head.weight"]},
+    "loss": {"logit_scale": 10.0},
 }
 ADAMW: dict[str, Any] = {
     **GPT,

@@ -450,6 +450,7 @@ def test_learning_rates_by_layer_and_for_embeddings() -> None:
     spec = recipe(
         model={"kind": "lipschitz-gpt", "width": 16, "heads": 2, "blocks": 2},
         optimizer={"name": "muon", "lr": 0.08, "earlier_layers": 0.5, "embedding_inflation": 16.0, "polynomial": "torch"},
+        loss={"logit_scale": 10.0},
     )
     muon, rows = make_optimizers(spec, model)
     rates = {id(p): group["lr"] for group in muon.param_groups for p in group["params"]}
@@ -467,6 +468,7 @@ def test_text_models_train(tmp_path) -> None:
         model={"kind": "lipschitz-gpt", "width": 16, "heads": 2, "blocks": 1, "distance_bias": 4},
         data={"name": str(text), "context": 16},
         constraint={"method": "soft-cap", "w_max": 1.0, "overrides": {"head.weight": 8.0}},
+        loss={"logit_scale": 10.0},
         run={"steps": 30, "batch": 8},
     )
     model = load_into(train(spec, tmp_path / "out"), build)
@@ -483,6 +485,7 @@ def test_a_run_with_rates_by_layer_resumes(tmp_path) -> None:
         data={"name": str(text), "context": 8},
         optimizer={"name": "muon", "lr": 0.05, "earlier_layers": 0.5, "embedding_inflation": 16.0, "embedding_lr": 0.1, "warmup": 5},
         constraint={"method": "hard-cap", "w_max": 1.0, "rows": ["head.weight"]},
+        loss={"logit_scale": 10.0},
         run={"steps": 12, "batch": 4, "evaluate_every": 6, "checkpoint_every": 4},
     )
 
