@@ -211,7 +211,8 @@ def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
 def _certifiers(part: pd.DataFrame) -> str:
     """Which methods proved the radii of some rows, in which arithmetic; '' where nothing was certified."""
     pairs = dict.fromkeys(zip(part["method"], part["dtype"], strict=True))
-    told = [f"{method} ({dtype})" for method, dtype in pairs if isinstance(method, str) and method]
+    # A threat that was only measured has no arithmetic that a certificate covers.
+    told = [f"{method} ({dtype})" for method, dtype in pairs if method and dtype]
     return f"; certified by {', '.join(told)}" if told else ""
 
 
