@@ -300,7 +300,7 @@ def _refuse_to_shorten(path: Path, threat: ThreatSpec, limit: int) -> None:
     """Raises BadInput where a part stands there with more samples: they would be lost."""
     there = read_metadata(path) or {}
     had = there.get("limit")
-    if isinstance(had, int) and had > limit and there.get("threat") == json.loads(json.dumps(threat.model_dump(mode="json"))):
+    if isinstance(had, int) and had > limit and there.get("threat") == threat.model_dump(mode="json"):
         raise BadInput(
             f"expected at least the {had} samples that {path.parent.parent} has of {there.get('model')}, got a limit of {limit}; "
             f"leave --limit out to go on, or name another folder with --out"

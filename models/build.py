@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, first_line
 from robustlip.layers import Chain
 from robustlip.models.baselines import BaselineGPT, BaselineTransformer
 from robustlip.models.classifier import LipschitzTransformer
@@ -39,5 +39,4 @@ def build(config: dict[str, Any]) -> Chain:
     except (ValueError, RuntimeError, ArithmeticError) as error:  # of torch, for sizes that no layer has
         if isinstance(error, BadInput):
             raise
-        told = str(error).splitlines()[0][:200]
-        raise BadInput(f"expected sizes that a model of kind {kind!r} can have, got {options} ({told}); check the recipe") from None
+        raise BadInput(f"expected sizes that a model of kind {kind!r} can have, got {options} ({first_line(error)}); check the recipe") from None

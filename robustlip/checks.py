@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from robustlip.errors import BadInput, RobustlipError
+from robustlip.errors import BadInput, RobustlipError, first_line
+from robustlip.modes import evaluated
 
 
 def check_finite_weights(model: nn.Module, of: str = "") -> None:
@@ -17,21 +18,17 @@ def check_finite_weights(model: nn.Module, of: str = "") -> None:
 
 
 @torch.no_grad()
-def check_fit(model: nn.Module, x: torch.Tensor) -> None:
-    """Raises BadInput when the model cannot take inputs of this shape and kind: it is run on the first of x (N, …), in eval mode."""
-    parameter = next(model.parameters())
+def check_fit(model: nn.Module, x: torch.Tensor, remedy: str = "use the data that it was trained for") -> torch.Tensor:
+    """What the model answers to the first of x (N, …), in eval mode. Raises BadInput when it cannot take inputs of this shape and kind."""
+    parameter = next(model.parameters(), x)
     first = x[:1].to(parameter.device)
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        model(first.to(parameter.dtype) if first.is_floating_point() else first)
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        with evaluated(model):
+            return model(first.to(parameter.dtype) if first.is_floating_point() else first)  # type: ignore[no-any-return]
+    except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
         if isinstance(error, RobustlipError | torch.OutOfMemoryError):
             raise
         raise BadInput(
-            f"expected inputs that the model takes, got samples of shape {tuple(x.shape[1:])} ({str(x.dtype).removeprefix('torch.')}), "
-            f"which it cannot ({str(error).splitlines()[0][:150]}); use the data that it was trained for"
+            f"expected a model that takes samples of shape {tuple(x.shape[1:])} ({str(x.dtype).removeprefix('torch.')}), "
+            f"got an error of it ({first_line(error)}); {remedy}"
         ) from None
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -394,9 +394,10 @@ def zoo_show(name: Annotated[str, typer.Argument(help="a zoo name")], json: Json
     card |= {"sound_bound": zoo.sound_bound(name)}
     out.json({"name": name, **card})
     aside = ("name", "history", "bound", "constrained_norms_rms")
-    shown = {key: value for key, value in card.items() if key not in aside and value not in ("", None)}
-    shown["history"] = "--json has it" if "history" in card else None
-    out.table(name, ["", ""], [(key, value) for key, value in _flat(shown) if value != "None"])
+    shown = {key: value for key, value in card.items() if key not in aside and value != ""}
+    if "history" in card:
+        shown["history"] = "--json has it"
+    out.table(name, ["", ""], _flat(shown))
 
 
 def _flat(card: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, first_line
 from robustlip.files import json_text, write_text
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def choose_device(asked: str | None, out: Out) -> str:
             device = str(torch.device(asked))
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0][:120]
-            raise BadInput(f"expected a device that torch can use here, got {asked!r} ({reason}); leave --device out or use cpu") from None
+            told = first_line(error, 120)
+            raise BadInput(f"expected a device that torch can use here, got {asked!r} ({told}); leave --device out or use cpu") from None
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{(n := torch.get_num_threads())} thread{'s' if n > 1 else ''}"
     out.say(f"device: {device} ({name})")
     return device

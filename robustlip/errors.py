@@ -6,6 +6,11 @@ Every message has three parts: what was expected, what was got, and what to do a
 from __future__ import annotations
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """What somebody else's error says, for the middle of a sentence: its first line, cut, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:limit]
+
+
 class RobustlipError(Exception):
     """Base of all errors that robustlip raises on purpose."""
 

@@ -52,17 +52,23 @@ POLYNOMIALS = {
 }
 
 
+def polynomial_named(name: str) -> Polynomial:
+    """Raises BadInput for a name that is not one of POLYNOMIALS."""
+    if name not in POLYNOMIALS:
+        raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {name!r}; name one of them")
+    return POLYNOMIALS[name]
+
+
 def orthogonalize(matrix: Tensor, polynomial: str = "six-step") -> Tensor:
     """The polynomial's approximation of the orthogonal factor UVᵀ of matrices (..., m, n), in their own dtype.
 
     Singular values come out in (0, peak]; matrices of zeros stay zeros. Source: Jordan 2024 (Muon), coefficients of the paper.
     """
-    if polynomial not in POLYNOMIALS:
-        raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {polynomial!r}; name one of them")
+    steps = polynomial_named(polynomial).steps
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    for a, b, c in POLYNOMIALS[polynomial].steps:
+    for a, b, c in steps:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
@@ -88,8 +94,7 @@ class Muon(torch.optim.Muon):
         dtype: torch.dtype | None = None,
         world: World = ALONE,
     ) -> None:
-        if polynomial not in POLYNOMIALS:
-            raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {polynomial!r}; name one of them")
+        polynomial_named(polynomial)
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
         self.polynomial, self.compute_dtype, self.world = polynomial, dtype, world
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from robustlip.errors import BadInput, RobustlipError
+from robustlip.errors import BadInput, DataUnavailable, RobustlipError, first_line
 from robustlip.files import atomic, write_json, write_text
 from robustlip.layers import Chain
 from robustlip.training import Recipe, identity, load_recipe
@@ -273,7 +273,7 @@ def _known(run: Run, folder: Path) -> Row:
     try:
         _, header = load_tensors(state)
     except BadInput as error:
-        return replace(row, status=FAILED, note=str(error)[:300])
+        return replace(row, status=FAILED, note=first_line(error, 300))
     last = {key: value for entry in header.get("history", []) for key, value in entry.items()}
     return replace(
         row, status=PARTIAL, steps=int(header.get("step", 0)), seconds=header.get("seconds"), accuracy=last.get("accuracy"), loss=last.get("loss")
@@ -292,8 +292,10 @@ def _train(run: Run, sweep: Sweep, which: str, published: Published, device: str
 
     try:
         path = train(run.recipe, place, device=device, data_dir=data_dir, progress=progress)
+    except DataUnavailable:
+        raise  # no other run has the data either
     except (RobustlipError, RuntimeError) as error:
-        return replace(_known(run, sweep.folder), status=FAILED, note=str(error).splitlines()[0][:300])
+        return replace(_known(run, sweep.folder), status=FAILED, note=first_line(error, 300))
     card = tomllib.loads(path.with_suffix(".toml").read_text(encoding="utf-8"))
     formula, why_not = published(load(path))
     row = Row(

@@ -225,6 +225,22 @@ def test_data_of_another_shape_is_one_sentence(capsys, verb, monkeypatch):
     assert "samples of shape (1, 8, 8)" in said and "trained for" in said
 
 
+def test_a_model_without_weights_can_be_attacked_and_errors_may_say_nothing():
+    from robustlip.checks import check_fit
+    from robustlip.errors import BadInput, first_line
+
+    x = torch.rand(3, 1, 2, 2)
+    assert check_fit(torch.nn.Flatten(), x).shape == (1, 4)
+
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    with pytest.raises(BadInput, match=r"\(ValueError\)"):
+        check_fit(Silent(), x)
+    assert first_line(RuntimeError("a\nb")) == "a" and first_line(KeyError()) == "KeyError"
+
+
 def test_a_callable_that_fails_is_one_sentence(place, capsys):
     (place / "broken_for_cli.py").write_text("def model():\n    raise KeyError('weights')\n")
     said = refused(capsys, "certify", "broken_for_cli:model", "--data", "digits:test", "--limit", "2")

@@ -13,7 +13,7 @@ import robustlip.training
 from robustlip.certifiers import lipschitz_bound
 from robustlip.cli import main
 from robustlip.cli_import import published_formula
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, DataUnavailable
 from robustlip.models.zoo import load
 from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Sweep, draw, load_grid, markdown, run_sweep, upward
 
@@ -200,6 +200,23 @@ def test_a_run_that_diverges_is_marked_and_the_next_one_trains(tmp_path, capsys)
     assert run("sweep", path, "--out", tmp_path / "o", "--device", "cpu") == 1
     told = capsys.readouterr()
     assert "1 of 2 runs failed" in told.err and "PARTIAL" in told.out
+
+
+def test_a_broken_state_costs_one_run_and_missing_data_stops_all(tmp_path, capsys, monkeypatch) -> None:
+    path = grid_file(tmp_path)
+    first = load_grid(path)[1][0].recipe.name
+    (tmp_path / "o" / first).mkdir(parents=True)
+    (tmp_path / "o" / first / f"{first}.state.safetensors").write_bytes(b"cut")
+    done = sweep(path, tmp_path / "o")
+    assert [row.status for row in done.rows] == [FAILED, FINISHED] and "safetensors" in done.rows[0].note
+
+    def away(*_, **__):
+        raise DataUnavailable("expected the hub to answer, got nothing; name a folder with --data-dir")
+
+    monkeypatch.setattr(robustlip.training, "train", away)
+    assert run("sweep", path, "--out", tmp_path / "p", "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert "--data-dir" in told and "runs failed" not in told
 
 
 def test_transformers_have_the_published_formula_beside_the_bound(tmp_path) -> None:

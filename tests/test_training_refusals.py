@@ -186,6 +186,24 @@ def test_a_run_starts_from_a_model(tmp_path: Path) -> None:
         recipe(run={**steps, "start_sha256": "0" * 64})
 
 
+def test_a_resumed_run_does_not_need_the_model_that_it_started_from(tmp_path: Path) -> None:
+    first = train(recipe(), tmp_path / "first")
+    spec = recipe(run={**RECIPE["run"], "start_from": str(first)})
+
+    def stop(step: int, steps: int, figures: dict[str, float]) -> None:
+        if step == 3:
+            raise InterruptedError
+
+    whole, _ = load_tensors(train(spec, tmp_path / "whole"))
+    with pytest.raises(InterruptedError):
+        train(spec, tmp_path / "parts", progress=stop)
+    sha256 = load_tensors(first)[1]["weights_sha256"]
+    first.unlink()
+    parts, _ = load_tensors(train(spec, tmp_path / "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert f'start_weights_sha256 = "{sha256}"' in (tmp_path / "parts" / "tiny.toml").read_text(encoding="utf-8")
+
+
 def test_a_checked_model_trains_as_before(tmp_path: Path) -> None:
     """The check runs the model once; no random number of the run is drawn for it."""
     train(recipe(), tmp_path / "a")

@@ -24,7 +24,6 @@ from robustlip.certifiers.samples import (
     check_labels,
     check_model,
     check_samples,
-    evaluated,
     outside_range,
     train_mode_reason,
 )  # fmt: skip
@@ -32,6 +31,7 @@ from robustlip.certifiers.trace import traced_scores
 from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
+from robustlip.modes import evaluated
 from robustlip.rounding import NAMES, down, dtype_of, up
 from robustlip.rules import Context
 from robustlip.threats import InputBall, Threat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +53,6 @@ def train_mode_reason(model: nn.Module) -> str | None:
     """Why no sample can be certified in the mode the model is in, or None: dropout is random, batch norm lets samples change each other."""
     active = (isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0) for m in model.modules() if m.training)
     return "the model is in train mode; call model.eval()" if any(active) else None
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every layer's own mode comes back behind."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def outside_range(model: Chain, x: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.dual import alone, at_positions, dual_applies
 from robustlip.certifiers.local import Reference, double_copy, reference_of
-from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, evaluated, head_of, margins, train_mode_reason
+from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, head_of, margins, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Attention, as_chain
+from robustlip.modes import evaluated
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall

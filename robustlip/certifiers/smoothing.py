@@ -27,10 +27,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from robustlip.certificates import ABSTAINED, MISCLASSIFIED
-from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, check_samples, evaluated, train_mode_reason
+from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, check_samples, train_mode_reason
 from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
+from robustlip.modes import evaluated
 from robustlip.rounding import NAMES
 from robustlip.threats import InputBall
 

@@ -13,8 +13,7 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
     and not a proof: certificates use robustlip.spectral instead.
     """
     # The largest entry is 1: squares of what training produces do not vanish, and powers of them do not overflow.
-    largest = matrix.abs().amax((-2, -1), keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = _largest(matrix, (-2, -1))
     matrix = matrix / largest
     gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
     log_scale = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
@@ -35,18 +34,23 @@ def fixed_vectors(count: int, like: Tensor) -> Tensor:
     n = like.shape[-1]
     index = torch.arange(1, n * count + 1, dtype=torch.float64, device=like.device)
     start = torch.cos(index.square() * 0.7548776662466927).reshape(count, n)
-    return _unit(start).to(like.dtype).expand(*like.shape[:-2], count, n)
+    return unit(start).to(like.dtype).expand(*like.shape[:-2], count, n)
 
 
-def _unit(rows: Tensor) -> Tensor:
+def _largest(values: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """The largest |entry| over dims, which are kept; 1 where all are 0, so that it can divide."""
+    largest = values.abs().amax(dims, keepdim=True)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def unit(rows: Tensor) -> Tensor:
     """Rows of length 1, whatever their scale; rows of zeros stay zeros."""
     return _unit_and_length(rows)[0]
 
 
 def _unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(rows of length 1 (..., n), what their lengths were (..., 1)): squares of tiny entries do not vanish, those of huge ones do not overflow."""
-    largest = rows.abs().amax(-1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = _largest(rows, -1)
     rows = rows / largest
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / length.clamp_min(torch.finfo(rows.dtype).tiny), length * largest
@@ -60,7 +64,7 @@ def top_singular(matrix: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor, 
     # Vectors as rows on the left: batched products with a column on the right are ten times slower on a CPU.
     v = fixed_vectors(1, matrix)
     for _ in range(iterations):
-        v = _unit(_unit(v @ matrix.mT) @ matrix)
+        v = unit(unit(v @ matrix.mT) @ matrix)
     u, length = _unit_and_length(v @ matrix.mT)
     return u.mT, length, v.mT
 
@@ -75,9 +79,9 @@ def probe(matrix: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     norms = length[..., 0].amax(-1)
     back = mapped @ matrix
     start = fixed_vectors(1, matrix)
-    first, second = back[..., :1, :], _unit(back[..., 1:, :])
+    first, second = back[..., :1, :], unit(back[..., 1:, :])
     # Zeros leave nothing for the first row, and a matrix of rank one nothing for the second: any row will do.
-    first = _unit(torch.where((first == 0).all(-1, keepdim=True), start, first))
+    first = unit(torch.where((first == 0).all(-1, keepdim=True), start, first))
     second = second - first * (first * second).sum(-1, keepdim=True)
     lost = torch.linalg.vector_norm(second, dim=-1, keepdim=True) < 1e-5
-    return norms, torch.cat([first, _unit(torch.where(lost, start, second))], -2)
+    return norms, torch.cat([first, unit(torch.where(lost, start, second))], -2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from robustlip.constraints.method import Guarantee, Method, StepTaken
-from robustlip.errors import BadInput
-from robustlip.muon import POLYNOMIALS, orthogonalize
+from robustlip.muon import orthogonalize, polynomial_named
 
 
 class Stiefel(Method):
@@ -18,10 +17,8 @@ class Stiefel(Method):
     name = "stiefel"
 
     def __init__(self, polynomial: str = "six-step") -> None:
-        if polynomial not in POLYNOMIALS:
-            raise BadInput(f"expected a polynomial among {', '.join(POLYNOMIALS)}, got {polynomial!r}; name one of them")
         self.polynomial = polynomial
-        self.guarantee = Guarantee(max(1.0, POLYNOMIALS[polynomial].peak))
+        self.guarantee = Guarantee(max(1.0, polynomial_named(polynomial).peak))
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
         return cap * orthogonalize(stack, self.polynomial)

@@ -20,7 +20,7 @@ import numpy as np
 from robustlip.data.folders import local_copies
 from robustlip.data.hub import quiet, stream_from_hub
 from robustlip.data.tokenizers import Tokenizer
-from robustlip.errors import BadInput, DataUnavailable
+from robustlip.errors import BadInput, DataUnavailable, first_line
 
 GROUP = 64  # documents that are tokenised at once
 _CHECKED = 16  # tokens by which a position recognises its document
@@ -80,8 +80,9 @@ class Documents:
                 with quiet():
                     self._data = load_dataset(reader, data_files={"rows": [str(file) for file in files]}, split="rows", streaming=True)
             except Exception as error:  # of pyarrow, of a decompressor, or of datasets itself
-                told = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                raise BadInput(f"expected {reader} files that datasets reads in {name}, got an error ({told}); check the files") from error
+                raise BadInput(
+                    f"expected {reader} files that datasets reads in {name}, got an error ({first_line(error)}); check the files"
+                ) from error
         columns = self._data.column_names
         if columns is not None:
             if column not in columns:

@@ -11,9 +11,9 @@ for all inputs, this lowers it where the data is. It promises nothing: certifica
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustlip.constraints.norms import unit
 from robustlip.layers import Chain
 from robustlip.training.objective import cross_entropy, radius_at
 from robustlip.training.recipe import LossPart
@@ -26,10 +26,8 @@ def worst_embeddings(model: Chain, embeddings: Tensor, y: Tensor, radius: Tensor
     """
     point = embeddings.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(cross_entropy(model.from_embeddings(point), y, loss), point)
-    # Scaled first: squares of what a saturated softmax leaves vanish in float32, and a norm of 0 would make a step without end.
-    largest = gradient.abs().amax(-1, keepdim=True)
-    direction = F.normalize(gradient / torch.where(largest > 0, largest, 1.0), dim=-1)
-    return (point + radius * direction).detach()
+    # Whatever its scale: squares of what a saturated softmax leaves vanish in float32, and a norm of 0 would make a step without end.
+    return (point + radius * unit(gradient)).detach()
 
 
 def adversarial_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:

@@ -181,19 +181,20 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     world.together(lambda: source.check(model))
     if recipe.loss.kind == "ibp":
         ibp_initialize(model)
-    start = recipe.run.start_from
-    started_from = None if start is None else world.together(lambda: start_from(model, start, recipe.run.start_sha256))
-    reparametrize(model, recipe.reparametrization)
-    model = model.to(world.device).train()
 
     state_path = out / f"{recipe.name}.state.safetensors"
     if world.first:
         _remove_leftovers(out, recipe.name)
-    first, seconds, history, saved = 0, 0.0, [], None
+    first, seconds, history, saved, start = 0, 0.0, [], None, recipe.run.start_from
+    started_from: str | None = None
     if resume and world.told(state_path.exists()):
         saved, header = world.together(lambda: _state_of(recipe, state_path))
-        first, seconds, history = header["step"], header["seconds"], header["history"]
+        first, seconds, history, started_from = header["step"], header["seconds"], header["history"], header.get("start_weights_sha256")
         world.together(lambda: source.restore(header.get("data")))
+    elif start is not None:
+        started_from = world.together(lambda: start_from(model, start, recipe.run.start_sha256))
+    reparametrize(model, recipe.reparametrization)
+    model = model.to(world.device).train()
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         x, y = (t[world.rows(recipe.run.batch)].to(world.device) for t in source.batch(step))
@@ -216,6 +217,8 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     def save_state(step: int) -> None:
         tensors = world.gathered(state_tensors(model, optimizers))
         header = {"recipe_sha256": identity(recipe), "step": step, "seconds": seconds, "history": history, "data": source.state(step)}
+        if started_from is not None:
+            header["start_weights_sha256"] = started_from
         world.on_first(lambda: _save_state(state_path, tensors, header))
 
     for step in range(first, recipe.run.steps):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import BadInput, RobustlipError
+from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.layers import Residual
 from robustlip.muon import Muon, RowMomentum
 from robustlip.parallel import ALONE, World
@@ -76,8 +76,7 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: 
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         if isinstance(error, RobustlipError):
             raise
-        told = str(error).splitlines()[0][:200]
-        raise BadInput(f"expected the tensors of a training state of this recipe, got others ({told}); choose another folder") from None
+        raise BadInput(f"expected the tensors of a training state of this recipe, got others ({first_line(error)}); choose another folder") from None
 
 
 def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], world: World) -> None:

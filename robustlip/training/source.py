@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustlip.checks import check_fit
 from robustlip.data.stream import Documents, TokenStream
 from robustlip.data.tokenizers import make_tokenizer
-from robustlip.errors import BadInput, RobustlipError
+from robustlip.errors import BadInput
 from robustlip.hashing import tensors_sha256
 from robustlip.layers import Chain
 from robustlip.training.recipe import Recipe
@@ -68,17 +69,7 @@ class Source:
             raise BadInput(f"expected a text of more than {self.context + 1} characters in each split, got {shortest}; shorten data.context")
         x, y = (t[:1] for t in next(iter(self.evaluation(1))))
         largest = int(y.max()) if self.text or self.stream is not None else int(torch.cat([self.y, self.test_y]).max())
-        try:
-            with torch.no_grad():
-                logits = model(x)
-        except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
-            if isinstance(error, RobustlipError):
-                raise
-            told = str(error).splitlines()[0][:200]
-            raise BadInput(
-                f"expected a model that takes samples of shape {tuple(x.shape[1:])}, as {self.recipe.data.name} has them, got an error ({told}); "
-                f"change its sizes or its kind"
-            ) from None
+        logits = check_fit(model, x, "change its sizes or its kind, or data.name")
         if logits.shape[:-1] != y.shape or largest >= logits.shape[-1]:
             raise BadInput(
                 f"expected logits of shape {(*y.shape, 'at least', largest + 1)}, got {tuple(logits.shape)}; "

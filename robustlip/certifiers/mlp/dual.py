@@ -14,6 +14,7 @@ from robustlip.certifiers.mlp.local import gains
 from robustlip.certifiers.mlp.network import Network, why_not
 from robustlip.certifiers.mlp.quadratic import Dual, Form, Instances, Multipliers, Scales, form_of, proved_offset, radius_of
 from robustlip.certifiers.mlp.radii import Problem
+from robustlip.certifiers.samples import margins
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
 from robustlip.rounding import U64, down, norm_up, up
@@ -250,8 +251,7 @@ def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float)
     network, device = problem.network, problem.x.device
     x, y = problem.x[part.to(device)], problem.y[part.to(device)]
     # Of the float64 matrices: executed margins depend on the batch in their last bits, and the search magnifies what differs.
-    logits = network.forward(x)[-1]
-    margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], torch.inf).clamp_min(1e-30)
+    margin = margins(network.forward(x)[-1], y).clamp_min(1e-30)
     norm = problem.threat.norm  # type: ignore[union-attr]
     unit = Ball(x, torch.ones(len(x), dtype=torch.float64, device=device), norm)
     limit = (margin / unit.dual(clean_gradients(network, x, y)).clamp_min(1e-30)).amin(-1).clamp_max(1e6)
