@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL = (
-    f"tests/test_{name}.py" for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local")
+RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS = (
+    f"tests/test_{name}.py" for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints")
 )
 
 
@@ -264,6 +264,14 @@ MUTATIONS = [
              "return up(torch.linalg.vector_norm(chosen, dim=-1).square().sum(-1).sqrt() * (1 + 1e-12))", f"{LOCAL} -k 'first_order'"),
     Mutation("dual: rivals beyond the first few never looked at", BY_DUAL,
              "if not bool(open_.any()):", "if True:", f"{LOCAL} -k all_rivals"),
+    Mutation("a change that vanishes between tiny weights counts as none", BASE,
+             "behind.change + VANISHED", "behind.change", f"{CERTIFY} {HOSTILE} -k 'tiny_weights'"),
+    Mutation("a Lipschitz bound that overflowed is not infinite", "robustlip/certifiers/bounds.py",
+             ".nan_to_num(torch.inf, torch.inf)", ".nan_to_num(0.0, torch.inf)", f"{CERTIFY} -k 'bound_that_overflows'"),
+    Mutation("soft cap: decay beyond 1 taken as shrinking below 0", "robustlip/constraints/softcap.py",
+             "k = w_max * abs(1 - decay) + update_norm", "k = w_max * (1 - decay) + update_norm", f"{CONSTRAINTS} -k 'turns_the_weights_round'"),
+    Mutation("Muon in 16 bits states the step of exact arithmetic", "robustlip/muon.py",
+             "POLYNOMIALS[self.polynomial].peak * self._slack", "POLYNOMIALS[self.polynomial].peak", f"{CONSTRAINTS} -k 'bfloat16_are_as_large'"),
 ]  # fmt: skip
 
 

@@ -398,12 +398,8 @@ def test_soft_cap_under_a_decay_that_turns_the_weights_round(decay) -> None:
     constraint = Constraint([Target("w", weight, 1.0)], "soft-cap")
     constraint.attach(optimizer)
     for _ in range(4):
-        weight.grad = -weight.detach().sign() * torch.eye(6)
-        try:
-            optimizer.step()
-        except BadInput as error:  # two caps apart: no soft cap reaches that far, and it says so
-            assert "lower the learning rate" in str(error)
-            return
+        weight.grad = weight.detach().sign() * torch.eye(6)  # the step goes where the decay has sent the weight
+        optimizer.step()
         constraint.check()
 
 
