@@ -392,6 +392,7 @@ def csv(sweep: Sweep) -> str:
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
 _NARROW = 8  # between the ends of the axis
 _LABELLED = 16  # points; more labels would cover each other
+_LABEL_SIZE, _PLOT = 7.5, (340.0, 230.0)  # points: the letters, and what the data spans of the page
 
 
 def draw(sweep: Sweep) -> list[Path]:
@@ -427,8 +428,8 @@ def draw(sweep: Sweep) -> list[Path]:
             axes.plot(
                 [], [], color="#444444", marker="o", markerfacecolor="none", linestyle="", markersize=11, label="hollow: published formula (no bound)"
             )
-        for (x_at, y_at), texts in _labels(rows, group).items():
-            axes.annotate(" / ".join(texts), (x_at, y_at), xytext=(7, -12), textcoords="offset points", fontsize=7.5, color="#444444")
+        for (x_at, y_at), offset, text in _labels(rows, group):
+            axes.annotate(text, (x_at, y_at), xytext=offset, textcoords="offset points", fontsize=_LABEL_SIZE, color="#444444")
         axes.set_xscale("log")
         shown = [value for row in rows for value in (row.bound_rms, row.published) if value]
         if max(shown) < _NARROW * min(shown):  # labels at powers of ten would be too few, and those between them run into each other
@@ -452,18 +453,30 @@ def draw(sweep: Sweep) -> list[Path]:
     return paths
 
 
-def _labels(rows: Sequence[Row], group: str) -> dict[tuple[float, float], list[str]]:
-    """What to write at which point, of everything but the colour's key: points that fall together share one label. Nothing when there are many."""
+def _labels(rows: Sequence[Row], group: str) -> list[tuple[tuple[float, float], tuple[float, float], str]]:
+    """(point, offset in points, text) of everything but the colour's key. Nothing when there are many.
+
+    Points that are near and would be told the same share one label; another label goes to the first place that no label has taken.
+    """
     if len(rows) > _LABELLED:
-        return {}
-    places: dict[tuple[float, float], tuple[float, float]] = {}
-    out: dict[tuple[float, float], list[str]] = {}
-    for row in rows:
-        x, y = row.bound_rms or 1.0, 100 * (row.accuracy or 0.0)
-        place = places.setdefault((round(math.log10(x), 1), round(y)), (x, y))
+        return []
+    places = [(math.log10(row.bound_rms or 1.0), 100 * (row.accuracy or 0.0)) for row in rows]
+    spans = [max(max(axis) - min(axis), 1e-9) for axis in zip(*places, strict=True)]
+    # Where the points come to stand, in points of the page, is near enough before the layout is known.
+    at = [(_PLOT[0] * x / spans[0], _PLOT[1] * y / spans[1]) for x, y in places]
+    out: list[tuple[tuple[float, float], tuple[float, float], str]] = []
+    taken: list[tuple[float, float, str, tuple[float, float, float, float]]] = []
+    for row, (across, upwards) in zip(rows, at, strict=True):
         text = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.varied.items() if key != group)
-        if text and text not in out.setdefault(place, []):
-            out[place].append(text)
+        if not text or any(text == other and abs(x - across) < 50 and abs(y - upwards) < 25 for x, y, other, _ in taken):
+            continue
+        width = 0.6 * _LABEL_SIZE * len(text)
+        for dx, dy in ((7, -12), (7, 6), (-7 - width, 6), (-7 - width, -12), (7, -22), (7, 16)):
+            box = (across + dx, upwards + dy, across + dx + width, upwards + dy + _LABEL_SIZE)
+            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for *_, b in taken):
+                break
+        taken.append((across, upwards, text, box))
+        out.append(((row.bound_rms or 1.0, 100 * (row.accuracy or 0.0)), (dx, dy), text))
     return out
 
 

@@ -390,6 +390,15 @@ def test_optimisers_that_do_not_own_the_weights_are_refused() -> None:
     constraint.attach(first, second)
 
 
+def test_far_below_its_cap_the_published_hard_cap_shrinks_and_the_exact_one_does_not() -> None:
+    """Documented as such: 0.951 is the product of the quintics' slopes at 0."""
+    for method, slope in (("hard-cap", 0.951204), ("hard-cap-msign", 1.0)):
+        weight = nn.Parameter(torch.eye(6, dtype=torch.float64) * 1e-3)
+        target = Target("w", weight, 1.0)
+        Constraint([target], method).apply(target, update_norm=0.0)
+        torch.testing.assert_close(singular(weight), torch.full((6,), slope * 1e-3, dtype=torch.float64), rtol=2e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("decay", [1.0, 1.5, 1.99])
 def test_soft_cap_under_a_decay_that_turns_the_weights_round(decay) -> None:
     """λη between 1 and 2 sends σ to −(λη − 1)σ: as far from 0 as |1 − λη| says."""

@@ -15,7 +15,7 @@ from robustlip.cli import main
 from robustlip.cli_import import published_formula
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.models.zoo import load
-from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Sweep, draw, load_grid, markdown, run_sweep, upward
+from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Row, Sweep, _labels, draw, load_grid, markdown, run_sweep, upward
 
 RECIPE = """
 name = "tiny"
@@ -254,6 +254,20 @@ def test_the_picture(tmp_path) -> None:
         assert said in drawn
     nothing = Sweep(done.grid, tmp_path / "o", [row for row in done.rows if row.status == PENDING])
     assert draw(nothing) == []
+
+
+def test_labels_do_not_cover_each_other() -> None:
+    """Near points that are told the same share a label; those that are told different things get places of their own."""
+    points = [(1.0, "a", 1.0, 0.9), (1.0, "b", 1.1, 0.91), (1.0, "c", 500.0, 0.9), (2.0, "a", 1.15, 0.9), (4.0, "a", 1.12, 0.9), (8.0, "a", 1000.0, 0.1)]
+    rows = [
+        Row(str(i), {"constraint.method": method, "constraint.w_max": cap}, "", FINISHED, accuracy=accuracy, bound_rms=bound)
+        for i, (cap, method, bound, accuracy) in enumerate(points)
+    ]
+    labels = _labels(rows, "constraint.method")
+    assert [text for *_, text in labels] == ["w_max 1.0", "w_max 1.0", "w_max 2.0", "w_max 4.0", "w_max 8.0"]
+    near = [offset for (x, _), offset, _ in labels if x < 2]
+    assert len(set(near)) == 3
+    assert _labels(rows * 3, "constraint.method") == []
 
 
 # ------------------------------------------------------------------------------------------------ the command
