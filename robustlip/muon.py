@@ -140,19 +140,17 @@ class Muon(torch.optim.Muon):
 
 
 class RowMomentum(torch.optim.Optimizer):
-    """Momentum whose every row is divided to RMS norm 1 before the step, but multiplied by no more than `inflation`: for embedding tables.
+    """Momentum whose every row is divided to RMS norm 1 before the step, but multiplied by no more than `inflation`: for tables of tokens.
 
     row ← row − lr·m/max(1/inflation, rms(m)), m the running mean of the gradient (weight 1 − momentum for the newest). Tokens that a batch
-    does not have keep small steps. Newhouse et al. 2025 inflate at most 16 times. `update_norm(lr)`: RMS norm of a row's step, at most lr.
+    does not have keep small steps. Newhouse et al. 2025 inflate at most 16 times, embedding and unembedding alike. A row's step has an RMS norm of
+    at most lr; of a whole matrix's nothing is stated (no `update_norm`), so constraints measure.
     """
 
     def __init__(self, params: Any, lr: float = 0.02, momentum: float = 0.9, inflation: float = 16.0) -> None:
         if not inflation > 0:
             raise BadInput(f"expected an inflation above 0, got {inflation}; the paper uses 16")
         super().__init__(params, {"lr": lr, "momentum": momentum, "inflation": inflation})
-
-    def update_norm(self, lr: float) -> float:
-        return lr
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -326,7 +326,19 @@ def test_other_dtypes(method, dtype) -> None:
     assert target.weight.dtype == dtype and constraint.check()["w"] > 0.9
 
 
-def test_row_momentum_moves_rows_by_no_more_than_it_states() -> None:
+def test_whole_matrices_under_row_momentum_are_held_by_what_is_measured() -> None:
+    """Rows of RMS norm lr make a matrix step of up to sqrt(fan_in) times that: a step said to be lr would slip through a soft cap."""
+    weight = nn.Parameter(torch.eye(8))
+    optimizer = RowMomentum([weight], lr=0.05, inflation=1e9)
+    constraint = Constraint([Target("w", weight, 1.0)], "soft-cap")
+    constraint.attach(optimizer)
+    for _ in range(6):
+        weight.grad = -torch.ones(8, 8)
+        optimizer.step()
+        assert constraint.check()["w"] <= 1.0001
+
+
+def test_row_momentum_moves_rows_by_no_more_than_it_says() -> None:
     table = nn.Parameter(torch.zeros(4, 9))
     optimizer = RowMomentum([table], lr=0.2, inflation=16)
     table.grad = torch.stack([torch.full((9,), g) for g in (0.0, 1e-4, 5.0, 1e6)])

@@ -459,6 +459,13 @@ def test_learning_rates_by_layer_and_for_embeddings() -> None:
     assert named["attn1.branch.query.weight"] == 0.04 and named["mlp0.branch.down.weight"] == 0.02 and named["attn0.branch.output.weight"] == 0.01
     assert type(rows).__name__ == "RowMomentum" and rows.param_groups[0]["params"] == [model[0].weight]
     assert muon.update_norm(1.0) == POLYNOMIALS["torch"].peak
+    # The paper's default for the unembedding: by rows too, at a rate of its own if need be, and no longer Muon's.
+    changed = spec.optimizer.model_copy(update={"embedding_inflation": None, "unembedding_inflation": 8.0, "unembedding_lr": 0.3})
+    muon, rows, rest = make_optimizers(spec.model_copy(update={"optimizer": changed}), model)
+    assert [p is model.head.weight for p in rows.param_groups[0]["params"]] == [True]
+    assert rows.param_groups[0]["lr"] == 0.3 and rows.param_groups[0]["inflation"] == 8.0
+    held = [id(p) for optimizer in (muon, rows, rest) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
 def test_text_models_train(tmp_path) -> None:
@@ -477,13 +484,14 @@ def test_text_models_train(tmp_path) -> None:
 
 
 def test_a_run_with_rates_by_layer_resumes(tmp_path) -> None:
-    """Three optimisers and several parameter groups come back as they were; the unembedding is held by rows."""
+    """Four optimisers and several parameter groups come back as they were; the unembedding is held by rows."""
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60, encoding="utf-8")
     spec = recipe(
         model={"kind": "lipschitz-gpt", "width": 8, "heads": 2, "blocks": 2, "distance_bias": 4},
         data={"name": str(text), "context": 8},
-        optimizer={"name": "muon", "lr": 0.05, "earlier_layers": 0.5, "embedding_inflation": 16.0, "embedding_lr": 0.1, "warmup": 5},
+        optimizer={"name": "muon", "lr": 0.05, "earlier_layers": 0.5, "embedding_inflation": 16.0, "embedding_lr": 0.1, "warmup": 5}
+        | {"unembedding_inflation": 16.0},
         constraint={"method": "hard-cap", "w_max": 1.0, "rows": ["head.weight"]},
         loss={"logit_scale": 10.0},
         run={"steps": 12, "batch": 4, "evaluate_every": 6, "checkpoint_every": 4},
@@ -510,7 +518,9 @@ def test_a_run_with_rates_by_layer_resumes(tmp_path) -> None:
         ({"constraint": {"method": "soft-cap", "w_max": -1}}, "constraint.w_max"),
         ({"constraint": {"method": "soft-cap", "strength": 0.1}}, "no strength"),
         ({"optimizer": {"name": "adamw", "lr": 0.1, "embedding_inflation": 16.0}}, "belong to muon"),
-        ({"optimizer": {"name": "muon", "lr": 0.1, "embedding_lr": 0.1}}, "embedding_inflation"),
+        ({"optimizer": {"name": "muon", "lr": 0.1, "embedding_lr": 0.1}}, "embedding_lr needs embedding_inflation"),
+        ({"optimizer": {"name": "adamw", "lr": 0.1, "unembedding_inflation": 16.0}}, "belong to muon"),
+        ({"optimizer": {"name": "muon", "lr": 0.1, "unembedding_lr": 0.1}}, "unembedding_lr needs unembedding_inflation"),
         ({"loss": {"kind": "ibp"}}, "epsilon"),
         ({"loss": {"epsilon": 0.1}}, "epsilon"),
         ({"reparametrization": "spectral-norm"}, "exclude each other"),

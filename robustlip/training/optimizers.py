@@ -27,7 +27,7 @@ def _groups(parameters: Iterable[Tensor], lr: float, model: nn.Module, factor: f
 
 
 def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, RowMomentum for embeddings where the recipe inflates their gradients, AdamW for the rest or for all."""
+    """Muon for matrices, RowMomentum for tables of tokens where the recipe inflates their gradients, AdamW for the rest or for all."""
     spec = recipe.optimizer
 
     def groups(parameters: Iterable[Tensor], lr: float) -> list[dict[str, Any]]:
@@ -35,18 +35,25 @@ def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> l
 
     if spec.name == "adamw":
         return [torch.optim.AdamW(groups(model.parameters(), spec.lr), lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)]
-    matrices = {id(w): w for m in model.modules() if isinstance(m, nn.Linear) for w in [trained_weight(m)]}
-    muon = Muon(
-        groups(matrices.values(), spec.lr),
-        lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, polynomial=spec.polynomial, world=world,
-    )  # fmt: skip
-    made: list[torch.optim.Optimizer] = [muon]
-    tables: dict[int, Tensor] = {}
-    if spec.embedding_inflation is not None:
-        tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-        if tables:
-            rate = spec.embedding_lr or spec.lr
-            made.append(RowMomentum(list(tables.values()), lr=rate, momentum=spec.momentum, inflation=spec.embedding_inflation))
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    matrices = {id(w): w for m in linears for w in [trained_weight(m)]}
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    made: list[torch.optim.Optimizer] = []
+    tables: set[int] = set()
+    for rows, inflation, rate in (
+        (embeddings, spec.embedding_inflation, spec.embedding_lr),
+        ([trained_weight(m) for m in linears[-1:]], spec.unembedding_inflation, spec.unembedding_lr),
+    ):
+        if rows and inflation is not None:
+            made.append(RowMomentum(rows, lr=rate or spec.lr, momentum=spec.momentum, inflation=inflation))
+            tables |= {id(w) for w in rows}
+    hidden = [w for i, w in matrices.items() if i not in tables]
+    if hidden:
+        muon = Muon(
+            groups(hidden, spec.lr),
+            lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, polynomial=spec.polynomial, world=world,
+        )  # fmt: skip
+        made.insert(0, muon)
     rest = [p for p in model.parameters() if id(p) not in matrices and id(p) not in tables]
     if rest:
         made.append(torch.optim.AdamW(groups(rest, spec.adamw_lr), lr=spec.adamw_lr, betas=spec.betas, weight_decay=0.0))

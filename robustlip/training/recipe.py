@@ -65,6 +65,7 @@ class OptimizerPart(_Strict):
     largest ℓ2 norm of the whole gradient. polynomial: of Muon, a key of robustlip.muon.POLYNOMIALS.
     earlier_layers: factor of the learning rate inside a residual layer for each residual layer after it; the paper halves (0.5).
     embedding_inflation: embeddings by robustlip.muon.RowMomentum at embedding_lr (lr unless given); the paper inflates at most 16 times.
+    unembedding_inflation, unembedding_lr: the last Linear layer likewise, as the paper does by default; constraint.rows holds it by row.
     """
 
     name: Literal["muon", "adamw"] = "adamw"
@@ -80,13 +81,17 @@ class OptimizerPart(_Strict):
     earlier_layers: float = Field(default=1.0, gt=0, le=1, json_schema_extra=_LATER)
     embedding_inflation: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
     embedding_lr: Rate | None = Field(default=None, json_schema_extra=_LATER)
+    unembedding_inflation: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
+    unembedding_lr: Rate | None = Field(default=None, json_schema_extra=_LATER)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.name == "adamw" and (self.polynomial != "six-step" or self.embedding_inflation is not None):
-            raise ValueError("polynomial and embedding_inflation belong to muon")
-        if self.embedding_lr is not None and self.embedding_inflation is None:
-            raise ValueError("embedding_lr needs embedding_inflation")
+        tables = {"embedding": (self.embedding_inflation, self.embedding_lr), "unembedding": (self.unembedding_inflation, self.unembedding_lr)}
+        if self.name == "adamw" and (self.polynomial != "six-step" or any(inflation is not None for inflation, _ in tables.values())):
+            raise ValueError("polynomial, embedding_inflation and unembedding_inflation belong to muon")
+        for name, (inflation, lr) in tables.items():
+            if lr is not None and inflation is None:
+                raise ValueError(f"{name}_lr needs {name}_inflation")
         return self
 
 
