@@ -11,6 +11,8 @@ A grid file names a base recipe and what to change in it:
     seed = [0, 1]
     [[run]]                                          # optional: each of these tables, combined with the grid
     optimizer.lr = 0.05
+    [[run]]
+    base = "../recipes/digits-mlp-baseline.toml"     # another recipe for this one
 
 Each run has a folder of its own, named by the SHA-256 of its whole recipe: a run is finished when its row is there, half done when only its
 training state is, and another order of the grid, or a longer one, trains nothing twice.
@@ -131,8 +133,8 @@ def load_grid(path: str | Path) -> tuple[Grid, list[Run]]:
         raise BadInput(f"expected a TOML grid, got {path.name}, which is not TOML ({error}); correct that line") from None
     except ValidationError as error:
         raise BadInput(f"expected a valid grid in {path.name}, got {_first(error)}; correct or remove that key") from None
-    base = load_recipe(path.parent / grid.base)
-    runs = [_run(base, fixed, varied, path.name) for fixed, varied in _combinations(grid, path.name)]
+    load_recipe(path.parent / grid.base)  # also where no run uses it
+    runs = [_run(_base(grid, varied, path), fixed, varied, path.name) for fixed, varied in _combinations(grid, path.name)]
     twice = next((a for a, b in itertools.pairwise(sorted(runs, key=lambda run: run.sha256)) if a.sha256 == b.sha256), None)
     if twice is not None:
         raise BadInput(f"expected different runs in {path.name}, got one twice ({_told(twice.varied)}); remove the repetition")
@@ -157,6 +159,7 @@ def _dotted(path: tuple[str, ...]) -> str:
 
 
 Changes = dict[tuple[str, ...], Any]
+_BASE = ("base",)  # the only key of a run that is none of a recipe
 
 
 def _combinations(grid: Grid, file: str) -> Iterator[tuple[Changes, Changes]]:
@@ -180,9 +183,16 @@ def _combinations(grid: Grid, file: str) -> Iterator[tuple[Changes, Changes]]:
             yield fixed, own | dict(zip(lists, values, strict=True))
 
 
+def _base(grid: Grid, varied: Changes, path: Path) -> Recipe:
+    name = varied.get(_BASE, grid.base)
+    if not isinstance(name, str):
+        raise BadInput(f"expected the name of a recipe file as base of a run in {path.name}, got {str(name)[:60]!r}; write it in quotes")
+    return load_recipe(path.parent / name)
+
+
 def _run(base: Recipe, fixed: Changes, varied: Changes, file: str) -> Run:
     document: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
-    for path, value in (fixed | varied).items():
+    for path, value in (fixed | {path: value for path, value in varied.items() if path != _BASE}).items():
         place = document
         for part in path[:-1]:
             if not isinstance(place.setdefault(part, {}), dict):

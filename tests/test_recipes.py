@@ -67,10 +67,14 @@ def test_grids_are_valid(path: Path) -> None:
 
 def test_the_shakespeare_grid_is_the_published_sweep_and_ours() -> None:
     runs = [run.recipe for run in load_grid(FOLDER / "grid" / "shakespeare.toml")[1]]
-    published, ours = runs[:-1], runs[-1]
+    published, ours, robust = runs[:-2], runs[-2], runs[-1]
     assert [r.constraint.w_max for r in published] == [1.0, 1.2, 2.0, 2.6, 2.8]
     assert all(r.optimizer.lr == 9.0 and not r.constraint.per_head and r.constraint.method == "spectral-normalize" for r in published)
     assert ours.constraint.per_head and ours.model["distance_bias"] == 64 and ours.optimizer.name == "muon" and ours.optimizer.earlier_layers == 1
+    # The tables of tokens: rows of norm 1 in the published runs, by Muon and under a cap of the whole in ours.
+    assert all(r.optimizer.unembedding_inflation == 16 and r.constraint.rows == ("head.weight",) for r in published)
+    assert ours.optimizer.unembedding_inflation is None and not ours.constraint.rows
+    assert robust.loss.kind == "adversarial" and robust.loss.start == 1000
     assert {(r.run.steps, r.run.batch, r.data.context) for r in runs} == {(2000, 64, 256)}
     # 2.39M parameters, with the 65 characters of the text.
     with torch.device("meta"):

@@ -109,6 +109,17 @@ def test_names_follow_the_contents_alone(tmp_path) -> None:
     assert {r.recipe.name for r in before}.isdisjoint({r.recipe.name for r in changed})
 
 
+def test_a_run_may_have_a_base_of_its_own(tmp_path) -> None:
+    (tmp_path / "other.toml").write_text(RECIPE.replace('name = "tiny"', 'name = "other"').replace("lr = 0.05", "lr = 0.02"))
+    text = GRID.replace("[grid]\nconstraint.w_max = [0.5, 2.0]", '[[run]]\nseed = 1\n[[run]]\nbase = "other.toml"\nseed = 1\n')
+    mine, other = load_grid(grid_file(tmp_path, text))[1]
+    assert (mine.recipe.optimizer.lr, other.recipe.optimizer.lr) == (0.05, 0.02) and mine.recipe.seed == other.recipe.seed == 1
+    assert other.recipe.name.startswith("other-") and other.varied == {"base": "other.toml", "seed": 1}
+    for wrong, sentence in (('"away.toml"', "away.toml"), ("3", "in quotes")):
+        with pytest.raises(BadInput, match=sentence):
+            load_grid(grid_file(tmp_path, text.replace('"other.toml"', wrong)))
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
