@@ -16,6 +16,7 @@ from robustlip.constraints import (
     Target,
     fast_norm_bound,
     hard_cap_msign,
+    hard_cap_polynomial,
     make_method,
     soft_cap_coupling,
     targets_of,
@@ -127,6 +128,22 @@ def test_published_hard_cap_overshoots_to_what_is_stated() -> None:
     inside = square(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
     Constraint([inside], "hard-cap").apply(inside, update_norm=0.1)
     assert torch.allclose(singular(inside.weight).flip(0), torch.tensor([0.0953, 0.2908, 0.4979, 0.7118, 0.9005]).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (24, 48), (96, 24), (1, 7)])
+def test_published_hard_cap_is_its_polynomial_of_the_singular_values(shape, dtype) -> None:
+    """Square and wide matrices are computed by different products: both against the SVD, from 0 to the end of the domain."""
+    count = min(shape)
+    sigma = torch.linspace(0, 3, count).double() if count > 1 else torch.tensor([2.9]).double()
+    matrix = torch.stack([with_spectrum(sigma, *shape), with_spectrum(sigma / 1e4, *shape)]).to(dtype)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    for a, b, c in _QUINTICS:
+        s = a * s + b * s**3 + c * s**5
+    expected = u @ torch.diag_embed(s) @ v
+    for got in (hard_cap_polynomial(matrix), torch.stack([hard_cap_polynomial(one) for one in matrix])):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=5e-6 if dtype == torch.float32 else 1e-13)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
