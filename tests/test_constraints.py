@@ -171,12 +171,19 @@ def test_msign_overshoot_by_its_polynomial() -> None:
             y = 1.5 * y - 0.5 * y**3
         return np.sign(t) * y
 
+    def of_msign(sigma: np.ndarray) -> np.ndarray:
+        t = sigma / 2**0.5
+        for _ in range(5):
+            t = 1.5 * t - 0.5 * t**3
+        return t
+
     sigma = 1 + np.geomspace(1e-8, 2**0.5 - 1, 10**6)
-    s = sign(1 - sigma**2)
-    assert 1e-6 < (0.5 * ((1 - s) + (1 + s) * sigma)).max() - 1 <= 2e-5
+    s, t = sign(1 - sigma**2), of_msign(sigma)
+    assert abs(t - 1).max() < 1e-12 and 1e-6 < (0.5 * ((1 - s) * t + (1 + s) * sigma)).max() - 1 <= 2e-5
     sigma = np.linspace(0, 1, 10**6)
-    s = sign(1 - sigma**2)
-    capped = 0.5 * ((1 - s) + (1 + s) * sigma)
+    s, t = sign(1 - sigma**2), of_msign(sigma)
+    assert t.max() <= 1 + 1e-12
+    capped = 0.5 * ((1 - s) * t + (1 + s) * sigma)
     assert capped.max() <= 1 + 1e-12 and (capped - sigma).min() >= -1e-12 and (capped - sigma).max() <= 2e-5
 
 

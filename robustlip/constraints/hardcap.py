@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 
 import torch
@@ -20,8 +21,9 @@ _QUINTICS = (
 )
 _QUINTIC_DOMAIN, _QUINTIC_PEAK = 3.0, 1.0109
 
-# Cubic steps x(3 − x²)/2 after Muon's six: [0.9955, 0.9994] to 1 within 10⁻¹⁶, and slope enough near 0 for an overshoot of 1.2·10⁻⁵.
-_POLISH = 4
+# Cubic steps t(3 − t²)/2: after Muon's six they take a sign from [0.9955, 0.9994] to 1 within 10⁻¹⁶, with slope enough near 0 for an overshoot
+# of 1.2·10⁻⁵; five take t from [√½, 1] to 1 within 10⁻¹².
+_POLISH, _FROM_ROOT_HALF = 4, 5
 _MSIGN_OVERSHOOT = 2e-5
 
 
@@ -55,32 +57,46 @@ def _wide(x: Tensor) -> Tensor:
     return reduce(torch.matmul, factors) @ x
 
 
-def _polished(x: Tensor) -> Tensor:
-    for _ in range(_POLISH):
-        x = 1.5 * x - 0.5 * (x @ x.mT) @ x
-    return x
-
-
 def hard_cap_msign(matrix: Tensor, cap: Tensor) -> Tensor:
     """min(w, σ) = ½[(w + σ) − |w − σ|] on the singular values of (K, m, n); cap: w, (K, 1, 1). Source: Su 2025; Cesista 2025.
 
-    With s = sign(w − σ) = sign(w² − σ²) it is ½[(1 − s)w + (1 + s)σ]: the sign is that of the symmetric matrix w²I − MMᵀ, and w stands for
-    w·msign(M), which is needed only where σ > w and there converges at once. Signs are polynomials with values in [0, 1]: below w the
-    result is a mean of σ and at most w, never above w; above w it exceeds w by at most ½(1 − |s|)(σ − w), under 2·10⁻⁵ w for σ ≤ √2·w.
-    Matrices above √2·w are capped again until they are not; each round takes away at least a third of what is above.
+    In units of w, with s = sign(1 − σ) = sign(1 − σ²), it is ½[(1 − s)·1 + (1 + s)σ]: the sign is that of the symmetric matrix I − MMᵀ, and 1
+    stands for t = the singular values of msign(M), which are needed only where σ > 1. Signs and t are polynomials with values in [0, 1]: below
+    the cap the result is a mean of σ and at most 1, never above 1; above the cap it exceeds it by at most ½(1 − |s|)(σ − 1), under 2·10⁻⁵ for
+    σ ≤ √2. Matrices further out are capped again until they are not; each round takes away at least a third of what is above.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
+    x = (matrix.mT if tall else matrix) / cap
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    bound = fast_norm_bound(x, 4)
     while True:
-        # The largest |w² − σ²|: w² at σ = 0, bound² − w² at the other end.
-        size = torch.maximum(cap.square(), (bound.square()[:, None, None] - cap.square()))
-        signs = _sign((cap.square() * eye - x @ x.mT) / size)
-        x = 0.5 * ((eye - signs) @ (cap * _polished(orthogonalize(x))) + (eye + signs) @ x)
-        if bool((bound <= 1.41 * cap[:, 0, 0]).all()) or not bool(torch.isfinite(bound).all()):
-            return x.mT if tall else x
-        bound = fast_norm_bound(x, 4)
+        bound = fast_norm_bound(x, 4)[:, None, None]
+        gram = x @ x.mT
+        # The largest |1 − σ²|: 1 at σ = 0, bound² − 1 at the other end.
+        signs = _sign((eye - gram) / (bound.square() - 1).clamp_min(1.0))
+        near = bool((bound <= 1.41).all())
+        if near or not bool(torch.isfinite(bound).all()):
+            x = 0.5 * ((eye - signs) @ _inverse_roots(gram) + eye + signs) @ x
+            return cap * (x.mT if tall else x)
+        x = 0.5 * ((eye - signs) @ _polished(orthogonalize(x)) + (eye + signs) @ x)
+
+
+def _inverse_roots(gram: Tensor) -> Tensor:
+    """t/σ for the eigenvalues σ² ≤ 2 of gram (K, m, m), t from σ/√2 by cubic steps: msign(M) is this times M where σ ≥ 1.
+
+    On m×m matrices, where msign takes its products with M. Noise far below 1 grows by 2.25 a step, so not for matrices further out.
+    """
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    roots, squares = eye / math.sqrt(2), gram / 2  # t/σ and t²
+    for _ in range(_FROM_ROOT_HALF):
+        factor = 1.5 * eye - 0.5 * squares
+        roots, squares = roots @ factor, factor @ squares @ factor
+    return roots
+
+
+def _polished(x: Tensor) -> Tensor:
+    for _ in range(_POLISH):
+        x = torch.baddbmm(x, x @ x.mT, x, beta=1.5, alpha=-0.5)
+    return x
 
 
 def _sign(symmetric: Tensor) -> Tensor:
@@ -88,10 +104,8 @@ def _sign(symmetric: Tensor) -> Tensor:
     # Not orthogonalize, which divides by the Frobenius norm, up to √m times more than needed: too little slope would be left near 0.
     x = symmetric
     for a, b, c in POLYNOMIALS["six-step"].steps:
-        square = x @ x
-        x = a * x + (b * square + c * square @ square) @ x
-    x = (x + x.mT) / 2
-    return _polished(x)
+        x = torch.baddbmm(x, even_part(x @ x, b, c), x, beta=a)
+    return _polished((x + x.mT) / 2)
 
 
 class HardCap(Method):
