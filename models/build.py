@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from robustlip.errors import BadInput, first_line
@@ -13,8 +14,8 @@ from robustlip.models.gpt import LipschitzGPT
 from robustlip.models.mlp import LipschitzMLP
 
 
-def _mlp(widths: list[int], activation: str = "relu", **options: Any) -> LipschitzMLP:
-    return LipschitzMLP(widths, activation, **options)
+def _mlp(widths: list[int], activation: str = "relu", bias: bool = True, mean: float = 0.0, std: float = 1.0) -> LipschitzMLP:
+    return LipschitzMLP(widths, activation, bias=bias, mean=mean, std=std)
 
 
 KINDS: dict[str, Callable[..., Chain]] = {
@@ -32,11 +33,15 @@ def build(config: dict[str, Any]) -> Chain:
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise BadInput(f"expected a model kind among {', '.join(KINDS)}, got {kind!r}; name one of them in the recipe")
+    known = signature(KINDS[kind]).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise BadInput(f"expected options of a model of kind {kind!r} ({', '.join(known)}), got {', '.join(unknown)}; correct or remove it")
+    for name, value in options.items():
+        if known[name].annotation == "int" and type(value) is not int:
+            raise BadInput(f"expected a whole number as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
     try:
         return KINDS[kind](**options)
-    except TypeError as error:
-        raise BadInput(f"expected only options that a model of kind {kind!r} has, got {sorted(options)} ({error}); check the recipe") from None
-    except (ValueError, RuntimeError, ArithmeticError) as error:  # of torch, for sizes that no layer has
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # of torch too, for sizes that no layer has
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"expected sizes that a model of kind {kind!r} can have, got {options} ({first_line(error)}); check the recipe") from None
+        raise BadInput(f"expected options that a model of kind {kind!r} can have, got {options} ({first_line(error)}); check the recipe") from None

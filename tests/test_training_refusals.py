@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from robustlip.checkpoints import load_tensors, save_tensors
 from robustlip.errors import BadInput
+from robustlip.models.build import build
 from robustlip.training import Recipe, TrainingStopped, identity, train
 
 RECIPE: dict[str, Any] = {
@@ -211,3 +212,20 @@ def test_a_checked_model_trains_as_before(tmp_path: Path) -> None:
     train(recipe(), tmp_path / "b")
     a, b = (load_tensors(tmp_path / name / "tiny.safetensors")[0] for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"kind": "mlp", "widths": [4, 3], "colour": 1}, "got colour;"),
+        ({"kind": "lipschitz-gpt", "vocabulary": "ab", "heads": 4.0}, "whole number as heads"),
+        ({"kind": "lipschitz-gpt", "vocabulary": "ab", "blocks": True}, "whole number as blocks"),
+        ({"kind": "mlp"}, "widths"),
+        ({"kind": "mlp", "widths": "abc"}, "check the recipe"),
+        ({"kind": "mlp", "widths": [4, 3.5]}, "check the recipe"),
+        ({"kind": "elephant"}, "among mlp"),
+    ],
+)
+def test_options_that_a_model_does_not_have_are_named(config, sentence) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        build(config)
