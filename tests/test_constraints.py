@@ -18,6 +18,7 @@ from robustlip.constraints import (
     hard_cap_msign,
     hard_cap_polynomial,
     make_method,
+    soft_cap,
     soft_cap_coupling,
     targets_of,
     top_singular,
@@ -128,6 +129,23 @@ def test_published_hard_cap_overshoots_to_what_is_stated() -> None:
     inside = square(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
     Constraint([inside], "hard-cap").apply(inside, update_norm=0.1)
     assert torch.allclose(singular(inside.weight).flip(0), torch.tensor([0.0953, 0.2908, 0.4979, 0.7118, 0.9005]).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (24, 48), (96, 24), (1, 7)])
+def test_soft_cap_is_its_cubics_of_the_singular_values(shape, dtype) -> None:
+    """Square and wide matrices are computed by different products; each matrix of a stack with its own strength."""
+    sigma = torch.linspace(0, 1.3, min(shape)).double() if min(shape) > 1 else torch.tensor([1.2]).double()
+    matrix = torch.stack([with_spectrum(sigma, *shape), with_spectrum(sigma / 2, *shape), with_spectrum(sigma, *shape)]).to(dtype)
+    strength = torch.tensor([0.15, 0.3, 0.0], dtype=dtype)[:, None, None]
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    a = strength.double()[..., 0]
+    s = s - a * s**3
+    expected = u @ torch.diag_embed(s + a * s**3) @ v
+    got = soft_cap(matrix, strength)
+    torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+    assert torch.equal(got[2], matrix[2])
+    torch.testing.assert_close(soft_cap(matrix[0], 0.15), got[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -44,12 +44,24 @@ def soft_cap_coupling(w_max: float, update_norm: float, decay: float = 0.0) -> f
 
 def soft_cap(matrix: Tensor, strength: float | Tensor) -> Tensor:
     """p₂(p₁(M)) with p₁: σ → σ − aσ³ and p₂: σ → σ + aσ³ on the singular values of M (..., m, n). strength: a, or one for each (..., 1, 1)."""
+    m, n = matrix.shape[-2:]
+    if max(m, n) >= 2 * min(m, n):
+        return _wide(matrix, strength) if m <= n else _wide(matrix.mT, strength).mT
 
     def cubic(x: Tensor, a: float | Tensor) -> Tensor:
-        cube = x @ x.mT @ x if x.shape[-2] <= x.shape[-1] else x @ (x.mT @ x)
+        cube = x @ x.mT @ x if m <= n else x @ (x.mT @ x)
         return cube.mul_(a).add_(x)  # in place: at this size a pass over memory costs as much as a product
 
     return cubic(cubic(matrix, -strength), strength)
+
+
+def _wide(x: Tensor, strength: float | Tensor) -> Tensor:
+    """The same by m×m products: p₁(M) = (1 − E)M with E = aMMᵀ, and p₂ of it (1 + F)(1 − E)M with F = (1 − E)E(1 − E)."""
+    e = (x @ x.mT).mul_(strength)
+    squared = e @ e
+    f = (squared @ e).add_(e).sub_(squared, alpha=2)  # all are polynomials of one matrix and commute
+    # M itself stays out of the product: what is not bent is not rounded.
+    return ((f - e).sub_(f @ e) @ x).add_(x)
 
 
 class SoftCap(Method):
