@@ -197,9 +197,9 @@ def draw(family: str, turn: int, method: str, dtype: torch.dtype, g: Draw) -> tu
 
 
 @torch.no_grad()
-def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally) -> None:
+def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally, families: tuple[str, ...] = FAMILIES) -> None:
     """Runs one unit and adds to the counts."""
-    family, turn = FAMILIES[at % len(FAMILIES)], at // len(FAMILIES)
+    family, turn = families[at % len(families)], at // len(families)
     dtype = torch.float32 if family == "zoo" else DTYPES[turn % len(DTYPES)]
     g = torch.Generator().manual_seed(seed * 1_000_003 + at)
     torch.manual_seed(seed * 1_000_003 + at)
@@ -265,7 +265,14 @@ def table(counts: dict[str, dict[str, Any]]) -> str:
 
 
 def search(
-    names: str, seed: int, minutes: float, at: int | None, state_file: Path | None, json_file: Path | None, refuse: Callable[[str], Any]
+    names: str,
+    seed: int,
+    minutes: float,
+    at: int | None,
+    state_file: Path | None,
+    json_file: Path | None,
+    refuse: Callable[[str], Any],
+    families: str | None = None,
 ) -> int:
     """The whole search: units until the minutes are spent, the table, exit code 0 or 3. at: that unit alone."""
     chosen = tuple(METHODS) if names == "all" else tuple(names.split(","))
@@ -273,7 +280,10 @@ def search(
         refuse(f"expected methods among all, {', '.join(METHODS)}, got {names}")
     if at is None and not math.isfinite(minutes):
         refuse("expected --minutes with --methods, got none; say how long, e.g. --minutes 8")
-    identity = {"methods": names, "seed": seed, "rules": RULES_VERSION}
+    drawn = FAMILIES if families is None else tuple(families.split(","))
+    if not set(drawn) <= set(FAMILIES):
+        refuse(f"expected families among {', '.join(FAMILIES)} with --methods, got {families}")
+    identity = {"methods": names, "seed": seed, "rules": RULES_VERSION} | ({} if families is None else {"families": families})
     state: dict[str, Any] = {**identity, "next": 0, "seconds": 0.0, "counts": {}, "findings": []}
     if state_file and state_file.exists():
         state = json.loads(state_file.read_text(encoding="utf-8"))
@@ -282,9 +292,9 @@ def search(
     tally = Tally(state["counts"], state["findings"])
     before, start = state["seconds"], time.monotonic()
     if at is not None:
-        unit(seed, at, chosen, names != "all", tally)
+        unit(seed, at, chosen, names != "all", tally, drawn)
     while at is None and state["seconds"] < 60 * minutes:
-        unit(seed, state["next"], chosen, names != "all", tally)
+        unit(seed, state["next"], chosen, names != "all", tally, drawn)
         state["next"] += 1
         state["seconds"] = round(before + time.monotonic() - start, 1)
         if state_file:
@@ -294,7 +304,9 @@ def search(
         if state["next"] % 10 == 0:
             print(f"{state['next']} units, {state['seconds']:.0f} s, {len(state['findings'])} violations", file=sys.stderr, flush=True)
     versions = {"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__, "python": platform.python_version()}
-    command = f"python benchmarks/violations.py --methods {names} --seed {seed} " + (f"--minutes {minutes:g}" if at is None else f"--unit {at}")
+    among = "" if families is None else f" --families {families}"
+    until = f"--minutes {minutes:g}" if at is None else f"--unit {at}"
+    command = f"python benchmarks/violations.py --methods {names}{among} --seed {seed} {until}"
     result = {"command": command, "units": state["next"], "seconds": state["seconds"], "versions": versions, "counts": tally.counts}
     print(table(tally.counts))
     print("\n".join(f"{key}: {value}" for key, value in result.items() if key != "counts"))

@@ -498,15 +498,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--unit", type=int)
-    parser.add_argument("--families", default=",".join(FAMILIES), help=f"among {', '.join(FAMILIES + MORE)}; units are numbered over those named")
+    parser.add_argument(
+        "--families", help=f"among {', '.join(FAMILIES + MORE)} (with --methods: those of violation_methods.py); units are numbered over those named"
+    )
     parser.add_argument("--methods", help="'all' or names of certifiers, by commas: search each of them; needs --minutes or --unit")
     args = parser.parse_args()
     if args.methods:
         from violation_methods import search
 
         torch.set_num_threads(1)
-        return search(args.methods, args.seed, args.minutes, args.unit, args.state, args.json, parser.error)
-    families = tuple(args.families.split(","))
+        return search(args.methods, args.seed, args.minutes, args.unit, args.state, args.json, parser.error, args.families)
+    families = FAMILIES if args.families is None else tuple(args.families.split(","))
     if not set(families) <= set(BUILD):
         parser.error(f"expected families among {', '.join(BUILD)}, got {args.families}")
     torch.set_num_threads(1)
