@@ -68,11 +68,15 @@ def orthogonalize(matrix: Tensor, polynomial: str = "six-step") -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    stack = x.reshape(-1, *x.shape[-2:]).contiguous()
-    for a, b, c in steps:
-        stack = torch.baddbmm(stack, even_part(stack @ stack.mT, b, c), stack, beta=a)
-    x = stack.reshape(x.shape)
+    x = odd_quintics(x.reshape(-1, *x.shape[-2:]).contiguous(), steps).reshape(x.shape)
     return x.mT if tall else x
+
+
+def odd_quintics(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """σ → aσ + bσ³ + cσ⁵ for each (a, b, c) in turn, on the singular values of (K, m, n), m ≤ n."""
+    for a, b, c in steps:
+        x = torch.baddbmm(x, even_part(x @ x.mT, b, c), x, beta=a)
+    return x
 
 
 def even_part(gram: Tensor, b: float, c: float) -> Tensor:

@@ -28,6 +28,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,9 @@ def load_grid(path: str | Path) -> tuple[Grid, list[Run]]:
         raise BadInput(f"expected a TOML grid, got {path.name}, which is not TOML ({error}); correct that line") from None
     except ValidationError as error:
         raise BadInput(f"expected a valid grid in {path.name}, got {_first(error)}; correct or remove that key") from None
-    load_recipe(path.parent / grid.base)  # also where no run uses it
-    runs = [_run(_base(grid, varied, path), fixed, varied, path.name) for fixed, varied in _combinations(grid, path.name)]
+    read = cache(load_recipe)  # once for all the runs of a base
+    read(path.parent / grid.base)  # also where no run uses it
+    runs = [_run(read(_base(grid, varied, path)), fixed, varied, path.name) for fixed, varied in _combinations(grid, path.name)]
     twice = next((a for a, b in itertools.pairwise(sorted(runs, key=lambda run: run.sha256)) if a.sha256 == b.sha256), None)
     if twice is not None:
         raise BadInput(f"expected different runs in {path.name}, got one twice ({_told(twice.varied)}); remove the repetition")
@@ -183,11 +185,11 @@ def _combinations(grid: Grid, file: str) -> Iterator[tuple[Changes, Changes]]:
             yield fixed, own | dict(zip(lists, values, strict=True))
 
 
-def _base(grid: Grid, varied: Changes, path: Path) -> Recipe:
+def _base(grid: Grid, varied: Changes, path: Path) -> Path:
     name = varied.get(_BASE, grid.base)
     if not isinstance(name, str):
         raise BadInput(f"expected the name of a recipe file as base of a run in {path.name}, got {str(name)[:60]!r}; write it in quotes")
-    return load_recipe(path.parent / name)
+    return path.parent / name
 
 
 def _run(base: Recipe, fixed: Changes, varied: Changes, file: str) -> Run:

@@ -41,6 +41,7 @@ SPECTRA = {
     "geometric": lambda r: 10.0 ** torch.linspace(0.5, -6, r),
     "zeros": lambda r: torch.zeros(r),
     "uniform": lambda r: torch.linspace(0, 1.2, r),
+    "past √2": lambda r: torch.linspace(0, 2.8, r),
     "far out": lambda r: torch.linspace(0, 1e3, r),
     "tiny": lambda r: torch.full((r,), 1e-20),
 }

@@ -118,6 +118,8 @@ def test_a_run_may_have_a_base_of_its_own(tmp_path) -> None:
     for wrong, sentence in (('"away.toml"', "away.toml"), ("3", "in quotes")):
         with pytest.raises(BadInput, match=sentence):
             load_grid(grid_file(tmp_path, text.replace('"other.toml"', wrong)))
+    with pytest.raises(BadInput, match="base"):  # of all runs there is one already
+        load_grid(grid_file(tmp_path, GRID.replace("[grid]", '[set]\nbase = "other.toml"\n[grid]')))
 
 
 @pytest.mark.parametrize(

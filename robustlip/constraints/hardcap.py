@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustlip.constraints.method import Guarantee, Method, StepTaken
 from robustlip.constraints.norms import fast_norm_bound
-from robustlip.muon import POLYNOMIALS, even_part, orthogonalize
+from robustlip.muon import POLYNOMIALS, even_part, odd_quintics, orthogonalize
 
 # Odd quintics that together approximate min(1, x) on [0, 3] from above and below, at most 1.0109 (MATH.md section 10).
 _QUINTICS = (
@@ -32,19 +32,12 @@ def hard_cap_polynomial(matrix: Tensor) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     stack = x.reshape(-1, *x.shape[-2:]).contiguous()
-    stack = _wide(stack) if x.shape[-1] >= 2 * x.shape[-2] else _square(stack)
-    x = stack.reshape(x.shape)
+    x = (_wide(stack) if x.shape[-1] >= 2 * x.shape[-2] else odd_quintics(stack, _QUINTICS)).reshape(x.shape)
     return x.mT if tall else x
 
 
-def _square(x: Tensor) -> Tensor:
-    for a, b, c in _QUINTICS:
-        x = torch.baddbmm(x, even_part(x @ x.mT, b, c), x, beta=a)
-    return x
-
-
 def _wide(x: Tensor) -> Tensor:
-    """The same on XXᵀ, m×m: all quintics are X times polynomials of it, which commute, and X itself enters twice instead of eight times.
+    """The quintics by products of XXᵀ, m×m: all are X times polynomials of it, which commute, and X itself enters twice instead of eight times.
 
     Their slopes are below 2, so what squaring loses of small singular values (a unit of the dtype, absolutely) stays that small: 10⁻⁶ in float32.
     """
@@ -102,9 +95,7 @@ def _polished(x: Tensor) -> Tensor:
 def _sign(symmetric: Tensor) -> Tensor:
     """The matrix sign of symmetric (K, m, m) with eigenvalues in [−1, 1]. Odd polynomials, so eigenvalues stay in [−1, 1] and signs are right."""
     # Not orthogonalize, which divides by the Frobenius norm, up to √m times more than needed: too little slope would be left near 0.
-    x = symmetric
-    for a, b, c in POLYNOMIALS["six-step"].steps:
-        x = torch.baddbmm(x, even_part(x @ x, b, c), x, beta=a)
+    x = odd_quintics(symmetric, POLYNOMIALS["six-step"].steps)
     return _polished((x + x.mT) / 2)
 
 

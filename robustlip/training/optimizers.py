@@ -38,22 +38,24 @@ def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> l
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     matrices = {id(w): w for m in linears for w in [trained_weight(m)]}
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    unembedding = [trained_weight(m) for m in linears[-1:]]
+    by_rows = [
+        (rows, inflation, lr or spec.lr)
+        for rows, inflation, lr in (
+            (embeddings, spec.embedding_inflation, spec.embedding_lr),
+            (unembedding, spec.unembedding_inflation, spec.unembedding_lr),
+        )
+        if rows and inflation is not None
+    ]
+    tables = {id(w) for rows, *_ in by_rows for w in rows}
     made: list[torch.optim.Optimizer] = []
-    tables: set[int] = set()
-    for rows, inflation, rate in (
-        (embeddings, spec.embedding_inflation, spec.embedding_lr),
-        ([trained_weight(m) for m in linears[-1:]], spec.unembedding_inflation, spec.unembedding_lr),
-    ):
-        if rows and inflation is not None:
-            made.append(RowMomentum(rows, lr=rate or spec.lr, momentum=spec.momentum, inflation=inflation))
-            tables |= {id(w) for w in rows}
-    hidden = [w for i, w in matrices.items() if i not in tables]
-    if hidden:
+    if hidden := [w for i, w in matrices.items() if i not in tables]:
         muon = Muon(
             groups(hidden, spec.lr),
             lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, polynomial=spec.polynomial, world=world,
         )  # fmt: skip
-        made.insert(0, muon)
+        made.append(muon)
+    made += [RowMomentum(rows, lr=lr, momentum=spec.momentum, inflation=inflation) for rows, inflation, lr in by_rows]
     rest = [p for p in model.parameters() if id(p) not in matrices and id(p) not in tables]
     if rest:
         made.append(torch.optim.AdamW(groups(rest, spec.adamw_lr), lr=spec.adamw_lr, betas=spec.betas, weight_decay=0.0))
