@@ -7,6 +7,7 @@ import os
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from robustlip.checkpoints import load_into, load_tensors
 from robustlip.data import load_tokens
 from robustlip.errors import BadInput
 from robustlip.hashing import weights_sha256
-from robustlip.layers import Chain
+from robustlip.layers import Chain, Residual
 from robustlip.models import LipschitzGPT, LipschitzMLP
 from robustlip.models.build import build
 from robustlip.training import Recipe, train
@@ -131,6 +132,29 @@ def test_a_compiled_run(tmp_path: Path) -> None:
     plain, fast = (load_into(train(recipe(compile=c, steps=10), tmp_path / str(c)), build) for c in (False, True))
     assert set(fast.state_dict()) == set(plain.state_dict())
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain.state_dict().values(), fast.state_dict().values(), strict=True))
+
+
+def test_blocks_are_compiled_one_by_one_and_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fsdp needs: hooks of a block's call run outside of its graph, the rest of the model is no graph, and evaluation sees no graph at all."""
+    ran: list[str] = []
+
+    def compiled(function: Any, *, fullgraph: bool, dynamic: bool) -> Any:
+        assert fullgraph and not dynamic
+        return lambda x: ran.append("graph") or function(x)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    blocks = [Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4))]
+    model = Chain(nn.Linear(4, 4), *blocks, nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    plain = model(x)
+    forward = Forward(recipe(compile=True), model, x, blocks)
+    assert ran == ["graph"] * 2  # the trial, before a step
+    blocks[0].register_forward_pre_hook(lambda *_: ran.append("hook"))
+    ran.clear()
+    assert torch.equal(forward(x), plain) and ran == ["hook", "graph", "graph"]
+    ran.clear()
+    model.eval()
+    assert torch.equal(forward(x), plain) and ran == ["hook"]
 
 
 class Breaks(nn.Module):

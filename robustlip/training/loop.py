@@ -123,8 +123,6 @@ def _check_parallel(recipe: Recipe, world: World) -> None:
         raise BadInput(
             f"expected weights without a reparametrization under fsdp, got {recipe.reparametrization!r}, whose scalars cannot be sharded; use ddp"
         )
-    if world.size > 1 and world.sharded and recipe.run.compile:
-        raise BadInput("expected a pass that is not compiled under fsdp, got run.compile = true: one graph of whole weights; use ddp or leave it out")
 
 
 def _folder(out: Path) -> None:
@@ -200,10 +198,10 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
         x, y = (t[world.rows(recipe.run.batch)].to(world.device) for t in source.batch(step))
         return x, y
 
-    # Compiled before hooks of processes are on the model, and before the optimisers see its parameters.
-    forward = world.together(lambda: Forward(recipe, model, batch(first)[0]))
     # Other losses read weights outside of the layers' own forward passes: then there is one block, the whole model.
     blocks = [] if recipe.loss.kind != "cross-entropy" else [m for m in model.modules() if isinstance(m, Residual)]
+    # Compiled before hooks of processes are on the model, and before the optimisers see its parameters.
+    forward = world.together(lambda: Forward(recipe, model, batch(first)[0], blocks if world.sharded else ()))
     run = world.wrap(_Pass(recipe, model, forward), blocks)
     optimizers = make_optimizers(recipe, model, world)
     constraint = _constraint_of(recipe, model, world)
