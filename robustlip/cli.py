@@ -15,6 +15,7 @@ from robustlip.errors import BadInput, RobustlipError
 
 # torch, pandas, rich and all of ours that need them are imported where they are used: `robustlip --help` must not wait for them.
 if TYPE_CHECKING:
+    from robustlip.certificates import Certificate
     from robustlip.console import Out
     from robustlip.data import Dataset
     from robustlip.eval.runner import Run
@@ -165,6 +166,7 @@ def certify(
     from robustlip.certifiers import certify as prove
     from robustlip.console import Out, Progress, choose_device, radius_summary
     from robustlip.eval.results import concatenate
+    from robustlip.hashing import weights_sha256
     from robustlip.threats import parse_threat
 
     if method == "smoothing":
@@ -198,9 +200,25 @@ def certify(
     if method == "best":
         winners = Counter(filter(None, certificate.methods)).most_common()
         rows += [("radii came from", ", ".join(f"{name} ({count})" for name, count in winners) or "no method: none is above 0")]
-    rows += [("weights", certificate.weights_sha256)]
+    rows += [("why not", text) for text in _why_not(certificate)]
+    own = weights_sha256(chain)
+    rows += [("weights", own)]
+    # What a gate compares with the model that is deployed, in the dtype that it is deployed in.
+    rows += [(f"as {certificate.dtype}", certificate.weights_sha256)] if certificate.weights_sha256 != own else []
     rows += [("data", samples.note)] if samples.note else []
     out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+
+
+def _why_not(certificate: Certificate) -> list[str]:
+    """The commonest reasons of samples that are classified correctly and not proved, with their numbers."""
+    from collections import Counter
+
+    from robustlip.certificates import ABSTAINED
+
+    samples = zip(certificate.status, certificate.reason, certificate.radius, strict=True)
+    found = Counter(why if r == 0 else "proved for a smaller radius only" for status, why, r in samples if status == ABSTAINED)
+    reasons = [f"{why} ({count})" for why, count in found.most_common()]
+    return reasons[:3] + ([f"{len(reasons) - 3} other reasons (all with --json)"] if len(reasons) > 3 else [])
 
 
 def _compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 WIDTH = 120
 LONGEST_NAME = 32
 STDOUT = "-"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Out:
@@ -48,21 +50,30 @@ class Out:
             self.say(f"wrote {self.json_to}")
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
-        """Rows as text in the terminal; the first `left` columns are aligned to the left."""
+        """Rows as text in the terminal; the first `left` columns are aligned to the left.
+
+        A terminal too narrow for a digest beside its label gets it below the table, in one piece: a folded one cannot be copied.
+        """
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         # Labels stand on the first line of long texts; numbers on the last line of headings that broke.
-        vertical: Literal["top", "bottom"] = "bottom" if any(headings) else "top"
+        vertical: Literal["top", "bottom"] = "bottom" if headings[0] else "top"
+        console = self.console()
+        label = max((len(row[0]) for row in rows), default=0)
+        below = [row for row in rows if len(row) == 2 and _DIGEST.fullmatch(row[1]) and label + 2 + len(row[1]) > console.width]
         for i, heading in enumerate(headings):
             # Names are never cut: another column folds.
             name = i == 0 and any(headings) and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
             table.add_column(Text(heading), justify="left" if i < left else "right", no_wrap=name, overflow="fold", vertical=vertical)
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        self.console().print(table)
+            if row not in below:
+                table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        for what, digest in below:
+            self.say(f"{what}: {digest}")
 
 
 class Progress:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from robustlip import console
 from robustlip.cli import main
 from robustlip.hashing import weights_sha256
+from robustlip.models import zoo
 
 TINY = """
 import torch
@@ -266,6 +268,31 @@ def test_a_requested_radius(capsys):
     assert "at radius 0.001" in capsys.readouterr().out
     assert run("attack", GOOD, "--data", "digits:test", "--limit", "3", "--attack", "pgd", "--radius", "3") == 0
     assert "within radius 3" in capsys.readouterr().out
+
+
+def test_certify_says_why_nothing_is_proved_and_whose_weights(capsys) -> None:
+    """Rounding of bfloat16 alone takes every margin of a small MLP; the hash of the cast weights stands beside that of the model."""
+    digits = "digits-mlp-lipschitz"
+    assert run("certify", digits, "--data", "digits:test", "--limit", "3", "--method", "global", "--dtype", "bfloat16", "--json", "c.json") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "why not the margin is not above what bfloat16 rounding and the bound can move (3)" in shown
+    model = zoo.load(digits)
+    own, cast = weights_sha256(model), weights_sha256(model.to(torch.bfloat16))
+    assert f"weights {own}" in shown and f"as bfloat16 {cast}" in shown and own != cast
+    assert json.loads(Path("c.json").read_text())["weights_sha256"] == cast
+    assert run("certify", digits, "--data", "digits:test", "--limit", "3", "--method", "global", "--radius", "5") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "why not proved for a smaller radius only (3)" in shown and "as float32" not in shown
+
+
+def test_a_narrow_terminal_gets_digests_in_one_piece(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, label = "0123456789abcdef" * 4, "clean accuracy (%)"
+    for width, beside in ((80, False), (100, True)):
+        monkeypatch.setattr(console, "WIDTH", width)
+        console.Out().table("title", ["", "what"], [(label, "1"), ("weights", digest)])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width and any(digest in line for line in lines)
+        assert (f"weights: {digest}" in lines) != beside
 
 
 def test_eval_table_report(place, capsys):

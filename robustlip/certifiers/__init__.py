@@ -144,7 +144,7 @@ def _assemble(
             else "the prediction is not the label" if is_wrong
             else "logits are not finite" if not is_finite
             else f"proved for a radius of {r:.6g} only" if r > 0
-            else "the margin is not above what rounding and the bound can move"
+            else f"the margin is not above what {'' if dtype == 'real' else f'{dtype} '}rounding and the bound can move"
         )  # fmt: skip
     largest = bound[torch.isfinite(bound)]
     constants: dict[str, float | str] = {"lipschitz_to_last_hidden": float(largest.max())} if len(largest) else {}
