@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from robustlip.files import atomic
 if TYPE_CHECKING:
     import pandas as pd
 
-    from robustlip.certificates import Certificate
 
 _METADATA = b"robustlip"
 
@@ -106,17 +105,6 @@ def check_soundness(records: Iterable[Record], folder: Path | None = None) -> No
     others = f"{len(wrong) - 1} other samples contradict too" if len(wrong) > 1 else ""
     remark = "; ".join(part for part in (saved, others, "this is a soundness bug: please report it with the run folder") if part)
     raise CertificateViolation(f"expected every certificate to hold, got {worst.contradiction()}; {remark}")
-
-
-def concatenate(certificates: Sequence[Certificate]) -> Certificate:
-    """Certificates of consecutive batches of one model under one threat as one. bound: the largest of each constant."""
-    import numpy as np
-
-    first = certificates[0]
-    joined: dict[str, Any] = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
-    joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason", "methods")}
-    bound = {key: max(c.bound[key] for c in certificates if key in c.bound) for key in dict.fromkeys(k for c in certificates for k in c.bound)}
-    return replace(first, **joined, bound=bound)
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:

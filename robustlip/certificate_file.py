@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
+from robustlip.certifiers import METHODS
 from robustlip.data import Dataset
 from robustlip.data.load import parse_spec
 from robustlip.errors import BadInput
@@ -40,7 +41,8 @@ REMEDY = "make it again with `robustlip certify --json`"
 DTYPES = (*NAMES, "real")
 
 # One line without control characters: what a file says is shown in terminals.
-Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+# No control characters, no line separators, and nothing that turns the direction of what a terminal shows.
+Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits")]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Radius = Annotated[float, Field(ge=0)]
@@ -82,6 +84,13 @@ class Sample(Strict):
     reason: Line = Field(description="why it is not certified; empty where it is")
     method: Line = Field(default="", description="the method that proved this radius; empty where none did")
     row_sha256: Sha256 = Field(description="of dtype NUL shape NUL label NUL and the row's bytes: raw inputs or token ids, little endian")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method and method not in METHODS:
+            raise ValueError(f"expected a method among {', '.join(METHODS)}, got {method!r}; {REMEDY}")
+        return method
 
     @model_validator(mode="after")
     def _consistent(self) -> Sample:
@@ -126,7 +135,10 @@ class CertificateFile(Strict):
     device: Line = Field(description="kind of device that computed it: cpu, cuda")
     versions: Annotated[dict[Line, Line], Field(max_length=20)] = Field(description="of robustlip, its rules and torch")
     bound: Annotated[dict[Line, float | Line], Field(max_length=50)] = Field(
-        description="Lipschitz constants, for information: verification does not use them"
+        description="Lipschitz constants; radii do not rest on them, and verification refuses smaller ones than it computes"
+    )
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="samples at once, on which rounding and searched radii depend a little; null where it is not known"
     )
     data: DataSource
     partial: bool = Field(description="there are fewer samples than data.requested")
@@ -187,11 +199,12 @@ def from_certificate(
     seed: int = 0,
     context: int | None = None,
     device: str = "cpu",
+    batch_size: int | None = None,
 ) -> CertificateFile:
     """The file of a certificate of rows of `data`.
 
     data: what load_data(spec, limit=limit, seed=seed, context=context) gave; certificate.index names rows of it, not necessarily all:
-    a file with fewer is marked partial. model: how the user named it; folders are left out.
+    a file with fewer is marked partial. model: how the user named it; folders are left out. batch_size: of the calls of certify, if they had one.
     Radii are written as they are (JSON of a float64 reads back as the same float64), an infinite one as the largest float64.
     Raises BadInput when certificate and rows do not belong together.
     """
@@ -223,6 +236,7 @@ def from_certificate(
         "device": device,
         "versions": {key: str(value) for key, value in certificate.versions.items()},
         "bound": {key: _finite(value) for key, value in certificate.bound.items()},
+        "batch_size": batch_size,
         "data": {
             "spec": _portable(spec, data.split),
             "note": data.note,

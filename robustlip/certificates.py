@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,3 +68,12 @@ class Certificate:
             "versions": self.versions,
             "samples": samples,
         }
+
+
+def concatenate(certificates: Sequence[Certificate]) -> Certificate:
+    """Certificates of consecutive batches of one model under one threat as one. bound: the largest of each constant."""
+    first = certificates[0]
+    joined: dict[str, Any] = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
+    joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason", "methods")}
+    bound = {key: max(c.bound[key] for c in certificates if key in c.bound) for key in dict.fromkeys(k for c in certificates for k in c.bound)}
+    return replace(first, **joined, bound=bound)

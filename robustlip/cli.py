@@ -163,9 +163,9 @@ def certify(
 
     import numpy as np
 
+    from robustlip.certificates import concatenate
     from robustlip.certifiers import certify as prove
     from robustlip.console import Out, Progress, choose_device, radius_summary
-    from robustlip.eval.results import concatenate
     from robustlip.hashing import weights_sha256
     from robustlip.threats import parse_threat
 
@@ -190,7 +190,9 @@ def certify(
         from robustlip.certificate_file import from_certificate
 
         kind = where.partition(":")[0]
-        file = from_certificate(certificate, samples, spec=data, model=model, limit=limit, seed=seed, context=context, device=kind)
+        file = from_certificate(
+            certificate, samples, spec=data, model=model, limit=limit, seed=seed, context=context, device=kind, batch_size=batch_size
+        )
         out.json(file.document())
     correct = np.asarray(certificate.prediction) == np.asarray(certificate.label)
     rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]

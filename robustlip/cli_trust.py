@@ -7,8 +7,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from robustlip.cli import BatchSize, DataDir, Device, Json, Model, app
+from robustlip.cli import DataDir, Device, Json, Model, app
 from robustlip.errors import BadInput, CertificateViolation, RobustlipError
+
+FileBatchSize = Annotated[Optional[int], typer.Option("--batch-size", min=1, help="samples at once  [default: as the certificate says, or 256]")]
 
 
 @app.command()
@@ -17,7 +19,7 @@ def verify(
     model: Annotated[Optional[str], typer.Option("--model", help="a zoo name, a .safetensors file of ours, or package.module:callable")] = None,
     data: Annotated[Optional[str], typer.Option("--data", help="where the rows are, when not where the certificate says  [checked by hash]")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of certificate files and stop")] = False,
-    json: Json = None, device: Device = None, batch_size: BatchSize = 256, data_dir: DataDir = None,
+    json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
     """Compute a certificate again. Exit code 0 verified, 1 not (and what differs), 2 bad input, 3 it claims more than can be proved."""
     import sys
@@ -65,7 +67,7 @@ def gate(
     model: Model,
     policy: Annotated[Path, typer.Option("--policy", help="what is required (TOML)")],
     certificate: Annotated[Optional[list[Path]], typer.Option("--certificate", help="count this file; repeatable  [default: certify now]")] = None,
-    json: Json = None, device: Device = None, batch_size: BatchSize = 256, data_dir: DataDir = None,
+    json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
     """Yes or no by a policy. Exit code 0 pass, 1 below it or no usable certificate, 2 bad input, 3 a certificate that is not true."""
     from robustlip import certificate_file

@@ -31,7 +31,7 @@ from robustlip.data import Dataset, load_data
 from robustlip.data.load import is_text, parse_spec
 from robustlip.errors import BadInput
 from robustlip.threats import InputBall, Threat, parse_threat
-from robustlip.verification import Advance, Verification, cast, prove, verify
+from robustlip.verification import BATCH, Advance, Verification, cast, prove, verify
 
 SIZE_LIMIT = 2**20
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -188,12 +188,13 @@ def gate(
     certificates: Sequence[tuple[str, CertificateFile]] | None = None,
     *,
     attack: Any = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     advance: Advance | None = None,
 ) -> GateReport:
     """Hold a model against a policy.
 
     data: from `policy_rows`. certificates: (name, file) pairs to verify and count; None: certify here; an empty list has no certificate at all.
+    batch_size: samples at once; None: what each certificate says, or 256.
     attack: an Attack (see robustlip.attacks), needed exactly where the policy requires one; the core knows none by itself.
     Raises BadInput when the model cannot be certified as the policy asks.
     """
@@ -220,7 +221,8 @@ def gate(
     for wanted in policy.threat:
         ball, what = wanted.ball(), f"certified accuracy against {wanted.name} at {wanted.radius:g}"
         if certificates is None:
-            radius, prediction = prove(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size, advance)
+            proof = prove(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size or BATCH, advance)
+            radius, prediction = proof.radius, proof.prediction
         else:
             matching = [pair for pair in usable if _covers(pair[0], wanted)]
             if not matching:
@@ -265,7 +267,7 @@ def _share(what: str, required: float, hits: np.ndarray) -> Requirement:
 
 
 def _usable(
-    name: str, file: CertificateFile, policy: Policy, model: nn.Module, data: Dataset, batch_size: int, advance: Advance | None
+    name: str, file: CertificateFile, policy: Policy, model: nn.Module, data: Dataset, batch_size: int | None, advance: Advance | None
 ) -> Verification:
     """The verification of a file on the policy's rows; not verified without recomputing when it is of another arithmetic."""
     from robustlip.verification import Finding

@@ -15,19 +15,20 @@ digits models in float32; a margin smaller than that may not reproduce elsewhere
 
 - c ≤ r·(1 + 10⁻⁹): reproduced (10⁻⁹: float64 arithmetic of the formula itself).
 - c ≤ r·(1 + 10⁻³): reproduced within rounding; said, and never used: a gate counts min(c, r).
-- c ≤ r + 0.05·(r₀ − r), r₀ the radius in real arithmetic: likewise. r₀ − r is what the proved worst case of rounding takes away; processors of
-  the same torch build choose other kernels, and their logits differ by a small part of that worst case.
+- c ≤ r + 0.05·(r₀ − r), r₀ the radius in real arithmetic: likewise while c ≤ 1.05·r, and beyond that not verified. r₀ − r is what the proved
+  worst case of rounding takes away; processors of the same torch build choose other kernels, and their logits differ by a small part of that
+  worst case. So such a claim need not be false; but where nothing at all is proved here, r = 0, no claim is verified.
 - above: not reproduced. It is reported as *unsound*, unless torch or the kind of device is not the one that wrote the file and c is at
   most the radius in real arithmetic, which no honest allowance lets a claim exceed: then rounding of the other build can explain it (margins
   close to the allowance, and the 8 or 11 bits of bfloat16 and float16), it counts as not verified, and certifying here settles it.
 
-bfloat16 and float16 margins can move by more than 10⁻³ with the batch size too; verify with the one that certified.
+bfloat16 and float16 margins can move by more than 10⁻³ with the batch size, and searched radii by percents: rows are proved in batches of the size
+that the file names, unless another is asked for.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from torch import nn
 
 import robustlip.certifiers as certifiers
 from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
+from robustlip.certificates import Certificate, concatenate
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import is_text, parse_spec
 from robustlip.hashing import architecture_sha256, weights_sha256
@@ -46,6 +48,7 @@ from robustlip.layers import Chain, as_chain
 from robustlip.rounding import NAMES, dtype_of
 from robustlip.threats import Threat
 
+BATCH = 256
 ARITHMETIC = 1e-9
 ROUNDING = 1e-3
 # Methods whose multipliers are searched, and how far apart two searches were seen to end (3 %), rounded up.
@@ -57,7 +60,7 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """One difference. kind: weights, architecture, dtype, rules, data, row, label, prediction, radius or partial. sample: its index, or None."""
+    """One difference. kind: weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial. sample: its index, or None."""
 
     kind: str
     sentence: str
@@ -126,25 +129,24 @@ def cast(model: nn.Module, dtype: str) -> Chain:
 
 def prove(
     model: nn.Module, data: Dataset, rows: Sequence[int], threat: Threat, method: str, dtype: str, batch_size: int, advance: Advance | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(radius float64, prediction int64) of `rows` of the data, certified batch by batch; model: already cast to dtype."""
-    radius, prediction = [], []
+) -> Certificate:
+    """The certificate of `rows` of the data, `batch_size` at a time, as `robustlip certify` makes it; model: already cast to dtype."""
+    parts = []
     chosen = torch.as_tensor(rows, dtype=torch.int64)
     for start in range(0, len(rows), batch_size):
         if advance is not None:
             advance(start, len(rows))
         part = chosen[start : start + batch_size]
-        found = certifiers.certify(model, data.x[part], data.y[part], threat, method, dtype=dtype, index=data.index[part], batch_size=batch_size)
-        radius.append(found.radius)
-        prediction.append(found.prediction)
-    return np.concatenate(radius), np.concatenate(prediction)
+        parts.append(certifiers.certify(model, data.x[part], data.y[part], threat, method, dtype=dtype, index=data.index[part]))
+    return concatenate(parts)
 
 
 @torch.no_grad()
-def verify(file: CertificateFile, model: nn.Module, data: Dataset, *, batch_size: int = 256, advance: Advance | None = None) -> Verification:
+def verify(file: CertificateFile, model: nn.Module, data: Dataset, *, batch_size: int | None = None, advance: Advance | None = None) -> Verification:
     """Compare a certificate file with a model and with the rows it names, and recompute its radii. See the head of this module.
 
-    data: from `load_rows`. advance: called with (samples done, samples). Raises BadInput when the model cannot be certified in that way at all.
+    data: from `load_rows`. batch_size: samples at once; None: as the file says, or 256. advance: called with (samples done, samples).
+    Raises BadInput when the model cannot be certified in that way at all.
     """
     chain = cast(model, file.dtype)
     notes = _notes(file, data)
@@ -156,8 +158,10 @@ def verify(file: CertificateFile, model: nn.Module, data: Dataset, *, batch_size
         return Verification(tuple(stale), notes)
     position = {i: at for at, i in enumerate(data.index.tolist())}
     rows = [position[sample.index] for sample in file.samples]
-    radius, prediction = prove(chain, data, rows, file.ball(), file.method, file.dtype, batch_size, advance)
+    proof = prove(chain, data, rows, file.ball(), file.method, file.dtype, batch_size or file.batch_size or BATCH, advance)
+    radius, prediction = proof.radius, proof.prediction
     differ, close = _compare(file, radius, prediction, chain, data, rows)
+    differ += _bounds_differ(file, proof)
     if close:
         largest = max(excess for _, excess in close)
         notes += (f"{len(close)} of {len(rows)} radii are reproduced within rounding only: claims exceed them by up to a relative {largest:.1e}",)
@@ -221,30 +225,46 @@ def _compare(
     excusable = np.zeros(len(claims), dtype=bool)
     if beyond.any() and file.dtype not in ("real", "float64"):
         failing = [row for row, failed in zip(rows, beyond, strict=True) if failed]
-        ideal, _ = prove(cast(chain, "real"), data, failing, file.ball(), file.method, "real", 256)
+        ideal = prove(cast(chain, "real"), data, failing, file.ball(), file.method, "real", BATCH).radius
         if not (_same_torch(file) and _device(chain) == file.device):
             excusable[beyond] = claims[beyond] <= ideal * (1 + ARITHMETIC)
-        beyond[beyond] = ~(claims[beyond] <= radius[beyond] + SHARE * np.maximum(ideal - radius[beyond], 0.0))
+        share = claims[beyond] <= radius[beyond] + SHARE * np.maximum(ideal - radius[beyond], 0.0)
+        excusable[beyond] |= share
+        beyond[beyond] = ~(share & (claims[beyond] <= radius[beyond] * (1 + SHARE)))
     # A search for multipliers ends elsewhere on another processor or in other batches: such a claim is not confirmed, and not called false.
-    searched = np.array([sample.method in SEARCHED for sample in file.samples])
+    # Which of them a sample names is the file's word alone, so it counts only where the method of the whole file can have searched.
+    searched = np.array([file.method in (*SEARCHED, "best") and sample.method in SEARCHED for sample in file.samples])
     elsewhere = beyond & searched & (claims <= radius * (1 + SEARCH_SPREAD))
     found, close = [], []
-    columns = (radius.tolist(), prediction.tolist(), beyond.tolist(), (excusable | elsewhere).tolist())
-    for sample, r, p, failed, excused in zip(file.samples, *columns, strict=True):
+    columns = (radius.tolist(), prediction.tolist(), beyond.tolist(), (excusable | elsewhere).tolist(), elsewhere.tolist())
+    for sample, r, p, failed, excused, by_search in zip(file.samples, *columns, strict=True):
         if failed:
             sentence = f"expected a radius of at most {r!r} for sample {sample.index} (recomputed), got the claim {sample.radius!r}"
             why = "it is not proved; do not rely on this file"
-            if excused and sample.method in SEARCHED:
+            if by_search:
                 why = f"the search of method {sample.method!r} ended elsewhere here; certify again, or with a method that does not search"
             elif excused:
-                why = f"rounding of torch {file.versions['torch']} on {file.device} can explain it; certify on this machine"
+                why = f"rounding where it was made (torch {file.versions['torch']}, {file.device}) can explain it; certify on this machine"
             found.append(Finding("radius", f"{sentence}; {why}", sample.index, unsound=not excused))
         elif p != sample.prediction:
             sentence = f"expected the prediction {p} for sample {sample.index} (recomputed), got {sample.prediction} in the file; certify again"
             found.append(Finding("prediction", sentence, sample.index))
         elif sample.radius > r * (1 + ARITHMETIC):
-            close.append((sample.index, sample.radius / r - 1 if r > 0 else math.inf))
+            close.append((sample.index, sample.radius / r - 1))
     return found, close
+
+
+def _bounds_differ(file: CertificateFile, proof: Certificate) -> list[Finding]:
+    """Lipschitz constants that the file states and this machine does not find, or finds larger."""
+    found = []
+    for name, stated in file.bound.items():
+        got = proof.bound.get(name)
+        close = 1 - (ROUNDING if name.startswith("model_") else SEARCH_SPREAD)
+        fits = stated == got if isinstance(got, str) else isinstance(stated, float | int) and got is not None and stated >= got * close
+        if not fits:
+            sentence = f"expected the bound {name} to be {'absent' if got is None else got} (recomputed), got {stated}; do not rely on it"
+            found.append(Finding("bound", sentence))
+    return found
 
 
 def _notes(file: CertificateFile, data: Dataset) -> tuple[str, ...]:

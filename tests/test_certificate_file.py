@@ -46,10 +46,12 @@ def tiny() -> nn.Module:
     return model.eval()
 
 
-def certified(model: nn.Module, threat="l2", *, dtype=None, limit=LIMIT, radius=None, rows: slice = slice(None)) -> CertificateFile:
+def certified(
+    model: nn.Module, threat="l2", *, dtype=None, limit=LIMIT, radius=None, rows: slice = slice(None), method="best"
+) -> CertificateFile:
     data = load_data(SPEC, limit=limit)
     ball = threat if not isinstance(threat, str) else parse_threat(threat, radius)
-    proof = certifiers.certify(model, data.x[rows], data.y[rows], ball, dtype=dtype, index=data.index[rows])
+    proof = certifiers.certify(model, data.x[rows], data.y[rows], ball, method, dtype=dtype, index=data.index[rows])
     return from_certificate(proof, data, spec="digits", model="tiny.safetensors", limit=limit)
 
 
@@ -339,9 +341,64 @@ def test_another_build_is_excused_only_up_to_real_arithmetic(model):
         assert verify(altered, model, load_rows(altered.data)).exit_code == code
 
 
+def test_no_claim_is_verified_where_nothing_is_proved_here(model):
+    """bfloat16's allowance takes a radius to 0: a twentieth of the real one may be the truth of another machine, but nothing here verifies it."""
+    made = certified(model, dtype="bfloat16", limit=None)
+    real = {s.index: s.radius for s in certified(model, dtype="real", limit=None).samples}
+    raw = made.document()
+    sample = next(s for s in raw["samples"] if s["status"] == "abstained" and real[s["index"]] > 0)
+    sample.update(status="certified", radius=0.04 * real[sample["index"]], reason="", method="global")
+    altered = parse(json.dumps(raw).encode())
+    result = verify(altered, model, load_rows(altered.data))
+    assert result.exit_code == 1 and [f.sample for f in result.findings] == [sample["index"]]
+    assert "rounding where it was made" in result.sentence()
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "words"),
+    [("model_l2", 1e-9, "bound model_l2"), ("model_domain", "none", "bound model_domain"), ("model_extra", 1.0, "to be absent")],
+)
+def test_a_smaller_lipschitz_constant_than_the_models(place, capsys, name, stated, words):
+    tampered(place, lambda t: t.raw["bound"].update({name: stated}))
+    code, said = checked(capsys, place)
+    assert code == 1 and words in said
+
+
+def test_a_method_of_one_sample_does_not_excuse_what_the_files_method_cannot_do(model):
+    """A search may end elsewhere, by 5 %; `global` does not search, whatever a sample says."""
+    made = certified(model, method="global")
+    raw = made.document()
+    sample = next(s for s in raw["samples"] if s["status"] == "certified")
+    sample.update(radius=sample["radius"] * 1.03, method="sdp")
+    altered = parse(json.dumps(raw).encode())
+    assert verify(altered, model, load_rows(altered.data)).exit_code == 3
+
+
+def test_rows_are_proved_in_the_batches_of_the_file(place, model, file, monkeypatch):
+    """What a searched radius is depends on the samples beside it."""
+    sizes: list[int] = []
+    real = certifiers.certify
+
+    def counted(chain, x, *more, **options):
+        sizes.append(len(x))
+        return real(chain, x, *more, **options)
+
+    assert run("certify", place / "m.safetensors", "--data", SPEC, "--limit", 7, "--method", "global", "--batch-size", 3, "--json", "b.json") == 0
+    made = read(place / "b.json")
+    assert made.batch_size == 3 and file.batch_size is None
+    monkeypatch.setattr(certifiers, "certify", counted)
+    for batch_size, expected in ((None, [3, 3, 1]), (5, [5, 2])):
+        sizes.clear()
+        assert verify(made, model, load_rows(made.data), batch_size=batch_size).exit_code == 0 and sizes == expected
+    sizes.clear()
+    assert verify(file, model, load_rows(file.data)).exit_code == 0 and sizes == [LIMIT]
+
+
 # ---- hostile: refused in one sentence (2)
 
 HOSTILE = {
+    "a method that is none": (lambda t: t.first.update(method="nonsense by god"), "among global"),
+    "text that turns round": (lambda t: t.raw.update(model="GPT \u202e evil"), "model"),
     "status flipped to abstained": (lambda t: t.first.update(status="abstained"), "abstained"),
     "status flipped to misclassified": (lambda t: t.first.update(status="misclassified"), "misclassified"),
     "label alone": (lambda t: t.first.update(label=t.first["label"] + 1), "label"),
