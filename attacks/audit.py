@@ -32,6 +32,7 @@ from robustlip.rounding import U64, gamma, norm_up
 from robustlip.rules import Context, State, run_rules
 
 VIOLATED, HOLDS = "violated", "not refuted"
+MOST_STARTS = 2**20  # in one batch
 INSIDE = 1e-12  # relative margin to the border of the domain, so that norms summed in any order stay within it
 
 
@@ -452,6 +453,8 @@ def audit(
     if starts < 1 or tokens < 1 or power_steps < 1 or ascent_steps < 0:
         given = (starts, tokens, power_steps, ascent_steps)
         raise BadInput(f"expected starts, tokens and power_steps of at least 1 and ascent_steps of at least 0, got {given}; raise them")
+    if starts > MOST_STARTS or not 0 <= seed < 2**63:
+        raise BadInput(f"expected at most {MOST_STARTS} starts and a seed from 0 to 2^63 - 1, got {starts} and {seed}; choose others")
     chain = as_chain(model)
     if box is not None and (chain.embedding_depth or not box[0] < box[1]):
         raise BadInput(f"expected box=(low, high) with low < high and a model without an embedding, got {box}; leave it out")
@@ -568,6 +571,8 @@ def recheck(path: Path, model: nn.Module) -> Audit:
     try:
         formula, claimed, found = str(header["formula"]), float(header["claimed"]), float(header["found"])
         units, domain, box = str(header["units"]), header["domain"], header["box"]
+        if not (formula.isprintable() and units.isprintable()):
+            raise ValueError("formula: it holds control characters")
         domain = None if domain is None else float(domain)
         box = None if box is None else (float(box[0]), float(box[1]))
         starts, seed = int(header["starts"]), int(header["seed"])
@@ -575,7 +580,7 @@ def recheck(path: Path, model: nn.Module) -> Audit:
             claim = formulas.claim_of(chain, formula).in_units(units)
         else:
             claim = formulas.stated(chain, claimed, units, domain)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         if isinstance(error, RobustlipError):
             raise
         raise BadInput(f"expected a complete witness header in {name}, got one without a valid {error}; the file was altered") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robustlip.errors import BadInput, CertificateViolation
+from robustlip.errors import BadInput, CertificateViolation, first_line
 from robustlip.files import atomic
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _METADATA = b"robustlip"
+_ROWS = b"robustlip_rows_sha256"
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,15 @@ def write_records(path: Path, records: Sequence[Record], metadata: dict[str, Any
                 where = f"sample {record.index} ({record.model}, {record.threat})"
                 raise CertificateViolation(f"expected numbers in every record, got NaN as {name} of {where}; this is a bug, please report it")
     table = pa.Table.from_pandas(to_frame(records), preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(metadata).encode()})
+    rows = _digest(from_frame(to_frame(records))).encode()
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(metadata).encode(), _ROWS: rows})
     with atomic(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """SHA-256 of all fields of records. It finds what was changed by hand or lost, not what somebody forged."""
+    return hashlib.sha256(json.dumps([asdict(record) for record in records], default=str).encode()).hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -171,7 +179,11 @@ def read_records(path: Path) -> list[Record]:
     import pyarrow.parquet as pq
 
     try:
-        frame = pq.read_table(path).to_pandas()
-    except (OSError, pa.ArrowException) as error:
-        raise BadInput(f"expected a part of a robustlip run, got {path} ({error}); delete that file and run the suite again") from error
-    return from_frame(frame)
+        table = pq.read_table(path)
+        frame = table.to_pandas()
+        records = from_frame(frame)
+    except (OSError, pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise BadInput(f"expected a part of a robustlip run, got {path} ({first_line(error)}); delete that file and run the suite again") from error
+    if (table.schema.metadata or {}).get(_ROWS) != _digest(records).encode():
+        raise BadInput(f"expected the rows that were written to {path}, got others: it was changed; delete that file and run the suite again")
+    return records

@@ -177,8 +177,8 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        suite, parts = parse_suite(manifest["suite"], MANIFEST), list(manifest["parts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        suite, parts = parse_suite(manifest["suite"], MANIFEST), _checked(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(
@@ -189,7 +189,25 @@ def read_run(folder: Path) -> Run:
         run.records += read_records(folder / PARTS / part)
     if not run.records:
         raise BadInput(f"expected results in {str(folder)!r}, got none; run `robustlip eval` again")
+    known = {(pair.name, threat.name, model) for pair in suite.pairs for threat in pair.threats for _, model in pair.members()}
+    if odd := {(record.pair, record.threat, record.model) for record in run.records} - known:
+        raise BadInput(f"expected results of the suite in {folder / MANIFEST}, got some of {' · '.join(min(odd))}; run `robustlip eval` again")
     return run
+
+
+def _checked(manifest: dict[str, Any]) -> list[str]:
+    """The parts that a manifest names. Raises TypeError where something in it is not of the kind that is written."""
+    parts, cards, errors, missing = manifest["parts"], manifest.get("cards", {}), manifest.get("errors", []), manifest.get("missing", [])
+    fits = [
+        isinstance(parts, list) and all(isinstance(part, str) and Path(part).name == part for part in parts),
+        isinstance(cards, dict) and all(isinstance(card, dict) for card in cards.values()),
+        isinstance(missing, list),
+        isinstance(errors, list)
+        and all(isinstance(e, dict) and all(isinstance(e.get(key), str) for key in ("model", "kind", "message")) for e in errors),
+    ]
+    if not all(fits):
+        raise TypeError("a key of another kind")
+    return list(parts)
 
 
 def _seed(suite: Suite, settings: Settings) -> int:

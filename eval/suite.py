@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from robustlip.errors import BadInput
+from robustlip.files import is_file, read_toml
 from robustlip.threats import Threat, WeightBall, parse_threat
 
 BUNDLED = Path(__file__).resolve().parent / "suites"
@@ -116,9 +117,9 @@ class PairSpec(_Strict):
 
 
 class Suite(_Strict):
-    """What is evaluated. Everything random is drawn from `seed`."""
+    """What is evaluated. Everything random is drawn from `seed`. name: of the folder of its runs too."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$", max_length=100)
     title: str = ""
     description: str = ""
     seed: int = 0
@@ -163,21 +164,18 @@ def load_suite(path_or_name: str | Path) -> Suite:
     Raises BadInput, one sentence, for a missing file, broken TOML, an unknown or missing key, a bad radius, an unknown threat or attack.
     """
     path = Path(path_or_name)
-    if not path.is_file():
+    if not is_file(path):
         path = BUNDLED / f"{path_or_name}.toml"
-    if not path.is_file():
+    if not is_file(path):
         raise BadInput(f"expected a suite file or one of {', '.join(bundled())}, got {str(path_or_name)!r}; check the path")
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"expected a suite in TOML, got {path.name}, which does not parse ({error}); mend that place") from error
-    return parse_suite(raw, source=path.name)
+    return parse_suite(read_toml(path, "a suite"), source=path.name)
 
 
 def parse_suite(raw: dict[str, Any], source: str = "the suite") -> Suite:
     """The suite that a table of TOML (or JSON) describes. Raises BadInput."""
     try:
-        suite = Suite.model_validate(raw)
+        # Strict: no true for 1, no "6" for 6. As JSON, whose lists may be tuples in strict mode too.
+        suite = Suite.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         raise BadInput(explain(error, source)) from error
     _check_attacks(suite)

@@ -39,6 +39,8 @@ def build(config: dict[str, Any]) -> Chain:
     for name, value in options.items():
         if known[name].annotation == "int" and type(value) is not int:
             raise BadInput(f"expected a whole number as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
+        if known[name].annotation == "bool" and type(value) is not bool:
+            raise BadInput(f"expected true or false as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
     try:
         return KINDS[kind](**options)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # of torch too, for sizes that no layer has

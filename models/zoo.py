@@ -57,11 +57,15 @@ def _from_callable(spec: str) -> nn.Module:
         made = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise BadInput(f"expected package.module:callable, got {spec!r} ({error}); check the name and PYTHONPATH") from None
+    except SystemExit as error:  # a script without a main guard; let through, a gate would end with its exit code
+        raise BadInput(
+            f"expected a module that can be imported, got {spec!r}, which ends the process with {error.code!r}; put its script under a main guard"
+        ) from None
     if not callable(made):
         raise BadInput(f"expected a callable that returns an nn.Module, got {type(made).__name__} at {spec!r}; point at a function")
     try:
         model = made()
-    except Exception as error:  # of somebody else's code
+    except (Exception, SystemExit) as error:  # of somebody else's code
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(error).__name__} ({error}); call it by itself to see why") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(model).__name__}; return the model")

@@ -31,7 +31,7 @@ from robustlip.certifiers import METHODS
 from robustlip.data import Dataset
 from robustlip.data.load import parse_spec
 from robustlip.errors import BadInput
-from robustlip.files import json_text, write_text
+from robustlip.files import json_text, read_limited, write_text
 from robustlip.rounding import NAMES
 from robustlip.threats import InputBall, Threat, parse_threat
 
@@ -269,13 +269,7 @@ def write(path: Path, file: CertificateFile) -> None:
 def read(path: str | Path) -> CertificateFile:
     """The certificate in a file. Raises BadInput, one sentence, for anything else."""
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > SIZE_LIMIT:
-            raise BadInput(f"expected a certificate of at most {SIZE_LIMIT} bytes, got {path.name} with {size}; certify fewer samples a file")
-        text = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"expected a certificate file, got {str(path)!r} ({error.strerror or error}); check the path") from None
+    text = read_limited(path, "a certificate file", SIZE_LIMIT, "certify fewer samples a file")
     return parse(text, path.name)
 
 

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from robustlip.checks import check_finite_weights
 from robustlip.errors import BadInput
-from robustlip.files import atomic
+from robustlip.files import atomic, is_file
 from robustlip.hashing import weights_sha256
+from robustlip.rounding import NAMES
 
 FORMAT = "robustlip-1"
 
@@ -34,7 +36,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file that `save_tensors` wrote. Raises BadInput for anything else: missing, truncated, foreign."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not is_file(path):
         raise BadInput(f"expected a .safetensors file, got {path}, which is not there; check the path")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -46,7 +48,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(metadata["robustlip"])
         if header["format"] != FORMAT:
             raise KeyError(header["format"])
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, ValueError, RecursionError):  # no header, no JSON, an integer of thousands of digits, nested without end
         raise BadInput(f"expected a safetensors file written by robustlip, got {path.name} without its header; export it with save_model") from None
     return tensors, header
 
@@ -67,14 +69,17 @@ def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Mo
     tensors, header = load_tensors(path)
     if not isinstance(header.get("config"), dict):
         raise BadInput(f"expected a model file, got {path.name}, which holds no model configuration; name a model, not a training state")
-    model = build(header["config"])
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    with torch.device("meta"):  # a few bytes of configuration can ask for more memory than there is
+        wanted = {k: tuple(v.shape) for k, v in build(header["config"]).state_dict().items()}
     got = {k: tuple(v.shape) for k, v in tensors.items()}
     if wanted != got:
         odd = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
         kind = header["config"].get("kind")
         raise BadInput(f"expected the tensors of a {kind} model in {path.name}, got others for {odd[:3]}; the file was altered")
+    model = build(header["config"])
     dtypes = {v.dtype for v in tensors.values() if v.is_floating_point()}
+    if foreign := dtypes - set(NAMES.values()):
+        raise BadInput(f"expected weights of a dtype among {', '.join(NAMES)} in {path.name}, got {foreign.pop()}; cast them first")
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(tensors)

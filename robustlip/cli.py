@@ -99,7 +99,7 @@ def _evaluate(
     from robustlip.eval.runner import Settings, interrupted_sentence, run_suite
     from robustlip.eval.suite import load_suite
 
-    out = Out(json)
+    out = Out(json, suite_name)
     suite = load_suite(suite_name)
     folder = folder or Path("runs") / suite.name
     settings = Settings(choose_device(device, out), batch_size, limit, seed, data_dir)
@@ -173,18 +173,23 @@ def certify(
         raise BadInput("expected a method that proves radii of the model, got 'smoothing', which does not; use robustlip smooth MODEL --sigma S")
     if method != ALL and (slow or no_attack):
         raise BadInput(f"expected --slow and --no-attack with --method {ALL}, got method {method!r}; leave them out")
-    out = Out(json)
+    out = Out(json, model, data)
     ball = parse_threat(threat, radius)
     where = choose_device(device, out)
     chain, samples = _open(model, data, where, context, data_dir, limit, seed)
     if method == ALL:
         _compare(out, model, chain, samples, ball, dtype, slow, not no_attack, where, batch_size, seed)
         return
+    parts: list[Certificate] = []
+    interrupted = False
     with Progress() as progress:
-        parts = [
-            prove(chain, x, y, ball, method=method, dtype=dtype, index=index)
-            for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}")
-        ]
+        try:
+            for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}"):
+                parts.append(prove(chain, x, y, ball, method=method, dtype=dtype, index=index))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            interrupted = True
     certificate = concatenate(parts)
     if json is not None:
         from robustlip.certificate_file import from_certificate
@@ -209,6 +214,9 @@ def certify(
     rows += [(f"as {certificate.dtype}", certificate.weights_sha256)] if certificate.weights_sha256 != own else []
     rows += [("data", samples.note)] if samples.note else []
     out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+    if interrupted:
+        print(f"robustlip: interrupted after {len(certificate)} of {len(samples.index)} samples; what was proved is above", file=sys.stderr)
+        raise typer.Exit(130)
 
 
 def _why_not(certificate: Certificate) -> list[str]:
@@ -260,7 +268,7 @@ def attack(
     from robustlip.hashing import weights_sha256
     from robustlip.threats import parse_threat
 
-    out = Out(json)
+    out = Out(json, model, data)
     ball, method = parse_threat(threat, radius), by_name(name)
     where = choose_device(device, out)
     chain, samples = _open(model, data, where, context, data_dir, limit, seed)
@@ -321,7 +329,7 @@ def train(
             where = choose_device(device, Out())
             run(recipe, out_folder, device=where, data_dir=data_dir, resume=resume, parallel=parallel)
         return
-    out = Out(json)
+    out = Out(json, recipe)
     parsed = load_recipe(recipe)
     where = choose_device(device, out)
     if processes > 1:

@@ -42,7 +42,7 @@ def audit(
     from robustlip.console import Out, Progress, choose_device
     from robustlip.eval.runner import load_model
 
-    out = Out(json)
+    out = Out(json, model, data, witness)
     _check(formula, claim, domain, units, witness, worst_weights)
     where = choose_device(device, out)
     chain = load_model(model, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -35,7 +36,7 @@ def import_(
     from robustlip.importing import convert, read_checkpoint, read_log
     from robustlip.importing.measure import measure
 
-    out = Out(json)
+    out = Out(json, file, vocabulary)
     if not file.is_file():
         raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which is not there; check the path")
     with file.open("rb") as stream:
@@ -172,17 +173,29 @@ def _simple(value: Any) -> bool:
     return isinstance(value, (bool, float)) or (type(value) is int and abs(value) < 2**63) or (isinstance(value, str) and _printable(value) == value)
 
 
+def _same_source(card: Path, sha256: str) -> bool:
+    """Whether a card is of the same checkpoint: then an import writes what is there already."""
+    from robustlip.files import read_toml
+
+    try:
+        return read_toml(card, "a card").get("source_sha256") == sha256
+    except BadInput:
+        return False
+
+
 def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dict[str, Any], measured: Measured | None, out: Out) -> None:
     from robustlip.checkpoints import save_model, toml_text
     from robustlip.files import write_text
     from robustlip.sweep import upward
 
     stem = name or "".join(c if (c.isalnum() and c.isascii()) or c in ".-_" else "-" for c in file.stem)
-    if not stem or stem.startswith(".") or "/" in stem or "\\" in stem:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", stem):
         raise BadInput(f"expected a name of letters, digits, dots and dashes, got {stem!r}; give --name")
     if measured is not None:
         card["measured"] = {"accuracy": measured.accuracy, "loss": measured.loss, "of": measured.of}
     path = folder / f"{stem}.safetensors"
+    if path.exists() and not _same_source(path.with_suffix(".toml"), card["source_sha256"]):
+        raise BadInput(f"expected a place without a model, or with one of this very file, got {path}; choose another --name or --out")
     try:
         save_model(path, made.model)
     except OSError as error:

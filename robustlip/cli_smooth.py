@@ -43,7 +43,7 @@ def smooth(
 
     if not 0 < confidence < 1:
         raise BadInput(f"expected a confidence between 0 and 1, got {confidence}; 0.999 is usual")
-    out = Out(json)
+    out = Out(json, model, data)
     where = choose_device(device, out)
     chain, rows = _open(model, data, where, None, data_dir, limit, seed)
     if not torch.as_tensor(rows.x).is_floating_point():

@@ -24,7 +24,7 @@ def sweep(
     from robustlip.console import Out, Progress, choose_device
     from robustlip.sweep import draw, load_grid, run_sweep, table
 
-    out = Out(json)
+    out = Out(json, grid)
     wanted, runs = load_grid(grid)
     folder = out_folder or Path("runs") / wanted.name
     where = choose_device(device, out)

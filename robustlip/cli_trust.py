@@ -36,7 +36,7 @@ def verify(
         return
     if certificate is None or model is None:
         raise BadInput("expected a certificate file and --model, got less; write robustlip verify cert.json --model MODEL")
-    out = Out(json)
+    out = Out(json, certificate, model, data)
     file = certificate_file.read(certificate)
     chain = load_model(model, choose_device(device, out))
     rows = load_rows(file.data, data_dir, chain.vocabulary, spec=data)
@@ -77,7 +77,7 @@ def gate(
     from robustlip.gate import gate as hold
     from robustlip.gate import load_policy, policy_rows
 
-    out = Out(json)
+    out = Out(json, policy, model, *(certificate or ()))
     wanted = load_policy(policy)
     files = [(path.name, certificate_file.read(path)) for path in certificate] if certificate else None
     chain = load_model(model, choose_device(device, out))

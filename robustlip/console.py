@@ -23,12 +23,23 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Out:
-    """Where a verb's results go. json_to: None, '-' for stdout (text then goes to stderr, so that stdout is JSON alone), or a file."""
+    """Where a verb's results go. json_to: None, '-' for stdout (text then goes to stderr, so that stdout is JSON alone), or a file, which must be
+    none of `inputs`, what the verb reads."""
 
-    def __init__(self, json_to: str | None = None) -> None:
+    def __init__(self, json_to: str | None = None, *inputs: str | Path | None) -> None:
         self.json_to = json_to
-        if json_to not in (None, STDOUT) and Path(str(json_to)).is_dir():
-            raise BadInput(f"expected a file for --json, got the folder {json_to}; name a file in it, or - for stdout")
+        if json_to is None or json_to == STDOUT:
+            return
+        try:
+            if Path(json_to).is_dir():
+                raise BadInput(f"expected a file for --json, got the folder {json_to}; name a file in it, or - for stdout")
+            read = next((str(path) for path in inputs if path is not None and Path(path).exists() and Path(path).samefile(json_to)), None)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:  # a name that no file can have
+            raise BadInput(f"expected a place to write, got {json_to[:200]} ({first_line(error, 80)}); name another path") from None
+        if read is not None:
+            raise BadInput(f"expected another file for --json than {read}, which this command reads; name a new file")
 
     def console(self) -> Console:
         from rich.console import Console
@@ -120,6 +131,8 @@ def choose_device(asked: str | None, out: Out) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     else:
         try:
+            if torch.device(asked).type == "meta":
+                raise RuntimeError("it holds no numbers")
             device = str(torch.device(asked))
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:

@@ -6,12 +6,53 @@ import json
 import math
 import os
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, first_line
 
 _INFINITY = "\u241einfinity\u241e"
+
+
+TOML_LIMIT = 2**20  # bytes
+
+
+def read_limited(path: Path, what: str, limit: int, remedy: str) -> bytes:
+    """All bytes of a file. what: e.g. 'a policy file'. Raises BadInput when it cannot be read, or holds more than `limit` (a device has no end)."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        raise BadInput(f"expected {what}, got {str(path)[:200]!r}, which cannot be read ({first_line(error, 80)}); check the path") from None
+    if len(data) > limit:
+        raise BadInput(f"expected {what} of at most {limit} bytes, got {path.name} with more; {remedy}")
+    return data
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The table of a TOML file. what: e.g. 'a policy'. Raises BadInput when it cannot be read or does not parse."""
+    text = read_limited(path, f"{what} file", TOML_LIMIT, f"name {what} file")
+    try:
+        return tomllib.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, an integer of thousands of digits, tables without end
+        raise BadInput(f"expected {what} in TOML, got {path.name}, which does not parse ({first_line(error, 120)}); mend that place") from None
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file, and False for a name that no file can have (too long, with a NUL)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Path.is_dir, and False for a name that no folder can have."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def json_text(value: Any) -> str:
@@ -43,10 +84,11 @@ class atomic:
     """`with atomic(path) as temporary:` writes `temporary`, which becomes `path` only when the block ends well.
 
     The contents are on the disk before the name is, and the name when the block is left: a power failure leaves the old file or the new one.
+    A symbolic link stays one: the file that it names is replaced.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +130,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file at once. Raises BadInput when the place cannot be written."""
+    """Write a text file at once; what is there and no file (a pipe, a device) is written to. Raises BadInput when the place cannot be written."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with open(path, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            return
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"expected a place to write, got {path} ({error.strerror or error}); name another path") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"expected a place to write, got {str(path)[:200]} ({first_line(error, 80)}); name another path") from error

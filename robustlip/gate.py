@@ -15,7 +15,6 @@ claimed and the recomputed radius. A partial, stale or unverifiable file fails t
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +29,10 @@ from robustlip.certificate_file import CertificateFile, Line, Strict, explain
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import is_text, parse_spec
 from robustlip.errors import BadInput
+from robustlip.files import read_toml
 from robustlip.threats import InputBall, Threat, parse_threat
 from robustlip.verification import BATCH, Advance, Verification, cast, prove, verify
 
-SIZE_LIMIT = 2**20
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -76,6 +75,12 @@ class Policy(Strict):
     require_attack: bool = False
     attack: Literal["min", "pgd"] = "min"
     threat: Annotated[list[ThreatRequirement], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _attacked(self) -> Policy:
+        if "attack" in self.model_fields_set and not self.require_attack:
+            raise ValueError("expected require_attack = true beside attack, got an attack that would not run; add it, or leave attack out")
+        return self
 
     @field_validator("threat")
     @classmethod
@@ -161,14 +166,7 @@ class GateReport:
 def load_policy(path: str | Path) -> Policy:
     """The policy of a TOML file. Raises BadInput, one sentence, for anything else."""
     path = Path(path)
-    try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise BadInput(f"expected a policy of at most {SIZE_LIMIT} bytes, got {path.name} with more; name a policy file")
-        raw = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise BadInput(f"expected a policy file, got {str(path)!r} ({error.strerror or error}); check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"expected a policy in TOML, got {path.name}, which does not parse ({error}); mend that place") from None
+    raw = read_toml(path, "a policy")
     try:
         return Policy.model_validate(raw)
     except ValidationError as error:

@@ -30,6 +30,8 @@ TINY = {
     torch.bfloat16: 2.0**-126,
     torch.float16: 2.0**-24,
 }
+# What taking a subnormal operand (an input or a weight) for zero can lose: nothing in float16.
+FLUSHED = {dtype: 0.0 if dtype == torch.float16 else tiny for dtype, tiny in TINY.items()}
 NAMES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Relative slack that `up` and `down` add: room for about 2¹³ float64 roundings, far more than any scalar formula here has.

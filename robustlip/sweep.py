@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import decimal
 import itertools
-import json
 import math
 import re
 import tomllib
@@ -32,12 +31,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from robustlip.errors import BadInput, DataUnavailable, RobustlipError, first_line
-from robustlip.files import atomic, write_json, write_text
+from robustlip.files import atomic, read_toml, write_json, write_text
+from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain
 from robustlip.training import Recipe, identity, load_recipe
+from robustlip.training.recipe import parse_recipe
 
 MAX_RUNS = 10_000
 PENDING, PARTIAL, FINISHED, FAILED = "pending", "partial", "finished", "failed"
@@ -52,7 +53,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=100)
     title: str = ""
     base: str
     set: dict[str, Any] = Field(default_factory=dict)
@@ -127,11 +128,7 @@ def load_grid(path: str | Path) -> tuple[Grid, list[Run]]:
     """A grid file and its runs, every recipe checked and every model built once (without memory). Raises BadInput with file, key and remedy."""
     path = Path(path)
     try:
-        grid = Grid.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise BadInput(f"expected a grid file, got {path}, which cannot be read; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"expected a TOML grid, got {path.name}, which is not TOML ({error}); correct that line") from None
+        grid = Grid.model_validate(read_toml(path, "a grid"))
     except ValidationError as error:
         raise BadInput(f"expected a valid grid in {path.name}, got {_first(error)}; correct or remove that key") from None
     read = cache(load_recipe)  # once for all the runs of a base
@@ -203,7 +200,7 @@ def _run(base: Recipe, fixed: Changes, varied: Changes, file: str) -> Run:
         place[path[-1]] = value
     told = {_dotted(path): value for path, value in varied.items()}
     try:
-        recipe = Recipe.model_validate(document)
+        recipe = parse_recipe(document)
     except ValidationError as error:
         raise BadInput(f"expected valid recipes from {file}, got {_first(error)} ({_told(told)}); correct that key") from None
     _check_model(recipe)
@@ -266,6 +263,20 @@ def run_sweep(
     return sweep
 
 
+def _check_proved(row: Row, place: Path) -> None:
+    """What a table calls proved is computed from the weights that lie there. Raises BadInput where a row says something else of them."""
+    from robustlip.certifiers import lipschitz_bound
+    from robustlip.models.zoo import load
+
+    model = load(place / f"{row.name}.safetensors")
+    said = [row.weights_sha256 == weights_sha256(model), 0 <= (row.accuracy or 0.0) <= 1]
+    bound = lipschitz_bound(model)
+    for value, key in ((row.bound_rms, "rms"), (row.bound_l2, "l2")):
+        said.append(value is not None and (value == bound[key] or math.isclose(value, float(bound[key]), rel_tol=1e-6)))
+    if not all(said):
+        raise BadInput(f"expected the row of the model beside it in {place / 'row.json'}, got other figures; remove that file to train it again")
+
+
 def _known(run: Run, folder: Path) -> Row:
     """The row of a run as its folder has it."""
     from robustlip.checkpoints import load_tensors
@@ -274,10 +285,11 @@ def _known(run: Run, folder: Path) -> Row:
     row = Row(run.recipe.name, dict(run.varied), run.sha256, of_steps=run.recipe.run.steps)
     if (place / "row.json").is_file() and (place / f"{run.recipe.name}.safetensors").is_file():
         try:
-            kept = Row(**json.loads((place / "row.json").read_text(encoding="utf-8")))
-        except (TypeError, ValueError):
+            kept = TypeAdapter(Row).validate_json((place / "row.json").read_bytes(), strict=True)
+        except (ValueError, RecursionError):
             raise BadInput(f"expected a row that this version wrote in {place / 'row.json'}, got another; remove that file") from None
         if kept.recipe_sha256 == run.sha256 and kept.status == FINISHED:
+            _check_proved(kept, place)
             return replace(kept, varied=dict(run.varied))
     state = place / f"{run.recipe.name}.state.safetensors"
     if not state.is_file():

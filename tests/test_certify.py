@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from robustlip.attacks import by_name
 from robustlip.certifiers import certify, lipschitz_bound, weight_sensitivity_bound
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import as_chain
+from robustlip.layers import Attention, NextTokenChain, as_chain
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.models.build import build
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
@@ -176,6 +177,66 @@ def test_ties_and_overflow_are_not_certified() -> None:
         for p in huge.parameters():
             p.fill_(300.0)
     assert (certify(huge, torch.ones(1, 2).half() * 300, torch.tensor([0]), InputBall("l2")).radius == 0).all()
+
+
+def flushed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The logits where the processor takes subnormal numbers for zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        with torch.no_grad():
+            return model(x)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("operand", ["input", "weight"])
+@pytest.mark.parametrize("method", ["global", "local", "dual", "best"])
+def test_subnormal_operands_may_count_for_nothing(method: str, operand: str) -> None:
+    """A margin that a subnormal input, or a subnormal weight, alone makes: on a processor that takes it for zero the prediction is another."""
+    small, large = 1e-39, 2.0**126
+    model, depth = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    with torch.no_grad():
+        depth[0].weight.copy_(torch.eye(2))
+        for layer in (model[0], depth[1]):
+            layer.weight.copy_(torch.tensor([[large if operand == "input" else small, 0.0], [0.0, 0.0]]))
+            layer.bias.copy_(torch.tensor([0.0, 0.05]))
+    x, y = torch.tensor([[small if operand == "input" else large, 0.0]]), torch.tensor([0])
+    for chain in (model, depth):
+        assert int(chain(x).argmax()) == 0 and int(flushed(chain, x).argmax()) == 1
+        assert certify(chain, x, y, InputBall("l2"), method).radius[0] == 0
+
+
+@pytest.mark.parametrize("method", ["global", "local", "dual"])
+def test_subnormal_tokens_may_count_for_nothing_in_attention(method: str) -> None:
+    attention = Attention(4, 1, output_scale=1.0, rope=False)
+    layers = OrderedDict(embed_tokens=nn.Embedding(2, 4), attention=attention, head=nn.Linear(4, 2))
+    with torch.no_grad():
+        for parameter in (p for layer in layers.values() for p in layer.parameters()):
+            parameter.zero_()
+        layers["embed_tokens"].weight[0, 0], layers["embed_tokens"].weight[1, 1] = 1e-39, 1.0
+        attention.value.weight.copy_(torch.eye(4) * 2.0**100)
+        attention.output.weight.copy_(torch.eye(4) * 2.0**30)
+        layers["head"].weight[0, 0], layers["head"].bias[1] = 1.0, 0.5
+    model = NextTokenChain(layers).eval()
+    x, y = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    assert int(model(x)[0, -1].argmax()) == 0 and int(flushed(model, x)[0, -1].argmax()) == 1
+    assert certify(model, x, y, EmbeddingBall(), method).radius[0] == 0
+
+
+def test_one_overflowing_sample_leaves_dual_to_the_others() -> None:
+    torch.manual_seed(0)
+    model = LipschitzGPT(vocabulary_size=3, width=4, heads=1, blocks=2, alpha=0.5).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.3)
+        model[0].weight[2] *= 1e160
+    x = torch.tensor([[0, 1, 0], [0, 1, 2]])
+    y = model(x)[:, -1].argmax(-1)
+    assert not bool(torch.isfinite(model(x)[1, -1]).all())
+    alone = certify(model, x[:1], y[:1], EmbeddingBall(tokens=(-1,)), "dual").radius
+    both = certify(model, x, y, EmbeddingBall(tokens=(-1,)), "dual")
+    assert alone[0] > 0 and both.radius.tolist() == [pytest.approx(alone[0], rel=1e-9), 0.0]
 
 
 def test_a_model_that_ignores_its_input_is_robust_everywhere() -> None:

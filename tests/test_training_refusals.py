@@ -54,7 +54,10 @@ def test_one_flipped_bit_of_a_state_is_found(stopped: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"step": 99}, "at most 4 steps"), ({"step": -1}, "got step -1"), ({"step": None}, "got step None"), ({"history": 3}, "at most 4 steps")],
+    [
+        ({"step": 99}, "at most 4 steps"), ({"step": -1}, "got step -1"), ({"step": None}, "got step None"), ({"history": 3}, "with its history"),
+        ({"history": [1]}, "with its history"), ({"seconds": "x"}, "and seconds"),
+    ],
 )
 def test_a_state_whose_header_lies_is_refused(stopped: Path, change: dict[str, Any], message: str) -> None:
     tensors, header = load_tensors(stopped)

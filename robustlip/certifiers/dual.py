@@ -133,7 +133,7 @@ def dual_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threa
     if reason := dual_applies(model, threat):
         raise UnsupportedLayer(f"expected a model and threat that the method covers, got one where {reason}; use method='best'")
     radius = torch.zeros(len(y), dtype=torch.float64, device=y.device)
-    todo = (logits.argmax(-1) == y).nonzero()[:, 0]
+    todo = ((logits.argmax(-1) == y) & torch.isfinite(logits).all(-1)).nonzero()[:, 0]
     if len(todo):
         xs, ys = x[todo], y[todo]
         reference = reference_of(model, xs, ys, threat, context)

@@ -6,6 +6,7 @@ the rounding allowance), so a batch costs little more than its forward pass.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +107,7 @@ class GlobalBound:
         extra = 2**0.5 * (1 + 1e-15) * perturbed * state.norm + zero
         size = (rows + perturbed) * state.norm + bias
         single = context.gamma(matrix.fan_in + 1) * size + context.unit * size + (matrix.fan_in + 2) * context.tiny
+        single = single + math.sqrt(matrix.fan_in) * (rows + perturbed + state.norm) * context.flushed  # subnormal operands
         overflow = ~(size < torch.finfo(context.dtype).max / 4)
         return state, extra, torch.where(overflow, torch.full_like(single, torch.inf), single) if bool(overflow.any()) else single
 

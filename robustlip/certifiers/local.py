@@ -8,6 +8,7 @@ one radius, so rounding is amplified by local constants too, not by the global o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -84,10 +85,12 @@ class Reference:
         """What executing the head can lose on one logit (…, N), for a hidden state within `hidden` of the reference."""
         if self.rows is None:
             return torch.zeros_like(hidden)
-        size = (self.largest_row + self.head_change()) * (self.hidden_norm + hidden) + self.largest_bias
+        width, row, reach = self.rows.shape[1], self.largest_row + self.head_change(), self.hidden_norm + hidden
+        size = row * reach + self.largest_bias
 
         def one(context: Context) -> Tensor:
-            return context.gamma(self.rows.shape[1] + 1) * size + context.unit * size + (self.rows.shape[1] + 2) * context.tiny  # type: ignore[union-attr]
+            lost = (width + 2) * context.tiny + math.sqrt(width) * (row + reach) * context.flushed  # products, and subnormal operands
+            return context.gamma(width + 1) * size + context.unit * size + lost
 
         lost = up(Scope(self.context).both(one))
         return torch.where(size < torch.finfo(self.context.dtype).max / 4, lost, torch.full_like(lost, torch.inf))

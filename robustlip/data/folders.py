@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from robustlip.errors import BadInput
+from robustlip.files import is_folder
 
 ENVIRONMENT = "ROBUSTLIP_DATA"
 SUBSET = "_subset"
@@ -20,7 +21,7 @@ def search_folders(data_dir: str | Path | None) -> list[Path]:
         if value is None:
             continue
         folder = Path(value).expanduser()
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise BadInput(f"expected {source} to name a folder, got {str(value)!r}; create it or correct the path")
         folders.append(folder)
     return folders
@@ -36,7 +37,7 @@ def local_copies(name: str, data_dir: str | Path | None) -> list[tuple[Path, str
     folders = search_folders(data_dir)
     whole = [(folder / stem, "") for folder in folders for stem in stems]
     subsets = [(folder / (stem + SUBSET), "subset") for folder in folders for stem in stems]
-    return [(path, note) for path, note in (*whole, *subsets) if path.is_dir()]
+    return [(path, note) for path, note in (*whole, *subsets) if is_folder(path)]
 
 
 def split_files(folder: Path, split: str) -> list[Path]:

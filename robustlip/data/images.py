@@ -88,7 +88,7 @@ def _columns(table: Any, name: str) -> tuple[str, str]:
 def _labels(values: Sequence[Any], name: str) -> Tensor:
     """int64 (N,). Whole numbers only: a float or a string is a label that somebody would have to guess."""
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
             raise BadInput(f"expected whole numbers as labels of {name}, got {value!r} in row {row}; store labels as integers from 0")
     return torch.tensor(list(values), dtype=torch.int64)
 

@@ -14,6 +14,7 @@ from robustlip.data.folders import local_copies, split_files, splits_in
 from robustlip.data.hub import HUB_NAMES, from_hub, from_parquet
 from robustlip.data.images import load_digits_split, table_to_dataset
 from robustlip.errors import BadInput, DataUnavailable
+from robustlip.files import is_file
 
 _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a path to a .parquet or .txt file"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
@@ -95,13 +96,13 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
         raise BadInput(f"expected data ({_FORMS}), got {spec!r}; name one of them")
     name, colon, split = spec.rpartition(":")
     # A split is one word: the colon of a drive letter or of a folder's name is followed by more.
-    if not colon or Path(spec).is_file() or not split.isidentifier():
+    if not colon or is_file(Path(spec)) or not split.isidentifier():
         name, split = spec, ""
         if colon and spec.endswith(":"):
             raise BadInput(f"expected a split after the colon, got {spec!r}; write e.g. {spec}test")
     name = _ALIASES.get(name, name)
     if name.endswith((".parquet", ".txt")):
-        if not Path(name).is_file():
+        if not is_file(Path(name)):
             raise BadInput(f"expected a file at {name!r}, got none there; correct the path")
         if split and name.endswith(".parquet"):
             raise BadInput(f"expected a parquet file without a split (one file is one split), got {spec!r}; write {name!r}")

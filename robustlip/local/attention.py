@@ -223,6 +223,7 @@ class AttentionExpansion(Expansion):
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
             fresh = gamma(width) * frobenius * norm + width * math.sqrt(d) * tiny + change * norm + sigma * other
+            fresh = fresh + math.sqrt(width) * (frobenius + math.sqrt(d) * norm) * self.scope.flushed  # subnormal inputs and weights
             moved = self._moved(name, sigma * r, error)
             if layer.rope and name != "value":
                 # cos and sin are rounded once, each coordinate is a difference of two products: at most 6u of the vector's norm.
@@ -274,6 +275,7 @@ class AttentionExpansion(Expansion):
         fresh = abs(self.factor) * (fresh + e_o * mixed_size)
         size = abs(self.factor) * (self.heads.whole["output"] + e_o) * mixed_size
         fresh = fresh + 3 * u * (size + fresh) + math.sqrt(width) * tiny
+        fresh = fresh + (abs(self.factor) * math.sqrt(width) + (self.heads.whole["output"] + e_o) * mixed_size) * self.scope.flushed
         sums = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
         for name in ("key", "value"):
             sums = torch.maximum(sums, self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k))

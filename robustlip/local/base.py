@@ -55,6 +55,10 @@ class Scope:
     def tiny(self) -> float:
         return self.context.tiny + 2.0**-1022
 
+    @property
+    def flushed(self) -> float:
+        return self.context.flushed + 2.0**-1022
+
     def fits(self, radius: Tensor, largest: Tensor) -> Tensor:
         """The radius, infinite where an intermediate value could overflow the covered dtype."""
         overflow = ~(largest < torch.finfo(self.context.dtype).max / 4)

@@ -55,7 +55,9 @@ class NormalizationExpansion(Expansion):
             relative = g * (1 + mean * inverse) + 2 * (context.tiny + TINY[torch.float32]) / self.eps
             relative = torch.where(relative < 0.5, relative, torch.full_like(relative, torch.inf))
             centring = g * (self.norm + radius) * gain if self.centres else torch.zeros_like(radius)
-            return centring * (1 + relative) + (relative + 8 * context.unit) * norm + 4 * math.sqrt(self.width) * context.tiny * (1 + norm)
+            flushed = 2 * math.sqrt(self.width) * (gain + 1 / math.sqrt(self.eps) + (self.norm + radius) / math.sqrt(self.eps)) * context.flushed
+            lost = 4 * math.sqrt(self.width) * context.tiny * (1 + norm) + flushed  # subnormal x, γ
+            return centring * (1 + relative) + (relative + 8 * context.unit) * norm + lost
 
         fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square())
         curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()

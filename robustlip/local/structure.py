@@ -181,7 +181,9 @@ class ResidualExpansion(Expansion):
         skip, weight = abs(self.skip), abs(self.weight)
         norm = skip * (self.norm + radius) + weight * (self.branch_norm + inner)
         # The two scalars, two products and the sum round once each.
-        fresh = 4 * self.scope.unit * norm + 3 * math.sqrt(self.clean.shape[-1]) * self.scope.tiny
+        root = math.sqrt(self.clean.shape[-1])
+        fresh = 4 * self.scope.unit * norm + 3 * root * self.scope.tiny
+        fresh = fresh + (root * (skip + weight) + (self.norm + radius) + (self.branch_norm + inner)) * self.scope.flushed  # subnormal operands
         fresh = self.scope.fits(up(fresh), norm)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]

@@ -108,6 +108,7 @@ class AttentionRule(Rule):
         fresh = heads.output_matrix.rounding(mixed + norm_up(head_error), e_o, context)
         fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
         fresh = fresh + 3 * context.unit * (norm + fresh) + math.sqrt(layer.width) * context.tiny
+        fresh = fresh + (factor * math.sqrt(layer.width) + join_heads(output_columns, whole, value_norm)) * context.flushed
         passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
         behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.width)
         largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
@@ -134,6 +135,7 @@ class AttentionRule(Rule):
         def projected(i: int, name: str) -> tuple[Tensor, Tensor]:
             frobenius = heads.frobenius[name] + math.sqrt(d) * perturbed[i]
             error = context.gamma(layer.width) * frobenius * a + layer.width * math.sqrt(d) * tiny
+            error = error + math.sqrt(layer.width) * (frobenius + math.sqrt(d) * a) * context.flushed  # subnormal inputs and weights
             return sigma[i] * a + error, error
 
         q, q_error = projected(0, "query")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.rounding import SMALLEST, TINY, UNIT, gamma, up
+from robustlip.rounding import FLUSHED, SMALLEST, TINY, UNIT, gamma, up
 
 # More than the few products of one rule can lose by underflow.
 VANISHED = 64 * SMALLEST
@@ -84,6 +84,11 @@ class Context:
     def tiny(self) -> float:
         """The largest absolute loss of one underflow in the covered dtype."""
         return TINY[self.dtype]
+
+    @property
+    def flushed(self) -> float:
+        """The largest number of the covered dtype that a processor may take for zero where it reads an operand."""
+        return FLUSHED[self.dtype]
 
     def gamma(self, n: float) -> float:
         return gamma(n, self.unit)

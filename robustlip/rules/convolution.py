@@ -162,6 +162,7 @@ class Conv2dRule(Rule):
         norm = (c.gain + perturbed) * state.norm + c.bias
         width = math.prod(c.out)
         fresh = context.gamma(c.terms) * frobenius * state.norm + (c.terms + frobenius * math.sqrt(c.terms)) * math.sqrt(width) * context.tiny
+        fresh = fresh + math.sqrt(c.terms) * math.sqrt(width) * state.norm * context.flushed  # subnormal weights
         if layer.bias is not None:
             fresh = fresh + 2 * context.unit * (norm + fresh)
         behind = replace(

@@ -30,8 +30,9 @@ class Matrix:
     def rounding(self, norm: Tensor, change: Tensor | float, context: Context) -> Tensor:
         """‖fl((W + E)x) − (W + E)x‖₂ ≤ γ_n‖W + E‖_F‖x‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change, any order of summation; underflow added."""
         frobenius = self.frobenius + math.sqrt(min(self.fan_out, self.fan_in)) * change
-        # Products may vanish, and so may inputs where a processor takes subnormals for zero.
+        # Products may vanish, and so may inputs and weights where a processor takes subnormals for zero.
         lost = (self.fan_in + frobenius * math.sqrt(self.fan_in)) * math.sqrt(self.fan_out) * context.tiny
+        lost = lost + math.sqrt(self.fan_in * self.fan_out) * norm * context.flushed
         return context.gamma(self.fan_in) * frobenius * norm + lost
 
 

@@ -67,6 +67,7 @@ class LayerNormRule(Rule):
         # The first-order form holds while the variance keeps its size; beyond, its square root may be of anything.
         relative = torch.where(relative < 1, relative, torch.full_like(relative, math.inf))
         fresh = g * state.norm * gain * (1 + relative) + (relative + 8 * context.unit) * norm + math.sqrt(width) * context.tiny
+        fresh = fresh + 2 * math.sqrt(width) * (gain + 1 / math.sqrt(eps) + state.norm / math.sqrt(eps)) * context.flushed  # subnormal x, γ
         behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.finite(behind, state.norm**2)
 
@@ -86,6 +87,7 @@ class RMSNormRule(Rule):
         if relative >= 1:
             relative = math.inf
         fresh = relative * norm + 4 * math.sqrt(width) * context.tiny * (1 + norm)
+        fresh = fresh + 2 * math.sqrt(width) * (gain + state.norm / math.sqrt(eps)) * context.flushed  # subnormal x, γ
         fresh = torch.where(fresh.isnan(), torch.full_like(fresh, math.inf), fresh)
         behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.finite(behind, state.norm**2)

@@ -101,7 +101,9 @@ class ResidualRule(Rule):
         skip, weight = abs(layer.skip), abs(layer.weight)
         norm = skip * state.norm + weight * branch.norm
         # The two scalars, two products and the sum round once each.
-        fresh = 4 * context.unit * norm + 3 * math.sqrt(state.width) * context.tiny
+        root = math.sqrt(state.width)
+        fresh = 4 * context.unit * norm + 3 * root * context.tiny
+        fresh = fresh + (root * (skip + weight) + state.norm + branch.norm) * context.flushed  # subnormal operands
         behind = replace(
             state,
             norm=norm + fresh,

@@ -279,7 +279,11 @@ def _state_of(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, 
     if header.get("recipe_sha256") != identity(recipe):
         raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {path}; choose another folder")
     step = header.get("step")
-    if not (type(step) is int and 0 <= step <= recipe.run.steps and isinstance(header.get("history"), list) and "seconds" in header):
+    history, seconds = header.get("history"), header.get("seconds")
+    whole = isinstance(history, list) and all(isinstance(line, dict) and type(line.get("step")) is int for line in history)
+    if not whole or isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise BadInput(f"expected a state with its history and seconds, got another header in {path}; remove it, or choose another folder")
+    if not (type(step) is int and 0 <= step <= recipe.run.steps):
         raise BadInput(f"expected a state of at most {recipe.run.steps} steps, got step {step!r} in {path}; remove it, or choose another folder")
     # States of the first versions have no hash.
     if header.get("tensors_sha256", "") not in ("", tensors_sha256(tensors)):

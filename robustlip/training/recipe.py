@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from robustlip.constraints import make_method
 from robustlip.data.tokenizers import TOKENIZERS
 from robustlip.errors import BadInput
+from robustlip.files import read_toml
 
 # A key that was added after the first release: left out of a recipe's identity while it has its default, so old states stay valid.
 _LATER: Any = {"later": True}
@@ -114,6 +115,8 @@ class ConstraintPart(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         make_method(self.method, strength=self.strength, polynomial=self.polynomial)
+        if self.model_fields_set and "method" not in self.model_fields_set:
+            raise ValueError(f"{', '.join(sorted(self.model_fields_set))} without a constraint method, which would train without caps: name one")
         return self
 
 
@@ -184,7 +187,7 @@ class Recipe(_Strict):
     weights at the end; without a constraint, which would act on something else.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=100)
     description: str = ""
     paper: str = ""
     caveats: str = ""
@@ -223,15 +226,17 @@ class Recipe(_Strict):
         return self
 
 
+def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """The recipe of a table of TOML. Strict: no true for 1, no "6" for 6. Raises pydantic's ValidationError."""
+    # As JSON, whose lists may be tuples in strict mode too.
+    return Recipe.model_validate_json(json.dumps(raw, default=str), strict=True)
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe. Raises BadInput with the file, the key and the remedy."""
     path = Path(path)
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise BadInput(f"expected a recipe file, got {path}, which cannot be read; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"expected a TOML recipe, got {path.name}, which is not TOML ({error}); correct that line") from None
+        return parse_recipe(read_toml(path, "a recipe"))
     except ValidationError as error:
         # A key that is not known first: another one that is missing is often the same, misspelt.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
