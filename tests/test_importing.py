@@ -947,3 +947,20 @@ def test_a_log_of_the_wrong_scale_is_not_a_bound(tmp_path) -> None:
     honest = convert(read_checkpoint(write(tmp_path / "a.npz", GPT, [weights], log_results(GPT, weights, 1.0))))
     modest = convert(read_checkpoint(write(tmp_path / "b.npz", GPT, [weights], log_results(GPT, weights, 1e-9))))
     assert lipschitz_bound(honest.model) == lipschitz_bound(modest.model)
+
+
+def test_an_import_does_not_replace_another_model(capsys, tmp_path, monkeypatch) -> None:
+    """The same checkpoint again writes the same model; another one under its name is refused."""
+    monkeypatch.chdir(tmp_path)
+    first = gpt_file(tmp_path)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as done:
+            main(["import", str(first), "--out", "im", "--name", "same"])
+        assert not done.value.code
+    before = Path("im/same.safetensors").read_bytes()
+    Path("im/same.toml").write_text(Path("im/same.toml").read_text().replace('source_sha256 = "', 'source_sha256 = "0'))
+    for name, words in (("same", "another --name"), ("a\nb", "letters, digits")):
+        with pytest.raises(SystemExit) as refused:
+            main(["import", str(first), "--out", "im", "--name", name])
+        assert refused.value.code == 2 and words in capsys.readouterr().err
+    assert Path("im/same.safetensors").read_bytes() == before
