@@ -45,6 +45,15 @@ AT_BASE = "robustlip/local/base.py"
 BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
 
 MUTATIONS = [
+    Mutation("subnormal inputs of the head not counted (local)", BY_LOCAL,
+             "math.sqrt(width) * (row + reach) * context.flushed", "math.sqrt(width) * reach * context.flushed",
+             f"{CERTIFY} -k 'subnormal_operands and local and input'"),
+    Mutation("subnormal weights of the head not counted (local)", BY_LOCAL,
+             "math.sqrt(width) * (row + reach) * context.flushed", "math.sqrt(width) * row * context.flushed",
+             f"{CERTIFY} -k 'subnormal_operands and local and weight'"),
+    Mutation("subnormal tokens not counted in attention (local)", AT_ATTENTION,
+             "(frobenius + math.sqrt(d) * norm) * self.scope.flushed", "math.sqrt(d) * norm * self.scope.flushed",
+             f"{CERTIFY} -k 'subnormal_tokens and local'"),
     Mutation("heads share the whole matrix's norm evenly (published formula, √H)", ATTENTION,
              "sigma = {n: spectral_norm_bound(w).cpu() for n, w in slices.items()}",
              "sigma = {n: spectral_norm_bound(w.flatten(0, 1)).cpu().expand(h) / h**0.5 for n, w in slices.items()}",
