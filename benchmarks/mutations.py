@@ -207,7 +207,7 @@ MUTATIONS = [
              "return up(skip * radius + weight * inner) + fresh,", "return up(skip * radius + self.weight * inner) + fresh,",
              f"{LOCAL} -k 'promises and residual'"),
     Mutation("local: rounding of the residual's sum dropped", AT_STRUCTURE,
-             "fresh = 4 * self.scope.unit * norm + 3 * math", "fresh = 0 * self.scope.unit * norm + 3 * math",
+             "fresh = 4 * self.scope.unit * norm + 3 * root", "fresh = 0 * self.scope.unit * norm + 3 * root",
              f"{LOCAL} -k 'rounding_as_executed and residual or rounding_as_executed and blocks'"),
     Mutation("local: √n of ℓ∞ to ℓ2 dropped", AT_STRUCTURE,
              "self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == \"linf\" else 1.0", "self.factor = 1.0",
