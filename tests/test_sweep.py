@@ -326,3 +326,12 @@ def test_a_recipe_with_a_vocabulary_of_its_own_size_can_be_swept(tmp_path) -> No
     (tmp_path / "grid.toml").write_text(GRID)
     _, runs = load_grid(tmp_path / "grid.toml")
     assert len(runs) == 2 and all(r.recipe.model["vocabulary_size"] == 257 for r in runs)
+
+
+def test_a_model_with_its_preprocessing_is_checked_without_memory(tmp_path: Path) -> None:
+    """Grids build every model for its shapes alone; means and standard deviations are still looked at."""
+    grid_file(tmp_path, recipe=RECIPE.replace("widths = [64, 8, 10]", "widths = [64, 8, 10]\nmean = 0.5\nstd = 0.25"))
+    assert len(load_grid(tmp_path / "grid.toml")[1]) == 2
+    grid_file(tmp_path, recipe=RECIPE.replace("widths = [64, 8, 10]", "widths = [64, 8, 10]\nmean = 0.5\nstd = 0.0"))
+    with pytest.raises(BadInput, match="std above 0"):
+        load_grid(tmp_path / "grid.toml")

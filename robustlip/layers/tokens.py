@@ -19,10 +19,12 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: float | list[float] = 0.0, std: float | list[float] = 1.0) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.atleast_1d(torch.as_tensor(mean, dtype=torch.float32)))
-        self.register_buffer("std", torch.atleast_1d(torch.as_tensor(std, dtype=torch.float32)))
-        if not bool((self.std > 0).all()):
-            raise BadInput(f"expected std above 0 in every channel, got {self.std.tolist()}; leave constant channels at 1")
+        # Looked at on the CPU: a model may be built on the device that holds no numbers, for its shapes.
+        shift, scale = (torch.atleast_1d(torch.as_tensor(value, dtype=torch.float32, device="cpu")) for value in (mean, std))
+        if not bool((scale > 0).all()):
+            raise BadInput(f"expected std above 0 in every channel, got {scale.tolist()}; leave constant channels at 1")
+        self.register_buffer("mean", shift.to(torch.get_default_device()))
+        self.register_buffer("std", scale.to(torch.get_default_device()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = (-1, 1, 1) if x.dim() == 4 else (-1,)
