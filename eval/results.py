@@ -149,8 +149,9 @@ def write_records(path: Path, records: Sequence[Record], metadata: dict[str, Any
                 # A missing value reads back as "not measured"; a NaN must never turn into that.
                 where = f"sample {record.index} ({record.model}, {record.threat})"
                 raise CertificateViolation(f"expected numbers in every record, got NaN as {name} of {where}; this is a bug, please report it")
-    table = pa.Table.from_pandas(to_frame(records), preserve_index=False)
-    rows = _digest(from_frame(to_frame(records))).encode()
+    frame = to_frame(records)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    rows = _digest(from_frame(frame)).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(metadata).encode(), _ROWS: rows})
     with atomic(path) as temporary:
         pq.write_table(table, temporary)

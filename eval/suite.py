@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from robustlip.errors import BadInput
-from robustlip.files import is_file, read_toml
+from robustlip.files import is_file, read_toml, strictly
 from robustlip.threats import Threat, WeightBall, parse_threat
 
 BUNDLED = Path(__file__).resolve().parent / "suites"
@@ -174,8 +173,7 @@ def load_suite(path_or_name: str | Path) -> Suite:
 def parse_suite(raw: dict[str, Any], source: str = "the suite") -> Suite:
     """The suite that a table of TOML (or JSON) describes. Raises BadInput."""
     try:
-        # Strict: no true for 1, no "6" for 6. As JSON, whose lists may be tuples in strict mode too.
-        suite = Suite.model_validate_json(json.dumps(raw, default=str), strict=True)
+        suite = strictly(Suite, raw)
     except ValidationError as error:
         raise BadInput(explain(error, source)) from error
     _check_attacks(suite)

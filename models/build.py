@@ -27,6 +27,10 @@ KINDS: dict[str, Callable[..., Chain]] = {
 }
 
 
+# Python would take 1 for true, and true for 1.
+_EXACT: dict[object, tuple[type, str]] = {"int": (int, "a whole number"), "bool": (bool, "true or false")}
+
+
 def build(config: dict[str, Any]) -> Chain:
     """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option."""
     options = dict(config)
@@ -37,10 +41,9 @@ def build(config: dict[str, Any]) -> Chain:
     if unknown := sorted(set(options) - set(known)):
         raise BadInput(f"expected options of a model of kind {kind!r} ({', '.join(known)}), got {', '.join(unknown)}; correct or remove it")
     for name, value in options.items():
-        if known[name].annotation == "int" and type(value) is not int:
-            raise BadInput(f"expected a whole number as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
-        if known[name].annotation == "bool" and type(value) is not bool:
-            raise BadInput(f"expected true or false as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
+        exact, words = _EXACT.get(known[name].annotation, (object, ""))
+        if exact is not object and type(value) is not exact:
+            raise BadInput(f"expected {words} as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
     try:
         return KINDS[kind](**options)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # of torch too, for sizes that no layer has

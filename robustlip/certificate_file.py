@@ -40,8 +40,7 @@ SIZE_LIMIT = 128 * 2**20  # bytes: about 400 000 samples
 REMEDY = "make it again with `robustlip certify --json`"
 DTYPES = (*NAMES, "real")
 
-# One line without control characters: what a file says is shown in terminals.
-# No control characters, no line separators, and nothing that turns the direction of what a terminal shows.
+# What a file says is shown in terminals: one line, no control characters, and nothing that turns its direction.
 Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits")]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]

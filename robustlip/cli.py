@@ -208,7 +208,7 @@ def certify(
         winners = Counter(filter(None, certificate.methods)).most_common()
         rows += [("radii came from", ", ".join(f"{name} ({count})" for name, count in winners) or "no method: none is above 0")]
     rows += [("why not", text) for text in _why_not(certificate)]
-    own = weights_sha256(chain)
+    own = certificate.weights_sha256 if dtype is None else weights_sha256(chain)
     rows += [("weights", own)]
     # What a gate compares with the model that is deployed, in the dtype that it is deployed in.
     rows += [(f"as {certificate.dtype}", certificate.weights_sha256)] if certificate.weights_sha256 != own else []

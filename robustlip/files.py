@@ -7,10 +7,16 @@ import math
 import os
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from robustlip.errors import BadInput, first_line
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Kind = TypeVar("Kind", bound="BaseModel")
 
 _INFINITY = "\u241einfinity\u241e"
 
@@ -37,6 +43,12 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         return tomllib.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, an integer of thousands of digits, tables without end
         raise BadInput(f"expected {what} in TOML, got {path.name}, which does not parse ({first_line(error, 120)}); mend that place") from None
+
+
+def strictly(kind: type[Kind], raw: Mapping[str, Any]) -> Kind:
+    """The pydantic model of a table of TOML or JSON. Strict: no true for 1, no "6" for 6. Raises pydantic's ValidationError."""
+    # As JSON, whose lists may be tuples in strict mode too.
+    return kind.model_validate_json(json.dumps(raw, default=str), strict=True)
 
 
 def is_file(path: Path) -> bool:

@@ -34,11 +34,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from robustlip.errors import BadInput, DataUnavailable, RobustlipError, first_line
-from robustlip.files import atomic, read_toml, write_json, write_text
+from robustlip.files import atomic, read_toml, strictly, write_json, write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain
 from robustlip.training import Recipe, identity, load_recipe
-from robustlip.training.recipe import parse_recipe
 
 MAX_RUNS = 10_000
 PENDING, PARTIAL, FINISHED, FAILED = "pending", "partial", "finished", "failed"
@@ -128,7 +127,7 @@ def load_grid(path: str | Path) -> tuple[Grid, list[Run]]:
     """A grid file and its runs, every recipe checked and every model built once (without memory). Raises BadInput with file, key and remedy."""
     path = Path(path)
     try:
-        grid = Grid.model_validate(read_toml(path, "a grid"))
+        grid = strictly(Grid, read_toml(path, "a grid"))
     except ValidationError as error:
         raise BadInput(f"expected a valid grid in {path.name}, got {_first(error)}; correct or remove that key") from None
     read = cache(load_recipe)  # once for all the runs of a base
@@ -200,7 +199,7 @@ def _run(base: Recipe, fixed: Changes, varied: Changes, file: str) -> Run:
         place[path[-1]] = value
     told = {_dotted(path): value for path, value in varied.items()}
     try:
-        recipe = parse_recipe(document)
+        recipe = strictly(Recipe, document)
     except ValidationError as error:
         raise BadInput(f"expected valid recipes from {file}, got {_first(error)} ({_told(told)}); correct that key") from None
     _check_model(recipe)

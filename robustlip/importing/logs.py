@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from robustlip.errors import BadInput
+from robustlip.files import read_limited
 
 MAX_LOG = 256 * 2**20  # bytes; a log of every one of 2,000 steps has a few
 MAX_NORM = 1e30  # products of all norms of a deep model may still overflow: then the formula says infinity
@@ -86,12 +87,9 @@ def _last(values: Any, of: str) -> float:
 
 def read_log(path: Path) -> Log:
     """A JSON log from outside. Raises BadInput for one that is missing, too large, no JSON or of another kind."""
-    if not path.is_file():
-        raise BadInput(f"expected a log file, got {path}, which is not there; check the path")
-    if path.stat().st_size > MAX_LOG:
-        raise BadInput(f"expected a log of at most {MAX_LOG} bytes, got {path.name} with {path.stat().st_size}; it is not one of the paper's")
+    text = read_limited(path, "a log", MAX_LOG, "it is not one of the paper's")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"expected a JSON log, got {path.name}, which is not JSON ({str(error)[:100]}); copy it again") from None
     if not isinstance(document, dict) or "parameters" not in document or "results" not in document:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from robustlip.constraints import make_method
 from robustlip.data.tokenizers import TOKENIZERS
 from robustlip.errors import BadInput
-from robustlip.files import read_toml
+from robustlip.files import read_toml, strictly
 
 # A key that was added after the first release: left out of a recipe's identity while it has its default, so old states stay valid.
 _LATER: Any = {"later": True}
@@ -226,17 +225,11 @@ class Recipe(_Strict):
         return self
 
 
-def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
-    """The recipe of a table of TOML. Strict: no true for 1, no "6" for 6. Raises pydantic's ValidationError."""
-    # As JSON, whose lists may be tuples in strict mode too.
-    return Recipe.model_validate_json(json.dumps(raw, default=str), strict=True)
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe. Raises BadInput with the file, the key and the remedy."""
     path = Path(path)
     try:
-        return parse_recipe(read_toml(path, "a recipe"))
+        return strictly(Recipe, read_toml(path, "a recipe"))
     except ValidationError as error:
         # A key that is not known first: another one that is missing is often the same, misspelt.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
