@@ -286,7 +286,7 @@ class AttentionExpansion(Expansion):
                 mixed_size * (self.heads.output_matrix.frobenius + math.sqrt(width) * e_o),
             ]
         ).amax(0)
-        fresh = self.scope.fits(up(fresh), largest)
+        fresh = self.scope.divided(self.scope.fits(up(fresh), largest), self.s)  # a scale that counts for zero makes NaN of what is masked
         if bounds is None:
             return up(moved) + fresh, error
 

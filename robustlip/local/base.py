@@ -59,6 +59,10 @@ class Scope:
     def flushed(self) -> float:
         return self.context.flushed + 2.0**-1022
 
+    def divided(self, radius: Tensor, by: float) -> Tensor:
+        """The radius, infinite where a processor may take what was divided by for zero."""
+        return radius if abs(by) >= self.context.smallest_divisor else torch.full_like(radius, torch.inf)
+
     def fits(self, radius: Tensor, largest: Tensor) -> Tensor:
         """The radius, infinite where an intermediate value could overflow the covered dtype."""
         overflow = ~(largest < torch.finfo(self.context.dtype).max / 4)

@@ -244,11 +244,11 @@ class ElementwiseExpansion(Expansion):
             lost = root * context.tiny * (2 + norm) + (root + norm) / torch.finfo(context.dtype).max * 4
             lost = lost * (1 + 1 / getattr(self.layer, "divisor", 1.0))  # what vanished is divided too
             if self.f.ulps == 0.0:
-                return torch.zeros_like(norm)
+                return torch.zeros_like(norm) + root * context.flushed
             return self.f.ulps * context.unit * norm + self.f.offset * context.unit * root + lost
 
         cube = norm**3 if getattr(self.layer, "approximate", "") == "tanh" else norm
-        return self.scope.fits(up(self.scope.both(one)), cube)
+        return self.scope.divided(self.scope.fits(up(self.scope.both(one)), cube), getattr(self.layer, "divisor", 1.0))
 
     def lipschitz(self) -> Tensor | float:
         return self.f.steepest * (1.0 if self.affine is None else self.affine.constants.matrix.sigma)

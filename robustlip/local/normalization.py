@@ -57,7 +57,8 @@ class NormalizationExpansion(Expansion):
             centring = g * (self.norm + radius) * gain if self.centres else torch.zeros_like(radius)
             flushed = 2 * math.sqrt(self.width) * (gain + 1 / math.sqrt(self.eps) + (self.norm + radius) / math.sqrt(self.eps)) * context.flushed
             lost = 4 * math.sqrt(self.width) * context.tiny * (1 + norm) + flushed  # subnormal x, γ
-            return centring * (1 + relative) + (relative + 8 * context.unit) * norm + lost
+            # 0·inf is NaN: a bound that holds for no number.
+            return (centring * (1 + relative) + (relative + 8 * context.unit) * norm + lost).nan_to_num(math.inf, math.inf)
 
         fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square())
         curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()

@@ -238,7 +238,8 @@ class AddPositionsExpansion(Expansion):
         self.norm = norm_up(self.clean)
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        fresh = self.scope.fits(up(2 * self.scope.unit * (self.norm + radius)), self.norm + radius)
+        fresh = 2 * self.scope.unit * (self.norm + radius) + math.sqrt(self.clean.shape[-1]) * self.scope.flushed
+        fresh = self.scope.fits(up(fresh), self.norm + radius)
         if bounds is not None:
             bounds.append(fresh)
         return radius + fresh, error + fresh
@@ -350,7 +351,7 @@ class NormalizeExpansion(Expansion):
             return v.repeat(shape[0]) if scope.whole is not None and len(shape) == 2 else v
 
         self.scale = 1 / spread(std)
-        self.shift = spread(mean)
+        self.shift, self.smallest = spread(mean), float(std.abs().amin())
         self.gain = float(self.scale.abs().amax()) * (1 + 1e-15)
         self.clean = (clean - self.shift) * self.scale
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
@@ -361,7 +362,7 @@ class NormalizeExpansion(Expansion):
         root = math.sqrt(self.clean.shape[-1])
         # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
         fresh = 4 * self.scope.unit * size + root * self.scope.tiny * (1 + self.gain)
-        fresh = self.scope.fits(up(fresh), size)
+        fresh = self.scope.divided(self.scope.fits(up(fresh), size), self.smallest)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)

@@ -116,7 +116,8 @@ class AttentionRule(Rule):
         inner = (("query", e_q), ("key", e_k), ("value", e_v))
         projected = torch.stack([(heads.frobenius[name] + math.sqrt(d) * e) * a for name, e in inner]).amax((0, -1))
         mixed_sums = mixed * (heads.output_matrix.frobenius + math.sqrt(layer.width) * e_o)
-        return context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0))
+        # A scale that counts for zero makes NaN of what is masked.
+        return context.divided(context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0)), scale)
 
     def _rounding(
         self,

@@ -90,6 +90,11 @@ class Context:
         """The largest number of the covered dtype that a processor may take for zero where it reads an operand."""
         return FLUSHED[self.dtype]
 
+    @property
+    def smallest_divisor(self) -> float:
+        """What a processor may take for zero where it divides by it, as soon as it is smaller: scalars of half precision are float32's."""
+        return TINY[torch.float64 if self.dtype == torch.float64 else torch.float32]
+
     def gamma(self, n: float) -> float:
         return gamma(n, self.unit)
 
@@ -115,6 +120,10 @@ class Context:
         if seen is None or seen[0] != (state.whole is None and state.tokens > 1):
             return state
         return replace(state, norm=torch.minimum(state.norm, up(seen[1] + state.in_l2().change + 2 * state.rounding)))
+
+    def divided(self, state: State, by: float) -> State:
+        """The state with infinite rounding where a processor may take what was divided by for zero."""
+        return state if abs(by) >= self.smallest_divisor else replace(state, rounding=torch.full_like(state.rounding, math.inf))
 
     def finite(self, state: State, largest: Tensor | None = None) -> State:
         """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""

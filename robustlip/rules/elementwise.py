@@ -25,10 +25,10 @@ FUNCTION_ULPS = 64
 
 @register(nn.ReLU)
 class ReLURule(Rule):
-    """|relu'| ≤ 1, relu(0) = 0, and comparing with 0 is exact in every dtype."""
+    """|relu'| ≤ 1, relu(0) = 0, and comparing with 0 is exact in every dtype, but for subnormals."""
 
     def step(self, layer: nn.ReLU, state: State, context: Context) -> State:
-        return state
+        return replace(state, rounding=state.rounding + state.width**0.5 * context.flushed)
 
 
 @register(nn.Tanh)
@@ -51,7 +51,7 @@ class GELURule(Rule):
         # The tanh form cubes its argument: x³ must not overflow. finite() sees the cube where it is computed.
         cube = state.norm**3 if layer.approximate == "tanh" else state.norm
         behind = replace(state, norm=state.norm / divisor + fresh, change=slope * state.change, rounding=slope * state.rounding + fresh)
-        return context.finite(behind, cube)
+        return context.divided(context.finite(behind, cube), divisor)
 
 
 @register(nn.Sigmoid)
@@ -102,7 +102,8 @@ class NormalizeRule(Rule):
         if sizes - {channels}:
             # Broadcasting would make one channel into several, each with its own share of the change.
             raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
-        gain = context.constant(layer, "gain", lambda: 1 / float(std.double().abs().min()) * (1 + 1e-15))
+        smallest = context.constant(layer, "smallest", lambda: float(std.double().abs().min()))
+        gain = 1 / smallest * (1 + 1e-15)
         # One mean per channel, subtracted from every number of the channel: at most √(numbers)·max|mean| in ℓ2.
         shift = context.constant(layer, "shift", lambda: float(norm_up(mean.abs().amax().expand(1), 0)))
         reach = state.norm + shift * state.width**0.5 * state.tokens**0.5
@@ -110,4 +111,4 @@ class NormalizeRule(Rule):
         behind = replace(
             state, norm=gain * reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh
         )
-        return context.finite(behind)
+        return context.divided(context.finite(behind), smallest)

@@ -63,7 +63,8 @@ class LayerNormRule(Rule):
         # Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and
         # LeVeque 1983), so 1/s by a relative ½D·u(1 + |μ|/(2√eps)) since √v/(v + eps) ≤ 1/(2√eps); twice that here, |μ| ≤ ‖x‖/√D.
         g = context.gamma(2 * width + 16)
-        relative = g * (1 + state.norm / (2 * math.sqrt(width * eps)))
+        # Squares that vanish (torch sums them in float32 at least) move s² by a tiny/eps.
+        relative = g * (1 + state.norm / (2 * math.sqrt(width * eps))) + 2 * TINY[torch.float32] / eps
         # The first-order form holds while the variance keeps its size; beyond, its square root may be of anything.
         relative = torch.where(relative < 1, relative, torch.full_like(relative, math.inf))
         fresh = g * state.norm * gain * (1 + relative) + (relative + 8 * context.unit) * norm + math.sqrt(width) * context.tiny
@@ -82,7 +83,7 @@ class RMSNormRule(Rule):
         scale = context.constant(layer, "scale", lambda: largest_gain(layer))
         gain = scale / math.sqrt(eps) * (1 + 1e-15)
         norm = torch.minimum(gain * state.norm, torch.full_like(state.norm, scale * math.sqrt(width) * (1 + 1e-15)))
-        # Every factor is off by a few u, the mean of squares by γ_D; squares that vanish (torch sums them in float32 at least) move s² by a tiny/eps.
+        # Every factor is off by a few u, the mean of squares by γ_D; squares that vanish as in LayerNorm.
         relative = context.gamma(2 * width + 16) + 2 * TINY[torch.float32] / eps
         if relative >= 1:
             relative = math.inf
@@ -129,6 +130,7 @@ class BatchNormRule(Rule):
         relative = context.gamma(16) + 2 * context.tiny / variance
         relative = relative if relative < 1 else math.inf
         fresh = relative * reach + 4 * math.sqrt(state.width) * context.tiny * (1 + gain) * (1 + mean + state.norm)
+        fresh = fresh + math.sqrt(state.width) * (state.norm + mean) / math.sqrt(variance) * context.flushed  # a subnormal γ
         fresh = torch.where(fresh.isnan(), torch.full_like(fresh, math.inf), fresh)
         behind = replace(state, norm=reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.finite(behind, (state.norm + mean) * (1 + gain) / math.sqrt(min(1.0, variance)))

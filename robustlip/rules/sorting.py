@@ -10,10 +10,10 @@ from robustlip.rules.base import Context, Rule, State, register
 
 @register(GroupSort, MaxMin)
 class SortRule(Rule):
-    """Sorting moves no two vectors apart in any ℓp norm (rearrangement inequality), keeps the norm, and rounds nothing."""
+    """Sorting moves no two vectors apart in any ℓp norm (rearrangement inequality), keeps the norm, and rounds nothing but subnormals."""
 
     def step(self, layer: GroupSort | MaxMin, state: State, context: Context) -> State:
-        return state
+        return replace(state, rounding=state.rounding + state.width**0.5 * context.flushed)
 
 
 @register(Householder)

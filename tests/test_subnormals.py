@@ -1,0 +1,156 @@
+"""Processors may take subnormal numbers for zero, as operands and as results: what every rule allows for rounding covers both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from robustlip.errors import BadInput
+from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Residual, ScaledGELU
+from robustlip.local.base import Scope
+from robustlip.local.structure import ChainExpansion
+from robustlip.rules import Context, State, rule_for
+
+SMALL = 1e-39  # subnormal in float32 and bfloat16
+
+
+def flushed(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The layer's output where the processor takes subnormal numbers for zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        with torch.no_grad():
+            return layer(x)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def diagonal(layer: nn.Linear, value: float) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(*layer.weight.shape) * value)
+
+
+def linear(value: float) -> nn.Linear:
+    layer = nn.Linear(4, 4, bias=False)
+    diagonal(layer, value)
+    return layer
+
+
+def attention(value: float, output: float, *, logits: float = 0.0, **options: float) -> Attention:
+    layer = Attention(4, 1, rope=False, **{"output_scale": 1.0, **options})  # type: ignore[arg-type]
+    for name, size in {"query": logits, "key": logits, "value": value, "output": output}.items():
+        diagonal(getattr(layer, name), size)
+    return layer
+
+
+def normalising(kind: type[nn.LayerNorm] | type[nn.RMSNorm], gain: float, eps: float) -> nn.Module:
+    layer = kind(4, eps=eps)
+    nn.init.constant_(layer.weight, gain)
+    return layer
+
+
+def householder(angle: float) -> Householder:
+    layer = Householder(4)
+    nn.init.constant_(layer.angle, angle)
+    return layer
+
+
+def batchnorm(gain: float, variance: float, eps: float) -> nn.BatchNorm1d:
+    layer = nn.BatchNorm1d(4, eps=eps)
+    nn.init.constant_(layer.weight, gain)
+    assert layer.running_var is not None
+    nn.init.constant_(layer.running_var, variance)
+    return layer
+
+
+def convolution(value: float) -> nn.Conv2d:
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+BIG = 2.0**100
+# name → (layer, the one number of the input that is not 0). In each a subnormal operand makes an ordinary number.
+CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "linear-input": (lambda: linear(BIG), SMALL),
+    "linear-weight": (lambda: linear(SMALL), BIG),
+    "attention-token": (lambda: attention(BIG, 1.0), SMALL),
+    "attention-value": (lambda: attention(SMALL, 1.0), BIG),
+    "attention-output": (lambda: attention(BIG, SMALL), 1.0),
+    "attention-mixed": (lambda: attention(2.0**-64, BIG), 2.0**-64),
+    "attention-factor": (lambda: attention(2.0**50, 2.0**50, output_scale=SMALL), 1.0),
+    "attention-scale": (lambda: attention(1.0, 1.0, logits=1.0, scale=SMALL), 2.0**62),
+    "residual-skip": (lambda: Residual(linear(1.0), skip=SMALL, weight=0.0), BIG),
+    "residual-weight": (lambda: Residual(linear(1.0), skip=0.0, weight=SMALL), BIG),
+    "residual-input": (lambda: Residual(linear(1.0), skip=BIG, weight=0.0), SMALL),
+    "residual-branch": (lambda: Residual(linear(1.0), skip=0.0, weight=BIG), SMALL),
+    "layernorm-input": (lambda: normalising(nn.LayerNorm, 1.0, 1e-24), SMALL),
+    "rmsnorm-input": (lambda: normalising(nn.RMSNorm, 1.0, 1e-24), SMALL),
+    "layernorm-eps": (lambda: normalising(nn.LayerNorm, 1.0, SMALL), 1e-25),
+    "rmsnorm-eps": (lambda: normalising(nn.RMSNorm, 1.0, SMALL), 1e-25),
+    "gelu-input": (lambda: ScaledGELU(2.0**-100), SMALL),
+    "gelu-divisor": (lambda: ScaledGELU(SMALL), 1e-20),
+    "normalize-input": (lambda: Normalize([0.0], [2.0**-100]), SMALL),
+    "normalize-mean": (lambda: Normalize([SMALL], [2.0**-100]), 1.0),
+    "normalize-std": (lambda: Normalize([0.0], [SMALL]), 1e-20),
+    "relu": (nn.ReLU, SMALL),
+    "maxmin": (MaxMin, SMALL),
+    "groupsort": (GroupSort, SMALL),
+    "householder-input": (lambda: Householder(4), SMALL),
+    "householder-angle": (lambda: householder(SMALL), BIG),
+    "positions": (lambda: AddPositions(2, 4), SMALL),
+    "mean": (MeanTokens, SMALL),
+    "vector-batchnorm-input": (lambda: batchnorm(1.0, 2.0**-80, 0.0), SMALL),
+    "vector-batchnorm-gain": (lambda: batchnorm(SMALL, 2.0**-80, 0.0), 2.0**60),
+    "vector-batchnorm-variance": (lambda: batchnorm(1.0, SMALL, SMALL), 1e-25),
+    "image-conv-input": (lambda: convolution(BIG), SMALL),
+    "image-conv-weight": (lambda: convolution(SMALL), BIG),
+}
+
+
+NOT_LOCAL = {"maxmin", "groupsort", "householder-input", "householder-angle"}  # no expansions of these
+
+
+def case(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """(layer in float32, an input of one sample, how far its execution is from exact in ℓ2: of the token, or of the image)."""
+    make, size = CASES[name]
+    layer = make().eval()
+    x = torch.zeros(*({"image": (1, 1, 2, 2), "vector": (1, 4)}.get(name.split("-")[0], (1, 2, 4))))
+    x.flatten()[{"householder-angle": 2}.get(name, 0)] = size
+    with torch.no_grad():
+        exact = layer.double()(x.double())
+        layer.float()
+        found = flushed(layer, x)
+        off = torch.maximum((found.double() - exact).abs(), (layer(x).double() - exact).abs()).nan_to_num(math.inf, math.inf)
+    return layer, x, off.flatten().norm() if name.startswith("image") else off.norm(dim=-1).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules_count_subnormal_operands(name: str) -> None:
+    layer, x, off = case(name)
+    norm = x.double().norm().reshape(1)
+    zero = torch.zeros_like(norm)
+    sizes = {"image": (1, 4, (1, 2, 2)), "vector": (1, 4, None)}.get(name.split("-")[0], (2, 4, None))
+    state = State(norm, zero, zero, "l2", *sizes)
+    try:
+        after = rule_for(layer).step(layer, state, Context(torch.float32, {}))
+    except BadInput:
+        return  # refused: nothing is claimed
+    assert off > 0
+    assert float(after.rounding) >= float(off)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("image", "vector")) and name not in NOT_LOCAL])
+def test_expansions_count_subnormal_operands(name: str) -> None:
+    layer, x, off = case(name)
+    try:
+        expansion = ChainExpansion([layer.double()], x.double(), Scope(Context(torch.float32, {})))
+    except BadInput:
+        return
+    zero = torch.zeros(1, x.shape[1], dtype=torch.float64)
+    radius, _ = expansion.advance(zero, zero, None)
+    assert float(radius.max()) >= float(off)
