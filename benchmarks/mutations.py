@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS = (
-    f"tests/test_{name}.py" for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints")
+RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS = (
+    f"tests/test_{name}.py"
+    for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals")
 )
 
 
@@ -54,6 +55,30 @@ MUTATIONS = [
     Mutation("subnormal tokens not counted in attention (local)", AT_ATTENTION,
              "(frobenius + math.sqrt(d) * norm) * self.scope.flushed", "math.sqrt(d) * norm * self.scope.flushed",
              f"{CERTIFY} -k 'subnormal_tokens and local'"),
+    Mutation("subnormal weights of a matrix not counted", LINEAR,
+             "norm * context.flushed", "0 * context.flushed", f"{SUBNORMALS} -k 'rules and linear-weight'"),
+    Mutation("a subnormal factor of attention not counted", ATTENTION,
+             "+ join_heads(output_columns, whole, value_norm)) * context.flushed", ") * context.flushed",
+             f"{SUBNORMALS} -k 'rules and attention-factor'"),
+    Mutation("an attention scale that counts for zero", ATTENTION,
+             "return context.divided(context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0)), scale)",
+             "return context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0))",
+             f"{SUBNORMALS} -k 'rules and attention-scale'"),
+    Mutation("a subnormal scalar of a residual not counted", STRUCTURE,
+             "(root * (skip + weight) + state.norm + branch.norm) * context.flushed", "root * (skip + weight) * context.flushed",
+             f"{SUBNORMALS} -k 'rules and residual'"),
+    Mutation("a subnormal scalar of a residual not counted (local)", AT_STRUCTURE,
+             "(root * (skip + weight) + (self.norm + radius) + (self.branch_norm + inner)) * self.scope.flushed",
+             "root * (skip + weight) * self.scope.flushed", f"{SUBNORMALS} -k 'expansions and residual'"),
+    Mutation("LayerNorm's squares that vanish not counted", NORMALIZATION,
+             "(1 + state.norm / (2 * math.sqrt(width * eps))) + 2 * TINY[torch.float32] / eps", "(1 + state.norm / (2 * math.sqrt(width * eps)))",
+             f"{SUBNORMALS} -k 'rules and layernorm'"),
+    Mutation("a divisor that counts for zero", ELEMENTWISE,
+             "context.divided(context.finite(behind, cube), divisor)", "context.finite(behind, cube)", f"{SUBNORMALS} -k 'rules and gelu'"),
+    Mutation("subnormal tokens of LayerNorm and RMSNorm not counted", NORMALIZATION,
+             "2 * math.sqrt(width) * (gain + state.norm / math.sqrt(eps)) * context.flushed", "0", f"{SUBNORMALS} -k 'rules and rmsnorm'"),
+    Mutation("a subnormal scale of batch norm not counted", NORMALIZATION,
+             "math.sqrt(state.width) * (state.norm + mean) / math.sqrt(variance) * context.flushed", "0", f"{SUBNORMALS} -k 'rules and batchnorm'"),
     Mutation("heads share the whole matrix's norm evenly (published formula, √H)", ATTENTION,
              "sigma = {n: spectral_norm_bound(w).cpu() for n, w in slices.items()}",
              "sigma = {n: spectral_norm_bound(w.flatten(0, 1)).cpu().expand(h) / h**0.5 for n, w in slices.items()}",
