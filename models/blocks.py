@@ -8,8 +8,9 @@ from collections import OrderedDict
 from torch import nn
 
 from robustlip.errors import BadInput
-from robustlip.layers import Attention, Residual, ScaledGELU
+from robustlip.layers import Attention, MaxMin, Residual, ScaledGELU
 
+ACTIVATIONS = ("gelu", "maxmin")
 GELU_FORMS = {"erf": "none", "tanh": "tanh"}  # our name: torch's
 NORM_EPS = 1e-5  # of the published code
 
@@ -40,29 +41,36 @@ def lipschitz_blocks(
     distance_bias: int = 0,
     gelu: str = "erf",
     norm: str = "none",
+    activation: str = "gelu",
+    mlp_alpha: float | None = None,
+    distance_peaks: float = 0.0,
 ) -> OrderedDict[str, nn.Module]:
     """`blocks` pairs of convex residuals (Newhouse et al. 2025, section 3): attention/3, then W_out·gelu(W_in x)/1.1289. No norm, no bias.
 
     alpha: residual weight, 1/(2·blocks) unless given (one over the number of residual connections).
-    distance_bias: see Attention, 0 for the paper's. hidden: MLP width, 4·width unless given.
+    distance_bias, distance_peaks: see Attention, 0 for the paper's. hidden: MLP width, 4·width unless given.
+    activation: 'gelu', or 'maxmin' in the place of gelu/1.1289, which keeps norms. mlp_alpha: residual weight of the MLPs, alpha unless given.
     gelu: 'erf', or 'tanh', the form that the published code runs. norm: what stands in front of each branch, see `substitute`.
     """
     if gelu not in GELU_FORMS:
         raise BadInput(f"expected a GELU among {', '.join(GELU_FORMS)}, got {gelu!r}; name one of them")
+    if activation not in ACTIVATIONS:
+        raise BadInput(f"expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}; name one of them")
     if blocks < 1:
         raise BadInput(f"expected at least one block, got {blocks}; give blocks >= 1")
     alpha = 1 / (2 * blocks) if alpha is None else alpha
     hidden = 4 * width if hidden is None else hidden
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(blocks):
-        attention: nn.Module = Attention(width, heads, scale=scale, causal=causal, distance_bias=distance_bias)
-        parts = OrderedDict[str, nn.Module](up=nn.Linear(width, hidden, bias=False), act=ScaledGELU(approximate=GELU_FORMS[gelu]))
+        attention: nn.Module = Attention(width, heads, scale=scale, causal=causal, distance_bias=distance_bias, distance_peaks=distance_peaks)
+        act = MaxMin() if activation == "maxmin" else ScaledGELU(approximate=GELU_FORMS[gelu])
+        parts = OrderedDict[str, nn.Module](up=nn.Linear(width, hidden, bias=False), act=act)
         parts["down"] = nn.Linear(hidden, width, bias=False)
         if norm != "none":
             attention = nn.Sequential(OrderedDict(norm=substitute(norm, width), attention=attention))
             parts = OrderedDict(norm=substitute(norm, width)) | parts
         layers[f"attn{i}"] = Residual.convex(attention, alpha)
-        layers[f"mlp{i}"] = Residual.convex(nn.Sequential(parts), alpha)
+        layers[f"mlp{i}"] = Residual.convex(nn.Sequential(parts), alpha if mlp_alpha is None else mlp_alpha)
     return layers
 
 

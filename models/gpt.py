@@ -56,7 +56,8 @@ class LipschitzGPT(GPT):
 
     vocabulary: the characters of ids 0, 1, …; or vocabulary_size: how many ids a tokenizer of subwords has, or more (rounded up for speed).
     attention_scale s: logits are s·q·k/d (the paper: 1). alpha: residual weight, 1/(2·blocks) unless given.
-    distance_bias: 0 is the paper's model; M > 0 adds a learned bias by distance to the logits, free in the bound (see Attention).
+    distance_bias: 0 is the paper's model; M > 0 adds a learned bias by distance to the logits, free in the bound; distance_peaks: see Attention.
+    activation 'maxmin' and mlp_alpha 1 make MLPs that keep norms, so that little of a small bound is lost (see lipschitz_blocks).
     The rest are options of the published code: gelu 'erf' or 'tanh' (what it runs), norm in front of each branch ('none', 'tanh',
     'rmsnorm', 'layernorm'; see blocks.substitute), final_scale: logits are final_scale·head(x), and as much enters the bound.
     Its embedding and unembedding are two tables, not tied, and unscaled; their variants differ in training only.
@@ -74,6 +75,9 @@ class LipschitzGPT(GPT):
         distance_bias: int = 0,
         gelu: str = "erf",
         norm: str = "none",
+        activation: str = "gelu",
+        mlp_alpha: float | None = None,
+        distance_peaks: float = 0.0,
         final_scale: float = 1.0,
         vocabulary_size: int | None = None,
     ) -> None:
@@ -82,7 +86,10 @@ class LipschitzGPT(GPT):
             raise BadInput(f"expected a final scale above 0, got {final_scale}; the paper uses 1")
         layers: OrderedDict[str, nn.Module] = OrderedDict(embed_tokens=nn.Embedding(size, width))
         layers.update(
-            lipschitz_blocks(width, heads, blocks, scale=attention_scale, causal=True, alpha=alpha, distance_bias=distance_bias, gelu=gelu, norm=norm)
+            lipschitz_blocks(
+                width, heads, blocks, scale=attention_scale, causal=True, alpha=alpha, distance_bias=distance_bias, gelu=gelu, norm=norm,
+                activation=activation, mlp_alpha=mlp_alpha, distance_peaks=distance_peaks,
+            )
         )
         if final_scale != 1.0:
             # In front of the head, which is linear: margins are read off the rows of a last Linear.
@@ -94,4 +101,5 @@ class LipschitzGPT(GPT):
         self.config |= {"attention_scale": attention_scale, "distance_bias": distance_bias} | ({} if alpha is None else {"alpha": alpha})
         # Keys of these only where they differ: the configurations of models made before they existed stay as they were.
         chosen = {"gelu": (gelu, "erf"), "norm": (norm, "none"), "final_scale": (final_scale, 1.0)}
+        chosen |= {"activation": (activation, "gelu"), "mlp_alpha": (mlp_alpha, None), "distance_peaks": (distance_peaks, 0.0)}
         self.config |= {key: value for key, (value, default) in chosen.items() if value != default}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +35,7 @@ class Attention(nn.Module):
     causal: token i sees tokens j ≤ i only. output_scale: the paper's 1/3.
     distance_bias M > 0 adds a learned b[h, min(|i − j|, M − 1)] to the logits (Press et al. 2022, ALiBi, with its slopes as the start).
     It does not depend on the input, so heads can look at near tokens without any cost in the Lipschitz bound. 0 is the paper's layer.
+    distance_peaks p > 0 starts it from −p·||i − j| − h − 1| instead, head h at the token h + 1 behind: heads that start at their own token stay.
     Source: Newhouse et al. 2025, section 3.
     """
 
@@ -46,6 +49,7 @@ class Attention(nn.Module):
         rope: bool = True,
         output_scale: float = 1 / 3,
         distance_bias: int = 0,
+        distance_peaks: float = 0.0,
     ) -> None:
         super().__init__()
         if heads < 1 or width % heads:
@@ -54,6 +58,8 @@ class Attention(nn.Module):
             raise BadInput(f"expected an even head width with rotary positions, got {width // heads}; use fewer heads or rope=False")
         if not scale > 0:
             raise BadInput(f"expected an attention scale above 0, got {scale}; the paper uses 1")
+        if not (math.isfinite(distance_peaks) and distance_peaks >= 0) or (distance_peaks and not distance_bias):
+            raise BadInput(f"expected distance_peaks of at least 0, with a distance_bias, got {distance_peaks}; 2 is sharp, 0 leaves the slopes")
         self.width, self.heads, self.head_width = width, heads, width // heads
         self.scale, self.causal, self.rope, self.output_scale = float(scale), causal, rope, float(output_scale)
         self.query = nn.Linear(width, width, bias=False)
@@ -62,8 +68,8 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
         self.distance_bias: nn.Parameter | None = None
         if distance_bias:
-            slopes = 2.0 ** -torch.arange(heads, dtype=torch.float32)
-            self.distance_bias = nn.Parameter(-slopes[:, None] * torch.arange(distance_bias))
+            head, distance = torch.arange(heads, dtype=torch.float32)[:, None], torch.arange(distance_bias)
+            self.distance_bias = nn.Parameter(-distance_peaks * (distance - head - 1).abs() if distance_peaks else -(2.0**-head) * distance)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(N, T, D) → (N, H, T, d)."""
