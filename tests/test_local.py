@@ -26,10 +26,11 @@ from robustlip.certifiers.dual import REACHES, Rivals, _longest, alone, at_posit
 from robustlip.certifiers.local import reference_of, search
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
+from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, linear, loss
 from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
-from robustlip.local.linear import ElementwiseExpansion, elementwise
+from robustlip.local.elementwise import ElementwiseExpansion, elementwise
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
@@ -78,8 +79,8 @@ def vector(build: Callable[[], nn.Module], space: str = "l2", n: int = D) -> Cas
     return Case(build, (n,), space, whole=True)
 
 
-def fused(activation: Callable[[], nn.Module], gain: float = 2.0) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(scaled(nn.Linear(D, 11), gain), activation())
+def fused(activation: Callable[[], nn.Module], gain: float = 2.0, width: int = 11) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(scaled(nn.Linear(D, width), gain), activation())
 
 
 IMAGE = (2, 4, 4)
@@ -123,6 +124,13 @@ CASES = {
         IMAGE, "linf", whole=True,
     ),
     "patches-l2": Case(lambda: nn.Sequential(Patchify(2), nn.Linear(8, D), nn.GELU(), MeanTokens(), nn.Linear(D, 3)), IMAGE, whole=True),
+    "maxmin": Case(MaxMin), "groupsort": Case(GroupSort), "householder": Case(lambda: drawn(Householder(D), -7, 7)),
+    "linear-maxmin": Case(fused(MaxMin, width=12)), "linear-maxmin-steep": Case(fused(MaxMin, 20.0, width=12)),
+    "linear-groupsort": Case(fused(GroupSort, width=12)), "linear-householder": Case(fused(lambda: drawn(Householder(12), -7, 7), width=12)),
+    "linear-maxmin-linf": vector(fused(MaxMin, width=12), "linf"), "linear-maxmin-l1": vector(fused(MaxMin, width=12), "l1"),
+    "maxmin-linf": vector(MaxMin, "linf"),
+    "mlp-maxmin": Case(lambda: nn.Sequential(scaled(nn.Linear(D, 32, bias=False), 3.0), MaxMin(), nn.Linear(32, D, bias=False))),
+    "blocks-maxmin": Case(lambda: gpt_blocks(False, MaxMin)),
     "blocks": Case(gpt_blocks), "blocks-relu": Case(lambda: gpt_blocks(False, nn.ReLU)),
 }  # fmt: skip
 

@@ -275,35 +275,37 @@ def rows_of(x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
 
 
 Expand = Callable[[Any, Tensor, Scope], Expansion]
-_EXPANSIONS: dict[type, Expand] = {}
+_EXPANSIONS: dict[type, tuple[Expand, Callable[[Any], bool]]] = {}
 
 
-def register(*layers: type) -> Callable[[Expand], Expand]:
-    """Class or function decorator: this makes the expansion of exactly these layer classes, from (layer, clean (N, T, D), scope)."""
+def register(*layers: type, when: Callable[[Any], bool] = lambda layer: True) -> Callable[[Expand], Expand]:
+    """Class or function decorator: this makes the expansion of exactly these layer classes, from (layer, clean (N, T, D), scope).
+
+    when: of which layers among them, all unless given.
+    """
 
     def add(make: Expand) -> Expand:
         for layer in layers:
-            _EXPANSIONS[layer] = make
+            _EXPANSIONS[layer] = make, when
         return make
 
     return add
 
 
 def unsupported(layer: nn.Module) -> str:
-    """'' when the layer itself can be expanded, otherwise its class name."""
-    return "" if type(layer) in _EXPANSIONS else type(layer).__name__
+    """'' when the layer itself can be expanded, otherwise its class name, with its options where those are what is not covered."""
+    if type(layer) not in _EXPANSIONS:
+        return type(layer).__name__
+    return "" if _EXPANSIONS[type(layer)][1](layer) else str(layer)
 
 
 def expand(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     """The expansion of one layer. Raises UnsupportedLayer for a class without one, or one that has no rule, or carries hooks."""
     rule_for(layer)
-    make = _EXPANSIONS.get(type(layer))
-    if make is None:
+    if name := unsupported(layer):
         known = ", ".join(sorted(t.__name__ for t in _EXPANSIONS))
-        raise UnsupportedLayer(
-            f"expected layers with a local expansion ({known}), got {type(layer).__name__}; use method='global', or add an expansion"
-        )
-    return make(layer, clean, scope)
+        raise UnsupportedLayer(f"expected layers with a local expansion ({known}), got {name}; use method='global', or add an expansion")
+    return _EXPANSIONS[type(layer)][0](layer, clean, scope)
 
 
 def token_norms(g: Tensor) -> Tensor:

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, expand, register, rows_of, token_norms
-from robustlip.local.linear import ELEMENTWISE, ElementwiseExpansion
+from robustlip.local.elementwise import ELEMENTWISE, ElementwiseExpansion
+from robustlip.local.neurons import Neurons
+from robustlip.local.sorting import REFLECTIONS, ReflectionExpansion
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 
+# Functions of single neurons, which are expanded with the Linear layer in front of them.
+_BENDING: dict[type, type[Neurons]] = dict.fromkeys(ELEMENTWISE, ElementwiseExpansion) | dict.fromkeys(REFLECTIONS, ReflectionExpansion)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
 _ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *_DROPOUT)
@@ -58,7 +62,7 @@ def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
 
 
 class ChainExpansion(Expansion):
-    """Layers one after the other; a Linear and the elementwise function behind it are expanded together."""
+    """Layers one after the other; a Linear and the function of its neurons behind it are expanded together."""
 
     way_lost: Tensor | None = None
 
@@ -80,10 +84,10 @@ class ChainExpansion(Expansion):
                 self.parts.append(ToL2(clean, space))
                 space = "l2"
             here = Scope(scope.context, space, whole)
-            if type(layer) is nn.Linear and following is not None and type(following) in ELEMENTWISE:
-                expand(following, clean[:1], here)  # refuses hooks and unknown classes
-                expand(layer, clean[:1], here)
-                part: Expansion = ElementwiseExpansion(following, clean, here, layer)
+            bends = _BENDING.get(type(following))
+            if type(layer) is nn.Linear and following is not None and bends is not None:
+                expand(following, expand(layer, clean[:1], here).clean, Scope(scope.context))  # refuses hooks and unknown classes
+                part: Expansion = bends(following, clean, here, layer)
                 i += 1
             else:
                 part = expand(layer, clean, here)
