@@ -42,10 +42,24 @@ CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/rules
 AT_ATTENTION, AT_LINEAR, AT_NORMALIZATION, AT_STRUCTURE, AT_JACOBIAN = (
     f"robustlip/local/{name}.py" for name in ("attention", "linear", "normalization", "structure", "jacobian")
 )
-AT_BASE = "robustlip/local/base.py"
+AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/local/{name}.py" for name in ("base", "crossing", "sorting"))
 BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
 
 MUTATIONS = [
+    Mutation("what crosses a kink counted once, not twice", AT_CROSSING,
+             "return 2 * (1 + 1e-12) * (self.each", "return (1 + 1e-12) * (self.each", f"{LOCAL} -k 'never_exceeded and linear-maxmin'"),
+    Mutation("kinks together counted once, not twice", AT_CROSSING,
+             "together = 2 * bound.share()", "together = bound.share()", f"{LOCAL} -k 'forms_of_kinks'"),
+    Mutation("forms of kinks without their constants", AT_CROSSING,
+             ".square() + self.forms.constant", ".square()", f"{LOCAL} -k 'forms_of_kinks'"),
+    Mutation("forms of kinks without what is not linear in the change", AT_CROSSING,
+             "+ self.forms.peak.sqrt() * bound.fresh)", ")", f"{LOCAL} -k 'forms_of_kinks'"),
+    Mutation("forms of kinks with τ below twice the distance", AT_CROSSING,
+             "torch.maximum(2 * near, radius", "torch.maximum(near, radius", f"{LOCAL} -k 'forms_of_kinks'"),
+    Mutation("kinks against the wrong sign of the margin", AT_SORTING,
+             "else (size - omega) / 2", "else (size + omega) / 2", f"{LOCAL} -k 'never_exceeded and maxmin'"),
+    Mutation("kinks with one sign where both count", AT_SORTING,
+             "size if two_sided else", "(size - omega) / 2 if two_sided else", f"{LOCAL} -k 'both_signs and maxmin or know_of'"),
     Mutation("subnormal inputs of the head not counted (local)", BY_LOCAL,
              "math.sqrt(width) * (row + reach) * context.flushed", "math.sqrt(width) * reach * context.flushed",
              f"{CERTIFY} -k 'subnormal_operands and local and input'"),

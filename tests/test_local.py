@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -30,6 +31,7 @@ from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, linear, loss
 from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
+from robustlip.local.crossing import TOKENS, Crossing
 from robustlip.local.elementwise import ElementwiseExpansion, elementwise
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.rules import Context
@@ -413,7 +415,7 @@ def test_a_remainder_reaches_all_layers_behind(monkeypatch) -> None:
         clean, moved = part(clean), part(moved)
 
 
-@pytest.mark.parametrize("activation", [nn.GELU(), ScaledGELU(0.7), nn.Tanh(), nn.ReLU()])
+@pytest.mark.parametrize("activation", [nn.GELU(), ScaledGELU(0.7), nn.Tanh(), nn.ReLU(), MaxMin(), GroupSort(), Householder(D)])
 def test_neurons_of_single_tokens_bend_one_way(activation) -> None:
     """Where every neuron has a curvature of its own, which counts with its sign: adjoints are turned against what was found."""
     torch.manual_seed(4)
@@ -494,6 +496,48 @@ def test_quadratic_forms_count_only_for_curvatures_they_were_made_of() -> None:
     assert torch.isinf(huge.forms.largest).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_forms_of_kinks_hold_at_their_worst_change(seed) -> None:
+    """Against Σω⁻2(|WΔ + e| − a)⁺ itself, by gradient ascent on Δ and e, at the radius that τ was chosen for, below it and beyond."""
+    torch.manual_seed(seed)
+    adjoints, count, tokens, n = 5, 3, 8, 24
+    falling = (torch.randn(adjoints, count, tokens, n, dtype=torch.float64) * torch.rand(adjoints, count, tokens, 1)).clamp_min(0)
+    rows = torch.randn(n, D, dtype=torch.float64) / math.sqrt(D)
+    near = torch.rand(count, tokens, n, dtype=torch.float64) * torch.randint(2, (count, tokens, n))
+    moved, fresh = torch.rand(count, tokens, dtype=torch.float64) + 0.1, 0.05 * torch.rand(count, tokens, dtype=torch.float64)
+    sigma = torch.linalg.matrix_norm(rows, 2)
+
+    def bound_at(factor: float) -> Crossing:
+        each = rows.norm(dim=-1) * (factor * moved)[..., None] + fresh[..., None]
+        return Crossing(None, None, near, each, sigma * factor * moved + fresh, rows, factor * moved, fresh)
+
+    weight = Crossing(falling)
+    chosen = torch.arange(3)[:, None].expand(3, count)
+    sharp = weight.formed(bound_at(1.0), chosen, 0)
+    assert sharp.forms is not None and not torch.isfinite(sharp.forms.largest[3:]).any()
+    made = torch.isfinite(sharp.forms.largest[:3]).sum(-1)
+    assert (made <= TOKENS).all() and (made > 2).all()  # not at the two that matter least
+    for factor in (0.3, 1.0, 2.5):
+        bound = bound_at(factor)
+        plain, formed = weight.by_token(bound), sharp.by_token(bound)
+        assert (formed <= plain).all() and (factor != 1.0 or float((formed[:3] / plain[:3]).median()) < 0.8)
+        delta = torch.randn(adjoints, count, tokens, 1, D, dtype=torch.float64).repeat(1, 1, 1, 6, 1).requires_grad_()
+        delta.data += torch.randn(delta.shape, dtype=torch.float64)
+        e = torch.randn(adjoints, count, tokens, 6, n, dtype=torch.float64).requires_grad_()
+        optimizer = torch.optim.Adam([delta, e], lr=0.1)
+        for _ in range(60):
+            p = into(delta, (factor * moved)[..., None], "l2") @ rows.mT + into(e, fresh[..., None], "l2")
+            lost = (falling.unsqueeze(3) * 2 * (p.abs() - near.unsqueeze(2)).clamp_min(0)).sum(-1).amax(-1)
+            assert (lost <= formed * (1 + 1e-9) + 1e-12).all()
+            optimizer.zero_grad()
+            (-lost.sum()).backward()
+            optimizer.step()
+        tight = (lost / formed)[:3][torch.isfinite(sharp.forms.largest[:3])]
+        assert factor != 1.0 or float(tight.median()) > 0.6
+    picked_out = sharp.picked(chosen)
+    assert picked_out.falling is not None and torch.equal(picked_out.falling, falling[:3])
+
+
 def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     """The contested ones are all that the full bounds leave open, in every sample; and what is proved afterwards stays below the reach."""
     torch.manual_seed(3)
@@ -524,7 +568,7 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     assert (sharp >= radius * (1 - 0.04)).all() and (sharp <= reach * radius * (1 + 1e-9)).all() and (sharp > 1.02 * radius).any()
 
 
-@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU, MaxMin])
 def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activation, monkeypatch) -> None:
     """Radii through exact Jacobians, and |⟨c, Δ⟩| of the logits that a later attention follows back, by gradient ascent on the token that moves."""
     torch.manual_seed(2)
@@ -837,9 +881,12 @@ def tiny(kind: str, seed: int, gain: float = 2.0, dtype: torch.dtype = torch.flo
     torch.manual_seed(seed)
     x: Tensor
     if kind.startswith("mlp"):
-        model, x = LipschitzMLP([6, 12, 9, 4], kind.removeprefix("mlp-"), mean=0.5, std=0.4), torch.rand(6, 6)
+        model, x = LipschitzMLP([6, 12, 10 if kind == "mlp-maxmin" else 9, 4], kind.removeprefix("mlp-"), mean=0.5, std=0.4), torch.rand(6, 6)
     elif kind == "gpt":
         model, x = LipschitzGPT("abcdefg", 8, 2, 1, attention_scale=2.0, distance_bias=3), torch.randint(7, (5, 4))
+    elif kind == "gpt-maxmin":
+        options: dict[str, Any] = {"activation": "maxmin", "mlp_alpha": 0.8, "distance_bias": 3, "distance_peaks": 1.0}
+        model, x = LipschitzGPT("abcdefg", 8, 2, 1, attention_scale=2.0, **options), torch.randint(7, (5, 4))
     elif kind == "gpt-baseline":
         model, x = BaselineGPT("abcdefg", 8, 2, 1), torch.randint(7, (5, 4))
     else:
@@ -857,6 +904,8 @@ ATTACKED = [
     ("gpt-baseline", "embedding-fro"), ("transformer", "l2"), ("transformer", "linf"), ("transformer", "l1"), ("transformer", "embedding-l2@0,3"),
     ("transformer", "embedding-l2"), ("mlp-relu", "weights-spectral"), ("mlp-tanh", "weights-frobenius-absolute"), ("gpt", "weights-spectral"),
     ("gpt", "weights-frobenius"), ("transformer", "weights-spectral-absolute"), ("gpt-baseline", "weights-frobenius"),
+    ("mlp-maxmin", "l2"), ("mlp-maxmin", "linf"), ("mlp-maxmin", "weights-spectral"), ("gpt-maxmin", "embedding-l2"),
+    ("gpt-maxmin", "embedding-l2@-1"), ("gpt-maxmin", "embedding-l2@1"), ("gpt-maxmin", "embedding-fro"), ("gpt-maxmin", "weights-spectral"),
 ]  # fmt: skip
 
 QUICK = MinimumRadius(attack=PGD(steps=8, restarts=1, size=0.5), steps=3, descent=40)
@@ -877,7 +926,7 @@ def test_no_attack_succeeds_inside_a_certified_radius(kind, name) -> None:
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-@pytest.mark.parametrize("kind", ["mlp-relu", "mlp-scaled-gelu", "mlp-tanh"])
+@pytest.mark.parametrize("kind", ["mlp-relu", "mlp-scaled-gelu", "mlp-tanh", "mlp-maxmin"])
 def test_two_percent_more_is_broken_near_the_boundary(kind, norm) -> None:
     """Samples just beside the boundary, where a network is almost linear: nothing succeeds at the radius, nearly every sample falls 2 % beyond."""
     fallen, count = 0, 0
@@ -920,7 +969,7 @@ def test_linear_models_have_their_exact_radius(norm, dtype) -> None:
 
 FIRST_ORDER = [("mlp-scaled-gelu", n) for n in ("l2", "linf", "l1")] + [
     ("gpt", n) for n in ("embedding-l2", "embedding-l2@-1", "embedding-l2@1", "embedding-fro", "embedding-fro@0,2")
-]  # fmt: skip
+] + [("mlp-maxmin", "l2"), ("mlp-maxmin", "linf"), ("gpt-maxmin", "embedding-l2"), ("gpt-maxmin", "embedding-l2@-1")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "name"), FIRST_ORDER)
@@ -1052,8 +1101,8 @@ def test_constant_models_ties_nan_and_overflow(method) -> None:
         model[2].weight[0, 0] = torch.nan
     with pytest.raises(BadInput, match="NaN"):
         certify(model, x, y, InputBall("l2"), method)
-    with pytest.raises(UnsupportedLayer, match="MaxMin"):
-        certify(nn.Sequential(nn.Linear(4, 4), MaxMin(), nn.Linear(4, 2)), torch.rand(1, 4), torch.tensor([0]), InputBall("l2"), method)
+    with pytest.raises(UnsupportedLayer, match=r"GroupSort\(group=4\)"):
+        certify(nn.Sequential(nn.Linear(4, 4), GroupSort(4), nn.Linear(4, 2)), torch.rand(1, 4), torch.tensor([0]), InputBall("l2"), method)
 
 
 @pytest.mark.parametrize("method", ["local", "dual"])

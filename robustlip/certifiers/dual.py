@@ -23,18 +23,20 @@ from robustlip.certifiers.local import Reference, local_applies, reference_of, s
 from robustlip.certifiers.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention, Chain, MeanTokens
-from robustlip.local import Curved, JacobianChain, Pair, loss, picked
+from robustlip.local import Group, JacobianChain, Pair, loss, picked
 from robustlip.rounding import up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Rivals whose adjoints are carried at once.
 RIVALS = 4
-# Rivals whose quadratic forms are made, and what neurons have to take of a margin for that.
-SHARPENED, WORTH = 3, 0.05
+# Rivals whose quadratic forms are made, where forms gain percents and where they gain factors; what neurons have to take of a margin for that.
+SHARPENED, SHARPENED_FAR, WORTH = 3, 4, 0.05
 # How far beyond the radius that is known by then, and how well that is to be known (a bracket's width), round by round. A second round gains 1 %.
 Reaches = tuple[tuple[float, float], ...]
 REACHES: Reaches = ((1.25, 0.02),)
+# Of kinks, whose bounds number by number say little.
+FAR: Reaches = ((4.0, 0.05), (2.0, 0.05), (1.25, 0.02))
 
 
 def dual_applies(model: Chain, threat: Threat) -> str:
@@ -73,6 +75,11 @@ class Rivals:
         self.linear = first_order(g, reference.threat)
         self.margin = reference.margin.gather(1, rivals.T)  # (N, A)
 
+    @property
+    def far(self) -> bool:
+        """Whether forms gain factors here."""
+        return any(isinstance(weight, Group) and weight.far for weight in self.weights)
+
     def losses(self, reference: Reference, epsilon: Tensor) -> Tensor:
         """What each of these margins can lose at ε (N,): (N, A)."""
         bounds: list[Pair] = []
@@ -98,9 +105,10 @@ class Rivals:
         bounds: list[Pair] = []
         reference.hidden(epsilon, bounds)
         spare = torch.nan_to_num(self.margin.T - loss(self.linear * epsilon, self.weights, bounds), nan=-torch.inf)
-        chosen = spare.topk(min(SHARPENED, len(spare)), dim=0, largest=False).indices
+        count = SHARPENED_FAR if self.far else SHARPENED
+        chosen = spare.topk(min(count, len(spare)), dim=0, largest=False).indices
         for i, (weight, bound) in enumerate(zip(self.weights, bounds, strict=True)):
-            if isinstance(weight, Curved) and isinstance(bound, Curved) and bound.matrix is not None:
+            if isinstance(weight, Group) and isinstance(bound, Group) and bound.matrix is not None:
                 share = (weight.meet(bound) / self.margin.T).gather(0, chosen)
                 self.weights[i] = weight.formed(bound, chosen, reference.row, share > WORTH)
 
@@ -151,8 +159,9 @@ def _start(reference: Reference) -> Tensor:
     return 1e-6 * reference.start.abs().amax((-1, -2)).clamp_min(1e-3)
 
 
-def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reaches) -> Tensor:
+def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reaches | None = None) -> Tensor:
     """Radii (N,) at which these rivals lose, then again a reach further with the quadratic forms of those that stood in the way, reach by reach."""
+    reaches = (FAR if rivals.far else REACHES) if reaches is None else reaches
 
     def longest(start: Tensor, tolerance: float) -> Tensor:
         def losses(epsilon: Tensor) -> Tensor:
@@ -174,7 +183,7 @@ def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reach
 def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
     """Radii (N,) of single tokens, all rivals at once."""
     order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
-    return _longest(reference, Rivals(reference, y, order.T), _start(reference), REACHES if sharpen else ())
+    return _longest(reference, Rivals(reference, y, order.T), _start(reference), None if sharpen else ())
 
 
 def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:
@@ -185,7 +194,7 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
     done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True)
     first = order[:, :count].T
     rivals = Rivals(reference, y, first)
-    radius = _longest(reference, rivals, start, REACHES)
+    radius = _longest(reference, rivals, start)
     done.scatter_(1, first.T, True)
     while True:
         hidden = reference.hidden(radius)

@@ -69,8 +69,37 @@ class Scope:
         return torch.where(overflow, torch.full_like(radius, torch.inf), radius) if bool(overflow.any()) else radius
 
 
+class Group:
+    """A weight, or a bound, of many numbers at once that are bounded better together than one by one.
+
+    far: whether the forms that `formed` makes gain factors, not percents.
+    """
+
+    far: ClassVar[bool] = False
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """As a bound: what the numbers are of the change in front, where that is known; then `formed` has a use."""
+        return None
+
+    def picked(self, chosen: Tensor) -> Group:
+        """As a weight: the adjoints `chosen` (K, N) alone."""
+        raise NotImplementedError
+
+    def meet(self, bound: Any) -> Tensor:
+        """As a weight: what it loses to a bound of its class, (A, N)."""
+        raise NotImplementedError
+
+    def formed(self, bound: Any, chosen: Tensor, token: int, worth: Tensor | None = None) -> Group:
+        """As a weight: with the quadratic forms of the adjoints `chosen` (K, N) at a token, for bounds up to this one, which has a matrix.
+
+        worth: (K, N), which of them to make; all unless given.
+        """
+        return self
+
+
 @dataclass(frozen=True)
-class Either:
+class Either(Group):
     """Two bounds of the same remainder, of which the smaller counts, head by head.
 
     As a bound: what `against` < 0 and the size of ω meet, both (N, H, J), or `whole` (N, H, J), which meets the size of ω alone.
@@ -121,7 +150,7 @@ class Forms:
 
 
 @dataclass(frozen=True)
-class Curved:
+class Curved(Group):
     """½Σ_t Σ_n κ_n|ω_n|Δz_n² of neurons z = Wx + b at tokens t, where only curvature against the sign of ω_n lowers the margin.
 
     As a weight: `convex` the adjoints below 0, −ω, `concave` those above, ω (A, N, T, n); both the size of ω where both signs count. As a bound
@@ -166,10 +195,7 @@ class Curved:
         return 0.5 * (1 + 1e-12) * found.sum(-1)
 
     def formed(self, bound: Curved, chosen: Tensor, token: int, worth: Tensor | None = None) -> Curved:
-        """This weight with the forms of the adjoints `chosen` (K, N) at a token, for the curvatures of a bound that has a matrix.
-
-        worth: (K, N), which of them to make; all unless given.
-        """
+        """See Group: forms of the curvatures of `bound`."""
         assert bound.matrix is not None
         convex, concave = bound.convex[:, token], bound.concave[:, token]
         pick = chosen.unsqueeze(-1).expand(*chosen.shape, convex.shape[-1])
@@ -193,7 +219,7 @@ class Curved:
         return replace(self, forms=Forms(token, convex, concave, largest, peak))
 
 
-Pair = Tensor | Either | Curved
+Pair = Tensor | Group
 
 
 class Expansion:
@@ -322,12 +348,10 @@ def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor
     """first_order (A, N) + Σ over all pairs, (A, N, ·) with (N, ·) → (A, N). 0·∞ is NaN, a radius that overflowed: infeasible either way."""
     total = first_order
     for w, b in zip(weights, bounds, strict=True):
-        if isinstance(w, Either) and isinstance(b, Either):
-            total = total + w.meet(b)
-        elif isinstance(w, Curved) and isinstance(b, Curved):
+        if isinstance(w, Group):
             total = total + w.meet(b)
         else:
-            assert isinstance(w, Tensor) and isinstance(b, Tensor)
+            assert isinstance(b, Tensor)
             total = total + torch.einsum("anm,nm->an", w, b)
     return total
 

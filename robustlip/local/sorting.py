@@ -1,12 +1,8 @@
 """Activations that reflect pairs of channels: MaxMin, sorting in twos, Householder. With the Linear layer in front of them or alone.
 
 Each pair z of channels has a unit vector v, and p = ⟨v, z⟩ becomes |p| while the rest of z stays: an isometry, linear as long as no p changes its
-sign. From p to p + Δ the absolute value is above its tangent by R = |p + Δ| − sign(p)(p + Δ), which is 0 for |Δ| ≤ |p| and at most
-2(|Δ| − |p|) beyond, so only an adjoint ω = ⟨g, v⟩ < 0 lets it lower the margin. For any τ ≥ 2|p|
-    2(|Δ| − |p|) ≤ Δ²/τ + τ − 2|p|,
-by the mean inequality: what crosses is a curvature 2/τ and a constant, and for changes p = Σ of a matrix and a ball the curvatures meet the adjoint
-in quadratic forms as those of smooth functions do (robustlip.local.base.Curved). With τ = 2|p| there is no constant, but pairs near 0 would bend
-without limit; a τ as large as a pair's usual change keeps both small. Every τ is sound; the choice only decides how tight the bound is.
+sign. From p to p + Δ the absolute value is above its tangent by R = |p + Δ| − sign(p)(p + Δ), which is 0 for |Δ| ≤ |p| and at most 2(|Δ| − |p|)
+beyond, so only an adjoint ω = ⟨g, v⟩ < 0 lets it lower the margin: robustlip.local.crossing.
 """
 
 from __future__ import annotations
@@ -17,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.layers import GroupSort, Householder, MaxMin
-from robustlip.local.base import ADJOINT_SLACK, Curved, Expansion, Pair, Scope, register, token_norms
+from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.local.crossing import Crossing
 from robustlip.local.linear import dual_norms
 from robustlip.local.neurons import Neurons
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
-
-# τ in units of what a pair's p moves by when the change of the token points nowhere in particular.
-USUAL = 2.0
-# Radii are rounded up to powers of this before τ is chosen: quadratic forms made at one radius count at all that have its τ.
-STEP = 4.0
 
 
 def pairs_of(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,38 +98,21 @@ class ReflectionExpansion(Neurons):
         return behind, up((self.sigma * error + fresh + curved) * (1 + 1e-12)) + rounding
 
     def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
-        """‖R‖ (…, N, T) of all pairs together, and the bounds of each appended. each ≥ |Δp|, whole ≥ ‖Δp‖; fresh: of what is not linear in Δx."""
+        """‖R‖ (…, N, T) of all pairs together, and the bound of each appended. each ≥ |Δp|, whole ≥ ‖Δp‖; fresh: of what is not linear in Δx."""
         near = (self.distance - self.unsure.unsqueeze(-1)).clamp_min(0.0)
-        crossing = 2 * (each - near).clamp_min(0.0)
-        width = self.reading.shape[1] if self.reading is not None else self.clean.shape[-1]
-        coarse = torch.exp2(torch.ceil(torch.log2(radius.clamp(1e-200, 1e200)) / math.log2(STEP)) * math.log2(STEP))
-        usual = (USUAL / math.sqrt(width)) * self.rows * coarse.unsqueeze(-1)
-        tau = torch.maximum(2 * near, torch.maximum(usual, 2.0**-10 * each))  # above 0 where a row is 0 and only rounding moves p
-        constant = (tau - 2 * near) * (1 + 1e-12)
-        # Below twice the distance the tangent of the square at the end of what is reached does, without a constant.
-        short = each < 2 * near
-        kappa = torch.where(short, 2 * crossing / each.square(), 2 / tau)
-        constant = torch.where(short, torch.zeros_like(constant), constant)
-        # What crosses no further than the constant is counted by itself.
-        small = crossing <= constant
-        kappa = torch.where(small, torch.zeros_like(kappa), kappa * (1 + 1e-12))
-        constant = torch.where(small, crossing * (1 + 1e-12), constant)
-        # Pair by pair no more than what crosses: the square that the curvature and the constant need for that.
-        reach = torch.where(small, torch.zeros_like(each), (2 * (crossing - constant).clamp_min(0.0) / kappa).sqrt() * (1 + 1e-12))
         matrix = self.reading if self.scope.space == "l2" else None
         if matrix is not None and self.affine is not None:
             fresh = up(fresh + 2.0**-49 * self.affine.constants.matrix.frobenius * radius)  # of the matrix as float64 has it
-        bounds += [Curved(kappa, torch.zeros_like(kappa), torch.minimum(each, reach), whole, matrix, radius, fresh), constant.flatten(-2)]
-        share = (1 - near / each.clamp_min(1e-300)).clamp_min(0.0).amax(-1)
-        return torch.minimum(norm_up(crossing), up(2 * share * whole))
+        bound = Crossing(None, None, near, each, whole, matrix, radius, fresh)
+        bounds.append(bound)
+        return torch.minimum(norm_up(bound.crossing()), up(2 * bound.share() * whole))
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         omega = self.read(g)
         inner = self.reflect(g, -2 * omega * self.flip)
         size, norms, inner_norms = omega.abs(), token_norms(g), token_norms(inner)
         falling = size if two_sided else (size - omega) / 2
-        curved = Curved(size, size) if two_sided else Curved(falling, (size + omega) / 2)
-        weights: list[Pair] = [curved, falling.flatten(-2), inner_norms, norms, ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)]
+        weights: list[Pair] = [Crossing(falling), inner_norms, norms, ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)]
         return inner if self.affine is None else inner @ self.affine.constants.weight, weights
 
 
