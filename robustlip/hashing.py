@@ -26,4 +26,27 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def architecture_sha256(model: nn.Module) -> str:
     """SHA-256 of the model's printed structure: scales, divisors and residual weights change the function as weights do."""
-    return hashlib.sha256(repr(model).encode()).hexdigest()
+    return hashlib.sha256(printed(model).encode()).hexdigest()
+
+
+def printed(module: nn.Module | None) -> str:
+    """repr(module) as torch 2.13 prints it, whichever torch is installed: a certificate outlives the version it was made with."""
+    if module is None or type(module).__repr__ is not nn.Module.__repr__:
+        return repr(module)
+    options = _options(module)
+    lines = options.split("\n") if options else []
+    children = [f"({name}): " + printed(child).replace("\n", "\n  ") for name, child in module._modules.items()]
+    if len(lines) <= 1 and not children:
+        return f"{module._get_name()}({options})"
+    return f"{module._get_name()}(\n  " + "\n  ".join(lines + children) + "\n)"
+
+
+def _options(module: nn.Module) -> str:
+    # torch 2.9 leaves out whether there is a bias.
+    if type(module) is nn.LayerNorm:
+        bias = module.bias is not None
+        return f"{module.normalized_shape}, eps={module.eps}, elementwise_affine={module.elementwise_affine}, bias={bias}"
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        size, eps, momentum, bias = module.num_features, module.eps, module.momentum, module.bias is not None
+        return f"{size}, eps={eps}, momentum={momentum}, affine={module.affine}, bias={bias}, track_running_stats={module.track_running_stats}"
+    return module.extra_repr()

@@ -24,6 +24,7 @@ from robustlip.cli import main
 from robustlip.data import Dataset, load_data
 from robustlip.errors import BadInput
 from robustlip.files import json_text
+from robustlip.hashing import architecture_sha256, printed
 from robustlip.models import build
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
 from robustlip.verification import ROUNDING, cast, load_rows, verify
@@ -480,3 +481,21 @@ def test_samples_that_are_not_of_the_data(model):
     proof = certifiers.certify(model, data.x, data.y, InputBall("l2"))  # indices 0, 1, 2 instead of the rows'
     with pytest.raises(BadInput, match="index 0"):
         from_certificate(proof, data, spec=SPEC, model="m", limit=3)
+
+
+def test_the_architecture_is_hashed_alike_by_every_torch() -> None:
+    """What torch prints of norms has changed once; the text that is hashed is that of 2.13, and of every other layer what torch prints."""
+    plain = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Sequential(), nn.ModuleList([nn.Linear(6, 2), nn.Linear(6, 2)]))
+    assert printed(plain) == repr(plain)
+    last = nn.LayerNorm((2, 4), eps=1e-3, elementwise_affine=False)
+    model = nn.Sequential(plain, nn.Sequential(nn.LayerNorm(4, bias=False), nn.BatchNorm1d(3), last))
+    assert printed(model[1]).split("\n") == [
+        "Sequential(",
+        "  (0): LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=False)",
+        "  (1): BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)",
+        "  (2): LayerNorm((2, 4), eps=0.001, elementwise_affine=False, bias=False)",
+        ")",
+    ]
+    assert printed(model[1]).replace("\n", "\n  ") in printed(model)
+    other = nn.Sequential(plain, nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(3), last))
+    assert architecture_sha256(other) != architecture_sha256(model)
