@@ -61,6 +61,7 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 NEAR = 1.02
 FAMILIES = ("mlp", "climbed-mlp", "gpt", "mlp-tight", "climbed-gpt", "conv", "zoo", "transformer", "mlp-residual", "gpt-worst")
+MORE = ("gpt-maxmin", "climbed-gpt-maxmin")  # only when named with --families
 # Half precision leaves most small margins without a radius: it comes once in a while.
 DTYPES = (torch.float32, torch.float64, torch.float32, torch.float16, torch.float32, torch.bfloat16)
 # Samples of one unit for each method; what a sample costs differs by a factor of a thousand.
@@ -73,8 +74,9 @@ DEAR_ON_THE_ZOO = ("lipsdp",)
 
 def climbed(g: Draw, kind: str, method: str) -> tuple[Chain, Tensor, Threat]:
     """A small model whose weights were changed at random, step by step, wherever that brought `method`'s radius nearer to the attack's."""
-    if kind == "gpt":
-        model: Chain = randomised(LipschitzGPT("abcdefgh", 8, pick(g, (1, 2)), pick(g, (1, 2)), attention_scale=pick(g, (0.5, 2.0))), g)
+    if kind.startswith("gpt"):
+        options: dict[str, Any] = {"activation": "maxmin", "mlp_alpha": 1.0} if kind == "gpt-maxmin" else {}
+        model: Chain = randomised(LipschitzGPT("abcdefgh", 8, pick(g, (1, 2)), pick(g, (1, 2)), attention_scale=pick(g, (0.5, 2.0)), **options), g)
         x = torch.randint(8, (8, 3), generator=g).unique(dim=0)
         threat: Threat = pick(g, (EmbeddingBall(), EmbeddingBall(tokens=(-1,)), EmbeddingBall(joint=True)))
     else:
@@ -203,7 +205,7 @@ def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally, 
     dtype = torch.float32 if family == "zoo" else DTYPES[turn % len(DTYPES)]
     g = torch.Generator().manual_seed(seed * 1_000_003 + at)
     torch.manual_seed(seed * 1_000_003 + at)
-    able = [n for n in names if n in ("global", "local", "dual")] if family == "climbed-gpt" else list(names)
+    able = [n for n in names if n in ("global", "local", "dual")] if family.startswith("climbed-gpt") else list(names)
     if not able:
         return
     model, x, threats = draw(family, turn, able[turn % len(able)], dtype, g)
@@ -281,8 +283,8 @@ def search(
     if at is None and not math.isfinite(minutes):
         refuse("expected --minutes with --methods, got none; say how long, e.g. --minutes 8")
     drawn = FAMILIES if families is None else tuple(families.split(","))
-    if not set(drawn) <= set(FAMILIES):
-        refuse(f"expected families among {', '.join(FAMILIES)} with --methods, got {families}")
+    if not set(drawn) <= set(FAMILIES + MORE):
+        refuse(f"expected families among {', '.join(FAMILIES + MORE)} with --methods, got {families}")
     identity = {"methods": names, "seed": seed, "rules": RULES_VERSION} | ({} if families is None else {"families": families})
     state: dict[str, Any] = {**identity, "next": 0, "seconds": 0.0, "counts": {}, "findings": []}
     if state_file and state_file.exists():

@@ -46,7 +46,7 @@ from robustlip.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")
-MORE = ("gpt-aligned",)  # only when named with --families
+MORE = ("gpt-aligned", "gpt-maxmin")  # only when named with --families
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Draw = torch.Generator
 
@@ -132,11 +132,11 @@ def mlp_tight(g: Draw) -> tuple[Chain, Tensor]:
     return model, x
 
 
-def gpt(g: Draw) -> tuple[Chain, Tensor]:
+def gpt(g: Draw, **options: Any) -> tuple[Chain, Tensor]:
     width, heads = pick(g, ((8, 1), (8, 2), (16, 4)))
     scale, bias, alpha = pick(g, (0.3, 1.0, 4.0)), pick(g, (0, 3)), pick(g, (None, 0.9, 0.05))
     letters = "".join(map(chr, range(64, 128)))
-    model = LipschitzGPT(letters, width, heads, pick(g, (1, 2)), attention_scale=scale, distance_bias=bias, alpha=alpha)
+    model = LipschitzGPT(letters, width, heads, pick(g, (1, 2)), attention_scale=scale, distance_bias=bias, alpha=alpha, **options)
     model = randomised(model, g)
     with torch.no_grad():
         model.embed_tokens.weight.mul_(width**0.5)
@@ -147,6 +147,10 @@ def gpt(g: Draw) -> tuple[Chain, Tensor]:
                 if "query" in name or "key" in name:
                     p.mul_(0.1)
     return model, torch.randint(64, (1024, pick(g, (2, 3, 6))), generator=g).unique(dim=0)
+
+
+def gpt_maxmin(g: Draw) -> tuple[Chain, Tensor]:
+    return gpt(g, activation="maxmin", mlp_alpha=pick(g, (1.0, 0.5)))
 
 
 @functools.cache
@@ -230,7 +234,7 @@ def from_zoo(g: Draw, name: str | None = None) -> tuple[Chain, Tensor]:
     return model, (image + 0.02 * torch.rand(image.shape, generator=g)).clamp(0, 1)
 
 
-BUILD = dict(zip(FAMILIES + MORE, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned), strict=True))
+BUILD = dict(zip(FAMILIES + MORE, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin), strict=True))
 
 
 def threats_for(model: Chain, x: Tensor, g: Draw) -> list[Threat]:

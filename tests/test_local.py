@@ -28,7 +28,8 @@ from robustlip.certifiers.local import reference_of, search
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
 from robustlip.layers.sorting import GroupSort, Householder
-from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, linear, loss
+from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.local import elementwise as local_elementwise
 from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
 from robustlip.local.crossing import TOKENS, Crossing
@@ -846,7 +847,7 @@ def test_the_third_derivative_of_gelu_is_below_its_supremum() -> None:
     with mpmath.workdps(30):
         top = mpmath.sqrt((7 - mpmath.sqrt(33)) / 2)  # where −z⁴ + 7z² − 4 = 0
         supremum = abs(mpmath.diff(lambda z: z * mpmath.ncdf(z), top, 3))
-    assert float(supremum) <= linear._GELU_THIRD <= float(supremum) * (1 + 1e-5)
+    assert float(supremum) <= local_elementwise._GELU_THIRD <= float(supremum) * (1 + 1e-5)
 
 
 def test_the_curvature_of_normalisation_is_a_supremum() -> None:
