@@ -22,7 +22,7 @@ from robustlip.rounding import U64, gamma, up
 from robustlip.spectral import largest_eigenvalue_bound
 
 # Steps of Frank and Wolfe, and of the power iteration in each.
-STEPS, POWERS = 12, 12
+STEPS, POWERS = 6, 4
 # Of an adjoint's tokens, how many get forms; and what share of all that is lost they have to lose for that.
 TOKENS, LITTLE = 6, 0.02
 
@@ -115,26 +115,44 @@ class Crossing(Group):
 
 
 def _forms(weight: Tensor, near: Tensor, radius: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(λ, max c, constant) (M,) for ω⁻ and a (M, n), r (M,) and W (n, D): τ by Frank and Wolfe, then λ as it is."""
+    """(λ, max c, constant) (M,) for ω⁻ and a (M, n), r (M,) and W (n, D): τ by Frank and Wolfe, then λ as it is.
+
+    Of Wᵀdiag(c)W, or where that is smaller of diag(√c)WWᵀdiag(√c), which has the same λ.
+    """
     squares = w.square().sum(-1)
+    wide = w.shape[0] < w.shape[1]
+    gram = w @ w.mT if wide else None
     spread = (squares / w.shape[1]).expand_as(near)  # w_nᵀPw_n for P = 1/D
-    v = torch.randn(w.shape[1], 1, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device).expand(len(near), -1, 1)
+    v = torch.randn(min(w.shape), 1, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device).expand(len(near), -1, 1)
     least = 1e-9 * (radius.unsqueeze(-1) * squares.amax().sqrt() + near.amax(-1, keepdim=True)) + 1e-150
 
     def balanced(spread: Tensor) -> Tensor:
         return torch.maximum(torch.maximum(2 * near, radius.unsqueeze(-1) * spread.sqrt()), least)
 
-    for step in range(STEPS):
-        c = weight / balanced(spread)
+    def leading(c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(a vector towards the leading one, (w_n·u)² (M, n) for the u of length 1 that it stands for)."""
+        root = c.sqrt().unsqueeze(-1)
         for _ in range(POWERS):
-            v = torch.nn.functional.normalize(w.mT @ (c.unsqueeze(-1) * (w @ v)), dim=-2, eps=1e-300)
-        spread = spread + 2 / (step + 3) * ((w @ v).squeeze(-1).square() - spread)
+            v = root * (gram @ (root * v)) if gram is not None else w.mT @ (c.unsqueeze(-1) * (w @ v))
+            v = torch.nn.functional.normalize(v, dim=-2, eps=1e-300)
+        if gram is None:
+            return v, (w @ v).squeeze(-1).square()
+        moved = gram @ (root * v)  # W of u·‖Wᵀ√c v‖
+        return v, moved.squeeze(-1).square() / (v * root * moved).sum((-2, -1)).clamp_min(1e-300).unsqueeze(-1)
+
+    for step in range(STEPS):
+        v, along = leading(weight / balanced(spread), v)
+        spread = spread + 2 / (step + 3) * (along - spread)
     tau = balanced(spread)
     c = weight / tau * (1 + 1e-12)
-    product = w.mT @ (c.unsqueeze(-1) * w)
+    if gram is None:
+        product = w.mT @ (c.unsqueeze(-1) * w)
+    else:
+        root = c.sqrt().unsqueeze(-1)
+        product = root * gram * root.mT
     fits = torch.isfinite(product).all(-1).all(-1)
-    # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
-    lost = gamma(len(w) + 4, U64) * (c @ squares) + w.numel() * 2.0**-1022
+    # As float64 has it the product is off by at most γ of |W|ᵀdiag(c)|W|, or of √c_i‖w_i‖·√c_j‖w_j‖: both of norm at most Σ_n c_n‖w_n‖².
+    lost = gamma(max(w.shape) + 8, U64) * (c @ squares) + w.numel() * 2.0**-1022
     found = up(largest_eigenvalue_bound(torch.where(fits[:, None, None], product, 0.0)) + 2 * lost)
     constant = up((weight * (tau - 2 * near)).sum(-1) * (1 + 1e-12))
     return torch.where(fits, found, torch.inf), c.amax(-1), constant
