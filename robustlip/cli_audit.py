@@ -26,13 +26,13 @@ def audit(
     domain: Annotated[Optional[float], typer.Option("--domain", help="of --claim: largest token norm in --units  [default: the embedding]")] = None,
     units: Annotated[Optional[str], typer.Option("--units", help="l2 or rms  [default: rms for newhouse2025, else l2]")] = None,
     data: Annotated[Optional[str], typer.Option("--data", help="start from these samples too: a data set or file, with :split")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="at most so many samples")] = 16,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="at most so many samples of --data  [default: 16]")] = None,
     worst_weights: Annotated[bool, typer.Option("--worst-weights", help="also try the formula on adversarial weights of the same norms")] = False,
     witness: Annotated[Optional[Path], typer.Option("--witness", help="only measure the pair in this file again")] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder for the witness")] = Path("runs/audit"),
     starts: Annotated[int, typer.Option("--starts", min=1, help="how many inputs to search from, in one batch")] = 32,
     steps: Annotated[int, typer.Option("--steps", min=1, help="of gradient ascent on the input")] = 60,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="length of sequences without --data")] = 8,
+    tokens: Annotated[Optional[int], typer.Option("--tokens", min=1, help="length of sequences without --data  [default: 8]")] = None,
     json: Json = None, device: Device = None, seed: Seed = 0, data_dir: DataDir = None, context: Context = None,
 ) -> None:  # fmt: skip
     """Try to break a claimed Lipschitz constant: find two inputs between which the model moves by more. Exit code 3 when it does."""
@@ -44,6 +44,7 @@ def audit(
 
     out = Out(json, model, data, witness)
     _check(formula, claim, domain, units, witness, worst_weights)
+    _check_lengths(data, limit, context, tokens)
     where = choose_device(device, out)
     chain = load_model(model, where)
     if witness is not None:
@@ -56,12 +57,13 @@ def audit(
     else:
         said = formulas.claim_of(chain, formula or "ours")
         said = said.in_units(units) if units else said
-    x = _samples(chain, data, limit, seed, context, data_dir) if data else None
+    x = _samples(chain, data, limit or 16, seed, context, data_dir) if data else None
     with Progress() as progress:
         result = run(
-            chain, said, x, starts=starts, tokens=tokens, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
+            chain, said, x, starts=starts, tokens=tokens or 8, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
         )
-    stem = f"{_safe(model)}-{result.formula}"
+    # Another claim or seed is another search: it leaves the witness of this one where it is.
+    stem = f"{_safe(model)}-{result.formula}" + ("" if claim is None else f"-{claim:g}") + (f"-seed{seed}" if seed else "")
     files = [out_folder / f"{stem}.safetensors"]
     save_witness(files[0], result)
     for w in result.worst:
@@ -85,6 +87,16 @@ def _check(formula: str | None, claim: float | None, domain: float | None, units
         raise BadInput("expected a formula with --worst-weights, got a number, which says nothing of other weights; give --formula")
     if witness is not None and (formula, claim, worst_weights) != (None, None, False):
         raise BadInput("expected --witness alone, got it with a claim; the file names the claim that it is about")
+
+
+def _check_lengths(data: str | None, limit: int | None, context: int | None, tokens: int | None) -> None:
+    """What would be taken and not used."""
+    if data is None and limit is not None:
+        raise BadInput("expected --limit with --data, got it without, where inputs are drawn; use --starts, or name the data")
+    if data is None and context is not None:
+        raise BadInput("expected --context with --data, got it without; --tokens is the length of sequences that are drawn")
+    if data is not None and tokens is not None:
+        raise BadInput("expected --tokens without --data, got it with data, whose sequences have a length; use --context")
 
 
 def _samples(chain: Chain, data: str, limit: int, seed: int, context: int | None, data_dir: str | None) -> torch.Tensor:

@@ -337,6 +337,11 @@ def test_the_command_exits_with_3_on_the_published_formula_and_0_on_ours(tmp_pat
     assert run("audit", COUNTEREXAMPLE, "--witness", result["witness"], "--device", "cpu") == 3
     assert run("audit", COUNTEREXAMPLE, "--formula", "ours", *common) == 0
     assert "a search proves nothing" in capsys.readouterr().out
+    kept = Path(result["witness"]).read_bytes()
+    assert run("audit", COUNTEREXAMPLE, "--formula", "newhouse2025", "--seed", "1", *common) == 3
+    assert run("audit", COUNTEREXAMPLE, "--claim", "0.1", *common) == 3
+    assert run("audit", COUNTEREXAMPLE, "--claim", "0.2", *common) == 3
+    assert Path(result["witness"]).read_bytes() == kept and len(list(folder.iterdir())) == 5
 
 
 @pytest.mark.parametrize(
@@ -346,6 +351,9 @@ def test_the_command_exits_with_3_on_the_published_formula_and_0_on_ours(tmp_pat
         (("digits-transformer-baseline", "--formula", "newhouse2025"), "newhouse2025"),
         (("digits-mlp-lipschitz", "--formula", "nonsense"), "formula among"),
         (("digits-mlp-lipschitz", "--formula", "ours", "--claim", "3"), "got both"),
+        (("digits-mlp-lipschitz", "--limit", "3"), "--limit with --data"),
+        (("shakespeare-gpt-lipschitz", "--context", "8"), "--context with --data"),
+        (("shakespeare-gpt-lipschitz", "--data", "page", "--tokens", "8"), "--tokens without --data"),
         (("digits-mlp-lipschitz", "--claim", "nan"), "finite"),
         (("digits-mlp-lipschitz", "--claim", "-1"), "at least 0"),
         (("digits-mlp-lipschitz", "--claim", "3", "--units", "miles"), "units"),
