@@ -1205,3 +1205,33 @@ def test_single_token_references_read_the_moved_token() -> None:
     for radius in (1e-3, 0.1, 1.0):
         epsilon = torch.full((len(x),), radius, dtype=torch.float64)
         assert bool((one.losses(alone, epsilon) <= all_of.losses(reference, epsilon) * (1 + 1e-6)).all())
+
+
+def reflected(w: float, r: float, omega: float, base: float, inputs: int = 1) -> tuple[nn.Sequential, Tensor]:
+    """Two pairs at their kinks, against the label on both sides: its margin 4ωwr is used up at a distance of r, whatever the sizes of w and ω."""
+    up_, head = nn.Linear(inputs, 4).double(), nn.Linear(4, 2).double()
+    with torch.no_grad():
+        up_.weight.zero_()
+        up_.weight[:, 0] = torch.tensor([w, w, -w, -w], dtype=torch.float64)
+        up_.bias.copy_(torch.tensor([0.0, base, 0.0, -base], dtype=torch.float64))
+        head.weight.copy_(torch.tensor([[0.0] * 4, [omega, -omega, -omega, omega]], dtype=torch.float64))
+        head.bias.copy_(torch.tensor([4 * omega * w * r, 2 * omega * base], dtype=torch.float64))
+    return nn.Sequential(up_, MaxMin(), head).eval().requires_grad_(False), torch.zeros(1, inputs, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize(
+    ("w", "r", "omega", "inputs"),
+    [(0, 0, 0, 1), (420, 180, -478, 1), (400, 200, -478, 1), (-548, 200, 348, 4), (-540, 60, 480, 4), (300, 200, -513, 1), (260, 260, -513, 1)],
+)
+def test_kinks_of_any_size_keep_their_forms_true(w, r, omega, inputs, flush) -> None:
+    """Adjoints and rows whose squares vanish got forms of nothing, once: four times the radius."""
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        model, x = reflected(2.0**w, 2.0**r, 2.0**omega, 2.0 ** (w + r + 8), inputs)
+        for method in ("local", "dual"):
+            radius = float(certify(model, x, torch.tensor([0]), InputBall("l2"), method).radius[0]) / 2.0**r
+            assert radius <= 1 + 1e-9 and (radius > 0.99 or (w, r, omega) != (0, 0, 0))
+    finally:
+        torch.set_flush_denormal(False)

@@ -67,13 +67,26 @@ def batchnorm(gain: float, variance: float, eps: float) -> nn.BatchNorm1d:
     return layer
 
 
+def positions(value: float) -> AddPositions:
+    layer = AddPositions(2, 4)
+    nn.init.constant_(layer.positions, value)
+    return layer
+
+
+def biased(value: float) -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    nn.init.eye_(layer.weight)
+    nn.init.constant_(layer.bias, value)
+    return layer
+
+
 def convolution(value: float) -> nn.Conv2d:
     layer = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(layer.weight, value)
     return layer
 
 
-BIG = 2.0**100
+BIG, LIMIT = 2.0**100, 2.0**-126  # LIMIT: the smallest normal number
 # name → (layer, the one number of the input that is not 0). In each a subnormal operand makes an ordinary number.
 CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "linear-input": (lambda: linear(BIG), SMALL),
@@ -102,6 +115,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "groupsort": (GroupSort, SMALL),
     "householder-input": (lambda: Householder(4), SMALL),
     "householder-angle": (lambda: householder(SMALL), BIG),
+    "normalize-both": (lambda: Normalize([-0.98 * LIMIT], [2.0**-100]), 0.98 * LIMIT),
+    "positions-both": (lambda: positions(0.98 * LIMIT), 0.98 * LIMIT),
+    "linear-bias": (lambda: biased(0.98 * LIMIT), 0.98 * LIMIT),
+    "groupsort-pair": (GroupSort, 0.98 * LIMIT),
+    "image-maxpool": (lambda: nn.MaxPool2d(2), 0.98 * LIMIT),
     "positions": (lambda: AddPositions(2, 4), SMALL),
     "mean": (MeanTokens, SMALL),
     "vector-batchnorm-input": (lambda: batchnorm(1.0, 2.0**-80, 0.0), SMALL),
@@ -117,7 +135,9 @@ def case(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     make, size = CASES[name]
     layer = make().eval()
     x = torch.zeros(*({"image": (1, 1, 2, 2), "vector": (1, 4)}.get(name.split("-")[0], (1, 2, 4))))
-    x.flatten()[{"householder-angle": 2}.get(name, 0)] = size
+    x.flatten()[{"householder-angle": 2, "image-maxpool": 3}.get(name, 0)] = size
+    if name == "groupsort-pair":
+        x.flatten()[1] = -size  # equal, where both count for zero: they may stay in this order
     with torch.no_grad():
         exact = layer.double()(x.double())
         layer.float()

@@ -23,7 +23,7 @@ from robustlip.certifiers.local import Reference, local_applies, reference_of, s
 from robustlip.certifiers.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention, Chain, MeanTokens
-from robustlip.local import Group, JacobianChain, Pair, loss, picked
+from robustlip.local import Group, JacobianChain, Pair, loss, picked, vanished
 from robustlip.rounding import up
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
@@ -87,9 +87,7 @@ class Rivals:
         total = loss(self.linear * epsilon, self.weights, bounds)
         # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the rows times the change covers that.
         total = total + 2.0**-50 * 2 * reference.largest_row * hidden + 2 * reference.single(hidden)
-        # Adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
-        vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds if isinstance(b, Tensor)), start=torch.zeros_like(epsilon)))
-        return up((total + vanished).T * (1 + 1e-9))
+        return up((total + vanished(bounds, epsilon + hidden)).T * (1 + 1e-9))
 
     def contested(self, reference: Reference, epsilon: Tensor) -> Rivals:
         """Those that may win within ε (N,), as many of each sample: the others lose there by what is proved, and so within every smaller ε."""

@@ -358,6 +358,14 @@ def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor
 
 def bounded(first_order: Tensor, weights: list[Pair], bounds: list[Pair], epsilon: Tensor) -> Tensor:
     """`loss` with the rounding of its own sums added, infinite where it is not a number. epsilon: (N,)."""
-    # Adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
-    vanished = 2.0**-480 * (1 + epsilon + sum((b.sum(-1) for b in bounds if isinstance(b, Tensor)), start=torch.zeros_like(epsilon)))
-    return torch.nan_to_num(up((loss(first_order, weights, bounds) + vanished) * (1 + 1e-9)), nan=torch.inf, posinf=torch.inf)
+    return torch.nan_to_num(up((loss(first_order, weights, bounds) + vanished(bounds, epsilon)) * (1 + 1e-9)), nan=torch.inf, posinf=torch.inf)
+
+
+def vanished(bounds: list[Pair], size: Tensor) -> Tensor:
+    """More than underflow can take from `loss`, (N,): adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
+
+    size: ε, or more (N,).
+    Infinite where bounds exceed 2³⁰⁰: what vanishes may be multiplied by a square of them, and 2⁻¹⁰²²b² ≤ 2⁻⁴⁸⁰b needs b ≤ 2⁵⁴².
+    """
+    all_of_it = 1 + size + sum((b.sum(-1) for b in bounds if isinstance(b, Tensor)), start=torch.zeros_like(size))
+    return torch.where(all_of_it < 2.0**300, 2.0**-480 * all_of_it, torch.inf)

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from robustlip.local.base import Group, room
-from robustlip.rounding import U64, gamma, up
+from robustlip.rounding import U64, gamma, norm_up, up
 from robustlip.spectral import largest_eigenvalue_bound
 
 # Steps of Frank and Wolfe, and of the power iteration in each.
 STEPS, POWERS = 6, 4
+# Far above what underflow can lose of a product or a square.
+SEEN = 2.0**-900
 # Of an adjoint's tokens, how many get forms; and what share of all that is lost they have to lose for that.
 TOKENS, LITTLE = 6, 0.02
 
@@ -83,7 +85,7 @@ class Crossing(Group):
         count = max(1, room(crossing) // max(1, self.falling[:1].numel()))
         for falling in self.falling.split(count):
             single = (falling * crossing).sum(-1)
-            parts.append(torch.minimum(single, torch.linalg.vector_norm(falling * reached, dim=-1) * together))
+            parts.append(torch.minimum(single, norm_up(falling * reached) * together))
         found = torch.cat(parts)
         if self.forms is None:
             return found
@@ -150,7 +152,8 @@ def _forms(weight: Tensor, near: Tensor, radius: Tensor, w: Tensor) -> tuple[Ten
     else:
         root = c.sqrt().unsqueeze(-1)
         product = root * gram * root.mT
-    fits = torch.isfinite(product).all(-1).all(-1)
+    # What vanishes in c or in squares of rows is not small behind the factors that follow: no form of such numbers.
+    fits = torch.isfinite(product).all(-1).all(-1) & ((c >= SEEN) | (weight == 0)).all(-1) & ((squares >= SEEN) | (w == 0).all(-1)).all()
     # As float64 has it the product is off by at most γ of |W|ᵀdiag(c)|W|, or of √c_i‖w_i‖·√c_j‖w_j‖: both of norm at most Σ_n c_n‖w_n‖².
     lost = gamma(max(w.shape) + 8, U64) * (c @ squares) + w.numel() * 2.0**-1022
     found = up(largest_eigenvalue_bound(torch.where(fits[:, None, None], product, 0.0)) + 2 * lost)

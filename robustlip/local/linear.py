@@ -53,6 +53,7 @@ class LinearConstants:
         fresh = self.matrix.rounding(norm, perturbed, context)
         if self.bias is not None:
             fresh = fresh + 2 * context.unit * ((self.matrix.sigma + perturbed) * norm + self.bias_norm + fresh)
+            fresh = fresh + math.sqrt(self.matrix.fan_out) * context.flushed
         return fresh
 
 

@@ -78,7 +78,7 @@ class ReflectionExpansion(Neurons):
         def one(context: Context) -> Tensor:
             if isinstance(self.layer, Householder):
                 return 32 * context.unit * norm + 8 * root * context.tiny * (1 + norm)
-            return torch.zeros_like(norm) + root * context.flushed
+            return torch.zeros_like(norm) + 2 * root * context.flushed
 
         # The reference is not sorted but reflected, in all three.
         own = 32 * 2.0**-53 * norm + 8 * root * 2.0**-1022 * (1 + norm)

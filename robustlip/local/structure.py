@@ -242,7 +242,7 @@ class AddPositionsExpansion(Expansion):
         self.norm = norm_up(self.clean)
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        fresh = 2 * self.scope.unit * (self.norm + radius) + math.sqrt(self.clean.shape[-1]) * self.scope.flushed
+        fresh = 2 * self.scope.unit * (self.norm + radius) + 2 * math.sqrt(self.clean.shape[-1]) * self.scope.flushed  # both terms
         fresh = self.scope.fits(up(fresh), self.norm + radius)
         if bounds is not None:
             bounds.append(fresh)
@@ -365,7 +365,8 @@ class NormalizeExpansion(Expansion):
         size = self.gain * (self.reach + self.factor * radius)
         root = math.sqrt(self.clean.shape[-1])
         # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
-        fresh = 4 * self.scope.unit * size + root * self.scope.tiny * (1 + self.gain)
+        # x, mean and their difference may all be subnormal, and are divided.
+        fresh = 4 * self.scope.unit * size + root * (self.scope.tiny * (1 + self.gain) + 2 * self.gain * self.scope.flushed)
         fresh = self.scope.divided(self.scope.fits(up(fresh), size), self.smallest)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]

@@ -236,5 +236,6 @@ class MaxPool2dRule(Rule):
         root = math.sqrt(reads) * (1 + 1e-15)
         gain = {"l2": root, "l1": float(reads), "linf": 1.0}[state.space]
         return replace(
-            state, norm=root * state.norm, change=gain * state.change, rounding=root * state.rounding, width=math.prod(out), whole=out
-        )
+            state, norm=root * state.norm, change=gain * state.change, width=math.prod(out), whole=out,
+            rounding=root * state.rounding + 2 * math.sqrt(math.prod(out)) * context.flushed,  # subnormals count for zero, or are not told apart
+        )  # fmt: skip

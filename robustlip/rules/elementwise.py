@@ -107,7 +107,8 @@ class NormalizeRule(Rule):
         # One mean per channel, subtracted from every number of the channel: at most √(numbers)·max|mean| in ℓ2.
         shift = context.constant(layer, "shift", lambda: float(norm_up(mean.abs().amax().expand(1), 0)))
         reach = state.norm + shift * state.width**0.5 * state.tokens**0.5
-        fresh = 4 * context.unit * gain * reach + state.width**0.5 * context.tiny * (1 + gain)
+        # x, mean and their difference may all be subnormal, and are divided.
+        fresh = 4 * context.unit * gain * reach + state.width**0.5 * (context.tiny * (1 + gain) + 2 * gain * context.flushed)
         behind = replace(
             state, norm=gain * reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh
         )

@@ -56,7 +56,8 @@ class LinearRule(Rule):
         norm = (matrix.sigma + perturbed) * state.norm + bias
         fresh = matrix.rounding(state.norm, perturbed, context)
         if layer.bias is not None:
-            fresh = fresh + 2 * context.unit * (norm + fresh)  # the sum rounds at the size of what was computed
+            # The sum rounds at the size of what was computed; a subnormal bias may count for zero.
+            fresh = fresh + 2 * context.unit * (norm + fresh) + math.sqrt(layer.out_features) * context.flushed
         rounding = (matrix.sigma + perturbed) * state.rounding + fresh
         behind = replace(
             state,

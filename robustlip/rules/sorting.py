@@ -10,10 +10,13 @@ from robustlip.rules.base import Context, Rule, State, register
 
 @register(GroupSort, MaxMin)
 class SortRule(Rule):
-    """Sorting moves no two vectors apart in any ℓp norm (rearrangement inequality), keeps the norm, and rounds nothing but subnormals."""
+    """Sorting moves no two vectors apart in any ℓp norm (rearrangement inequality), keeps the norm, and rounds nothing.
+
+    But for subnormals: they may count for zero, and be left in any order then.
+    """
 
     def step(self, layer: GroupSort | MaxMin, state: State, context: Context) -> State:
-        return replace(state, rounding=state.rounding + state.width**0.5 * context.flushed)
+        return replace(state, rounding=state.rounding + 2 * state.width**0.5 * context.flushed)
 
 
 @register(Householder)

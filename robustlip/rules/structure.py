@@ -68,7 +68,7 @@ class AddPositionsRule(Rule):
             raise BadInput(f"expected positions of width {state.width}, got {tuple(layer.positions.shape)}; match the tokens' width")
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.positions.detach()).amax()))
         norm = state.norm + largest
-        fresh = context.unit * norm + math.sqrt(state.width) * context.flushed
+        fresh = context.unit * norm + 2 * math.sqrt(state.width) * context.flushed  # both terms
         return context.finite(replace(state, norm=norm + fresh, rounding=state.rounding + fresh))
 
 
