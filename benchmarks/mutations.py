@@ -39,8 +39,8 @@ LIPSCHITZ, ATTENTION, LINEAR = "robustlip/certifiers/lipschitz.py", "robustlip/r
 ELEMENTWISE, STRUCTURE, BASE = "robustlip/rules/elementwise.py", "robustlip/rules/structure.py", "robustlip/rules/base.py"
 SEARCH, SPECTRAL, ENTRY = "robustlip/certifiers/search.py", "robustlip/spectral.py", "robustlip/certifiers/__init__.py"
 CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/rules/normalization.py"
-AT_ATTENTION, AT_LINEAR, AT_NORMALIZATION, AT_STRUCTURE, AT_JACOBIAN = (
-    f"robustlip/local/{name}.py" for name in ("attention", "linear", "normalization", "structure", "jacobian")
+AT_ATTENTION, AT_LINEAR, AT_ELEMENTWISE, AT_NORMALIZATION, AT_STRUCTURE, AT_JACOBIAN = (
+    f"robustlip/local/{name}.py" for name in ("attention", "linear", "elementwise", "normalization", "structure", "jacobian")
 )
 AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/local/{name}.py" for name in ("base", "crossing", "sorting"))
 BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
@@ -60,6 +60,11 @@ MUTATIONS = [
              "else (size - omega) / 2", "else (size + omega) / 2", f"{LOCAL} -k 'never_exceeded and maxmin'"),
     Mutation("kinks with one sign where both count", AT_SORTING,
              "size if two_sided else", "(size - omega) / 2 if two_sided else", f"{LOCAL} -k 'both_signs and maxmin or know_of'"),
+    Mutation("forms of kinks of numbers that vanish", AT_CROSSING,
+             "& ((c >= SEEN) | (weight == 0)).all(-1) & ((squares >= SEEN) | (w == 0).all(-1)).all()", "", f"{LOCAL} -k 'kinks_of_any_size'"),
+    Mutation("kinks of equal pairs of subnormals counted once", AT_SORTING,
+             "torch.zeros_like(norm) + 2 * root * context.flushed", "torch.zeros_like(norm) + root * context.flushed",
+             f"{SUBNORMALS} -k 'expansions and groupsort'"),
     Mutation("subnormal inputs of the head not counted (local)", BY_LOCAL,
              "math.sqrt(width) * (row + reach) * context.flushed", "math.sqrt(width) * reach * context.flushed",
              f"{CERTIFY} -k 'subnormal_operands and local and input'"),
@@ -194,26 +199,26 @@ MUTATIONS = [
              "fresh = self.scope.both(lambda context: c.rounding(norm, perturbed, context)) + perturbed * norm",
              "fresh = 0 * norm + perturbed * norm", f"{LOCAL} -k 'rounding_as_executed and linear'"),
     Mutation("local: neurons under ℓ∞ measured in ℓ2", AT_LINEAR,
-             "up(weight.abs().sum(-1) * (1 + 1e-12))", "norm_up(weight)", f"{LOCAL} -k 'promises and linf'"),
-    Mutation("local: neurons that may cross 0 keep slope 0", AT_LINEAR,
+             "return up(rows.abs().sum(-1) * (1 + 1e-12))", "return norm_up(rows)", f"{LOCAL} -k 'promises and linf'"),
+    Mutation("local: neurons that may cross 0 keep slope 0", AT_ELEMENTWISE,
              "slope = ((self.f.slope > 0) | (each >= self.distance)).to(each.dtype)", "slope = (self.f.slope > 0).to(each.dtype)",
              f"{LOCAL} -k 'promises and relu'"),
-    Mutation("local: ReLU's remainder weighted by the wrong sign", AT_LINEAR,
+    Mutation("local: ReLU's remainder weighted by the wrong sign", AT_ELEMENTWISE,
              "[(size if two_sided else (-g).clamp_min(0.0)).flatten(-2), *tail]", "[(size if two_sided else g.clamp_min(0.0)).flatten(-2), *tail]",
              f"{LOCAL} -k 'promises and relu'"),
-    Mutation("local: slopes at the clean point for the whole interval", AT_LINEAR,
+    Mutation("local: slopes at the clean point for the whole interval", AT_ELEMENTWISE,
              "slope = (self.slope + self.f.curvature * each).clamp_max(self.f.steepest)", "slope = self.slope + 0 * each",
              f"{LOCAL} -k 'promises and gelu'"),
     Mutation("local: half of the curvature's weight", AT_BASE,
              "return 0.5 * (1 + 1e-12) * found.sum(-1)", "return 0.25 * (1 + 1e-12) * found.sum(-1)",
              f"{LOCAL} -k 'promises and (tanh or gelu)'"),
-    Mutation("local: tanh's curvature of GELU", AT_LINEAR, "1 - value * value, 1.0, 0.7698004,", "1 - value * value, 1.0, 0.7598004,",
+    Mutation("local: tanh's curvature of GELU", AT_ELEMENTWISE, "1 - value * value, 1.0, 0.7698004,", "1 - value * value, 1.0, 0.7598004,",
              f"{LOCAL} -k 'curvatures'"),
-    Mutation("local: GELU's lowest point of curvature forgotten", AT_LINEAR,
+    Mutation("local: GELU's lowest point of curvature forgotten", AT_ELEMENTWISE,
              "torch.where(far < 2, -at(far), torch.full_like(far, 0.107982))", "-at(far)", f"{LOCAL} -k 'where_a_neuron'"),
-    Mutation("local: a quarter of the third derivative for a third", AT_LINEAR,
+    Mutation("local: a quarter of the third derivative for a third", AT_ELEMENTWISE,
              "_GELU_THIRD / 3 * reach", "_GELU_THIRD / 4 * reach", f"{LOCAL} -k 'where_a_neuron'"),
-    Mutation("local: curvature in favour of the margin taken for the one against", AT_LINEAR,
+    Mutation("local: curvature in favour of the margin taken for the one against", AT_ELEMENTWISE,
              "Curved((size - g) / 2, (size + g) / 2)", "Curved((size + g) / 2, (size - g) / 2)", f"{LOCAL} -k 'bend_one_way'"),
     Mutation("local: quadratic forms without what rounds in front of the neurons", AT_BASE,
              "f.largest.sqrt() * bound.moved[:, at] + f.peak.sqrt() * bound.fresh[:, at]", "f.largest.sqrt() * bound.moved[:, at]",
@@ -233,7 +238,7 @@ MUTATIONS = [
              "torch.where((epsilon <= limit)[:, None],", "torch.where((epsilon <= epsilon)[:, None],", f"{LOCAL} -k 'set_aside'"),
     Mutation("local: squares of neurons without their mean", SPECTRAL,
              "norm_up(size, 0) / a.shape[1] + top", "top", "tests/test_spectral.py -k quartic"),
-    Mutation("local: the divisor does not enlarge underflow", AT_LINEAR,
+    Mutation("local: the divisor does not enlarge underflow", AT_ELEMENTWISE,
              'lost = lost * (1 + 1 / getattr(self.layer, "divisor", 1.0))', "lost = lost * 1.0", f"{LOCAL} -k divisors"),
     Mutation("local: LayerNorm's curvature 1 instead of 2/√3", AT_NORMALIZATION, "CURVATURE = 1.15471", "CURVATURE = 1.0",
              f"{LOCAL} -k 'normalisation_is'"),
