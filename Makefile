@@ -85,6 +85,7 @@ certificates: $(READY)  ## make the zoo's certificates again, after a change of 
 	certify shakespeare-gpt-robust-long page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust-wide page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust-wider page:test embedding-l2@-1 24 dual; \
+	certify shakespeare-gpt-sound page:test embedding-l2 10 dual; \
 	if [ -n "$$ROBUSTLIP_DATA" ]; then \
 	  for role in lipschitz baseline; do \
 	    certify cifar10-mlp-$$role cifar10:test l2 100 local; certify cifar10-mlp-$$role cifar10:test linf 100 local; \
