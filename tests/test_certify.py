@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processors import flushed
 from torch import nn
 
 from robustlip.attacks import by_name
@@ -177,17 +178,6 @@ def test_ties_and_overflow_are_not_certified() -> None:
         for p in huge.parameters():
             p.fill_(300.0)
     assert (certify(huge, torch.ones(1, 2).half() * 300, torch.tensor([0]), InputBall("l2")).radius == 0).all()
-
-
-def flushed(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The logits where the processor takes subnormal numbers for zero."""
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush subnormals")
-    try:
-        with torch.no_grad():
-            return model(x)
-    finally:
-        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("operand", ["input", "weight"])

@@ -10,6 +10,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from processors import flushing
 from torch import Tensor, nn
 
 from robustlip.attacks.minnorm import MinimumRadius
@@ -1226,12 +1228,8 @@ def reflected(w: float, r: float, omega: float, base: float, inputs: int = 1) ->
 )
 def test_kinks_of_any_size_keep_their_forms_true(w, r, omega, inputs, flush) -> None:
     """Adjoints and rows whose squares vanish got forms of nothing, once: four times the radius."""
-    if flush and not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush subnormals")
-    try:
+    with flushing() if flush else nullcontext():
         model, x = reflected(2.0**w, 2.0**r, 2.0**omega, 2.0 ** (w + r + 8), inputs)
         for method in ("local", "dual"):
             radius = float(certify(model, x, torch.tensor([0]), InputBall("l2"), method).radius[0]) / 2.0**r
             assert radius <= 1 + 1e-9 and (radius > 0.99 or (w, r, omega) != (0, 0, 0))
-    finally:
-        torch.set_flush_denormal(False)

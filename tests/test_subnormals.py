@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from processors import flushed
 from torch import nn
 
 from robustlip.errors import BadInput
@@ -16,17 +17,6 @@ from robustlip.local.structure import ChainExpansion
 from robustlip.rules import Context, State, rule_for
 
 SMALL = 1e-39  # subnormal in float32 and bfloat16
-
-
-def flushed(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output where the processor takes subnormal numbers for zero."""
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush subnormals")
-    try:
-        with torch.no_grad():
-            return layer(x)
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def diagonal(layer: nn.Linear, value: float) -> None:
