@@ -37,6 +37,8 @@ def import_(
     from robustlip.importing.measure import measure
 
     out = Out(json, file, vocabulary)
+    if limit is not None and data is None:
+        raise BadInput("expected --limit with --data, got it without, where nothing is measured; name the data, or leave it out")
     if not file.is_file():
         raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which is not there; check the path")
     with file.open("rb") as stream:

@@ -915,6 +915,7 @@ def test_the_command_reads_logs(tmp_path, capsys) -> None:
         ("x.pkl", pickle.dumps(SHELL), (), "neither"),
         ("x.json", b"{}", (), "parameters"),
         ("x.json", b'{"parameters": {}, "results": {}}', ("--data", "digits"), "leave them out"),
+        ("x.json", b'{"parameters": {}, "results": {}}', ("--limit", "3"), "--limit with --data"),
     ],
 )
 def test_bad_input_is_one_sentence(name, content, more, sentence, tmp_path, capsys) -> None:
