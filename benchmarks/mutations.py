@@ -49,7 +49,7 @@ MUTATIONS = [
     Mutation("what crosses a kink counted once, not twice", AT_CROSSING,
              "return 2 * (1 + 1e-12) * (self.each", "return (1 + 1e-12) * (self.each", f"{LOCAL} -k 'never_exceeded and linear-maxmin'"),
     Mutation("kinks together counted once, not twice", AT_CROSSING,
-             "together = 2 * bound.share()", "together = bound.share()", f"{LOCAL} -k 'forms_of_kinks'"),
+             "together = 2 * bound.share", "together = bound.share", f"{LOCAL} -k 'forms_of_kinks'"),
     Mutation("forms of kinks without their constants", AT_CROSSING,
              ".square() + self.forms.constant", ".square()", f"{LOCAL} -k 'forms_of_kinks'"),
     Mutation("forms of kinks without what is not linear in the change", AT_CROSSING,

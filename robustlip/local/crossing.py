@@ -12,6 +12,7 @@ a few steps of Frank and Wolfe find them: τ_n = max(2a_n, r√(w_nᵀPw_n)).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -59,11 +60,13 @@ class Crossing(Group):
     def matrix(self) -> Tensor | None:
         return self.rows
 
+    @cached_property
     def crossing(self) -> Tensor:
         """As a bound: ≥ R_n (N, T, n), number by number."""
         assert self.near is not None and self.each is not None
         return 2 * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
 
+    @cached_property
     def share(self) -> Tensor:
         """As a bound: ≥ max_n (1 − a_n/each_n)⁺ (N, T)."""
         assert self.near is not None and self.each is not None
@@ -78,9 +81,9 @@ class Crossing(Group):
     def by_token(self, bound: Crossing) -> Tensor:
         """What is lost at each token (A, N, T)."""
         assert self.falling is not None and bound.whole is not None
-        crossing = bound.crossing()
+        crossing = bound.crossing
         reached = (crossing > 0).to(crossing.dtype)
-        together = 2 * bound.share() * bound.whole
+        together = 2 * bound.share * bound.whole
         parts = []
         count = max(1, room(crossing) // max(1, self.falling[:1].numel()))
         for falling in self.falling.split(count):

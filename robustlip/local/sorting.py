@@ -105,7 +105,7 @@ class ReflectionExpansion(Neurons):
             fresh = up(fresh + 2.0**-49 * self.affine.constants.matrix.frobenius * radius)  # of the matrix as float64 has it
         bound = Crossing(None, None, near, each, whole, matrix, radius, fresh)
         bounds.append(bound)
-        return torch.minimum(norm_up(bound.crossing()), up(2 * bound.share() * whole))
+        return torch.minimum(norm_up(bound.crossing), up(2 * bound.share * whole))
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         omega = self.read(g)
