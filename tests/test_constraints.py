@@ -23,11 +23,13 @@ from robustlip.constraints import (
     targets_of,
     top_singular,
 )
-from robustlip.constraints.hardcap import _QUINTICS
+from robustlip.constraints.hardcap import _QUINTICS, hard_cap_eigh, hard_cap_polynomial_eigh
 from robustlip.constraints.norms import fixed_vectors, probe
+from robustlip.constraints.stiefel import near_orthogonal
 from robustlip.errors import BadInput
 from robustlip.models import LipschitzGPT
 from robustlip.muon import POLYNOMIALS, Muon, RowMomentum
+from robustlip.spectral import spectral_norm_bound
 
 REAL = [name for name in METHODS if name != "none"]
 PROMISING = [name for name in REAL if math.isfinite(make_method(name).guarantee.factor)]
@@ -160,7 +162,10 @@ def test_published_hard_cap_is_its_polynomial_of_the_singular_values(shape, dtyp
     for a, b, c in _QUINTICS:
         s = a * s + b * s**3 + c * s**5
     expected = u @ torch.diag_embed(s) @ v
-    for got in (hard_cap_polynomial(matrix), torch.stack([hard_cap_polynomial(one) for one in matrix])):
+    cap = torch.tensor([0.25, 4.0], dtype=dtype)[:, None, None]
+    maps = (hard_cap_polynomial(matrix), torch.stack([hard_cap_polynomial(one) for one in matrix]),
+            hard_cap_polynomial(cap * matrix, cap) / cap, hard_cap_polynomial_eigh(cap * matrix, cap) / cap)  # fmt: skip
+    for got in maps:
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=5e-6 if dtype == torch.float32 else 1e-13)
 
@@ -173,10 +178,13 @@ def test_hard_cap_through_msign_is_the_clipped_svd(shape, spectrum) -> None:
     matrix = with_spectrum(w * SPECTRA[spectrum](min(shape)), *shape)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     wanted = (u * s.clamp_max(w)) @ v
-    got = hard_cap_msign(matrix[None], torch.tensor([[[w]]], dtype=torch.float64))[0]
+    cap = torch.tensor([[[w]]], dtype=torch.float64)
+    got = hard_cap_msign(matrix[None], cap)[0]
     assert float(singular(got).max()) <= w * (1 + 2e-5)
     if spectrum != "far out":
         assert float(torch.linalg.matrix_norm(got - wanted, 2)) <= 1e-3 * w
+    # By eigenvalues nothing is lost but digits, of what is far below the largest.
+    assert float(torch.linalg.matrix_norm(hard_cap_eigh(matrix[None], cap)[0] - wanted, 2)) <= 1e-9 * w
 
 
 def test_msign_overshoot_by_its_polynomial() -> None:
@@ -228,6 +236,82 @@ def test_what_is_inside_its_cap_stays_as_it_is(method) -> None:
     before = target.weight.detach().clone()
     Constraint([target], method).apply(target)
     assert torch.allclose(target.weight, before, atol=2e-5)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("method", ["hard-cap", "hard-cap-msign"])
+def test_hard_caps_of_a_cpu_and_of_a_gpu_say_the_same(method, spectrum) -> None:
+    """float32: the guarantee by either way, where eigenvalues lie together, at the cap, far above or nowhere."""
+    cap = torch.tensor([0.3, 5.0])[:, None, None]
+    stack = cap * torch.stack([with_spectrum(SPECTRA[spectrum](24).clamp_max(3.0), 24, 40)] * 2).float()
+    by_products, by_eigenvalues = {
+        "hard-cap": (hard_cap_polynomial, hard_cap_polynomial_eigh),
+        "hard-cap-msign": (hard_cap_msign, hard_cap_eigh),
+    }[method]
+    products, eigenvalues = by_products(stack, cap), by_eigenvalues(stack, cap)
+    torch.testing.assert_close(products / cap, eigenvalues / cap, rtol=0.0, atol=1e-3)
+    for mapped in (products, eigenvalues):
+        assert float(spectral_norm_bound(mapped / cap).max()) <= make_method(method).guarantee.factor * (1 + 1e-5)
+
+
+def test_values_that_are_not_finite_come_out_as_nan_and_stop_the_run() -> None:
+    for method in ("hard-cap", "hard-cap-msign", "stiefel"):
+        for bad in (math.nan, math.inf):
+            target = square(torch.linspace(0.1, 0.9, 6))
+            constraint = Constraint([target], method)
+            optimizer = torch.optim.SGD([target.weight], lr=1.0)
+            constraint.attach(optimizer)
+            target.weight.grad = torch.full((6, 6), bad)
+            with pytest.raises(ConstraintViolation, match="expected finite weights"):
+                optimizer.step()
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 24), (24, 60), (60, 24)])
+def test_matrices_near_orthogonal_become_so_and_never_more(m, n) -> None:
+    """The series against its scalar map; below the cap at every σ for which it is used; no answer where one matrix of the stack is too far."""
+    cap = torch.tensor([0.7, 3.0], dtype=torch.float64)[:, None, None]
+    sigma = torch.linspace(0.87, 1.12, 24, dtype=torch.float64)
+    got = near_orthogonal(cap * torch.stack([with_spectrum(sigma, m, n), with_spectrum(torch.ones(24).double(), m, n)]), cap)
+    assert got is not None
+    e = 1 - sigma**2
+    wanted = sigma * (1 + e / 2 + 3 / 8 * e**2 + 5 / 16 * e**3)
+    torch.testing.assert_close(singular(got[0] / 0.7), wanted.sort(descending=True).values, rtol=0.0, atol=1e-12)
+    assert 1 - 2e-3 < float(wanted.min()) and float(wanted.max()) <= 1
+    torch.testing.assert_close(singular(got[1] / 3.0), torch.ones(24).double(), rtol=0.0, atol=1e-12)
+    far = torch.stack([with_spectrum(torch.ones(24).double(), m, n), with_spectrum(torch.cat([torch.ones(23), torch.tensor([0.5])]).double(), m, n)])
+    assert near_orthogonal(cap * far, cap) is None and near_orthogonal(cap[:1] * far[:1], cap[:1]) is not None
+    x = torch.linspace(1e-6, 2**0.5, 10**6, dtype=torch.float64)
+    e = 1 - x**2
+    image = x * (1 + e / 2 + 3 / 8 * e**2 + 5 / 16 * e**3)
+    assert float(image.max()) <= 1 + 1e-15 and 1 - 0.012 <= float(image[e.abs() <= 0.42].min()) <= 1 - 0.01
+
+
+def test_stiefel_stays_at_its_cap_under_steps_of_any_size() -> None:
+    """Small steps take the series, large ones the polynomial; a named polynomial always maps."""
+    for lr in (0.02, 0.1, 0.5):
+        target = square(torch.linspace(0.05, 1.0, 20), 0.7)
+        constraint = Constraint([target], "stiefel")
+        optimizer = Muon([target.weight], lr=lr)
+        constraint.project()
+        constraint.attach(optimizer)
+        for _ in range(5):
+            target.weight.grad = torch.randn(20, 20)
+            optimizer.step()
+            constraint.check()
+        assert float(singular(target.weight).min()) >= 0.7 * 0.985
+    target = square(torch.ones(20), 1.0)
+    Constraint([target], make_method("stiefel", polynomial="six-step")).apply(target)
+    assert float(singular(target.weight).max()) <= 0.9995
+    target = square(torch.ones(20), 1.0)
+    Constraint([target], "stiefel").apply(target)
+    assert float(singular(target.weight).min()) >= 1 - 1e-5
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_stiefel_of_sizes_whose_squares_overflow_or_vanish(size) -> None:
+    target = square(torch.linspace(0.05, 1.0, 20) * size, 0.7)
+    Constraint([target], "stiefel").apply(target)
+    assert 0.7 * 0.99 <= float(singular(target.weight).min()) <= float(singular(target.weight).max()) <= 0.7
 
 
 def test_stiefel_makes_all_singular_values_equal() -> None:

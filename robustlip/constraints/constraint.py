@@ -35,7 +35,7 @@ class ConstraintViolation(RobustlipError):
 def make_method(name: str, *, strength: float | None = None, polynomial: str | None = None) -> Method | None:
     """The method of that name (METHODS), None for 'none'.
 
-    strength: λ of the two decays, 0.1 unless given. polynomial: Stiefel's, 'six-step' unless given. Raises BadInput for other names and for
+    strength: λ of the two decays, 0.1 unless given. polynomial: Stiefel's, see there. Raises BadInput for other names and for
     an option that the method does not have.
     """
     if name not in METHODS:
@@ -52,7 +52,7 @@ def make_method(name: str, *, strength: float | None = None, polynomial: str | N
         "weight-decay": lambda: WeightDecay(decay),
         "spectral-weight-decay": lambda: SpectralWeightDecay(decay),
         "spectral-normalize": SpectralNormalize,
-        "stiefel": lambda: Stiefel(polynomial or "six-step"),
+        "stiefel": lambda: Stiefel(polynomial),
         "spectral-hammer": SpectralHammer,
         "soft-cap": SoftCap,
         "hard-cap": HardCap,

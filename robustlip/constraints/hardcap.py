@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -27,27 +28,31 @@ _POLISH, _FROM_ROOT_HALF = 4, 5
 _MSIGN_OVERSHOOT = 2e-5
 
 
-def hard_cap_polynomial(matrix: Tensor) -> Tensor:
-    """The published polynomials, ≈ min(1, σ) for singular values of (..., m, n) in [0, 3], at most 1.0109."""
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    stack = x.reshape(-1, *x.shape[-2:]).contiguous()
-    x = (_wide(stack) if x.shape[-1] >= 2 * x.shape[-2] else odd_quintics(stack, _QUINTICS)).reshape(x.shape)
-    return x.mT if tall else x
+def hard_cap_polynomial(matrix: Tensor, cap: Tensor | float = 1.0) -> Tensor:
+    """The published polynomials, ≈ min(w, σ) for singular values of (..., m, n) in [0, 3w], at most 1.0109 w. cap: w, one or (..., 1, 1)."""
+    m, n = matrix.shape[-2:]
+    if max(m, n) >= 2 * min(m, n):
+        gram = matrix.mT @ matrix if m > n else matrix @ matrix.mT
+        factor = _even_factor(gram.div_(cap * cap))
+        return matrix @ factor if m > n else factor @ matrix
+    x = (matrix.mT if m > n else matrix) / cap
+    x = cap * odd_quintics(x.reshape(-1, *x.shape[-2:]).contiguous(), _QUINTICS).reshape(x.shape)
+    return x.mT if m > n else x
 
 
-def _wide(x: Tensor) -> Tensor:
-    """The quintics by products of XXᵀ, m×m: all are X times polynomials of it, which commute, and X itself enters twice instead of eight times.
+def _even_factor(gram: Tensor) -> Tensor:
+    """P of P·X = the quintics of X, from G = XXᵀ (..., m, m): all are polynomials of G, which commute, and X enters twice instead of eight times.
 
     Their slopes are below 2, so what squaring loses of small singular values (a unit of the dtype, absolutely) stays that small: 10⁻⁶ in float32.
     """
-    gram, factors = x @ x.mT, list[Tensor]()
+    square = gram.reshape(-1, *gram.shape[-2:])
+    factors = list[Tensor]()
     for a, b, c in _QUINTICS:
         if factors:
-            gram = factors[-1] @ gram @ factors[-1]
-        factors.append(even_part(gram, b, c))
+            square = factors[-1] @ square @ factors[-1]
+        factors.append(even_part(square, b, c))
         factors[-1].diagonal(dim1=-2, dim2=-1).add_(a)
-    return reduce(torch.matmul, factors) @ x
+    return reduce(torch.matmul, factors).reshape(gram.shape)
 
 
 def hard_cap_msign(matrix: Tensor, cap: Tensor) -> Tensor:
@@ -71,6 +76,41 @@ def hard_cap_msign(matrix: Tensor, cap: Tensor) -> Tensor:
             x = 0.5 * ((eye - signs) @ _inverse_roots(gram) + eye + signs) @ x
             return cap * (x.mT if tall else x)
         x = 0.5 * ((eye - signs) @ _polished(orthogonalize(x)) + (eye + signs) @ x)
+
+
+def through_eigenvalues(matrix: Tensor, cap: Tensor, factor: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
+    """(σ → factor(λ)·σ on matrices (K, m, n), λ = σ²/w² the eigenvalues of MMᵀ/w²; whether a λ is above 4). cap: w, (K, 1, 1).
+
+    One decomposition in place of a dozen products or more: faster on a CPU, slower on a GPU. An eigenvalue is known to a unit of the largest.
+    What is not finite gives NaN, where eigh would raise an error that names no weight.
+    """
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    gram = (matrix.mT @ matrix if tall else matrix @ matrix.mT).div_(cap * cap)
+    if not bool(torch.isfinite(gram).all()):
+        return torch.full_like(matrix, torch.nan), False
+    values, vectors = torch.linalg.eigh(gram)
+    left = (vectors * factor(values)[..., None, :]) @ vectors.mT
+    return matrix @ left if tall else left @ matrix, bool((values[..., -1] > 4).any())
+
+
+def hard_cap_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
+    """The same through eigenvalues. Matrices far out are mapped again, when all their eigenvalues are as small as the cap's."""
+    far = True
+    while far:
+        matrix, far = through_eigenvalues(matrix, cap, lambda values: values.clamp_min(1.0).rsqrt())
+    return matrix
+
+
+def hard_cap_polynomial_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
+    """hard_cap_polynomial through eigenvalues."""
+
+    def factor(values: Tensor) -> Tensor:
+        x = root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        for a, b, c in _QUINTICS:
+            x = x * (a + (b + c * x.square()) * x.square())
+        return x / root
+
+    return through_eigenvalues(matrix, cap, factor)[0]
 
 
 def _inverse_roots(gram: Tensor) -> Tensor:
@@ -112,17 +152,19 @@ class HardCap(Method):
     guarantee = Guarantee(_QUINTIC_PEAK)
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-        x = stack / cap
         if step.update is None or any(u > (_QUINTIC_DOMAIN - _QUINTIC_PEAK) * w for u, w in zip(step.update, step.w_max, strict=True)):
-            x = x / (fast_norm_bound(x, 4) / _QUINTIC_DOMAIN).clamp_min(1.0)[:, None, None]
-        return cap * hard_cap_polynomial(x)
+            stack = stack / (fast_norm_bound(stack, 4)[:, None, None] / cap / _QUINTIC_DOMAIN).clamp_min(1.0)
+        return hard_cap_polynomial_eigh(stack, cap) if stack.device.type == "cpu" else hard_cap_polynomial(stack, cap)
 
 
 class HardCapMsign(Method):
-    """min(w_max, σ) through the matrix sign: values under the cap stay what they are. Hard up to overshoot 2·10⁻⁵, after any step."""
+    """min(w_max, σ) through the matrix sign: values under the cap stay what they are. Hard up to overshoot 2·10⁻⁵, after any step.
+
+    On a CPU by eigenvalues instead, which take a quarter of the time there; on a GPU it is the other way round.
+    """
 
     name = "hard-cap-msign"
     guarantee = Guarantee(1 + _MSIGN_OVERSHOOT)
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-        return hard_cap_msign(stack, cap)
+        return hard_cap_eigh(stack, cap) if stack.device.type == "cpu" else hard_cap_msign(stack, cap)

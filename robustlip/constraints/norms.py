@@ -13,7 +13,7 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
     and not a proof: certificates use robustlip.spectral instead.
     """
     # The largest entry is 1: squares of what training produces do not vanish, and powers of them do not overflow.
-    largest = _largest(matrix, (-2, -1))
+    largest = largest_entry(matrix, (-2, -1))
     matrix = matrix / largest
     gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
     log_scale = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
@@ -37,7 +37,7 @@ def fixed_vectors(count: int, like: Tensor) -> Tensor:
     return unit(start).to(like.dtype).expand(*like.shape[:-2], count, n)
 
 
-def _largest(values: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+def largest_entry(values: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     """The largest |entry| over dims, which are kept; 1 where all are 0, so that it can divide."""
     largest = values.abs().amax(dims, keepdim=True)
     return torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -50,7 +50,7 @@ def unit(rows: Tensor) -> Tensor:
 
 def _unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(rows of length 1 (..., n), what their lengths were (..., 1)): squares of tiny entries do not vanish, those of huge ones do not overflow."""
-    largest = _largest(rows, -1)
+    largest = largest_entry(rows, -1)
     rows = rows / largest
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / length.clamp_min(torch.finfo(rows.dtype).tiny), length * largest
