@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import traceback
 
 from robustlip.cli import main
+
+
+def _close_output() -> None:
+    """What could not be written stays unwritten: the interpreter must not try again, and complain, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run() -> None:
@@ -18,6 +25,16 @@ def run() -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         try:
             main()
+            sys.stdout.flush()
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+                traceback.print_exc()
+                sys.exit(70)
+            # Files are written by robustlip.files, which says which one: this is stdout or stderr.
+            _close_output()
+            with contextlib.suppress(OSError):
+                print(f"robustlip: expected to write all output, got {error.strerror!r}; free some space, or send it elsewhere", file=sys.stderr)
+            sys.exit(1)
         except Exception:
             traceback.print_exc()
             sys.exit(70)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from robustlip.eval.runner import Run
     from robustlip.layers import Chain
     from robustlip.threats import Threat
+
+Part = TypeVar("Part")
 
 app = typer.Typer(
     help="Certified and observed robustness of Lipschitz-constrained networks, side by side.",
@@ -180,16 +182,11 @@ def certify(
     if method == ALL:
         _compare(out, model, chain, samples, ball, dtype, slow, not no_attack, where, batch_size, seed)
         return
-    parts: list[Certificate] = []
-    interrupted = False
     with Progress() as progress:
-        try:
-            for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}"):
-                parts.append(prove(chain, x, y, ball, method=method, dtype=dtype, index=index))
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            interrupted = True
+        parts, stopped = gather(
+            prove(chain, x, y, ball, method=method, dtype=dtype, index=index)
+            for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}")
+        )
     certificate = concatenate(parts)
     if json is not None:
         from robustlip.certificate_file import from_certificate
@@ -214,9 +211,31 @@ def certify(
     rows += [(f"as {certificate.dtype}", certificate.weights_sha256)] if certificate.weights_sha256 != own else []
     rows += [("data", samples.note)] if samples.note else []
     out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
-    if interrupted:
-        print(f"robustlip: interrupted after {len(certificate)} of {len(samples.index)} samples; what was proved is above", file=sys.stderr)
+    end(stopped, len(certificate), len(samples.index))
+
+
+def gather(results: Iterable[Part]) -> tuple[list[Part], BaseException | None]:
+    """The results of one batch after another, and what stopped them before the end: what was computed until then is shown (see `end`)."""
+    parts: list[Part] = []
+    try:
+        for part in results:
+            parts.append(part)
+    except (KeyboardInterrupt, Exception) as stopped:
+        if not parts:
+            raise
+        return parts, stopped
+    return parts, None
+
+
+def end(stopped: BaseException | None, done: int, total: int) -> None:
+    """The end of a command whose batches were stopped, after all that was done has been shown."""
+    if stopped is None:
+        return
+    cause = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "stopped by an error"
+    print(f"robustlip: {cause} after {done} of {total} samples; what was found for them is above", file=sys.stderr)
+    if isinstance(stopped, KeyboardInterrupt):
         raise typer.Exit(130)
+    raise stopped
 
 
 def _why_not(certificate: Certificate) -> list[str]:
@@ -274,14 +293,14 @@ def attack(
     chain, samples = _open(model, data, where, context, data_dir, limit, seed)
     generator, weights = torch.Generator().manual_seed(seed), weights_sha256(chain)
     with Progress() as progress:
-        observations = [
+        observations, stopped = gather(
             method(chain, x, y, ball, generator=generator, index=index, weights_sha256=weights)
             for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name} · {name}")
-        ]
+        )
     described = observations[0].to_json_dict()
     described["samples"] = [row for o in observations for row in o.to_json_dict()["samples"]]
     about = {"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, "requested_radius": radius}
-    out.json({**about, **described})
+    out.json({**about, "partial": stopped is not None, **described})
     label, prediction, found = (np.concatenate([getattr(o, field) for o in observations]) for field in ("label", "prediction", "radius"))
     correct = prediction == label
     broken = correct & np.isfinite(found)
@@ -290,6 +309,7 @@ def attack(
     rows += [("broken (%)", f"{100 * np.mean(broken):.1f} {limit_text}"), *radius_summary(found, correct)]
     rows += [("units", ball.units)] + ([("data", samples.note)] if samples.note else [])
     out.table(f"{model}: {name} against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+    end(stopped, len(label), len(samples.index))
 
 
 def _batches(samples: Dataset, size: int, device: str, progress: Any, label: str) -> Any:

@@ -37,7 +37,7 @@ def smooth(
 
     from robustlip.certificates import ABSTAINED, MISCLASSIFIED
     from robustlip.certifiers.smoothing import NO_CLASS, SMOOTHED, certify_smoothed
-    from robustlip.cli import _batches, _open
+    from robustlip.cli import _batches, _open, end, gather
     from robustlip.console import Out, Progress, choose_device, radius_summary
     from robustlip.threats import InputBall
 
@@ -50,12 +50,13 @@ def smooth(
         raise BadInput(f"expected images or vectors, got token ids from {data}; noise cannot be added to them")
     ball = InputBall("l2", radius)
     with Progress() as progress:
-        parts = [
+        parts, stopped = gather(
             certify_smoothed(chain, x, y, sigma=sigma, threat=ball, n0=selection, n=samples, alpha=1 - confidence, seed=seed, index=np.asarray(index))
             for x, y, index in _batches(rows, _CHUNK, where, progress, f"{model} · smoothing")
-        ]
+        )
     done = _joined(parts)
     about = {"model": model, "data": rows.name, "split": rows.split, "data_note": rows.note, "certificate": False, "statement": STATEMENT}
+    about["partial"] = stopped is not None
     out.json({**about, **done.to_json_dict()})
     count = len(done)
     right = done.prediction == done.label
@@ -78,6 +79,7 @@ def smooth(
     told += [("data", rows.note)] if rows.note else []
     out.table(f"{model}: SMOOTHED classifier, probabilistic radii", ["", "over samples whose smoothed class is the label where it says radius"], told)
     out.console().print(STATEMENT, markup=False)
+    end(stopped, count, len(rows.index))
 
 
 def _largest(draws: int, confidence: float) -> float:

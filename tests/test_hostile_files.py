@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import robustlip.certifiers
+import robustlip.cli_smooth
+from robustlip.attacks import PGD
 from robustlip.attacks.audit import audit, save_witness
 from robustlip.attacks.formulas import stated
 from robustlip.certificate_file import read
+from robustlip.certifiers import smoothing
 from robustlip.checkpoints import FORMAT, load_tensors, save_model, save_tensors, toml_text
 from robustlip.cli import main
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, RobustlipError
 from robustlip.files import write_text
 from robustlip.models import build
 from robustlip.models.zoo import load
@@ -186,20 +190,44 @@ def test_pipes_are_written_to_and_links_stay_links(place: Path) -> None:
     assert Path("link").is_symlink() and Path("real").read_text() == "new"
 
 
-def test_an_interrupted_certify_keeps_what_it_proved(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = robustlip.certifiers.certify, []
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [(KeyboardInterrupt(), 130, "interrupted after 2 of 3"), (BadInput("no more"), 2, "no more"), (RobustlipError("it failed"), 1, "it failed")],
+)
+@pytest.mark.parametrize("verb", ["certify", "attack", "smooth"])
+def test_what_was_found_before_the_end_is_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb, error, code, words) -> None:
+    """Stopped in the third batch, by a person or by an error: two samples are shown and written, marked partial, and the exit code is the error's."""
+    module, name = {"certify": (robustlip.certifiers, "certify"), "attack": (PGD, "__call__"), "smooth": (smoothing, "certify_smoothed")}[verb]
+    real, calls = getattr(module, name), []
 
-    def interrupted(*arguments: object, **options: object) -> object:
+    def stopping(*arguments: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)  # type: ignore[arg-type]
+            raise error
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(robustlip.certifiers, "certify", interrupted)
-    assert run(*CERTIFY, "--batch-size", 1, "--json", "part.json") == 130
-    assert "2 of 3 samples" in capsys.readouterr().err
-    made = read("part.json")
-    assert made.partial and len(made.samples) == 2
+    monkeypatch.setattr(module, name, stopping)
+    monkeypatch.setattr(robustlip.cli_smooth, "_CHUNK", 1)
+    wanted = {
+        "certify": ("--batch-size", 1, "--method", "global"), "attack": ("--batch-size", 1, "--attack", "pgd", "--radius", 0.1),
+        "smooth": ("--sigma", 0.1, "--samples", 50),
+    }[verb]  # fmt: skip
+    assert run(verb, MODEL, "--data", "digits:test", "--limit", 3, *wanted, "--json", "part.json") == code
+    said = capsys.readouterr()
+    assert "2 of 3 samples" in said.err and words in said.err and "samples" in said.out
+    made = json.loads(Path("part.json").read_text())
+    assert made["partial"] and len(made["smoothed_samples" if verb == "smooth" else "samples"]) == 2
+    if verb == "certify":
+        assert read("part.json").partial
+
+
+@pytest.mark.parametrize("arguments", [("zoo", "list"), ("zoo", "show", "digits-mlp-lipschitz", "--json")])
+def test_a_full_output_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "robustlip", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("robustlip: expected to write all output, got") and done.stderr.count("\n") == 1
 
 
 # ---- values that are not what they look like

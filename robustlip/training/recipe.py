@@ -63,6 +63,7 @@ class OptimizerPart(_Strict):
 
     lr of Muon is the RMS→RMS norm of an update (times the peak of its polynomial). warmup: steps of linear increase. clip_gradient:
     largest ℓ2 norm of the whole gradient. polynomial: of Muon, a key of robustlip.muon.POLYNOMIALS.
+    momentum, adamw_lr: of muon alone, without effect under adamw, so that a grid can try both on one base.
     earlier_layers: factor of the learning rate inside a residual layer for each residual layer after it; the paper halves (0.5).
     embedding_inflation: embeddings by robustlip.muon.RowMomentum at embedding_lr (lr unless given); the paper inflates at most 16 times.
     unembedding_inflation, unembedding_lr: the last Linear layer likewise, as the paper does by default; constraint.rows holds it by row.
