@@ -80,6 +80,7 @@ certificates: $(READY)  ## make the zoo's certificates again, after a change of 
 	  certify digits-transformer-$$role digits:test embedding-l2 100 dual; \
 	  certify shakespeare-gpt-$$role page:test embedding-l2 16 dual; \
 	done; \
+	certify shakespeare-gpt-per-head page:test embedding-l2 16 dual; \
 	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust-long page:test embedding-l2@-1 24 dual; \

@@ -1,6 +1,6 @@
 """Certificates of every next-token prediction of one sequence, against one plain forward pass of it.
 
-    ROBUSTLIP_DATA=FOLDER python benchmarks/sequence.py [--model shakespeare-gpt-lipschitz] [--tokens 257] [--json FILE]
+    ROBUSTLIP_DATA=FOLDER python benchmarks/sequence.py [--model shakespeare-gpt-per-head] [--tokens 257] [--json FILE]
 
 For each threat that positions share (robustlip.certifiers.sequence): seconds by the clock and of the process, how many positions are certified, and
 the median radius. The second call is measured: constants of the weights are kept from the first.
@@ -22,7 +22,7 @@ from robustlip.threats import EmbeddingBall
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shakespeare-gpt-lipschitz")
+    parser.add_argument("--model", default="shakespeare-gpt-per-head")
     parser.add_argument("--tokens", type=int, default=257)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")

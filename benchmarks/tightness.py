@@ -46,10 +46,12 @@ ROWS = (
     Row("digits-mlp-baseline", "l2", "digits:test"),
     Row("digits-transformer-lipschitz", "embedding-l2", "digits:test"),
     Row("digits-transformer-lipschitz", "l2", "digits:test"),
-    Row("shakespeare-gpt-lipschitz", "embedding-l2@-1", "tiny_shakespeare:test", 64),
-    Row("shakespeare-gpt-lipschitz", "embedding-l2", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-per-head", "embedding-l2@-1", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-per-head", "embedding-l2", "tiny_shakespeare:test", 64),
     Row("shakespeare-gpt-published-2", "embedding-l2@-1", "tiny_shakespeare:test", 64),
     Row("shakespeare-gpt-baseline", "embedding-l2@-1", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-lipschitz", "embedding-l2@-1", "tiny_shakespeare:test", 64),
+    Row("shakespeare-gpt-lipschitz", "embedding-l2", "tiny_shakespeare:test", 64),
 )
 
 

@@ -58,6 +58,7 @@ class LipschitzGPT(GPT):
     attention_scale s: logits are s·q·k/d (the paper: 1). alpha: residual weight, 1/(2·blocks) unless given.
     distance_bias: 0 is the paper's model; M > 0 adds a learned bias by distance to the logits, free in the bound; distance_peaks: see Attention.
     activation 'maxmin' and mlp_alpha 1 make MLPs that keep norms, so that little of a small bound is lost (see lipschitz_blocks).
+    mlp_hidden: width of the MLPs, 4·width unless given. A matrix that narrows drops a part of every change, which a bound cannot know.
     The rest are options of the published code: gelu 'erf' or 'tanh' (what it runs), norm in front of each branch ('none', 'tanh',
     'rmsnorm', 'layernorm'; see blocks.substitute), final_scale: logits are final_scale·head(x), and as much enters the bound.
     Its embedding and unembedding are two tables, not tied, and unscaled; their variants differ in training only.
@@ -78,6 +79,7 @@ class LipschitzGPT(GPT):
         activation: str = "gelu",
         mlp_alpha: float | None = None,
         distance_peaks: float = 0.0,
+        mlp_hidden: int | None = None,
         final_scale: float = 1.0,
         vocabulary_size: int | None = None,
     ) -> None:
@@ -88,7 +90,7 @@ class LipschitzGPT(GPT):
         layers.update(
             lipschitz_blocks(
                 width, heads, blocks, scale=attention_scale, causal=True, alpha=alpha, distance_bias=distance_bias, gelu=gelu, norm=norm,
-                activation=activation, mlp_alpha=mlp_alpha, distance_peaks=distance_peaks,
+                activation=activation, mlp_alpha=mlp_alpha, distance_peaks=distance_peaks, hidden=mlp_hidden,
             )
         )
         if final_scale != 1.0:
@@ -102,4 +104,5 @@ class LipschitzGPT(GPT):
         # Keys of these only where they differ: the configurations of models made before they existed stay as they were.
         chosen = {"gelu": (gelu, "erf"), "norm": (norm, "none"), "final_scale": (final_scale, 1.0)}
         chosen |= {"activation": (activation, "gelu"), "mlp_alpha": (mlp_alpha, None), "distance_peaks": (distance_peaks, 0.0)}
+        chosen |= {"mlp_hidden": (mlp_hidden, None)}
         self.config |= {key: value for key, (value, default) in chosen.items() if value != default}

@@ -119,6 +119,17 @@ def test_weight_sensitivity_is_above_what_is_observed(kind) -> None:
     assert bool((seen <= bound).all()) and bool((seen > 0).all())
 
 
+def test_a_sensitivity_that_overflows_is_infinite() -> None:
+    """∞ says that nothing is bounded; NaN, which compares as neither above nor below what is observed, says nothing. float64 ends at 10³⁰⁸."""
+    model = BaselineGPT("abcd", 16, 2, 40)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1e3
+    x = torch.zeros(3, 4, dtype=torch.int64)
+    for size in (1e-6, 0.01):
+        assert (weight_sensitivity_bound(model, x, WeightBall("spectral", size)) == np.inf).all()
+
+
 def test_constants_follow_the_weights_however_they_are_changed() -> None:
     """A write through .data leaves no version behind; a certificate from remembered constants would be false."""
     model, x, y = tiny("mlp", 0)

@@ -43,10 +43,10 @@ def test_orthogonal_mlps_with_maxmin_keep_norms() -> None:
 
 
 def test_only_what_differs_is_written_down() -> None:
-    changes = {"activation": "maxmin", "mlp_alpha": 1.0, "distance_peaks": 2.0}
+    changes = {"activation": "maxmin", "mlp_alpha": 1.0, "distance_peaks": 2.0, "mlp_hidden": 24}
     model = build(SHORT | changes)
     assert model.config == SHORT | {"attention_scale": 1.0} | changes
-    assert build(model.config).config == model.config
+    assert build(model.config).config == model.config and model.get_submodule("mlp1").branch[2].weight.shape == (16, 24)
     assert build(SHORT).config == SHORT | {"attention_scale": 1.0}
 
 
@@ -57,6 +57,9 @@ def test_only_what_differs_is_written_down() -> None:
         ({"distance_peaks": 2.0, "distance_bias": 0}, "with a distance_bias"),
         ({"distance_peaks": -1.0}, "at least 0"),
         ({"distance_peaks": float("nan")}, "at least 0"),
+        ({"mlp_hidden": 0}, "an MLP width of at least 1"),
+        ({"mlp_hidden": 16.0}, "an MLP width of at least 1"),
+        ({"mlp_hidden": 15, "activation": "maxmin"}, "even for maxmin"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, told) -> None:

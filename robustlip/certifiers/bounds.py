@@ -92,5 +92,6 @@ def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, ba
         radius = torch.full_like(norm, threat.radius)
         context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
         state = run_rules(layers, first_state(inside, norm, threat, radius), context)
-        out.append(up(state.change))
+        # As in lipschitz_bound, NaN is a bound that overflowed on its way: none.
+        out.append(up(state.change).nan_to_num(torch.inf, torch.inf))
     return torch.cat(out).numpy()
