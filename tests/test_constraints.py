@@ -307,6 +307,22 @@ def test_stiefel_stays_at_its_cap_under_steps_of_any_size() -> None:
     assert float(singular(target.weight).min()) >= 1 - 1e-5
 
 
+@pytest.mark.parametrize("w_max", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("method", ["hard-cap", "hard-cap-msign", "stiefel", "spectral-normalize"])
+def test_caps_whose_squares_vanish_or_overflow(method, w_max) -> None:
+    """The same map as under a cap of 1, float32: MMᵀ of such weights is 0 or infinite."""
+    values = torch.linspace(0.1, 1.3, 12)
+    plain, tiny = square(values), square(values)
+    with torch.no_grad():
+        tiny.weight.copy_((plain.weight.double() * w_max).float())
+    tiny = Target("weight", tiny.weight, w_max)
+    for target in (plain, tiny):
+        constraint = Constraint([target], method)
+        constraint.apply(target)
+        constraint.check()
+    torch.testing.assert_close(tiny.weight.double() / w_max, plain.weight.double(), rtol=0.0, atol=2e-6)
+
+
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_stiefel_of_sizes_whose_squares_overflow_or_vanish(size) -> None:
     target = square(torch.linspace(0.05, 1.0, 20) * size, 0.7)

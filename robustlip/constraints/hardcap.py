@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.method import Guarantee, Method, StepTaken, in_units_of_the_caps, ordinary
 from robustlip.constraints.norms import fast_norm_bound
 from robustlip.muon import POLYNOMIALS, even_part, odd_quintics, orthogonalize
 
@@ -152,6 +152,8 @@ class HardCap(Method):
     guarantee = Guarantee(_QUINTIC_PEAK)
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+        if not ordinary(step.w_max):
+            return in_units_of_the_caps(self, stack, cap, step)
         if step.update is None or any(u > (_QUINTIC_DOMAIN - _QUINTIC_PEAK) * w for u, w in zip(step.update, step.w_max, strict=True)):
             stack = stack / (fast_norm_bound(stack, 4)[:, None, None] / cap / _QUINTIC_DOMAIN).clamp_min(1.0)
         return hard_cap_polynomial_eigh(stack, cap) if stack.device.type == "cpu" else hard_cap_polynomial(stack, cap)
@@ -167,4 +169,6 @@ class HardCapMsign(Method):
     guarantee = Guarantee(1 + _MSIGN_OVERSHOOT)
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+        if not ordinary(step.w_max):
+            return in_units_of_the_caps(self, stack, cap, step)
         return hard_cap_eigh(stack, cap) if stack.device.type == "cpu" else hard_cap_msign(stack, cap)

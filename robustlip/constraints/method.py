@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 
@@ -54,3 +55,15 @@ class Method(ABC):
 
     @abstractmethod
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor: ...
+
+
+def ordinary(w_max: tuple[float, ...]) -> bool:
+    """Whether squares of weights near these caps neither vanish nor overflow in float32."""
+    return all(1e-9 <= w <= 1e9 for w in w_max)
+
+
+def in_units_of_the_caps(method: Method, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+    """The method's map under caps of 1, back in the units of the stack: for caps that are not `ordinary`."""
+    update = None if step.update is None else tuple(u / w for u, w in zip(step.update, step.w_max, strict=True))
+    ones = replace(step, w_max=(1.0,) * len(step.w_max), update=update)
+    return cap * method(stack / cap, torch.ones_like(cap), ones)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.method import Guarantee, Method, StepTaken, in_units_of_the_caps, ordinary
 from robustlip.constraints.norms import largest_entry
 from robustlip.muon import orthogonalize, polynomial_named
 
@@ -28,6 +28,8 @@ class Stiefel(Method):
         self.guarantee = Guarantee(max(1.0, polynomial_named(polynomial or "six-step").peak))
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+        if not ordinary(step.w_max):
+            return in_units_of_the_caps(self, stack, cap, step)
         if self.polynomial is None:
             near = near_orthogonal(stack, cap)
             if near is not None:
