@@ -78,15 +78,16 @@ certificates: $(READY)  ## make the zoo's certificates again, after a change of 
 	  certify digits-mlp-$$role digits:test l2 100 local-lipschitz; \
 	  certify digits-mlp-$$role digits:test linf 100 local-lipschitz; \
 	  certify digits-transformer-$$role digits:test embedding-l2 100 dual; \
-	  certify shakespeare-gpt-$$role page:test embedding-l2 16 dual; \
 	done; \
+	certify shakespeare-gpt-lipschitz page:test embedding-l2 6 dual; \
+	certify shakespeare-gpt-baseline page:test embedding-l2 16 dual; \
 	certify shakespeare-gpt-per-head page:test embedding-l2 16 dual; \
 	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust-long page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust-wide page:test embedding-l2@-1 24 dual; \
 	certify shakespeare-gpt-robust-wider page:test embedding-l2@-1 24 dual; \
-	certify shakespeare-gpt-sound page:test embedding-l2 10 dual; \
+	certify shakespeare-gpt-sound page:test embedding-l2 4 dual; \
 	if [ -n "$$ROBUSTLIP_DATA" ]; then \
 	  for role in lipschitz baseline; do \
 	    certify cifar10-mlp-$$role cifar10:test l2 100 local; certify cifar10-mlp-$$role cifar10:test linf 100 local; \
