@@ -308,7 +308,7 @@ def test_stiefel_stays_at_its_cap_under_steps_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("w_max", [1e-25, 1e-12, 1e12, 1e25])
-@pytest.mark.parametrize("method", ["hard-cap", "hard-cap-msign", "stiefel", "spectral-normalize"])
+@pytest.mark.parametrize("method", ["hard-cap", "hard-cap-msign", "stiefel", "spectral-normalize", "soft-cap"])
 def test_caps_whose_squares_vanish_or_overflow(method, w_max) -> None:
     """The same map as under a cap of 1, float32: MMᵀ of such weights is 0 or infinite."""
     values = torch.linspace(0.1, 1.3, 12)

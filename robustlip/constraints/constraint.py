@@ -12,7 +12,7 @@ from torch import Tensor
 from robustlip.constraints.decay import SpectralWeightDecay, WeightDecay
 from robustlip.constraints.hammer import SpectralHammer
 from robustlip.constraints.hardcap import HardCap, HardCapMsign
-from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.method import Guarantee, Method, StepTaken, map_stack
 from robustlip.constraints.normalize import SpectralNormalize
 from robustlip.constraints.norms import fixed_vectors, probe
 from robustlip.constraints.softcap import SoftCap
@@ -187,7 +187,7 @@ class Constraint:
         dtype = stacks[0].dtype
         stack = stacks[0] * scale if len(stacks) == 1 else torch.cat(stacks).mul_(scale)
         # Polynomials of matrices need more digits than the 16-bit dtypes have.
-        stack = self.method(stack.float() if dtype.itemsize < 4 else stack, group.caps, step)
+        stack = map_stack(self.method, stack.float() if dtype.itemsize < 4 else stack, group.caps, step)
         if group.block is None:
             group.block = fixed_vectors(2, stack)
         norms, group.block = probe(stack, group.block)

@@ -9,8 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from robustlip.constraints.method import Guarantee, Method, StepTaken, in_units_of_the_caps, ordinary
-from robustlip.constraints.norms import fast_norm_bound
+from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.norms import fast_norm_bound, gram_of, times
 from robustlip.muon import POLYNOMIALS, even_part, odd_quintics, orthogonalize
 
 # Odd quintics that together approximate min(1, x) on [0, 3] from above and below, at most 1.0109 (MATH.md section 10).
@@ -32,9 +32,7 @@ def hard_cap_polynomial(matrix: Tensor, cap: Tensor | float = 1.0) -> Tensor:
     """The published polynomials, ≈ min(w, σ) for singular values of (..., m, n) in [0, 3w], at most 1.0109 w. cap: w, one or (..., 1, 1)."""
     m, n = matrix.shape[-2:]
     if max(m, n) >= 2 * min(m, n):
-        gram = matrix.mT @ matrix if m > n else matrix @ matrix.mT
-        factor = _even_factor(gram.div_(cap * cap))
-        return matrix @ factor if m > n else factor @ matrix
+        return times(_even_factor(gram_of(matrix).div_(cap * cap)), matrix)
     x = (matrix.mT if m > n else matrix) / cap
     x = cap * odd_quintics(x.reshape(-1, *x.shape[-2:]).contiguous(), _QUINTICS).reshape(x.shape)
     return x.mT if m > n else x
@@ -84,13 +82,12 @@ def through_eigenvalues(matrix: Tensor, cap: Tensor, factor: Callable[[Tensor], 
     One decomposition in place of a dozen products or more: faster on a CPU, slower on a GPU. An eigenvalue is known to a unit of the largest.
     What is not finite gives NaN, where eigh would raise an error that names no weight.
     """
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    gram = (matrix.mT @ matrix if tall else matrix @ matrix.mT).div_(cap * cap)
+    gram = gram_of(matrix).div_(cap * cap)
     if not bool(torch.isfinite(gram).all()):
         return torch.full_like(matrix, torch.nan), False
     values, vectors = torch.linalg.eigh(gram)
-    left = (vectors * factor(values)[..., None, :]) @ vectors.mT
-    return matrix @ left if tall else left @ matrix, bool((values[..., -1] > 4).any())
+    mapped = times((vectors * factor(values)[..., None, :]) @ vectors.mT, matrix)
+    return mapped, bool((values[..., -1] > 4).any())
 
 
 def hard_cap_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
@@ -152,8 +149,6 @@ class HardCap(Method):
     guarantee = Guarantee(_QUINTIC_PEAK)
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-        if not ordinary(step.w_max):
-            return in_units_of_the_caps(self, stack, cap, step)
         if step.update is None or any(u > (_QUINTIC_DOMAIN - _QUINTIC_PEAK) * w for u, w in zip(step.update, step.w_max, strict=True)):
             stack = stack / (fast_norm_bound(stack, 4)[:, None, None] / cap / _QUINTIC_DOMAIN).clamp_min(1.0)
         return hard_cap_polynomial_eigh(stack, cap) if stack.device.type == "cpu" else hard_cap_polynomial(stack, cap)
@@ -169,6 +164,4 @@ class HardCapMsign(Method):
     guarantee = Guarantee(1 + _MSIGN_OVERSHOOT)
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-        if not ordinary(step.w_max):
-            return in_units_of_the_caps(self, stack, cap, step)
         return hard_cap_eigh(stack, cap) if stack.device.type == "cpu" else hard_cap_msign(stack, cap)

@@ -44,7 +44,7 @@ class StepTaken:
 
 
 class Method(ABC):
-    """A map of RMS-scaled matrices (K, m, n) → (K, m, n), run after each optimiser step.
+    """A map of RMS-scaled matrices (K, m, n) → (K, m, n), run after each optimiser step (by `map_stack`).
 
     cap: (K, 1, 1), the w_max of each in the dtype of the stack. A subclass states in its docstring and in `guarantee` what holds when
     the matrices were inside before the step; `Constraint.project` brings the initial ones inside.
@@ -57,13 +57,10 @@ class Method(ABC):
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor: ...
 
 
-def ordinary(w_max: tuple[float, ...]) -> bool:
-    """Whether squares of weights near these caps neither vanish nor overflow in float32."""
-    return all(1e-9 <= w <= 1e9 for w in w_max)
-
-
-def in_units_of_the_caps(method: Method, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-    """The method's map under caps of 1, back in the units of the stack: for caps that are not `ordinary`."""
+def map_stack(method: Method, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
+    """What the method makes of the stack. Under caps so far from 1 that squares of weights vanish or overflow in float32, in units of the caps."""
+    if all(1e-9 <= w <= 1e9 for w in step.w_max):
+        return method(stack, cap, step)
     update = None if step.update is None else tuple(u / w for u, w in zip(step.update, step.w_max, strict=True))
     ones = replace(step, w_max=(1.0,) * len(step.w_max), update=update)
     return cap * method(stack / cap, torch.ones_like(cap), ones)

@@ -15,7 +15,7 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
     # The largest entry is 1: squares of what training produces do not vanish, and powers of them do not overflow.
     largest = largest_entry(matrix, (-2, -1))
     matrix = matrix / largest
-    gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
+    gram = gram_of(matrix)
     log_scale = torch.zeros(matrix.shape[:-2], dtype=torch.float64, device=matrix.device)
     for i in range(iterations + 1):
         size = torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(gram.dtype).tiny)
@@ -24,6 +24,16 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
         if i < iterations:
             gram = gram @ gram
     return ((log_scale / 2).exp() * (1 + 1e-5) * largest[..., 0, 0]).to(matrix.dtype)
+
+
+def gram_of(matrix: Tensor) -> Tensor:
+    """MMᵀ of matrices (..., m, n), or MᵀM where that is smaller: σ² on the left or on the right singular vectors."""
+    return matrix.mT @ matrix if matrix.shape[-2] > matrix.shape[-1] else matrix @ matrix.mT
+
+
+def times(factor: Tensor, matrix: Tensor) -> Tensor:
+    """A function of gram_of(M) applied to M, from the side that it belongs to."""
+    return matrix @ factor if matrix.shape[-2] > matrix.shape[-1] else factor @ matrix
 
 
 def fixed_vectors(count: int, like: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlip.constraints.method import Guarantee, Method, StepTaken, in_units_of_the_caps, ordinary
-from robustlip.constraints.norms import largest_entry
+from robustlip.constraints.method import Guarantee, Method, StepTaken
+from robustlip.constraints.norms import gram_of, largest_entry, times
 from robustlip.muon import orthogonalize, polynomial_named
 
 # |1 − σ²| up to which the series is used: it then ends within 1.2 % under 1 (35/128·|1 − σ²|⁴ and higher terms), 0.06 % at half of it.
@@ -28,8 +28,6 @@ class Stiefel(Method):
         self.guarantee = Guarantee(max(1.0, polynomial_named(polynomial or "six-step").peak))
 
     def __call__(self, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-        if not ordinary(step.w_max):
-            return in_units_of_the_caps(self, stack, cap, step)
         if self.polynomial is None:
             near = near_orthogonal(stack, cap)
             if near is not None:
@@ -44,12 +42,11 @@ def near_orthogonal(stack: Tensor, cap: Tensor) -> Tensor | None:
     With E = 1 − MMᵀ/w² it is (1 + E/2 + 3E²/8 + 5E³/16)M, the series of 1/√(1 − E), cut off after an odd power: it is below the whole for
     σ < w (all terms are positive) and for σ > w (they alternate, the last kept is negative), so nothing ends above the cap.
     """
-    m, n = stack.shape[-2:]
-    error = (stack.mT @ stack if m > n else stack @ stack.mT).div_(-cap * cap)
+    error = gram_of(stack).div_(-cap * cap)
     error.diagonal(dim1=-2, dim2=-1).add_(1)
     square = error @ error
     if not bool((torch.linalg.matrix_norm(square @ square) <= _NEAR**4).all()):
         return None
     factor = torch.baddbmm(error / 2, square, error, alpha=5 / 16).add_(square, alpha=3 / 8)
     factor.diagonal(dim1=-2, dim2=-1).add_(1)
-    return stack @ factor if m > n else factor @ stack
+    return times(factor, stack)
