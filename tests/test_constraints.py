@@ -264,6 +264,27 @@ def test_values_that_are_not_finite_come_out_as_nan_and_stop_the_run() -> None:
             target.weight.grad = torch.full((6, 6), bad)
             with pytest.raises(ConstraintViolation, match="expected finite weights"):
                 optimizer.step()
+    # Finite weights whose squares are not: what cannot be mapped is not handed back as it was.
+    huge = with_spectrum(torch.tensor([1.0, 1e25]), 4, 6).float()[None]
+    assert bool(hard_cap_eigh(huge, torch.ones(1, 1, 1)).isnan().all())
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
+def test_hard_cap_of_matrices_far_outside(shape) -> None:
+    """Float32 knows an eigenvalue to a unit of the largest, so that next to σ = 10⁴ one of 3 could be any from 0 to 4: one map is not enough."""
+    values = torch.cat([torch.linspace(0.2, 3.0, min(shape) - 2), torch.tensor([1e4, 3e3])])
+    stack = with_spectrum(values, *shape).float()[None]
+    for cap in (1.0, 0.01):
+        mapped = hard_cap_eigh(stack * cap, torch.full((1, 1, 1), cap))
+        assert float(singular(mapped[0]).max()) <= cap * (1 + 2e-5)
+
+
+def test_hard_cap_of_a_cpu_leaves_what_is_inside_to_the_last_bit() -> None:
+    inside, outside = (with_spectrum(torch.linspace(0.1, top, 24), 24, 40).float() for top in (0.99, 1.2))
+    assert torch.equal(hard_cap_eigh(inside[None], torch.ones(1, 1, 1))[0], inside)
+    both = hard_cap_eigh(torch.stack([inside, outside]), torch.ones(2, 1, 1))
+    assert torch.equal(both[0], inside)
+    assert float(singular(both[1]).max()) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(("m", "n"), [(24, 24), (24, 60), (60, 24)])
@@ -284,6 +305,17 @@ def test_matrices_near_orthogonal_become_so_and_never_more(m, n) -> None:
     e = 1 - x**2
     image = x * (1 + e / 2 + 3 / 8 * e**2 + 5 / 16 * e**3)
     assert float(image.max()) <= 1 + 1e-15 and 1 - 0.012 <= float(image[e.abs() <= 0.42].min()) <= 1 - 0.01
+
+
+def test_one_value_too_far_for_the_series_ends_it() -> None:
+    """|1 − σ²| = 0.5 of one singular value: the series would leave it 2 % under the cap, where 1.2 % is promised."""
+    values = torch.ones(24)
+    values[0] = 0.5**0.5
+    stack = with_spectrum(values, 24, 24)[None]
+    assert near_orthogonal(stack, torch.ones(1, 1, 1, dtype=stack.dtype)) is None
+    target = Target("weight", nn.Parameter(stack[0].clone()), 1.0)
+    Constraint([target], "stiefel").apply(target)
+    assert 0.988 <= float(singular(target.weight).min()) <= float(singular(target.weight).max()) <= 1.0
 
 
 def test_stiefel_stays_at_its_cap_under_steps_of_any_size() -> None:
@@ -321,6 +353,19 @@ def test_caps_whose_squares_vanish_or_overflow(method, w_max) -> None:
         constraint.apply(target)
         constraint.check()
     torch.testing.assert_close(tiny.weight.double() / w_max, plain.weight.double(), rtol=0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("w_max", [1e-12, 1e12])
+def test_steps_under_such_caps_are_in_units_of_them_too(w_max) -> None:
+    """A stated update decides how far out the published hard cap looks: one of 6 caps has to be seen as 6, whatever the cap."""
+    matrix = with_spectrum(torch.linspace(0.1, 7.0, 12), 12, 12)
+    mapped = []
+    for cap in (1.0, w_max):
+        target = Target("weight", nn.Parameter((matrix * cap).float()), cap)
+        Constraint([target], "hard-cap").apply(target, update_norm=6 * cap)
+        mapped.append(target.weight.detach().double() / cap)
+    torch.testing.assert_close(mapped[1], mapped[0], rtol=0.0, atol=2e-6)
+    assert float(singular(mapped[1]).max()) <= 1.0109 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
