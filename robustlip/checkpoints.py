@@ -34,14 +34,22 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file that `save_tensors` wrote. Raises BadInput for anything else: missing, truncated, foreign."""
+    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
+
+
+def load_header(path: Path) -> dict[str, Any]:
+    """The header alone, without reading tensors. Raises BadInput as load_tensors."""
+    return _read(path, lambda file: {})[1]
+
+
+def _read(path: Path, tensors_of: Callable[[Any], dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not is_file(path):
         raise BadInput(f"expected a .safetensors file, got {path}, which is not there; check the path")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata, tensors = file.metadata() or {}, tensors_of(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"expected a whole safetensors file, got {path.name}, which cannot be read ({error}); copy or train it again") from None
     try:

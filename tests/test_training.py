@@ -167,6 +167,25 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path) -> None:
         train(recipe(seed=4), tmp_path / "parts")
 
 
+def test_a_run_replaces_no_other_runs_weights(tmp_path) -> None:
+    short = {"steps": 3, "batch": 32, "evaluate_every": 50, "checkpoint_every": 50}
+    path = train(recipe(run=short), tmp_path)
+    state = tmp_path / "tiny.state.safetensors"
+    before = path.read_bytes(), state.read_bytes()
+    with pytest.raises(BadInput, match=r"one of another recipe.*another folder"):
+        train(recipe(seed=4, run=short), tmp_path, resume=False)
+    state.unlink()
+    for resume in (True, False):
+        with pytest.raises(BadInput, match="without a state to go on from"):
+            train(recipe(run=short), tmp_path, resume=resume)
+    assert path.read_bytes() == before[0]
+    # Over its own it begins again, and over a state that nobody can read.
+    for content in (before[1], before[1][:100]):
+        state.write_bytes(content)
+        train(recipe(run=short), tmp_path, resume=False)
+        assert path.read_bytes() == before[0] and load_tensors(state)[1]["step"] == 3
+
+
 # Runs in processes of their own that die at a chosen moment, as by kill -9, or that meet a full disk. One process imports torch and forks.
 CHILD = """
 import json, os, resource, signal, sys

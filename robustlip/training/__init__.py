@@ -3,7 +3,8 @@
 The batch of step t is drawn by a generator seeded with (seed, t) and nothing else is random, so a resumed run takes the same steps.
 """
 
-from robustlip.training.loop import TrainingStopped, train
+from robustlip.training.loop import train
 from robustlip.training.recipe import Recipe, identity, load_recipe
+from robustlip.training.state import TrainingStopped
 
 __all__ = ["Recipe", "TrainingStopped", "identity", "load_recipe", "train"]

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.checkpoints import load_tensors, save_model, save_tensors, toml_text
+from robustlip.checkpoints import save_model, toml_text
 from robustlip.constraints import Constraint, make_method, targets_of
-from robustlip.errors import BadInput, RobustlipError
+from robustlip.errors import BadInput
 from robustlip.files import write_text
-from robustlip.hashing import tensors_sha256, weights_sha256
+from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain, Residual
 from robustlip.parallel import ALONE, World, joined
 from robustlip.training.adversarial import adversarial_loss
@@ -30,12 +30,19 @@ from robustlip.training.recipe import Recipe, identity, load_recipe
 from robustlip.training.reparametrize import fold, reparametrize
 from robustlip.training.source import Source
 from robustlip.training.start import start_from
+from robustlip.training.state import (
+    TrainingStopped,
+    kept,
+    load_state,
+    make_folder,
+    refuse_to_replace,
+    remove_leftovers,
+    save_state,
+    state_file,
+    write,
+)
 
 Figures = dict[str, float]
-
-
-class TrainingStopped(RobustlipError, RuntimeError):
-    """A run that cannot go on: a loss or weights that are not finite, or a state that cannot be written. The last good state is kept."""
 
 
 def _constraint_of(recipe: Recipe, model: nn.Module, world: World) -> Constraint:
@@ -125,20 +132,6 @@ def _check_parallel(recipe: Recipe, world: World) -> None:
         )
 
 
-def _folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"expected a folder for the run, got {out} ({error.strerror}); name another with --out") from None
-
-
-def _remove_leftovers(out: Path, name: str) -> None:
-    """Temporary files of a run that was killed while it wrote."""
-    for kind in ("state.safetensors", "safetensors", "toml"):
-        for path in out.glob(f".{name}.{kind}.*"):
-            path.unlink(missing_ok=True)
-
-
 def train(
     recipe: Recipe | str | Path,
     out: str | Path,
@@ -152,7 +145,7 @@ def train(
     """Train a recipe in the folder `out`; returns the model file out/NAME.safetensors, with its card out/NAME.toml beside it.
 
     Interrupted runs, killed ones included, continue from out/NAME.state.safetensors when `resume`, and end with the same weights on the same machine;
-    a state of another recipe is refused. One run at a time in a folder.
+    a state of another recipe is refused, and so is to write over one or over a model without a state. One run at a time in a folder.
     Started by torchrun, all processes make one run: each takes its rows of every batch, the matrix work is shared, rank 0 writes. parallel: 'ddp',
     whole weights in each process, or 'fsdp', shards (robustlip.parallel). Weights are those of one process up to rounding, and states can be
     resumed by another number of processes; `out` must be a folder that all of them see.
@@ -168,7 +161,8 @@ def train(
 
 def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress: Callable[[int, int, Figures], None] | None, resume: bool) -> Path:
     source = world.together(lambda: Source(recipe, data_dir))
-    world.together(lambda: _folder(out))
+    world.together(lambda: make_folder(out))
+    world.together(lambda: refuse_to_replace(recipe, out, resume=resume))
     torch.manual_seed(recipe.seed)
     from robustlip.models.build import build
 
@@ -180,13 +174,13 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     if recipe.loss.kind == "ibp":
         ibp_initialize(model)
 
-    state_path = out / f"{recipe.name}.state.safetensors"
+    state_path = state_file(out, recipe.name)
     if world.first:
-        _remove_leftovers(out, recipe.name)
+        remove_leftovers(out, recipe.name)
     first, seconds, history, saved, start = 0, 0.0, [], None, recipe.run.start_from
     started_from: str | None = None
     if resume and world.told(state_path.exists()):
-        saved, header = world.together(lambda: _state_of(recipe, state_path))
+        saved, header = world.together(lambda: load_state(recipe, state_path))
         first, seconds, history, started_from = header["step"], header["seconds"], header["history"], header.get("start_weights_sha256")
         world.together(lambda: source.restore(header.get("data")))
     elif start is not None:
@@ -212,12 +206,12 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
         restore(model, optimizers, saved, world)
         saved = None  # as large as all that is trained
 
-    def save_state(step: int) -> None:
+    def save(step: int) -> None:
         tensors = world.gathered(state_tensors(model, optimizers))
         header = {"recipe_sha256": identity(recipe), "step": step, "seconds": seconds, "history": history, "data": source.state(step)}
         if started_from is not None:
             header["start_weights_sha256"] = started_from
-        world.on_first(lambda: _save_state(state_path, tensors, header))
+        world.on_first(lambda: save_state(state_path, tensors, header))
 
     for step in range(first, recipe.run.steps):
         started = time.perf_counter()
@@ -229,7 +223,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
         train_loss = world.total(loss.detach()).item() / world.size
         if not math.isfinite(train_loss):
             raise TrainingStopped(
-                f"expected a finite loss, got {train_loss} at step {step}; {_kept(state_path)}: lower the learning rate"
+                f"expected a finite loss, got {train_loss} at step {step}; {kept(state_path)}: lower the learning rate"
             )
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -244,14 +238,14 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
             figures |= _evaluate(run, source, constraint, world, limit=64)
             history.append({"step": step + 1, **figures})
         if (step + 1) % recipe.run.checkpoint_every == 0 and step + 1 < recipe.run.steps:
-            save_state(step + 1)
+            save(step + 1)
         if progress is not None:
             progress(step + 1, recipe.run.steps, figures)
 
     # A run that was killed after its last state has its last line already.
     history = [line for line in history if line["step"] < recipe.run.steps]
     history.append({"step": recipe.run.steps, **_evaluate(run, source, constraint, world), "seconds": seconds})
-    save_state(recipe.run.steps)
+    save(recipe.run.steps)
     path = out / f"{recipe.name}.safetensors"
     if world.sharded:
         weights, model = world.gathered(model.state_dict()), build(config)
@@ -262,7 +256,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
 
     def write_model() -> None:
         fold(model)
-        _write(lambda: save_model(path, model.eval().cpu()), path, recipe.run.steps)
+        write(lambda: save_model(path, model.eval().cpu()), path, recipe.run.steps)
         card = _card(recipe, model, source, history)
         if started_from is not None:
             card["start_weights_sha256"] = started_from
@@ -272,48 +266,6 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
 
     world.on_first(write_model)
     return path
-
-
-def _state_of(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, header = load_tensors(path)
-    if header.get("recipe_sha256") != identity(recipe):
-        raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {path}; choose another folder")
-    step = header.get("step")
-    history, seconds = header.get("history"), header.get("seconds")
-    whole = isinstance(history, list) and all(isinstance(line, dict) and type(line.get("step")) is int for line in history)
-    if not whole or isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise BadInput(f"expected a state with its history and seconds, got another header in {path}; remove it, or choose another folder")
-    if not (type(step) is int and 0 <= step <= recipe.run.steps):
-        raise BadInput(f"expected a state of at most {recipe.run.steps} steps, got step {step!r} in {path}; remove it, or choose another folder")
-    # States of the first versions have no hash.
-    if header.get("tensors_sha256", "") not in ("", tensors_sha256(tensors)):
-        raise BadInput(f"expected the tensors that were written to {path}, got others by their SHA-256: the file is damaged; remove it or restore it")
-    return tensors, header
-
-
-def _kept(path: Path) -> str:
-    return f"the last state is kept in {path}" if path.is_file() else "there is no state yet"
-
-
-def _save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    step = header["step"]
-    if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise TrainingStopped(
-            f"expected finite weights after step {step}, got NaN or infinity in {broken[0]}; {_kept(path)}: lower the learning rate"
-        )
-    _write(lambda: save_tensors(path, tensors, {**header, "tensors_sha256": tensors_sha256(tensors)}), path, step)
-
-
-def _write(write: Callable[[], None], path: Path, step: int) -> None:
-    """Run `write`, which replaces a file whole or not at all. Raises TrainingStopped when the place is full or cannot be written."""
-    from safetensors import SafetensorError
-
-    try:
-        write()
-    except (OSError, SafetensorError) as error:
-        raise TrainingStopped(
-            f"expected room to write {path} at step {step}, got an error ({error}); make room and start again, it goes on from the last state, if any"
-        ) from error
 
 
 def _card(recipe: Recipe, model: Chain, source: Source, history: list[Figures]) -> dict[str, Any]:
