@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from reporting import finish
-from training import stepper
+from training import CHARACTER_GPT, stepper
 
 CONSTRAINTS = {"spectral-normalize": "spec_normalize", "soft-cap": "soft_cap", "hard-cap": "hard_cap"}  # ours: theirs
 
@@ -71,7 +71,7 @@ def main() -> None:
         if ours not in arguments.constraints:
             continue
         rival = Published(arguments.jax, arguments.code, theirs, arguments.batch)
-        step = stepper(ours, arguments.batch, "cpu")
+        step = stepper(CHARACTER_GPT, ours, arguments.batch, "cpu")
         for _ in range(2):
             rival.step(), step()
         turns = [(rival.step(), step()) for _ in range(arguments.repeats)]

@@ -1,10 +1,11 @@
 """A constrained training step against the same step without a constraint, at the size of the paper's character GPT (2.4 million parameters).
 
     OMP_NUM_THREADS=1 python benchmarks/training.py [--json FILE] [--batch 8] [--repeats 9] [--methods soft-cap,…]
+    python benchmarks/training.py --recipe recipes/newhouse-145m.toml --batch 16        # the model, optimisers, dtype and compilation of a recipe
 
-Forward, backward and Muon of 3 blocks × 256, 4 heads, context 256, on random tokens (times do not depend on them). The variants take turns, so
-that a busy machine hits all of them. On a CPU seconds are of processor time, which other processes disturb less than wall-clock time; both ratios are
-printed. Medians, and the median of the ratios within a turn. Target: at most 1.10 for soft cap and spectral normalisation.
+Forward, backward and optimisers on random tokens (times do not depend on them); without --recipe, Muon on 3 blocks × 256, 4 heads, context 256. The
+variants take turns, so that a busy machine hits all of them. On a CPU seconds are of processor time, which other processes disturb less than the
+clock; both ratios are printed. Medians, and the median of the ratios within a turn. Target: at most 1.10 on a CPU, 1.05 at 145M on a GPU.
 Memory is the peak of a process of its own for each variant.
 """
 
@@ -19,28 +20,48 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from reporting import finish
-from torch import nn
 
-from robustlip.constraints import METHODS, Constraint, targets_of
-from robustlip.models import LipschitzGPT
-from robustlip.muon import Muon
+from robustlip.constraints import METHODS
+from robustlip.errors import BadInput
+from robustlip.models.build import build
+from robustlip.training import Recipe, load_recipe
+from robustlip.training.compute import Forward
+from robustlip.training.objective import cross_entropy
+from robustlip.training.optimizers import make_constraint, make_optimizers
 
-WIDTH, HEADS, BLOCKS, CONTEXT, CHARACTERS = 256, 4, 3, 256, 65
+CHARACTER_GPT = Recipe.model_validate({
+    "name": "character-gpt",
+    "model": {"kind": "lipschitz-gpt", "vocabulary_size": 65, "width": 256, "heads": 4, "blocks": 3, "distance_bias": 64},
+    "data": {"name": "tiny_shakespeare", "context": 256},
+    "optimizer": {"name": "muon", "lr": 0.05, "adamw_lr": 0.001},
+    "constraint": {"method": "soft-cap", "w_max": 1.0, "overrides": {"mlp*": 2.0, "head.weight": 30.0}},
+    "run": {"steps": 1, "batch": 8},
+})  # fmt: skip
 
 
-def stepper(method: str, batch: int, device: str) -> Callable[[], tuple[float, float, float]]:
+def recipe_of(path: str | None) -> Recipe:
+    recipe = CHARACTER_GPT if path is None else load_recipe(path)
+    if "gpt" not in str(recipe.model.get("kind")) or recipe.loss.kind != "cross-entropy" or recipe.data.context is None:
+        raise BadInput(f"expected the recipe of a gpt with the plain loss and a context, got {recipe.name}; name another")
+    return recipe
+
+
+def stepper(recipe: Recipe, method: str, batch: int, device: str) -> Callable[[], tuple[float, float, float]]:
     """A function that takes one training step: (seconds of all of it, of optimiser and constraint, on the clock)."""
     torch.manual_seed(0)
-    model = LipschitzGPT("".join(map(chr, range(32, 32 + CHARACTERS))), WIDTH, HEADS, BLOCKS, distance_bias=64).to(device)
-    matrices = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    rest = [p for p in model.parameters() if id(p) not in matrices]
-    optimizers = [Muon(list(matrices.values()), lr=0.05), torch.optim.AdamW(rest, lr=1e-3)]
-    constraint = Constraint(targets_of(model, 1.0, overrides={"mlp*": 2.0, "head.weight": 30.0}), method)
+    # What belongs to the recipe's own method, another one may not have.
+    of_method = {"strength": None, "polynomial": None} if method != recipe.constraint.method else {}
+    recipe = recipe.model_copy(update={"constraint": recipe.constraint.model_copy(update={"method": method} | of_method)})
+    vocabulary = recipe.model.get("vocabulary_size", 65)
+    model = build({"vocabulary_size": vocabulary} | recipe.model).to(device).train()
+    assert recipe.data.context is not None
+    tokens = torch.randint(vocabulary, (batch, recipe.data.context + 1), device=device)
+    forward = Forward(recipe, model, tokens[:, :-1])
+    optimizers = make_optimizers(recipe, model)
+    constraint = make_constraint(recipe, model)
     constraint.project()
     constraint.attach(*optimizers)
-    tokens = torch.randint(CHARACTERS, (batch, CONTEXT + 1), device=device)
 
     def now() -> tuple[float, float]:
         if device == "cuda":
@@ -52,7 +73,7 @@ def stepper(method: str, batch: int, device: str) -> Callable[[], tuple[float, f
         start = now()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        cross_entropy(forward(tokens[:, :-1]), tokens[:, 1:], recipe.loss).backward()
         between = now()
         for optimizer in optimizers:
             optimizer.step()
@@ -62,36 +83,41 @@ def stepper(method: str, batch: int, device: str) -> Callable[[], tuple[float, f
     return step
 
 
-def peak_megabytes(method: str, batch: int, device: str) -> float:
-    """Peak resident memory of a process that takes three steps."""
-    command = [sys.executable, __file__, "--peak", method, "--batch", str(batch), "--device", device]
+def peak_megabytes(path: str | None, method: str, batch: int, device: str) -> float:
+    """Peak memory of a process that takes three steps: resident on a CPU, allocated on a GPU."""
+    command = [sys.executable, __file__, "--peak", method, "--batch", str(batch), "--device", device, *(("--recipe", path) if path else ())]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json")
+    parser.add_argument("--recipe", help="a recipe of a gpt, in the place of the character GPT")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "none"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    try:
+        recipe = recipe_of(arguments.recipe)
+    except BadInput as error:
+        parser.error(str(error))
     if arguments.peak:
-        step = stepper(arguments.peak, arguments.batch, arguments.device)
+        step = stepper(recipe, arguments.peak, arguments.batch, arguments.device)
         for _ in range(3):
             step()
         print(torch.cuda.max_memory_allocated() / 2**20 if arguments.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         return
     methods = ["none", *arguments.methods.split(",")]
-    steps = {method: stepper(method, arguments.batch, arguments.device) for method in methods}
+    steps = {method: stepper(recipe, method, arguments.batch, arguments.device) for method in methods}
     for step in steps.values():  # warm up
         step()
     turns = [{method: step() for method, step in steps.items()} for _ in range(arguments.repeats)]
-    plain_peak = peak_megabytes("none", arguments.batch, arguments.device)
+    plain_peak = peak_megabytes(arguments.recipe, "none", arguments.batch, arguments.device)
     rows = []
     for method in methods:
-        peak = plain_peak if method == "none" else peak_megabytes(method, arguments.batch, arguments.device)
+        peak = plain_peak if method == "none" else peak_megabytes(arguments.recipe, method, arguments.batch, arguments.device)
         rows.append({
             "method": method,
             "step_s": statistics.median(turn[method][0] for turn in turns),
@@ -106,7 +132,7 @@ def main() -> None:
     for r in rows:
         times = f"{r['step_s'] * 1e3:.0f} | {r['optimizer_s'] * 1e3:.0f} | {r['ratio']:.3f} | {r['wall_ratio']:.3f}"
         print(f"| {r['method']} | {times} | {r['extra_mb']:.0f} of {plain_peak:.0f} |")
-    finish(rows, arguments.json, device=arguments.device, batch=arguments.batch, repeats=arguments.repeats)
+    finish(rows, arguments.json, recipe=recipe.name, device=arguments.device, batch=arguments.batch, repeats=arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import robustlip.muon
 import robustlip.training.loop as loop
+import robustlip.training.state as state
 from robustlip import cli
 from robustlip.constraints import METHODS, Constraint, HardCap, SoftCap, Target
 from robustlip.errors import BadInput
@@ -154,7 +155,7 @@ def wrong(job: dict[str, Any], seen: Seen) -> None:
 
     changes = {
         "loss": lambda: patch.object(loop, "_loss", not_finite),
-        "write": lambda: patch.object(loop, "save_tensors", full),  # called by the first alone
+        "write": lambda: patch.object(state, "save_tensors", full),  # called by the first alone
         "violation": lambda: patch.object(SoftCap, "__call__", grown),
         "data": lambda: patch.object(loop.Source, "batch", failing(BadInput("expected data, got none; bring some"))),
         "bug": lambda: patch.object(loop.Source, "batch", failing(KeyError("no such thing"))),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.checkpoints import save_model, toml_text
-from robustlip.constraints import Constraint, make_method, targets_of
+from robustlip.constraints import Constraint
 from robustlip.errors import BadInput
 from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
@@ -25,7 +25,7 @@ from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
 from robustlip.training.losses import margin_loss
 from robustlip.training.objective import cross_entropy
-from robustlip.training.optimizers import make_optimizers, restore, schedule, state_tensors
+from robustlip.training.optimizers import make_constraint, make_optimizers, restore, schedule, state_tensors
 from robustlip.training.recipe import Recipe, identity, load_recipe
 from robustlip.training.reparametrize import fold, reparametrize
 from robustlip.training.source import Source
@@ -43,16 +43,6 @@ from robustlip.training.state import (
 )
 
 Figures = dict[str, float]
-
-
-def _constraint_of(recipe: Recipe, model: nn.Module, world: World) -> Constraint:
-    part = recipe.constraint
-    if part.method == "none":
-        return Constraint([], "none", world)
-    targets = targets_of(model, part.w_max, per_head=part.per_head, overrides=dict(part.overrides), rows=part.rows)
-    method = make_method(part.method, strength=part.strength, polynomial=part.polynomial)
-    assert method is not None
-    return Constraint(targets, method, world)
 
 
 def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, step: int) -> Tensor:
@@ -198,7 +188,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     forward = world.together(lambda: Forward(recipe, model, batch(first)[0], blocks if world.sharded else ()))
     run = world.wrap(_Pass(recipe, model, forward), blocks)
     optimizers = make_optimizers(recipe, model, world)
-    constraint = _constraint_of(recipe, model, world)
+    constraint = make_constraint(recipe, model, world)
     constraint.project()
     constraint.attach(*optimizers)
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -273,7 +263,7 @@ def _card(recipe: Recipe, model: Chain, source: Source, history: list[Figures]) 
     from robustlip import __version__
     from robustlip.certifiers import lipschitz_bound
 
-    constraint = _constraint_of(recipe, model, ALONE)
+    constraint = make_constraint(recipe, model, ALONE)
     measured = constraint.measured()
     last = history[-1]
     card: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The optimisers of a recipe, their learning rates by layer, and their state as tensors."""
+"""The optimisers and the constraint of a recipe, learning rates by layer, and the optimisers' state as tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustlip.constraints import Constraint, make_method, targets_of
 from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.layers import Residual
 from robustlip.muon import Muon, RowMomentum
@@ -60,6 +61,17 @@ def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> l
     if rest:
         made.append(torch.optim.AdamW(groups(rest, spec.adamw_lr), lr=spec.adamw_lr, betas=spec.betas, weight_decay=0.0))
     return made
+
+
+def make_constraint(recipe: Recipe, model: nn.Module, world: World = ALONE) -> Constraint:
+    """The recipe's method and the weights that it holds; neither projected nor attached yet."""
+    part = recipe.constraint
+    if part.method == "none":
+        return Constraint([], "none", world)
+    targets = targets_of(model, part.w_max, per_head=part.per_head, overrides=dict(part.overrides), rows=part.rows)
+    method = make_method(part.method, strength=part.strength, polynomial=part.polynomial)
+    assert method is not None
+    return Constraint(targets, method, world)
 
 
 def schedule(recipe: Recipe, step: int) -> float:
