@@ -38,7 +38,7 @@ from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
 
-RULES_VERSION = "8"
+RULES_VERSION = "9"
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from robustlip.layers import Attention
 from robustlip.layers.attention import rotary
 from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
 from robustlip.rounding import norm_up, up
-from robustlip.rules.attention import Heads, check_projections, join_heads
+from robustlip.rules.attention import Heads, check_projections, join_heads, largest_in_kernel
 from robustlip.rules.elementwise import FUNCTION_ULPS
 from robustlip.spectral import spectral_norm_bound, spectral_norm_quick
 
@@ -36,8 +36,11 @@ _LARGEST_LOGIT_CHANGE = 50.0
 _SMALLEST_GROWTH = 0.05
 # Keys of a head whose logits are followed back to the input, each by an adjoint of its own.
 ASKED_KEYS = 16
-# What subtracting nearly equal float64 numbers of size 1 can lose, many times over.
-_CANCEL = 2.0**-44
+
+
+def cancelled(length: int) -> float:
+    """What subtracting nearly equal float64 numbers of size 1 can lose, each a sum over `length` tokens, four times over."""
+    return 2.0**-44 * max(1.0, length / 2**7)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ class SoftmaxBall:
 
     def __init__(self, p: Tensor, b: Tensor, other: Tensor, seen: Tensor) -> None:
         self.p, self.b = p, b
+        lost = cancelled(p.shape[-1])
         # Where a change could be huge (or overflowed), the weights may be anything: b enters remainders as it is, exponentials clamped.
         self.lost = ~(b.amax(-1, keepdim=True) <= _LARGEST_LOGIT_CHANGE)
         clamped = b.clamp_max(_LARGEST_LOGIT_CHANGE)
@@ -78,11 +82,11 @@ class SoftmaxBall:
         self.shift = (p * other).sum(-1, keepdim=True)
         total = 1 + self.shift + (p * (torch.expm1(clamped) - b).clamp_min(0.0)).sum(-1, keepdim=True)
         upper = torch.minimum(upper, high * self.shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
-        lower = torch.maximum(lower, low / total * (1 - _CANCEL))
+        lower = torch.maximum(lower, low / total * (1 - lost))
         # Lost digits of the two differences: a few 2⁻⁵³ of sums near 1, against p itself.
-        self.upper = torch.where(self.lost & seen, torch.ones_like(upper), (upper * (1 + _CANCEL)).clamp_max(1.0))
-        lower = torch.where(self.lost, torch.zeros_like(lower), lower * (1 - _CANCEL))
-        self.dev = torch.maximum(self.upper - p, p - lower).clamp_min(0.0) + _CANCEL * p
+        self.upper = torch.where(self.lost & seen, torch.ones_like(upper), (upper * (1 + lost)).clamp_max(1.0))
+        lower = torch.where(self.lost, torch.zeros_like(lower), lower * (1 - lost))
+        self.dev = torch.maximum(self.upper - p, p - lower).clamp_min(0.0) + lost * p
 
     def second_order(self) -> tuple[Tensor, Tensor]:
         """(c, c'): −Σ_j(c_j·max(−ω_j, 0) + c'_j|ω_j|) ≤ Σ_j (p'_j − p_j − p_j(η_j − Σ_k p_kη_k))ω_j for any ω with Σ_j p_jω_j = 0.
@@ -161,7 +165,7 @@ class AttentionExpansion(Expansion):
         """‖x_j − c_i‖ (N, H, i, j) rounded up, without a tensor of all differences."""
         size = norm.square()
         squares = size.unsqueeze(-2) + centre.square().sum(-1).unsqueeze(-1) - 2 * (centre @ x.mT)
-        lost = _CANCEL * x.shape[-1] * (size.unsqueeze(-2) + size.amax(-1, keepdim=True).unsqueeze(-1))
+        lost = cancelled(self.length) * x.shape[-1] * (size.unsqueeze(-2) + size.amax(-1, keepdim=True).unsqueeze(-1))
         return (squares + lost).clamp_min(0.0).sqrt()
 
     def _top(self, x: Tensor) -> Tensor:
@@ -276,14 +280,13 @@ class AttentionExpansion(Expansion):
         size = abs(self.factor) * (self.heads.whole["output"] + e_o) * mixed_size
         fresh = fresh + 3 * u * (size + fresh) + math.sqrt(width) * tiny
         fresh = fresh + (abs(self.factor) * math.sqrt(width) + (self.heads.whole["output"] + e_o) * mixed_size) * self.scope.flushed
-        sums = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
-        for name in ("key", "value"):
-            sums = torch.maximum(sums, self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k))
+        queries = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
+        keys, values = (self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k) for name in ("key", "value"))
         largest = torch.stack(
             [
                 (q_size * top_k).amax(-2) * (self.s + 1) + self.heads.bias,
-                2 * sums,
-                mixed_size * (self.heads.output_matrix.frobenius + math.sqrt(width) * e_o),
+                largest_in_kernel(torch.maximum(queries, torch.maximum(keys, values)), values, self.s, length, self.scope.context.dtype),
+                mixed_size * (self.heads.output_matrix.frobenius + math.sqrt(width) * e_o) * max(1.0, abs(self.factor)),
             ]
         ).amax(0)
         fresh = self.scope.divided(self.scope.fits(up(fresh), largest), self.s)  # a scale that counts for zero makes NaN of what is masked
@@ -332,7 +335,7 @@ class AttentionExpansion(Expansion):
         # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
         omega = times(outer, self.v.mT) - (outer * self.o).sum(-1, keepdim=True)
         size = token_norms(outer)
-        lost = _CANCEL * layer.head_width * size * 2 * self.top_value
+        lost = cancelled(self.length) * layer.head_width * size * 2 * self.top_value
         weights = omega.abs() + lost.unsqueeze(-1)
         back = self._back(self.p * omega, outer)
         by_head = self.matrices["value"].unflatten(0, (layer.heads, -1))  # (H, d, D)
@@ -393,7 +396,7 @@ class AttentionRow(AttentionExpansion):
         lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]
         triangle = torch.linalg.qr(self.by_head["query"].mT).R
         self.query_rows = (self.s * up(norm_up(centred @ triangle.mT) + lost * (norm_up(centred) + self.nk))).unsqueeze(2)
-        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + _CANCEL * full.layer.width * self.nq * self.sigma["key"][:, None])
+        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + cancelled(1) * full.layer.width * self.nq * self.sigma["key"][:, None])
 
     def _top(self, x: Tensor) -> Tensor:
         return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)

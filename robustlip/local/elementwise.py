@@ -125,8 +125,9 @@ class ElementwiseExpansion(Neurons):
                 return torch.zeros_like(norm) + root * context.flushed
             return self.f.ulps * context.unit * norm + self.f.offset * context.unit * root + lost
 
+        divisor = getattr(self.layer, "divisor", 1.0)
         cube = norm**3 if getattr(self.layer, "approximate", "") == "tanh" else norm
-        return self.scope.divided(self.scope.fits(up(self.scope.both(one)), cube), getattr(self.layer, "divisor", 1.0))
+        return self.scope.divided(self.scope.fits(up(self.scope.both(one)), torch.maximum(cube, norm / abs(divisor))), divisor)
 
     def lipschitz(self) -> Tensor | float:
         return self.f.steepest * self.sigma

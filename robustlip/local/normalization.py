@@ -60,7 +60,8 @@ class NormalizationExpansion(Expansion):
             # 0·inf is NaN: a bound that holds for no number.
             return (centring * (1 + relative) + (relative + 8 * context.unit) * norm + lost).nan_to_num(math.inf, math.inf)
 
-        fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square())
+        # The sum of squares, and what comes out.
+        fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square().clamp_min(norm))
         curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()
         if bounds is not None:
             bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]

@@ -362,12 +362,14 @@ class NormalizeExpansion(Expansion):
         self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        size = self.gain * (self.reach + self.factor * radius)
+        reach = self.reach + self.factor * radius
+        size = self.gain * reach
         root = math.sqrt(self.clean.shape[-1])
         # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
         # x, mean and their difference may all be subnormal, and are divided.
         fresh = 4 * self.scope.unit * size + root * (self.scope.tiny * (1 + self.gain) + 2 * self.gain * self.scope.flushed)
-        fresh = self.scope.divided(self.scope.fits(up(fresh), size), self.smallest)
+        # The difference has to fit before it is divided.
+        fresh = self.scope.divided(self.scope.fits(up(fresh), torch.maximum(size, reach)), self.smallest)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)

@@ -72,6 +72,16 @@ def check_projections(layer: Attention) -> None:
         rule_for(projection)  # refuses hooks
 
 
+def largest_in_kernel(projected: Tensor, value: Tensor, scale: float, tokens: int, dtype: torch.dtype) -> Tensor:
+    """The largest number that a kernel may hold beside the logits. projected: of queries, keys and values; value: of values; scale: of the logits.
+
+    Rotations add two products; queries and keys may be multiplied by √scale each; a blockwise softmax sums e^(S_j − max)·v_j over all tokens
+    before it divides. Sums of float16 numbers are float32, of which so many do not overflow.
+    """
+    turned = max(2.0, math.sqrt(scale)) * projected
+    return turned if dtype == torch.float16 else torch.maximum(turned, tokens * value)
+
+
 @register(Attention)
 class AttentionRule(Rule):
     """Multi-head attention in the per-token ℓ2 norm; see the module's text for the derivation."""
@@ -114,10 +124,11 @@ class AttentionRule(Rule):
         largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
         # Partial sums of queries, keys and values: one that overflows is lost even where the logits are small.
         inner = (("query", e_q), ("key", e_k), ("value", e_v))
-        projected = torch.stack([(heads.frobenius[name] + math.sqrt(d) * e) * a for name, e in inner]).amax((0, -1))
+        projected = torch.stack([(heads.frobenius[name] + math.sqrt(d) * e) * a for name, e in inner]).amax(-1)
+        held = largest_in_kernel(projected.amax(0), projected[-1], scale, state.tokens, context.dtype)
         mixed_sums = mixed * (heads.output_matrix.frobenius + math.sqrt(layer.width) * e_o)
         # A scale that counts for zero makes NaN of what is masked.
-        return context.divided(context.finite(behind, torch.stack([largest_logit, 2 * projected, mixed_sums]).amax(0)), scale)
+        return context.divided(context.finite(behind, torch.stack([largest_logit, held, mixed_sums]).amax(0)), scale)
 
     def _rounding(
         self,

@@ -112,4 +112,4 @@ class NormalizeRule(Rule):
         behind = replace(
             state, norm=gain * reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh
         )
-        return context.divided(context.finite(behind), smallest)
+        return context.divided(context.finite(behind, reach), smallest)  # the difference, before it is divided
