@@ -80,6 +80,7 @@ certificates: $(READY)  ## make the zoo's certificates again, after a change of 
 	  certify digits-transformer-$$role digits:test embedding-l2 100 dual; \
 	done; \
 	certify shakespeare-gpt-lipschitz page:test embedding-l2 6 dual; \
+	certify shakespeare-gpt-lipschitz-wide page:test embedding-l2@-1 8 dual; \
 	certify shakespeare-gpt-baseline page:test embedding-l2 16 dual; \
 	certify shakespeare-gpt-per-head page:test embedding-l2 8 dual; \
 	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 24 dual; \

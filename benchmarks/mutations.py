@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS = (
+RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS, OVERFLOW = (
     f"tests/test_{name}.py"
-    for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals")
+    for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals", "overflow")
 )
 
 
@@ -46,6 +46,20 @@ AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/local/{name}.py" for name in ("b
 BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
 
 MUTATIONS = [
+    Mutation("the difference in front of a division not seen to overflow", ELEMENTWISE,
+             "context.finite(behind, reach)", "context.finite(behind)", f"{OVERFLOW} -k 'way_is_seen and normalize'"),
+    Mutation("the difference in front of a division not seen to overflow (local)", AT_STRUCTURE,
+             "torch.maximum(size, reach)", "size", f"{OVERFLOW} -k 'way_is_seen and normalize'"),
+    Mutation("outputs of LayerNorm not seen to overflow (local)", AT_NORMALIZATION,
+             ".square().clamp_min(norm)", ".square()", f"{OVERFLOW} -k 'way_is_seen and norm'"),
+    Mutation("GELU divided by less than 1 not seen to overflow (local)", AT_ELEMENTWISE,
+             "torch.maximum(cube, norm / abs(divisor))", "cube", f"{OVERFLOW} -k 'way_is_seen and gelu'"),
+    Mutation("attention's output scale not seen to overflow (local)", AT_ATTENTION,
+             " * max(1.0, abs(self.factor)),", ",", f"{OVERFLOW} -k 'way_is_seen and factor'"),
+    Mutation("sums over keys not seen to overflow", ATTENTION,
+             "torch.maximum(turned, tokens * value)", "torch.maximum(turned, value)", f"{OVERFLOW} -k 'way_is_seen and values'"),
+    Mutation("queries times the root of the scale not seen to overflow", ATTENTION,
+             "max(2.0, math.sqrt(scale)) * projected", "2.0 * projected", f"{OVERFLOW} -k 'way_is_seen and scale'"),
     Mutation("what crosses a kink counted once, not twice", AT_CROSSING,
              "return 2 * (1 + 1e-12) * (self.each", "return (1 + 1e-12) * (self.each", f"{LOCAL} -k 'never_exceeded and linear-maxmin'"),
     Mutation("kinks together counted once, not twice", AT_CROSSING,
@@ -320,7 +334,9 @@ MUTATIONS = [
     Mutation("a change that vanishes between tiny weights counts as none", BASE,
              "behind.change + VANISHED", "behind.change", f"{CERTIFY} {HOSTILE} -k 'tiny_weights'"),
     Mutation("a Lipschitz bound that overflowed is not infinite", "robustlip/certifiers/bounds.py",
-             ".nan_to_num(torch.inf, torch.inf)", ".nan_to_num(0.0, torch.inf)", f"{CERTIFY} -k 'bound_that_overflows'"),
+             "step).nan_to_num(torch.inf, torch.inf)", "step).nan_to_num(0.0, torch.inf)", f"{CERTIFY} -k 'bound_that_overflows'"),
+    Mutation("a sensitivity to weights that overflowed is not infinite", "robustlip/certifiers/bounds.py",
+             "change).nan_to_num(torch.inf, torch.inf)", "change).nan_to_num(0.0, torch.inf)", f"{CERTIFY} -k 'sensitivity'"),
     Mutation("soft cap: decay beyond 1 taken as shrinking below 0", "robustlip/constraints/softcap.py",
              "k = w_max * abs(1 - decay) + update_norm", "k = w_max * (1 - decay) + update_norm", f"{CONSTRAINTS} -k 'turns_the_weights_round'"),
     Mutation("Muon in 16 bits states the step of exact arithmetic", "robustlip/muon.py",
