@@ -14,7 +14,7 @@ from processors import flushed
 from torch import nn
 
 from robustlip.attacks import by_name
-from robustlip.certifiers import certify, lipschitz_bound, weight_sensitivity_bound
+from robustlip.certifiers import METHODS, certify, lipschitz_bound, weight_sensitivity_bound
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Attention, NextTokenChain, as_chain
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
@@ -361,3 +361,10 @@ def test_a_bound_that_overflows_is_infinite() -> None:
         for weight in model.parameters():
             weight.mul_(1e60)
     assert lipschitz_bound(model)["l2"] == torch.inf
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_by_token_are_refused(method) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(BadInput, match=r"^expected .*, got .*(2, 5, 3|5, 4).*;"):
+        certify(model, torch.rand(2, 5, 4), torch.tensor([0, 1]), InputBall("l2"), method)

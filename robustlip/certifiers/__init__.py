@@ -24,6 +24,7 @@ from robustlip.certifiers.samples import (
     check_labels,
     check_model,
     check_samples,
+    check_scores,
     outside_range,
     train_mode_reason,
 )  # fmt: skip
@@ -89,6 +90,7 @@ def certify(
             given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
             logits, clean = traced_scores(chain, xb)
+            check_scores(logits, len(xb))
             check_labels(yb, logits.shape[-1])
             radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
             winners += winner
