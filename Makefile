@@ -81,13 +81,13 @@ certificates: $(READY)  ## make the zoo's certificates again, after a change of 
 	done; \
 	certify shakespeare-gpt-lipschitz page:test embedding-l2 6 dual; \
 	certify shakespeare-gpt-lipschitz-wide page:test embedding-l2@-1 8 dual; \
-	certify shakespeare-gpt-baseline page:test embedding-l2 16 dual; \
+	certify shakespeare-gpt-baseline page:test embedding-l2 5 dual; \
 	certify shakespeare-gpt-per-head page:test embedding-l2 8 dual; \
-	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 24 dual; \
-	certify shakespeare-gpt-robust page:test embedding-l2@-1 24 dual; \
-	certify shakespeare-gpt-robust-long page:test embedding-l2@-1 24 dual; \
-	certify shakespeare-gpt-robust-wide page:test embedding-l2@-1 24 dual; \
-	certify shakespeare-gpt-robust-wider page:test embedding-l2@-1 24 dual; \
+	certify shakespeare-gpt-published-2 page:test embedding-l2@-1 12 dual; \
+	certify shakespeare-gpt-robust page:test embedding-l2@-1 12 dual; \
+	certify shakespeare-gpt-robust-long page:test embedding-l2@-1 12 dual; \
+	certify shakespeare-gpt-robust-wide page:test embedding-l2@-1 12 dual; \
+	certify shakespeare-gpt-robust-wider page:test embedding-l2@-1 12 dual; \
 	certify shakespeare-gpt-sound page:test embedding-l2 4 dual; \
 	if [ -n "$$ROBUSTLIP_DATA" ]; then \
 	  for role in lipschitz baseline; do \
