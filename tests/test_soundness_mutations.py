@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,3 +270,12 @@ def test_norms_hold_whatever_the_eigensolver_answers(spoil, monkeypatch) -> None
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda gram: spoil(*eigh(gram)))
     assert float(spectral_norm_bound(weight)) >= truth * (1 - 1e-12)
+
+
+def test_every_mutation_still_has_its_line() -> None:
+    """A run over all mutations takes a quarter of an hour: that a line has moved is said here, and not in the middle of it."""
+    root = Path(__file__).parent.parent
+    found = runpy.run_path(str(root / "benchmarks" / "mutations.py"))["MUTATIONS"]
+    assert len(found) > 100
+    moved = [m.what for m in found if (root / m.file).read_text(encoding="utf-8").count(m.old) != 1 or m.old == m.new]
+    assert not moved
