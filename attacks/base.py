@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from robustlip.attacks.spaces import Space, space_of
-from robustlip.checks import check_finite_weights, check_fit
+from robustlip.checks import check_finite_weights, check_fit, check_logits
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.layers import as_chain
 from robustlip.threats import InputBall, Threat
@@ -292,8 +292,7 @@ def _check_labels(y: torch.Tensor, classes: int) -> None:
 
 
 def _check_logits(logits: torch.Tensor, count: int, where: str, index: np.ndarray) -> None:
-    if logits.dim() != 2 or logits.shape[0] != count or logits.shape[1] < 2:
-        raise BadInput(f"expected logits ({count}, C) with C of at least 2, got {tuple(logits.shape)}; check the model's last layer")
+    check_logits(logits, count)
     finite = torch.isfinite(logits).all(1)
     if not bool(finite.all()):
         raise RobustlipError(

@@ -32,3 +32,9 @@ def check_fit(model: nn.Module, x: torch.Tensor, remedy: str = "use the data tha
             f"expected a model that takes samples of shape {tuple(x.shape[1:])} ({str(x.dtype).removeprefix('torch.')}), "
             f"got an error of it ({first_line(error)}); {remedy}"
         ) from None
+
+
+def check_logits(logits: torch.Tensor, count: int) -> None:
+    """Raises BadInput unless there is one row of logits for each of `count` samples: of scores by token nobody says which is meant."""
+    if logits.dim() != 2 or logits.shape[0] != count or logits.shape[1] < 2:
+        raise BadInput(f"expected logits ({count}, C) with C of at least 2, got {tuple(logits.shape)}; check the model's last layer")

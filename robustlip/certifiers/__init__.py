@@ -24,11 +24,11 @@ from robustlip.certifiers.samples import (
     check_labels,
     check_model,
     check_samples,
-    check_scores,
     outside_range,
     train_mode_reason,
 )  # fmt: skip
 from robustlip.certifiers.trace import traced_scores
+from robustlip.checks import check_logits
 from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
@@ -90,8 +90,8 @@ def certify(
             given = xb
             xb = xb.to(covered) if xb.is_floating_point() else xb
             logits, clean = traced_scores(chain, xb)
-            check_scores(logits, len(xb))
             check_labels(yb, logits.shape[-1])
+            check_logits(logits, len(xb))
             radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
             winners += winner
             radii = _around(given, xb, threat, radii)

@@ -108,8 +108,7 @@ class GlobalBound:
         size = (rows + perturbed) * state.norm + bias
         single = context.gamma(matrix.fan_in + 1) * size + context.unit * size + (matrix.fan_in + 2) * context.tiny
         single = single + math.sqrt(matrix.fan_in) * (rows + perturbed + state.norm) * context.flushed  # subnormal operands
-        overflow = ~(size < torch.finfo(context.dtype).max / 4)
-        return state, extra, torch.where(overflow, torch.full_like(single, torch.inf), single) if bool(overflow.any()) else single
+        return state, extra, context.fits(single, size)
 
     def room(self, margin: Tensor, space: str) -> tuple[Tensor, Tensor]:
         """(q, c): margins are kept while change·c_j < m_j for all rivals, that is change < q = min_j m_j/c_j; c the smallest factor (N,)."""

@@ -92,8 +92,8 @@ class Reference:
             lost = (width + 2) * context.tiny + math.sqrt(width) * (row + reach) * context.flushed  # products, and subnormal operands
             return context.gamma(width + 1) * size + context.unit * size + lost
 
-        lost = up(Scope(self.context).both(one))
-        return torch.where(size < torch.finfo(self.context.dtype).max / 4, lost, torch.full_like(lost, torch.inf))
+        scope = Scope(self.context)
+        return scope.fits(up(scope.both(one)), size)
 
 
 def double_copy(model: Chain, context: Context) -> Chain:

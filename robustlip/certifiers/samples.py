@@ -99,12 +99,6 @@ def check_labels(y: Tensor, classes: int) -> None:
         raise BadInput(f"expected labels in [0, {classes - 1}], got {int(y.min())} to {int(y.max())}; use the model's own classes")
 
 
-def check_scores(logits: Tensor, count: int) -> None:
-    """Raises BadInput unless there is one row of logits for each of `count` samples: scores by token would need to say which is meant."""
-    if logits.dim() != 2 or len(logits) != count:
-        raise BadInput(f"expected logits (N, C), one row for each of {count} samples, got {tuple(logits.shape)}; check the model's last layer")
-
-
 def batches(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -61,12 +61,11 @@ class Scope:
 
     def divided(self, radius: Tensor, by: float) -> Tensor:
         """The radius, infinite where a processor may take what was divided by for zero."""
-        return radius if abs(by) >= self.context.smallest_divisor else torch.full_like(radius, torch.inf)
+        return self.context.divides(radius, by)
 
     def fits(self, radius: Tensor, largest: Tensor) -> Tensor:
         """The radius, infinite where an intermediate value could overflow the covered dtype."""
-        overflow = ~(largest < torch.finfo(self.context.dtype).max / 4)
-        return torch.where(overflow, torch.full_like(radius, torch.inf), radius) if bool(overflow.any()) else radius
+        return self.context.fits(radius, largest)
 
 
 class Group:

@@ -123,15 +123,20 @@ class Context:
 
     def divided(self, state: State, by: float) -> State:
         """The state with infinite rounding where a processor may take what was divided by for zero."""
-        return state if abs(by) >= self.smallest_divisor else replace(state, rounding=torch.full_like(state.rounding, math.inf))
+        return replace(state, rounding=self.divides(state.rounding, by))
 
     def finite(self, state: State, largest: Tensor | None = None) -> State:
         """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
-        size = state.norm if largest is None else torch.maximum(state.norm, largest)
-        overflow = ~(size < torch.finfo(self.dtype).max / 4)
-        if not bool(overflow.any()):
-            return state
-        return replace(state, rounding=torch.where(overflow, torch.full_like(state.rounding, math.inf), state.rounding))
+        return replace(state, rounding=self.fits(state.rounding, state.norm if largest is None else torch.maximum(state.norm, largest)))
+
+    def divides(self, bound: Tensor, by: float) -> Tensor:
+        """A bound, infinite where a processor may take what was divided by for zero."""
+        return bound if abs(by) >= self.smallest_divisor else torch.full_like(bound, math.inf)
+
+    def fits(self, bound: Tensor, largest: Tensor) -> Tensor:
+        """A bound, infinite where the largest number on the way to what it bounds could overflow the covered dtype."""
+        overflow = ~(largest < torch.finfo(self.dtype).max / 4)
+        return torch.where(overflow, torch.full_like(bound, math.inf), bound) if bool(overflow.any()) else bound
 
 
 class Rule:

@@ -50,18 +50,21 @@ def refuse_to_replace(recipe: Recipe, out: Path, *, resume: bool) -> None:
             )
     elif not resume:
         try:
-            other = load_header(state).get("recipe_sha256") != identity(recipe)
+            header = load_header(state)
         except BadInput:
             return
-        if other:
-            raise BadInput(f"expected a state of recipe {recipe.name} to begin again, got one of another recipe in {state}; choose another folder")
+        _check_recipe(recipe, header, state)
+
+
+def _check_recipe(recipe: Recipe, header: dict[str, Any], path: Path) -> None:
+    if header.get("recipe_sha256") != identity(recipe):
+        raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {path}; choose another folder")
 
 
 def load_state(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a state to go on from. Raises BadInput for one of another recipe, damaged or with another header."""
     tensors, header = load_tensors(path)
-    if header.get("recipe_sha256") != identity(recipe):
-        raise BadInput(f"expected a state of recipe {recipe.name}, got one of another recipe in {path}; choose another folder")
+    _check_recipe(recipe, header, path)
     step = header.get("step")
     history, seconds = header.get("history"), header.get("seconds")
     whole = isinstance(history, list) and all(isinstance(line, dict) and type(line.get("step")) is int for line in history)
