@@ -176,7 +176,7 @@ def read_run(folder: Path) -> Run:
     """
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8-sig"))
         suite, parts = parse_suite(manifest["suite"], MANIFEST), _checked(manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, BadInput):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import nn
 
 from robustlip.checkpoints import load_into
 from robustlip.errors import BadInput
+from robustlip.files import read_toml
 from robustlip.layers import Chain, as_chain
 from robustlip.models.build import build
+from robustlip.modes import undrawn
 
 FOLDER = Path(__file__).parent / "zoo"
 CARD_AGREEMENT = 1e-9  # relative: another machine's order of sums moves the last digits of a bound, nothing moves more
@@ -30,7 +31,7 @@ def card(name: str) -> dict[str, Any]:
     path = FOLDER / f"{name}.toml"
     if name not in names() or not path.is_file():
         raise BadInput(f"expected a zoo model among {', '.join(names()) or '(none)'}, got {name!r}; see `robustlip zoo list`")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return read_toml(path, "a card")
 
 
 def sound_bound(name: str) -> dict[str, float | str]:
@@ -72,9 +73,11 @@ def _from_callable(spec: str) -> nn.Module:
     return model
 
 
+@undrawn()
 def load(name: str | Path, *, device: str | torch.device = "cpu") -> Chain:
     """A model in eval mode whose forward takes raw inputs (images in [0, 1] or vectors, or token ids) and gives logits.
 
+    The global random states of torch, numpy and Python are left as they are.
     name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; or 'package.module:callable', which is imported and
     run, so only name code you trust. Raises BadInput when there is no such model, or its weights do not fit their card or hash.
     """

@@ -286,7 +286,7 @@ def parse(text: bytes, source: str = "the certificate") -> CertificateFile:
         return found
 
     try:
-        raw = json.loads(text.decode("utf-8"), parse_constant=constant, object_pairs_hook=once)
+        raw = json.loads(text.decode("utf-8-sig"), parse_constant=constant, object_pairs_hook=once)
     except BadInput:
         raise
     except RecursionError:

@@ -18,6 +18,7 @@ from robustlip.checks import check_finite_weights
 from robustlip.errors import BadInput
 from robustlip.files import atomic, is_file
 from robustlip.hashing import weights_sha256
+from robustlip.modes import undrawn
 from robustlip.rounding import NAMES
 
 FORMAT = "robustlip-1"
@@ -69,6 +70,7 @@ def save_model(path: Path, model: nn.Module) -> None:
     save_tensors(path, model.state_dict(), {"config": config, "weights_sha256": weights_sha256(model)})
 
 
+@undrawn()
 def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
     """The model of a file, in eval mode. build: from a config to an untrained model (robustlip.models.build).
 

@@ -336,9 +336,9 @@ def train(
     """Train a model from a recipe; started again, it goes on from its checkpoint. By torchrun: in several processes."""
     import contextlib
     import io
-    import tomllib
 
     from robustlip.console import Out, Progress, choose_device
+    from robustlip.files import read_toml
     from robustlip.parallel import launched
     from robustlip.training import load_recipe
     from robustlip.training import train as run
@@ -362,7 +362,7 @@ def train(
 
         path = run(parsed, out_folder, device=where, data_dir=data_dir, progress=advance, resume=resume, parallel=parallel)
     card = path.with_suffix(".toml")
-    out.json({"model": str(path), "card": tomllib.loads(card.read_text(encoding="utf-8")) if card.is_file() else None})
+    out.json({"model": str(path), "card": read_toml(card, "a card") if card.is_file() else None})
     out.say(f"model: {path}\ncard:  {card}")
 
 

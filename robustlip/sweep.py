@@ -24,7 +24,7 @@ import decimal
 import itertools
 import math
 import re
-import tomllib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -34,7 +34,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from robustlip.errors import BadInput, DataUnavailable, RobustlipError, first_line
-from robustlip.files import atomic, read_toml, strictly, write_json, write_text
+from robustlip.files import TOML_LIMIT, atomic, read_limited, read_toml, strictly, write_json, write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain
 from robustlip.training import Recipe, identity, load_recipe
@@ -284,7 +284,7 @@ def _known(run: Run, folder: Path) -> Row:
     row = Row(run.recipe.name, dict(run.varied), run.sha256, of_steps=run.recipe.run.steps)
     if (place / "row.json").is_file() and (place / f"{run.recipe.name}.safetensors").is_file():
         try:
-            kept = TypeAdapter(Row).validate_json((place / "row.json").read_bytes(), strict=True)
+            kept = TypeAdapter(Row).validate_json(read_limited(place / "row.json", "a row", TOML_LIMIT, "remove it").removeprefix(BOM_UTF8), strict=True)
         except (ValueError, RecursionError):
             raise BadInput(f"expected a row that this version wrote in {place / 'row.json'}, got another; remove that file") from None
         if kept.recipe_sha256 == run.sha256 and kept.status == FINISHED:
@@ -319,7 +319,7 @@ def _train(run: Run, sweep: Sweep, which: str, published: Published, device: str
         raise  # no other run has the data either
     except (RobustlipError, RuntimeError) as error:
         return replace(_known(run, sweep.folder), status=FAILED, note=first_line(error, 300))
-    card = tomllib.loads(path.with_suffix(".toml").read_text(encoding="utf-8"))
+    card = read_toml(path.with_suffix(".toml"), "a card")
     formula, why_not = published(load(path))
     row = Row(
         run.recipe.name, dict(run.varied), run.sha256, FINISHED, card["val_accuracy"], card["val_loss"], float(card["bound"]["rms"]),

@@ -15,6 +15,7 @@ from robustlip.data.hub import HUB_NAMES, from_hub, from_parquet
 from robustlip.data.images import load_digits_split, table_to_dataset
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.files import is_file
+from robustlip.modes import undrawn
 
 _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a path to a .parquet or .txt file"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
@@ -22,6 +23,7 @@ _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
 
 
+@undrawn()
 def load_data(
     spec: str,
     *,
@@ -61,6 +63,7 @@ def load_data(
     return _images(name, split or "test", data_dir, limit, seed)
 
 
+@undrawn()
 def load_tokens(spec: str, *, data_dir: str | Path | None = None, vocabulary: str | None = None) -> tuple[Tensor, str, str]:
     """A whole split as one stream, for training a language model: token ids int64 (T,), vocabulary, note.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from robustlip.errors import BadInput, DataUnavailable
+from robustlip.files import read_limited
 
 GPT2_RANKS = 50_256  # byte sequences of GPT-2's vocabulary; the next id ends a text
 TOKENIZERS = {"bytes": 257, "gpt2": GPT2_RANKS + 1}  # how many ids
 THREADS = 8
+_RANKS_LIMIT = 2**23  # bytes of its file, which has under a million
 
 
 class Tokenizer(Protocol):
@@ -78,11 +81,10 @@ class GPT2:
 
 def _ranks(file: Path) -> dict[bytes, int]:
     """The lines of a .tiktoken file. Raises BadInput unless they are 50,256 different sequences of ranks 0, 1, …, all single bytes among them."""
+    content = read_limited(file, "a vocabulary file", _RANKS_LIMIT, "name r50k_base.tiktoken").removeprefix(BOM_UTF8)
     try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        lines = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(sequence, validate=True): int(rank) for sequence, rank in lines}
-    except OSError:
-        raise BadInput(f"expected a vocabulary file, got {str(file)!r}, which cannot be read; correct the path") from None
     except ValueError:  # base64's error is one too
         raise BadInput(f"expected lines of a base64 sequence and a rank in {file.name}, got others; name r50k_base.tiktoken") from None
     whole = len(ranks) == GPT2_RANKS and sorted(ranks.values()) == list(range(GPT2_RANKS))

@@ -89,7 +89,7 @@ def read_log(path: Path) -> Log:
     """A JSON log from outside. Raises BadInput for one that is missing, too large, no JSON or of another kind."""
     text = read_limited(path, "a log", MAX_LOG, "it is not one of the paper's")
     try:
-        document = json.loads(text.decode("utf-8"))
+        document = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"expected a JSON log, got {path.name}, which is not JSON ({str(error)[:100]}); copy it again") from None
     if not isinstance(document, dict) or "parameters" not in document or "results" not in document:
