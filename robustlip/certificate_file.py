@@ -133,6 +133,7 @@ class CertificateFile(Strict):
     )
     device: Line = Field(description="kind of device that computed it: cpu, cuda")
     versions: Annotated[dict[Line, Line], Field(max_length=20)] = Field(description="of robustlip, its rules and torch")
+    execution: Line | None = Field(default=None, description="the kernels that are covered; null in files written before they were named")
     bound: Annotated[dict[Line, float | Line], Field(max_length=50)] = Field(
         description="Lipschitz constants; radii do not rest on them, and verification refuses smaller ones than it computes"
     )
@@ -234,6 +235,7 @@ def from_certificate(
         "dtype": certificate.dtype,
         "device": device,
         "versions": {key: str(value) for key, value in certificate.versions.items()},
+        "execution": certificate.execution or None,
         "bound": {key: _finite(value) for key, value in certificate.bound.items()},
         "batch_size": batch_size,
         "data": {

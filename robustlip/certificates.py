@@ -23,7 +23,8 @@ class Certificate:
     radius ('best' asks several), empty where none is.
     dtype: the arithmetic that is covered: 'float32' and the like mean the model as executed there, 'real' exact arithmetic only.
     bound: lipschitz_to_last_hidden, the largest constant used (input to the state in front of the last layer, at the radius proved), and the
-    model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules and torch.
+    model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules and torch. execution: the kernels by which the model
+    runs in that arithmetic, as `robustlip.execution` names them; other kernels (a compiled model, TF32, flash attention on CUDA) are not covered.
     """
 
     threat: Threat
@@ -40,6 +41,7 @@ class Certificate:
     methods: tuple[str, ...] = ()
     bound: dict[str, float | str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    execution: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,6 +68,7 @@ class Certificate:
             "requested_radius": self.threat.radius,
             "bound": self.bound,
             "versions": self.versions,
+            "execution": self.execution,
             "samples": samples,
         }
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from robustlip.modes import out_of_place
+
 
 def weights_sha256(model: nn.Module) -> str:
     """`tensors_sha256` of the state dict."""
@@ -25,8 +27,12 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def architecture_sha256(model: nn.Module) -> str:
-    """SHA-256 of the model's printed structure: scales, divisors and residual weights change the function as weights do."""
-    return hashlib.sha256(printed(model).encode()).hexdigest()
+    """SHA-256 of the model's printed structure: scales, divisors and residual weights change the function as weights do.
+
+    A layer in place is printed as the same layer out of place, which is how it is evaluated here.
+    """
+    with out_of_place(model):
+        return hashlib.sha256(printed(model).encode()).hexdigest()
 
 
 def printed(module: nn.Module | None) -> str:

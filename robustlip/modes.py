@@ -1,4 +1,4 @@
-"""What comes back as it was: layers' modes, and the global random states."""
+"""What comes back as it was: how layers are evaluated, and the global random states."""
 
 from __future__ import annotations
 
@@ -28,11 +28,25 @@ def undrawn() -> Iterator[None]:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every layer's own mode comes back behind."""
+    """Eval mode inside, and layers that work in place compute the same into memory of their own; every layer's own settings come back behind."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        yield
+        with out_of_place(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def out_of_place(model: nn.Module) -> Iterator[None]:
+    """Layers with `inplace=True` work out of place inside: they would overwrite what the caller passed, and what was measured in front of them."""
+    inside = [m for m in model.modules() if getattr(m, "inplace", False) is True]
+    for module in inside:
+        module.inplace = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in inside:
+            module.inplace = True  # type: ignore[assignment]

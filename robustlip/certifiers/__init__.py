@@ -24,12 +24,14 @@ from robustlip.certifiers.samples import (
     check_labels,
     check_model,
     check_samples,
+    kind_of,
     outside_range,
     train_mode_reason,
 )  # fmt: skip
 from robustlip.certifiers.trace import traced_scores
 from robustlip.checks import check_logits
 from robustlip.errors import BadInput
+from robustlip.execution import EXACT, covered, execution_of
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
@@ -70,35 +72,47 @@ def certify(
     check_method(method)
     chain = as_chain(model)
     own = check_model(chain)
-    check_samples(chain, x, y)
-    check_entry(chain, x, threat)
-    covered = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
-    if covered != own:
-        chain = copy.deepcopy(chain).to(covered)
-    check_arithmetic(chain, covered)
-    training, outside = train_mode_reason(chain), outside_range(chain, x)
+    device = next(chain.parameters()).device
+    with covered(device.type):
+        check_samples(chain, x, y)
+        check_entry(chain, x, threat)
+        covers = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
+        if covers != own:
+            chain = copy.deepcopy(chain).to(covers)
+        check_arithmetic(chain, covers)
+        training = train_mode_reason(chain)
+        with evaluated(chain):
+            return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training)
+
+
+def _certify(
+    chain: Chain, x: Tensor, y: Tensor, threat: Threat, method: str, covers: torch.dtype, real: bool, index: Tensor | np.ndarray | None,
+    batch_size: int | None, training: str | None,
+) -> Certificate:  # fmt: skip
+    """The certificate of checked samples, by a chain that is in the covered dtype, in eval mode and out of place. training: why none counts."""
+    outside = outside_range(chain, x)
     refused: list[str] = []
     if training or bool(outside.any()):
         refused = [training or (f"the input is outside {chain.input_range}, the range of the model" if out else "") for out in outside.tolist()]
-    with evaluated(chain):
-        sha, store = constants_of(chain)
-        context = Context(dtype=covered, store=store, relative=getattr(threat, "relative", True))
-        device = next(chain.parameters()).device
-        parts, winners = [], []
-        for part in batches(len(x), batch_size or _batch_size(chain, x, method)):
-            xb, yb = x[part].to(device), y[part].to(device).long()
-            given = xb
-            xb = xb.to(covered) if xb.is_floating_point() else xb
-            logits, clean = traced_scores(chain, xb)
-            check_labels(yb, logits.shape[-1])
-            check_logits(logits, len(xb))
-            radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
-            winners += winner
-            radii = _around(given, xb, threat, radii)
-            parts.append((radii, bounds, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
+    sha, store = constants_of(chain)
+    context = Context(dtype=covers, store=store, relative=getattr(threat, "relative", True))
+    device = next(chain.parameters()).device
+    parts, winners = [], []
+    for part in batches(len(x), batch_size or _batch_size(chain, x, method)):
+        # Copies: what the caller passed stays as it is, and a tensor made under inference mode can be differentiated.
+        xb, yb = x[part].to(device, copy=True), y[part].to(device).long()
+        given = xb
+        xb = xb.to(covers) if xb.is_floating_point() else xb
+        logits, clean = traced_scores(chain, xb)
+        check_labels(yb, logits.shape[-1])
+        check_logits(logits, len(xb))
+        radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
+        winners += winner
+        radii = _around(given, xb, threat, radii)
+        parts.append((radii, bounds, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
     radius, bound, prediction, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
-    name = "real" if dtype == "real" else _name(covered)
+    name = "real" if real else _name(covers)
     return _assemble(chain, context, y.cpu(), threat, method, name, sha, index, radius, bound, prediction, finite, refused, winners)
 
 
@@ -168,4 +182,5 @@ def _assemble(
         methods=tuple(name if r > 0 else "" for name, r in zip(winners, radius.tolist(), strict=True)),
         bound=constants,
         versions={"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
+        execution=EXACT if dtype == "real" else execution_of(kind_of(chain)),
     )

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import entry, first_state
-from robustlip.certifiers.samples import batches, check_entry, check_model
+from robustlip.certifiers.samples import batches, check_entry, check_model, kind_of
 from robustlip.errors import BadInput
+from robustlip.execution import covered
 from robustlip.layers import Chain, Patchify, as_chain
+from robustlip.modes import evaluated
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context, State, run_rules
 from robustlip.threats import WeightBall
@@ -28,7 +30,9 @@ def lipschitz_bound(model: nn.Module) -> dict[str, float | str]:
     a threat of radius ε a certificate takes the domain enlarged by ε, so its own constant is a little larger.
     """
     chain = as_chain(model)
-    return bound_of_chain(chain, Context(dtype=check_model(chain), store=constants_of(chain)[1]))
+    dtype = check_model(chain)
+    with covered(kind_of(chain)):
+        return bound_of_chain(chain, Context(dtype=dtype, store=constants_of(chain)[1]))
 
 
 def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
@@ -83,15 +87,16 @@ def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, ba
     chain = as_chain(model)
     dtype = check_model(chain)
     check_entry(chain, x, threat)
-    _, store = constants_of(chain)
     device = next(chain.parameters()).device
     out = []
-    for part in batches(len(x), batch_size):
-        xb = x[part].to(device)
-        layers, inside, norm = entry(chain, xb.to(dtype) if xb.is_floating_point() else xb, threat)
-        radius = torch.full_like(norm, threat.radius)
-        context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
-        state = run_rules(layers, first_state(inside, norm, threat, radius), context)
-        # As in lipschitz_bound, NaN is a bound that overflowed on its way: none.
-        out.append(up(state.change).nan_to_num(torch.inf, torch.inf))
+    with covered(device.type), evaluated(chain):
+        _, store = constants_of(chain)
+        for part in batches(len(x), batch_size):
+            xb = x[part].to(device, copy=True)
+            layers, inside, norm = entry(chain, xb.to(dtype) if xb.is_floating_point() else xb, threat)
+            radius = torch.full_like(norm, threat.radius)
+            context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
+            state = run_rules(layers, first_state(inside, norm, threat, radius), context)
+            # As in lipschitz_bound, NaN is a bound that overflowed on its way: none.
+            out.append(up(state.change).nan_to_num(torch.inf, torch.inf))
     return torch.cat(out).numpy()

@@ -11,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from robustlip.checks import check_fit
 from robustlip.errors import BadInput
+from robustlip.execution import check_program, check_weights, execution_of, lower_precision
 from robustlip.layers import Chain
 from robustlip.rounding import UNIT
 from robustlip.rules import rule_for
@@ -19,15 +20,21 @@ from robustlip.threats import InputBall, Threat
 
 def check_model(model: Chain) -> torch.dtype:
     """The one dtype of the weights. Raises BadInput when they are mixed, empty or of no dtype that rounding is known for, UnsupportedLayer
-    for a layer without a rule: of every layer, for a certifier may look at the last one's weights only."""
+    for a layer without a rule (of every layer, for a certifier may look at the last one's weights only), and for what `check_program` refuses."""
+    check_weights(model)
     for layer in model:
         rule_for(layer)
+    check_program(model)
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             raise BadInput(f"expected weights in every layer, got {name} of shape {tuple(parameter.shape)}; give the layer at least one output")
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         raise BadInput(f"expected weights of one floating dtype, got {sorted(map(str, dtypes))}; cast the model with .to(dtype)")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        raise BadInput(f"expected weights on one device, got {sorted(map(str, devices))}; move the model with .to(device)")
+    execution_of(kind_of(model))
     dtype = dtypes.pop()
     if dtype not in UNIT:
         raise BadInput(f"expected weights in float64, float32, bfloat16 or float16, got {dtype}; cast the model with .to(dtype)")
@@ -36,17 +43,16 @@ def check_model(model: Chain) -> torch.dtype:
 
 def check_arithmetic(model: Chain, covered: torch.dtype) -> None:
     """Raises BadInput where torch is told to compute in less than the covered dtype: the logits would be those of another program."""
-    kind = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(kind):
-        raise BadInput(f"expected arithmetic in {covered}, got torch.autocast on; certify outside of it, and cast the model for a lower dtype")
-    backend = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(kind)
-    settings = [torch.backends, backend, *(getattr(backend, part, None) for part in ("matmul", "conv"))]
-    lower = {getattr(s, "fp32_precision", "none") for s in settings} - {"none", "ieee"}
-    if covered == torch.float32 and (lower or torch.get_float32_matmul_precision() != "highest"):
+    if lower := lower_precision(kind_of(model), covered):
         raise BadInput(
-            f"expected float32 products in float32, got {', '.join(sorted(lower)) or 'a lower precision'}; "
-            f"call torch.set_float32_matmul_precision('highest') and leave fp32_precision alone"
+            f"expected {str(covered).removeprefix('torch.')} products in {str(covered).removeprefix('torch.')}, got {lower}; turn it off "
+            f"(torch.set_float32_matmul_precision('highest'), no autocast, no such variable), and cast the model for a lower dtype"
         )
+
+
+def kind_of(model: nn.Module) -> str:
+    """The kind of device that the weights are on: 'cpu', 'cuda', …"""
+    return next(model.parameters()).device.type
 
 
 def train_mode_reason(model: nn.Module) -> str | None:

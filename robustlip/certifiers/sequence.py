@@ -23,6 +23,7 @@ from robustlip.certifiers.dual import alone, at_positions, dual_applies
 from robustlip.certifiers.local import Reference, double_copy, reference_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, head_of, margins, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.execution import covered
 from robustlip.layers import Attention, as_chain
 from robustlip.modes import evaluated
 from robustlip.rounding import norm_up, up
@@ -58,8 +59,8 @@ def sequence_radii(model: nn.Module, tokens: Tensor, threat: EmbeddingBall = LAS
     check_entry(chain, tokens[None], threat)
     check_arithmetic(chain, dtype)
     device = next(chain.parameters()).device
-    x, y = tokens[None, :-1].to(device), tokens[1:].to(device).long()
-    with evaluated(chain):
+    with covered(device.type), evaluated(chain):
+        x, y = tokens[None, :-1].to(device, copy=True), tokens[1:].to(device).long()
         _, store = constants_of(chain)
         context = Context(dtype=dtype, store=store)
         logits = chain(x)[0]

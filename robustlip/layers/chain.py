@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.execution import check_plain
 
 
 class Chain(nn.Sequential):
@@ -94,12 +95,6 @@ _PLAIN = {
 }
 
 
-def _check_plain(model: nn.Module) -> None:
-    """Raises UnsupportedLayer for hooks or a forward of the object's own: a chain of the layers would leave them out."""
-    if "forward" in vars(model) or any(getattr(model, hooks, None) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
-        raise UnsupportedLayer(f"expected a plain {type(model).__name__}, got one with hooks or its own forward; remove them before certifying")
-
-
 _CHAINS: weakref.WeakKeyDictionary[nn.Module, Chain] = weakref.WeakKeyDictionary()
 
 
@@ -108,7 +103,7 @@ def as_chain(model: nn.Module) -> Chain:
 
     Raises UnsupportedLayer for any other module: its forward could do anything between its layers.
     """
-    _check_plain(model)
+    check_plain(model)
     if isinstance(model, Chain):
         for method, plain in _PLAIN.items():
             if getattr(type(model), method) not in plain or method in vars(model):
@@ -126,7 +121,7 @@ def as_chain(model: nn.Module) -> Chain:
                 if child is None:
                     continue
                 if type(child) is nn.Sequential:
-                    _check_plain(child)
+                    check_plain(child)
                     walk(f"{prefix}{name}_", child)
                 else:
                     flat.append((f"{prefix}{name}", child))

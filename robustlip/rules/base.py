@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.execution import check_plain
 from robustlip.rounding import FLUSHED, SMALLEST, TINY, UNIT, gamma, up
 
 # More than the few products of one rule can lose by underflow.
@@ -167,8 +168,7 @@ def rule_for(layer: nn.Module) -> Rule:
     if rule is None:
         known = ", ".join(sorted(t.__name__ for t in _RULES))
         raise UnsupportedLayer(f"expected layers with a proved rule ({known}), got {type(layer).__name__}; replace it or add a rule")
-    if "forward" in vars(layer) or any(getattr(layer, h, None) for h in ("_forward_hooks", "_forward_pre_hooks")):
-        raise UnsupportedLayer(f"expected a plain {type(layer).__name__}, got one with hooks or its own forward; remove them before certifying")
+    check_plain(layer)
     return rule
 
 

@@ -136,12 +136,14 @@ def check_algorithm(layer: nn.Conv2d) -> None:
     if layer.weight.device.type == "cuda" and torch.backends.cudnn.enabled:
         raise UnsupportedLayer(
             "expected convolutions that sum products, got cuDNN, which may choose Winograd or FFT or TF32, whose rounding has no proved bound; "
-            "set torch.backends.cudnn.enabled = False, or certify on the CPU"
+            "run it inside robustlip.execution.covered('cuda'), as certify does"
         )
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if layer.weight.device.type == "cpu" and not onednn and torch.backends.nnpack.is_available():
+    nnpack = torch.backends.nnpack.is_available() and torch._C._get_nnpack_enabled()
+    if layer.weight.device.type == "cpu" and not onednn and nnpack:
         raise UnsupportedLayer(
-            "expected convolutions that sum products, got NNPACK without oneDNN, which may choose Winograd; enable torch.backends.mkldnn"
+            "expected convolutions that sum products, got NNPACK without oneDNN, which may choose Winograd; "
+            "run it inside robustlip.execution.covered('cpu'), as certify does"
         )
 
 
