@@ -6,7 +6,6 @@ In the spirit of foolbox (Rauber et al. 2017): `Attack.__call__` is final, subcl
 from __future__ import annotations
 
 import math
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustlip.attacks.spaces import Space, space_of
-from robustlip.checks import check_finite_weights, check_fit, check_logits
+from robustlip.attacks.spaces import InputSpace, Space, space_of
+from robustlip.attacks.target import Target
+from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
-from robustlip.layers import as_chain
+from robustlip.modes import in_eval_mode, undrawn
+from robustlip.samples import as_request
 from robustlip.threats import InputBall, Threat
+
+
+# How far the rounding of inputs to the model's dtype may move them, in radii: an attack loses this much of its ball.
+MOVED = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Observation:
     success: bool (N,), the model as executed predicts another class than the label at the adversarial point (True with
     distance 0 where the clean point is misclassified already).
     distance: float64 (N,), the norm of the returned perturbation in the threat's norm and units, measured in float64 on the
-    point cast to the model's dtype. radius: float64 (N,), the smallest distance at which this attack succeeded: inf where it
+    point cast to the model's dtype, from the point that was given (0 where nothing was changed but by that cast). radius: float64 (N,), the smallest distance at which this attack succeeded: inf where it
     never did, 0 where the clean point is misclassified.
     adversarial: inputs or embeddings (N, …) in the model's dtype; for weight threats a dict, name → float64 changes (G, …) of
     that matrix. group: int64 (N,), the row of `adversarial` that belongs to each sample.
@@ -114,44 +119,52 @@ class Attack(ABC):
     def __call__(
         self,
         model: nn.Module,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        threat: Threat,
+        x: Any,
+        y: Any = None,
+        threat: Threat | str | None = None,
         *,
         generator: torch.Generator | None = None,
         index: Any = None,
         weights_sha256: str = "",
     ) -> Observation:
-        """Attack the model at x (N, …) with labels y (N,), int64.
+        """Attack the model at x (N, …) with labels y (N,).
 
+        model: any nn.Module; what is attacked is the module as it is called, in eval mode (see `Target`). One in which samples change each other
+        is evaluated sample by sample. x, y, threat: see `robustlip.samples`; a loader stands for both, a name for a threat.
+        Inputs that the model's dtype cannot hold are rounded to it, and distances and radii count from the points that were given.
         generator: source of all randomness (default: a new one with seed 0). index: N sample ids (default 0 … N − 1).
         The model's mode, weights, gradient flags and the global random states come back as they were, also after an error.
-        Raises BadInput for labels, inputs, weights or radii that cannot be used, RobustlipError when the attack proposes or
+        Raises BadInput for models, labels, inputs, weights or radii that cannot be used, RobustlipError when the attack proposes or
         the model answers something that is not finite.
         """
+        x, y, threat = as_request(x, y, threat)
         if self.needs_radius and threat.radius is None:
             raise BadInput(
                 f"expected a threat with a radius for the attack {self.name!r}, got radius=None; "
                 f"give one ({threat.units}) or use the attack 'min', which searches it"
             )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        with preserved(model), torch.inference_mode(False):
+        target = Target(model)
+        with preserved(model), in_eval_mode(model), torch.inference_mode(False):
             check_finite_weights(model)
-            chain = as_chain(model)
-            chain.eval().requires_grad_(False)
-            dtype = _dtype_of(chain, x)
-            x, y = _check_samples(x, y, threat, dtype)
-            chain.check_inputs(x)
-            check_fit(chain, x)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            dtype = target.dtype(x)
+            given, y = _check_samples(x, y, threat, dtype)
+            x = given.to(dtype) if given.is_floating_point() else given
+            target.check_inputs(x)
+            check_fit(model, x)
             index = _check_index(index, len(x))
-            with torch.no_grad():
-                logits = chain.scores(x)
-            _check_logits(logits, len(x), "the clean point", index)
+            logits = target.settle(x)
+            _check_finite(logits, "the clean point", index)
             _check_labels(y, logits.shape[1])
             prediction = logits.argmax(1)
-            space = space_of(chain, x, threat)
+            space = space_of(target, x, threat)
+            if isinstance(space, InputSpace) and given.dtype != dtype and not torch.equal(x.double(), given.double()):
+                space.around(given)
 
             with torch.enable_grad():
+                _check_gradient(space)
                 delta, group = self._propose(space, y, prediction == y, threat.radius, generator)
             point, distance, adversarial_logits, group = self._land(space, delta, group, threat.radius, index)
             found = adversarial_logits.argmax(1)
@@ -211,7 +224,7 @@ class Attack(ABC):
             )
         with torch.no_grad():
             point, distance, logits, row = space.judged(delta, group, radius)
-        _check_logits(logits, len(group), f"the point found by the attack {self.name!r}", index)
+        _check_finite(logits, f"the point found by the attack {self.name!r}", index)
         return point, distance, logits, row
 
 
@@ -220,62 +233,77 @@ class Attack(ABC):
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restores training flags, requires_grad flags, parameters and buffers (bitwise) and the global random states."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    """Restores parameters and buffers (bitwise, and written only where they differ: who has a graph through them can still go back through it),
+    their requires_grad flags and gradients, and the global random states."""
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     tensors = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for tensor, saved in tensors:
-                tensor.detach().copy_(saved)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+    with undrawn():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, saved in tensors:
+                    if not _same_bits(tensor.detach(), saved):
+                        tensor.detach().copy_(saved)
+            for parameter, flag, grad in flags:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+                if parameter.grad is not grad:
+                    parameter.grad = grad
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.is_floating_point():  # as integers: NaN equals itself, and 0 is not -0
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        a, b = a.reshape(-1).view(whole), b.reshape(-1).view(whole)
+    return torch.equal(a, b)
 
 
 # ---- what is refused
 
 
-def _dtype_of(model: nn.Module, x: torch.Tensor) -> torch.dtype:
-    for tensor in model.parameters():
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return x.dtype
-
-
 def _check_samples(x: torch.Tensor, y: torch.Tensor, threat: Threat, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    if not isinstance(x, torch.Tensor) or x.dim() < 2 or len(x) == 0:
-        got = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise BadInput(f"expected inputs as a tensor (N, …) of at least one sample, got {got}; add the batch dimension")
-    if not isinstance(y, torch.Tensor) or y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
-        raise BadInput(f"expected labels as an integer tensor ({len(x)},), got {got}; give one class number per sample")
-    x, y = x.detach().clone(), y.detach().to(x.device, torch.int64, copy=True)
+    """Copies of x, as it was given, and of y."""
+    x, y = x.clone(), y.to(x.device, copy=True)
     if not x.is_floating_point():
         return x, y
     finite = torch.isfinite(x.flatten(1)).all(1)
     if not bool(finite.all()):
         raise BadInput(f"expected finite inputs, got NaN or infinity in sample {int((~finite).nonzero()[0])}; drop or repair it")
-    if not torch.equal(x.to(dtype).to(x.dtype), x):
-        raise BadInput(
-            f"expected inputs that {str(dtype).removeprefix('torch.')} (the model's dtype) can hold exactly, got {x.dtype}; "
-            f"convert them first, so that radii count from the point that the model sees"
-        )
-    if isinstance(threat, InputBall) and threat.clip is not None:
-        low, high = float(x.double().min()), float(x.double().max())
+    if not isinstance(threat, InputBall):
+        return x, y
+    seen = x.to(dtype)
+    if not bool(torch.isfinite(seen).all()):
+        raise BadInput(f"expected inputs that {_name(dtype)} (the model's dtype) can hold, got values that overflow it; scale them")
+    if threat.radius is not None:
+        moved = float((seen.double() - x.double()).flatten(1).norm(p={"l1": 1.0, "l2": 2.0, "linf": math.inf}[threat.norm], dim=1).max())
+        if moved > MOVED * threat.radius:
+            raise BadInput(
+                f"expected inputs that {_name(dtype)} (the model's dtype) can hold exactly, or with a rounding far below the radius {threat.radius:g}, "
+                f"got {_name(x.dtype)} that it moves by {moved:.3g}; convert them first, so that radii count from the point that the model sees"
+            )
+    if threat.clip is not None:
+        low, high = float(seen.double().min()), float(seen.double().max())
         if low < threat.clip[0] or high > threat.clip[1]:
             raise BadInput(f"expected inputs within clip={threat.clip}, got values in [{low}, {high}]; clip them or widen the box")
-    return x.to(dtype), y
+    return x, y
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_gradient(space: Space) -> None:
+    """Raises BadInput where no gradient comes back to what is perturbed: a search along gradients would find nothing, and say so of the model."""
+    first = space.take(torch.zeros(1, dtype=torch.int64, device=space.clean.device))
+    point = first.clean.detach().clone().requires_grad_()
+    logits = first.logits(point)
+    grad = torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] if logits.requires_grad else None
+    if grad is None:
+        raise BadInput(
+            "expected logits with a gradient to what is perturbed, got none: the forward is cut off from it; "
+            "remove no_grad, detach, argmax or conversion to numpy from the forward"
+        )
 
 
 def _check_index(index: Any, count: int) -> np.ndarray:
@@ -291,8 +319,7 @@ def _check_labels(y: torch.Tensor, classes: int) -> None:
         raise BadInput(f"expected labels in [0, {classes - 1}], got {worst}; the model has {classes} classes")
 
 
-def _check_logits(logits: torch.Tensor, count: int, where: str, index: np.ndarray) -> None:
-    check_logits(logits, count)
+def _check_finite(logits: torch.Tensor, where: str, index: np.ndarray) -> None:
     finite = torch.isfinite(logits).all(1)
     if not bool(finite.all()):
         raise RobustlipError(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from robustlip.attacks.spaces import Space, per_sample, safe_divide, space_of
-from robustlip.errors import BadInput, RobustlipError
-from robustlip.layers import as_chain
+from robustlip.attacks.target import Target
+from robustlip.checks import check_fit
+from robustlip.errors import BadInput, RobustlipError, first_line
+from robustlip.modes import in_eval_mode, undrawn
+from robustlip.samples import as_samples, as_threat
 from robustlip.threats import Threat
 
 
@@ -38,8 +42,8 @@ class Sensitivity:
 
 def observed_sensitivity(
     model: nn.Module,
-    x: torch.Tensor,
-    threat: Threat,
+    x: Any,
+    threat: Threat | str,
     *,
     starts: int = 3,
     power_steps: int = 15,
@@ -51,16 +55,23 @@ def observed_sensitivity(
     starts: random directions to begin from. power_steps: of the nonlinear power iteration v ← steepest(Jᵀ J v) (Boyd 1974,
     for the threat's norm). ascent_steps: of ascent on the finite difference, at the threat's radius and at a tenth of it;
     with radius=None only infinitesimal steps (10⁻⁴ of the size of x, or of σ(W)) are taken.
-    The model is copied, so nothing of it changes. Raises BadInput for starts < 1 and whatever the threat's space refuses.
+    model: any nn.Module (see `robustlip.attacks.target`); it is copied, so nothing of it changes. x, threat: as in `robustlip.samples`.
+    Raises BadInput for starts < 1 and whatever the threat's space refuses.
     """
     if starts < 1 or power_steps < 1 or ascent_steps < 0:
         raise BadInput(
             f"expected starts and power_steps of at least 1 and ascent_steps of at least 0, got {(starts, power_steps, ascent_steps)}; raise them"
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    chain = as_chain(copy.deepcopy(model)).double().eval().requires_grad_(False)
-    with torch.inference_mode(False), torch.enable_grad():
-        space = space_of(chain, x.detach().double() if x.is_floating_point() else x.detach().clone(), threat)
+    x, threat = as_samples(x)[0], as_threat(threat)
+    x = x.double() if x.is_floating_point() else x
+    target = Target(_double(model))
+    with undrawn(), in_eval_mode(target.module), torch.inference_mode(False), torch.enable_grad():
+        x = x.clone()
+        target.check_inputs(x)
+        check_fit(target.module, x)
+        target.settle(x)
+        space = space_of(target, x, threat)
         parts = [
             _search(space.take(rows), threat.radius, starts, power_steps, ascent_steps, generator)
             for rows in torch.arange(len(x), device=x.device).split(space.chunk)
@@ -70,6 +81,18 @@ def observed_sensitivity(
         where = int((~torch.isfinite(ratio)).nonzero()[0])
         raise RobustlipError(f"expected finite logits, got NaN or infinity around sample {where}; find the layer that overflows")
     return Sensitivity(threat, ratio.cpu().numpy(), change.cpu().numpy(), distance.cpu().numpy(), witness)
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64, without gradients for its weights."""
+    try:
+        with torch.no_grad():  # else the parameters of a copied or cast scripted module are no leaves
+            copied = copy.deepcopy(model).double()
+        for parameter in copied.parameters():
+            parameter.requires_grad_(False)
+        return copied
+    except Exception as error:  # of somebody else's module
+        raise BadInput(f"expected a model that can be copied into float64, got {first_line(error)}; leave out what copy.deepcopy cannot take") from None
 
 
 def _search(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustlip.attacks.target import Target
 from robustlip.errors import BadInput
-from robustlip.layers import Chain
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
@@ -49,12 +49,12 @@ def round_toward(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 class Space(ABC):
     """The geometry of one threat around N samples.
 
-    model: a Chain in eval mode. clean: (N, …), the unperturbed points in the model's dtype. chunk: samples to attack at once.
+    model: what is attacked, in eval mode. clean: (N, …), the unperturbed points in the model's dtype. chunk: samples to attack at once.
     """
 
     chunk: int = 1 << 30
 
-    def __init__(self, model: Chain, clean: torch.Tensor) -> None:
+    def __init__(self, model: Target, clean: torch.Tensor) -> None:
         self.model, self.clean = model, clean
 
     def __len__(self) -> int:
@@ -65,8 +65,12 @@ class Space(ABC):
         """The space of the samples `index` (int64; repeats are allowed)."""
 
     @abstractmethod
+    def executed(self, point: torch.Tensor) -> torch.Tensor:
+        """points (N, …) → logits (N, C), in the dtype in which the model gives them."""
+
     def logits(self, point: torch.Tensor) -> torch.Tensor:
-        """points (N, …) → logits (N, C)."""
+        """points (N, …) → logits (N, C), in the dtype of the points, for a search."""
+        return self.executed(point).to(point.dtype)
 
     @abstractmethod
     def measure(self, delta: torch.Tensor) -> torch.Tensor:
@@ -122,7 +126,7 @@ class Space(ABC):
         """
         limit = None if radius is None else torch.full(group.shape, radius, dtype=torch.float64, device=group.device)
         point, distance = self.land(delta[group], limit)
-        return point, distance, self.logits(point), torch.arange(len(group), device=group.device)
+        return point, distance, self.executed(point), torch.arange(len(group), device=group.device)
 
     def describe(self, point: torch.Tensor, model: nn.Module) -> Any:
         """The points as an Observation keeps them."""
@@ -135,14 +139,34 @@ class Space(ABC):
 class InputSpace(Space):
     """Raw inputs x (N, …) in an l1, l2 or linf ball, within threat.clip where it is set."""
 
-    def __init__(self, model: Chain, clean: torch.Tensor, threat: InputBall) -> None:
+    given: torch.Tensor | None = None  # float64 (N, …), see `around`
+
+    def __init__(self, model: Target, clean: torch.Tensor, threat: InputBall) -> None:
         super().__init__(model, clean)
         self.threat, self.norm, self.clip = threat, threat.norm, threat.clip
+
+    def around(self, given: torch.Tensor) -> InputSpace:
+        """The same space, whose final distances count from the points that were given (N, …), of which `clean` are the roundings."""
+        self.given = given.double()
+        return self
+
+    def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.given is None:
+            return super().judged(delta, group, radius)
+        moved = self.measure(self.clean.double() - self.given)
+        # Within the smaller ball around the rounded point, hence within the ball around the given one.
+        point, _ = self.land(delta[group], None if radius is None else (radius - moved * (1 + INSIDE)).clamp_min(0))
+        distance = self.measure(point.double() - self.given)
+        unchanged = (point == self.clean).flatten(1).all(1)
+        if radius is not None:
+            unchanged |= distance > radius
+        point = torch.where(per_sample(unchanged, point), self.clean, point)
+        return point, torch.where(unchanged, 0.0, distance), self.executed(point), torch.arange(len(group), device=group.device)
 
     def take(self, index: torch.Tensor) -> InputSpace:
         return InputSpace(self.model, self.clean[index], self.threat)
 
-    def logits(self, point: torch.Tensor) -> torch.Tensor:
+    def executed(self, point: torch.Tensor) -> torch.Tensor:
         return self.model.scores(point)
 
     def _norm(self, values: torch.Tensor, order: float) -> torch.Tensor:
@@ -210,7 +234,7 @@ class InputSpace(Space):
 class EmbeddingSpace(Space):
     """Embeddings (N, T, D) of a transformer: the named tokens in l2 balls of their own, or all together in one (joint)."""
 
-    def __init__(self, model: Chain, clean: torch.Tensor, threat: EmbeddingBall) -> None:
+    def __init__(self, model: Target, clean: torch.Tensor, threat: EmbeddingBall) -> None:
         super().__init__(model, clean)
         self.threat, self.joint = threat, threat.joint
         self.mask = torch.zeros(clean.shape[1], 1, device=clean.device, dtype=torch.bool)
@@ -219,7 +243,7 @@ class EmbeddingSpace(Space):
     def take(self, index: torch.Tensor) -> EmbeddingSpace:
         return EmbeddingSpace(self.model, self.clean[index], self.threat)
 
-    def logits(self, point: torch.Tensor) -> torch.Tensor:
+    def executed(self, point: torch.Tensor) -> torch.Tensor:
         return self.model.scores_from_embeddings(point)
 
     def _tokens(self, values: torch.Tensor) -> torch.Tensor:
@@ -259,7 +283,7 @@ def project_l1(delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     return torch.where(inside, flat, shrunk).view_as(delta)
 
 
-def space_of(model: Chain, x: torch.Tensor, threat: Threat) -> Space:
+def space_of(model: Target, x: torch.Tensor, threat: Threat) -> Space:
     """The space of a threat around the inputs x (N, …). Raises BadInput when the model cannot suffer this threat."""
     if isinstance(threat, InputBall):
         if not x.is_floating_point():
@@ -270,6 +294,7 @@ def space_of(model: Chain, x: torch.Tensor, threat: Threat) -> Space:
         return InputSpace(model, x, threat)
     if isinstance(threat, EmbeddingBall):
         with torch.no_grad():
+            model.check_embedding(x)
             return EmbeddingSpace(model, model.embed(x), threat)
     if isinstance(threat, WeightBall):
         from robustlip.attacks.weights import WeightSpace  # it builds on this file

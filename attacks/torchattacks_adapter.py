@@ -13,8 +13,8 @@ from torch import nn
 
 from robustlip.attacks.base import Attack
 from robustlip.attacks.spaces import InputSpace, Space
+from robustlip.attacks.target import Target
 from robustlip.errors import BadInput
-from robustlip.layers import Chain
 
 KINDS = ("PGD", "PGDL2", "AutoAttack")
 
@@ -91,13 +91,13 @@ class TorchAttack(Attack):
 class _Images(nn.Module):
     """The model as torchattacks expects one: float32 images → fresh float32 logits (N, C)."""
 
-    def __init__(self, chain: Chain, dtype: torch.dtype) -> None:
+    def __init__(self, target: Target, dtype: torch.dtype) -> None:
         super().__init__()
-        self.chain, self.dtype = chain, dtype
+        self.target, self.dtype = target, dtype  # no part of this module: torchattacks would set its modes
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.chain.scores(images.to(self.dtype)).to(images.dtype).clone()
+        return self.target.scores(images.to(self.dtype)).to(images.dtype).clone()
 
 
 def _set_device(attack: Any, device: torch.device) -> None:

@@ -7,21 +7,22 @@ Frank-Wolfe (Jaggi 2013): iterates are averages of points of the ball, and no pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustlip.attacks.base import Attack, Proposal
 from robustlip.attacks.losses import excess, violation
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.spaces import INSIDE, Space, safe_divide
+from robustlip.attacks.target import Target
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, Chain
+from robustlip.layers import AddPositions, Attention
 from robustlip.spectral import spectral_norm_bound
 from robustlip.threats import WeightBall
 
@@ -30,23 +31,32 @@ from robustlip.threats import WeightBall
 BUDGET, LARGE, SHARE = 1 << 26, 1 << 22, 32
 
 
+# Layers whose weight is a matrix; a convolution's counts as (out, in·kernel).
+MATRICES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight matrices that a WeightBall perturbs, by parameter name; tied ones once.
 
-    Those of Linear (each attention projection is one), Embedding and Conv2d; a convolution's counts as (out, in·kh·kw).
-    Raises UnsupportedLayer for a parameter of two or more dimensions anywhere else, except tables of positions and
-    attention's biases by distance, which are no matrices.
+    Those of MATRICES (each attention projection is one). Raises UnsupportedLayer for a parameter of two or more dimensions anywhere else,
+    except tables of positions and attention's biases by distance, which are no matrices; and for scripted modules, whose weights cannot be
+    exchanged. Raises BadInput where there is none.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedLayer(
+            f"expected a module whose weights can be exchanged for a call, got a scripted or traced one ({type(model).__name__}); "
+            f"give the module that it was made from"
+        )
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or isinstance(module, (AddPositions, Attention)) or id(parameter) in seen:
                 continue
-            if not isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
+            if not isinstance(module, MATRICES):
                 raise UnsupportedLayer(
-                    f"expected weight matrices in Linear, Embedding or Conv2d layers, got {prefix}.{name} of "
-                    f"{type(module).__name__}; build the layer from those, or name it in robustlip.attacks.weights"
+                    f"expected weight matrices in Linear, Embedding or convolution layers, got {prefix}.{name} of "
+                    f"{type(module).__name__}; build the layer from those, remove parametrizations, or name it in robustlip.attacks.weights"
                 )
             seen.add(id(parameter))
             found[f"{prefix}.{name}" if prefix else name] = parameter
@@ -59,11 +69,16 @@ class WeightSpace(Space):
     """The changes of all weight matrices, flattened and concatenated into rows (N, P), one row per sample.
 
     A radius r relative means ‖E‖ ≤ r·σ(W) for each matrix, with σ(W) from a float64 SVD, rounded down; the measure of a row is the
-    largest ‖E‖/σ(W) (or ‖E‖) over its matrices. A matrix that is zero admits no relative change.
+    largest ‖E‖/σ(W) (or ‖E‖) over its matrices. A matrix that is zero admits no relative change. Of a compiled model or DataParallel the module
+    inside is run, for its weights are exchanged from call to call. batched: whether its forward can be batched over weights; None: not tried yet.
     """
 
-    def __init__(self, model: Chain, x: torch.Tensor, threat: WeightBall) -> None:
-        matrices = matrices_of(model)
+    batched: bool | None = None
+
+    def __init__(self, model: Target, x: torch.Tensor, threat: WeightBall) -> None:
+        matrices = matrices_of(model.source)
+        if len({m.dtype for m in matrices.values()}) > 1:
+            raise BadInput(f"expected weight matrices of one dtype, got {sorted({str(m.dtype) for m in matrices.values()})}; cast the model")
         self.names, self.shapes = list(matrices), [m.shape for m in matrices.values()]
         self.sizes = [m.numel() for m in matrices.values()]
         flat = torch.cat([m.detach().flatten() for m in matrices.values()])
@@ -88,17 +103,32 @@ class WeightSpace(Space):
         """One row (P,) as parameters by name."""
         return {n: part.view(s) for n, part, s in zip(self.names, row.split(self.sizes), self.shapes, strict=True)}
 
-    def logits(self, point: torch.Tensor) -> torch.Tensor:
+    def executed(self, point: torch.Tensor) -> torch.Tensor:
         def one(row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             return self.shared_logits(row, x[None])[0]
 
+        if self.batched is None:
+            self.batched = self._takes_vmap(one, point)
         # The plain kernel: the fused ones have no batching rule for vmap and would run sample by sample.
         with sdpa_kernel(SDPBackend.MATH):
-            return vmap(one, randomness="different")(point, self.x)
+            if self.batched:
+                return vmap(one, randomness="different")(point, self.x)
+            return torch.stack([one(row, x) for row, x in zip(point, self.x, strict=True)])
+
+    def _takes_vmap(self, one: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], point: torch.Tensor) -> bool:
+        """Whether the forward can be batched over weights: one that looks at values, or that is compiled, cannot."""
+        try:
+            with torch.no_grad():
+                vmap(one, randomness="different")(point[:1], self.x[:1])
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        return True
 
     def shared_logits(self, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The logits (N, C) of inputs x under one set of weights, a row (P,)."""
-        return self.model.decide(functional_call(self.model, self.named(row), (x,)))
+        return self.model.scores_with(self.named(row), x)
 
     def measure(self, delta: torch.Tensor) -> torch.Tensor:
         order = 2 if self.norm == "spectral" else "fro"
@@ -171,7 +201,7 @@ class WeightSpace(Space):
         (W.double() + change).to(W.dtype) are the weights that were judged.
         """
         change = point.double() - self.clean[:1].double()
-        own, theirs = dict(self.model.named_parameters()), {id(p): name for name, p in model.named_parameters()}
+        own, theirs = dict(self.model.source.named_parameters()), {id(p): name for name, p in model.named_parameters()}
         names = [theirs[id(own[name])] for name in self.names]
         parts = zip(names, change.split(self.sizes, dim=1), self.shapes, strict=True)
         return {n: part.reshape(len(point), *s) for n, part, s in parts}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from robustlip.errors import BadInput, RobustlipError, first_line
-from robustlip.modes import evaluated
+from robustlip.modes import in_eval_mode
 
 
 def check_finite_weights(model: nn.Module, of: str = "") -> None:
@@ -20,11 +20,11 @@ def check_finite_weights(model: nn.Module, of: str = "") -> None:
 @torch.no_grad()
 def check_fit(model: nn.Module, x: torch.Tensor, remedy: str = "use the data that it was trained for") -> torch.Tensor:
     """What the model answers to the first of x (N, …), in eval mode. Raises BadInput when it cannot take inputs of this shape and kind."""
-    parameter = next(model.parameters(), x)
-    first = x[:1].to(parameter.device)
+    like = next((p for p in model.parameters() if p.is_floating_point()), x)
+    first = x[:1].to(like.device, like.dtype if x.is_floating_point() else x.dtype, copy=True)  # a layer in place may write over it
     try:
-        with evaluated(model):
-            return model(first.to(parameter.dtype) if first.is_floating_point() else first)  # type: ignore[no-any-return]
+        with in_eval_mode(model):
+            return model(first)  # type: ignore[no-any-return]
     except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
         if isinstance(error, RobustlipError | torch.OutOfMemoryError):
             raise

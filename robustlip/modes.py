@@ -27,16 +27,27 @@ def undrawn() -> Iterator[None]:
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every layer's own mode comes back behind."""
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen scripted module has none
+    training = any(mode for _, mode in modes)
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training and any(type(m).train is not nn.Module.train for m, _ in modes):
+            model.train(modes[0][1])  # a train() of its own may keep more than the flag, e.g. merged weights
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+
+
+@contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, and layers that work in place compute the same into memory of their own; every layer's own settings come back behind."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with out_of_place(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_eval_mode(model), out_of_place(model):
+        yield
 
 
 @contextmanager

@@ -304,15 +304,15 @@ class Liar(Attack):
         self.propose = propose
 
     def _run(self, space, labels, radius, generator):  # type: ignore[no-untyped-def]
-        for parameter in space.model.parameters():
+        for parameter in space.model.module.parameters():
             parameter.data.mul_(2)
             parameter.requires_grad_(True)
-        space.model.train()
+        space.model.module.train()
         torch.manual_seed(3)
         delta = self.propose(space)  # type: ignore[operator]
-        for parameter in space.model.parameters():
+        for parameter in space.model.module.parameters():
             parameter.data.div_(2)
-        space.model.eval()
+        space.model.module.eval()
         return delta
 
 
@@ -523,7 +523,7 @@ def test_threats_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(BadInput, match="within clip"):
         PGD()(model, x * 2, y, InputBall("l2", 0.1, clip=(0.0, 1.0)))
     with pytest.raises(BadInput, match="hold exactly"):
-        PGD()(model, x.double() + 1e-12, y, InputBall("l2", 0.1))
+        PGD()(model, x.double() + 1e-9, y, InputBall("l2", 1e-8))
     with pytest.raises(UnsupportedLayer, match="MultiheadAttention"):
         matrices_of(nn.MultiheadAttention(4, 1))
     tokens = Chain(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(18, CLASSES))
