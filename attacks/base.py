@@ -20,6 +20,7 @@ from robustlip.attacks.spaces import InputSpace, Space, space_of
 from robustlip.attacks.target import Target
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
+from robustlip.execution import covered
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_request
 from robustlip.threats import InputBall, Threat
@@ -130,7 +131,8 @@ class Attack(ABC):
         """Attack the model at x (N, …) with labels y (N,).
 
         model: any nn.Module; what is attacked is the module as it is called, in eval mode (see `Target`). One in which samples change each other
-        is evaluated sample by sample. x, y, threat: see `robustlip.samples`; a loader stands for both, a name for a threat.
+        is evaluated sample by sample. It runs by the kernels that certificates speak of (`robustlip.execution`).
+        x, y, threat: see `robustlip.samples`; a loader stands for both, a name for a threat.
         Inputs that the model's dtype cannot hold are rounded to it, and distances and radii count from the points that were given.
         generator: source of all randomness (default: a new one with seed 0). index: N sample ids (default 0 … N − 1).
         The model's mode, weights, gradient flags and the global random states come back as they were, also after an error.
@@ -145,7 +147,7 @@ class Attack(ABC):
             )
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         target = Target(model)
-        with preserved(model), in_eval_mode(model), torch.inference_mode(False):
+        with preserved(model), in_eval_mode(model), covered(target.kind):
             check_finite_weights(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)

@@ -14,6 +14,7 @@ from robustlip.attacks.spaces import Space, per_sample, safe_divide, space_of
 from robustlip.attacks.target import Target
 from robustlip.checks import check_fit
 from robustlip.errors import BadInput, RobustlipError, first_line
+from robustlip.execution import covered
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_samples, as_threat
 from robustlip.threats import Threat
@@ -66,7 +67,7 @@ def observed_sensitivity(
     x, threat = as_samples(x)[0], as_threat(threat)
     x = x.double() if x.is_floating_point() else x
     target = Target(_double(model))
-    with undrawn(), in_eval_mode(target.module), torch.inference_mode(False), torch.enable_grad():
+    with undrawn(), in_eval_mode(target.module), covered(target.kind), torch.enable_grad():
         x = x.clone()
         target.check_inputs(x)
         check_fit(target.module, x)

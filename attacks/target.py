@@ -52,6 +52,12 @@ class Target:
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
+    @property
+    def kind(self) -> str:
+        """The kind of device that it is on: 'cpu', 'cuda', …"""
+        first = self.first()
+        return "cpu" if first is None else first.device.type
+
     def dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of its weights; of x where it has none."""
         first = self.first()

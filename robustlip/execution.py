@@ -42,20 +42,28 @@ def execution_of(kind: str) -> str:
 
 @contextmanager
 def covered(kind: str) -> Iterator[None]:
-    """Inside, torch runs the kernels that `execution_of(kind)` names; also under inference mode, another default dtype or default device."""
+    """Inside, torch runs the kernels that `execution_of(kind)` names, outside of inference mode and in the gradient mode of the caller."""
     differentiated = torch.is_grad_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(differentiated))  # leaving inference mode turns it on
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float32)
         if kind == "cuda":
             stack.enter_context(nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         elif torch.backends.nnpack.is_available():
             stack.enter_context(torch.backends.nnpack.flags(enabled=False))
+        yield
+
+
+@contextmanager
+def proving(kind: str) -> Iterator[None]:
+    """`covered`, and torch's own default dtype and device: no layer with a rule asks for them, but a proof makes tensors of its own."""
+    with ExitStack() as stack:
+        stack.enter_context(covered(kind))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         yield
 
 

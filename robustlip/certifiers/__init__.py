@@ -31,7 +31,7 @@ from robustlip.certifiers.samples import (
 from robustlip.certifiers.trace import traced_scores
 from robustlip.checks import check_logits
 from robustlip.errors import BadInput
-from robustlip.execution import EXACT, covered, execution_of
+from robustlip.execution import EXACT, execution_of, proving
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
@@ -73,7 +73,7 @@ def certify(
     chain = as_chain(model)
     own = check_model(chain)
     device = next(chain.parameters()).device
-    with covered(device.type):
+    with proving(device.type):
         check_samples(chain, x, y)
         check_entry(chain, x, threat)
         covers = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)

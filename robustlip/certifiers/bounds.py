@@ -13,7 +13,7 @@ from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import entry, first_state
 from robustlip.certifiers.samples import batches, check_entry, check_model, kind_of
 from robustlip.errors import BadInput
-from robustlip.execution import covered
+from robustlip.execution import proving
 from robustlip.layers import Chain, Patchify, as_chain
 from robustlip.modes import evaluated
 from robustlip.rounding import norm_up, up
@@ -31,7 +31,7 @@ def lipschitz_bound(model: nn.Module) -> dict[str, float | str]:
     """
     chain = as_chain(model)
     dtype = check_model(chain)
-    with covered(kind_of(chain)):
+    with proving(kind_of(chain)):
         return bound_of_chain(chain, Context(dtype=dtype, store=constants_of(chain)[1]))
 
 
@@ -89,7 +89,7 @@ def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, ba
     check_entry(chain, x, threat)
     device = next(chain.parameters()).device
     out = []
-    with covered(device.type), evaluated(chain):
+    with proving(device.type), evaluated(chain):
         _, store = constants_of(chain)
         for part in batches(len(x), batch_size):
             xb = x[part].to(device, copy=True)

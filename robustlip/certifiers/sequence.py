@@ -23,7 +23,7 @@ from robustlip.certifiers.dual import alone, at_positions, dual_applies
 from robustlip.certifiers.local import Reference, double_copy, reference_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, head_of, margins, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.execution import covered
+from robustlip.execution import proving
 from robustlip.layers import Attention, as_chain
 from robustlip.modes import evaluated
 from robustlip.rounding import norm_up, up
@@ -59,7 +59,7 @@ def sequence_radii(model: nn.Module, tokens: Tensor, threat: EmbeddingBall = LAS
     check_entry(chain, tokens[None], threat)
     check_arithmetic(chain, dtype)
     device = next(chain.parameters()).device
-    with covered(device.type), evaluated(chain):
+    with proving(device.type), evaluated(chain):
         x, y = tokens[None, :-1].to(device, copy=True), tokens[1:].to(device).long()
         _, store = constants_of(chain)
         context = Context(dtype=dtype, store=store)

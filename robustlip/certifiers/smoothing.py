@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from robustlip.certificates import ABSTAINED, MISCLASSIFIED
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, check_samples, kind_of, train_mode_reason
 from robustlip.errors import BadInput
-from robustlip.execution import covered
+from robustlip.execution import proving
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
@@ -181,7 +181,7 @@ def predict_smoothed(
     chain, dtype = _check(model, x, sigma, alpha, seed, {"n": n})
     numbers = _numbers(index, len(x))
     out = np.full(len(x), NO_CLASS, dtype=np.int64)
-    with covered(kind_of(chain)), evaluated(chain):
+    with proving(kind_of(chain)), evaluated(chain):
         for i in range(len(x)):
             votes = _votes(chain, x[i], dtype, sigma, n, (seed, int(numbers[i]), 0))
             counts, classes = votes.sort(descending=True)
@@ -221,7 +221,7 @@ def certify_smoothed(
     prediction = np.full(len(x), NO_CLASS, dtype=np.int64)
     probability, radius = np.zeros(len(x)), np.zeros(len(x))
     status = [ABSTAINED] * len(x)
-    with covered(kind_of(chain)), evaluated(chain):
+    with proving(kind_of(chain)), evaluated(chain):
         for i in range(len(x)):
             seen = _votes(chain, x[i], dtype, sigma, n0, (seed, int(numbers[i]), 1))
             check_labels(y[i : i + 1].cpu(), len(seen) - 1)
