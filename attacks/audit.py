@@ -621,14 +621,17 @@ def save_worst(path: Path, worst: WorstLayer) -> None:
 
 
 def _describe(layer: nn.Module) -> dict[str, Any]:
-    if isinstance(layer, Attention):
+    if type(layer) is Attention:
         distances = 0 if layer.distance_bias is None else layer.distance_bias.shape[1]
         keys = ("width", "heads", "scale", "causal", "rope", "output_scale")
         return {"type": "Attention", **{k: getattr(layer, k) for k in keys}, "distance_bias": distances}
-    if isinstance(layer, nn.Linear):
+    if type(layer) is nn.Linear:
         return {"type": "Linear", "in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
-    if isinstance(layer, ScaledGELU):
+    if type(layer) is ScaledGELU:
         return {"type": "ScaledGELU", "divisor": layer.divisor, "approximate": layer.approximate}
+    if type(layer) not in _BUILDERS.values():
+        known = ", ".join(_BUILDERS)
+        raise BadInput(f"expected layers that a file of worst weights can name ({known}), got {type(layer).__name__}; audit the weights as they are")
     return {"type": type(layer).__name__} | ({"approximate": layer.approximate} if isinstance(layer, nn.GELU) else {})
 
 

@@ -114,7 +114,8 @@ def _in_place_of_norm(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     if type(layer) is not nn.Sequential or len(layer) < 2:
         return None
     front, rest = layer[0], layer[1:]
-    if type(front) is nn.Tanh or (isinstance(front, (nn.RMSNorm, nn.LayerNorm)) and not front.elementwise_affine and front.eps):
+    affine = getattr(front, "elementwise_affine", True)
+    if type(front) is nn.Tanh or (type(front) in (nn.RMSNorm, nn.LayerNorm) and not affine and front.eps):
         return front, rest
     return None
 
@@ -133,10 +134,10 @@ def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) 
     repair: numbers of MISTAKES to leave out (1, 2, 4 and 7 change the value); with none this is the published formula.
     Raises BadInput for any other layer.
     """
-    if isinstance(layer, Residual) and type(layer.branch) is nn.Identity:  # final_scale
+    if type(layer) is Residual and type(layer.branch) is nn.Identity:  # final_scale
         factor = abs(layer.skip + layer.weight) if 7 in repair else 1.0
         return factor, factor
-    if isinstance(layer, Residual):
+    if type(layer) is Residual:
         constant, growth = newhouse_layer(layer.branch, norm, repair)
         skip, weight = abs(layer.skip), abs(layer.weight)
         return skip + weight * constant, skip + weight * growth
@@ -212,9 +213,9 @@ _TAKEN_AS_ONE = (
 
 def _product(layer: nn.Module) -> float:
     """What folk wisdom gives one layer, in ℓ2."""
-    if isinstance(layer, Residual):
+    if type(layer) is Residual:
         return abs(layer.skip) + abs(layer.weight) * _product(layer.branch)
-    if isinstance(layer, nn.Sequential):
+    if type(layer) is nn.Sequential:
         return math.prod(_product(part) for part in layer)
     if type(layer) is nn.Linear:
         return _sigma(layer.weight)
@@ -303,11 +304,11 @@ def norms_in_front(chain: Chain, formula: str) -> Iterable[tuple[str, nn.Module,
     assert norm is not None
     context = Context(dtype=torch.float64, store={})
     for name, layer in list(chain.named_children())[chain.embedding_depth :]:
-        branch = layer.branch if isinstance(layer, Residual) else layer
+        branch = layer.branch if type(layer) is Residual else layer
         if type(branch) is Attention or _mlp_of(branch) is not None:
             yield name, branch, norm
         if formula == "newhouse2025":
-            if not isinstance(layer, (nn.Linear, MeanTokens)):
+            if type(layer) not in (nn.Linear, MeanTokens):
                 norm *= newhouse_layer(layer, norm / root)[1]
         else:
             state = State(torch.tensor([norm], dtype=torch.float64), *(torch.zeros(1, dtype=torch.float64),) * 2, "l2", 1, width)

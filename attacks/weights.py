@@ -30,6 +30,9 @@ from robustlip.threats import WeightBall
 # a copy per sample is given up for one per SHARE samples.
 BUDGET, LARGE, SHARE = 1 << 26, 1 << 22, 32
 
+# Tables that are added, and multiplied with nothing.
+_NO_MATRIX = ((AddPositions, "positions"), (Attention, "distance_bias"))
+
 
 # Layers whose weight is a matrix; a convolution's counts as (out, in·kernel).
 MATRICES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,7 +54,7 @@ def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or isinstance(module, (AddPositions, Attention)) or id(parameter) in seen:
+            if parameter.dim() < 2 or (type(module), name) in _NO_MATRIX or id(parameter) in seen:
                 continue
             if not isinstance(module, MATRICES):
                 raise UnsupportedLayer(

@@ -195,7 +195,11 @@ def worst_mlp(layers: nn.Sequential, domain: float | None = None) -> tuple[nn.Se
 def _steepest(layer: nn.Module) -> float:
     if type(layer) in (nn.GELU, ScaledGELU):
         return steepest_gelu(layer.approximate)  # type: ignore[arg-type]
-    return 1.0 if type(layer) is nn.ReLU else 0.0
+    if type(layer) is nn.ReLU:
+        return 1.0
+    if type(layer) in (nn.Linear, nn.Tanh, nn.Flatten, nn.Identity):
+        return 0.0
+    raise BadInput(f"expected Linear and elementwise layers in an MLP, got {type(layer).__name__}; its worst weights are not known")
 
 
 def mlp_supremum(layers: nn.Sequential) -> float:
@@ -206,6 +210,8 @@ def mlp_supremum(layers: nn.Sequential) -> float:
             value *= float(spectral_norm_bound(layer.weight))
         elif type(layer) in (nn.GELU, ScaledGELU):
             value *= GELU_SLOPE[layer.approximate] / (layer.divisor if type(layer) is ScaledGELU else 1.0)  # type: ignore[index]
+        elif type(layer) not in (nn.ReLU, nn.Tanh, nn.Flatten, nn.Identity):  # slope 1
+            raise BadInput(f"expected Linear and elementwise layers in an MLP, got {type(layer).__name__}; its worst weights are not known")
     return value
 
 

@@ -48,7 +48,7 @@ def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
     state = State(norm, step, torch.zeros(1, dtype=torch.float64), "l2", 1, width)
     if not embedding and type(layers[0]) is nn.Flatten:
         layers = layers[1:]  # the bound is of the input as one vector already
-    if any(type(m) in (nn.Flatten, Patchify) for m in layers):
+    if any(type(m) in (nn.Flatten, Patchify) for layer in layers for m in layer.modules()):
         raise BadInput("expected a model whose bound does not depend on the number of tokens, got one that flattens them; certify samples instead")
     start, state = state, run_rules(layers, state, context)
     # NaN compares false: a bound that overflows for large inputs depends on their size too.

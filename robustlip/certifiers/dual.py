@@ -17,15 +17,18 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustlip.certifiers.local import Reference, local_applies, reference_of, search
 from robustlip.certifiers.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Attention, Chain, MeanTokens
+from robustlip.layers import AddPositions, Attention, Chain, Normalize, Residual
 from robustlip.local import Group, JacobianChain, Pair, loss, picked, vanished
+from robustlip.local.elementwise import ELEMENTWISE
+from robustlip.local.sorting import REFLECTIONS
 from robustlip.rounding import up
 from robustlip.rules import Context
+from robustlip.rules.elementwise import DROPOUTS
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Rivals whose adjoints are carried at once.
@@ -111,11 +114,22 @@ class Rivals:
                 self.weights[i] = weight.formed(bound, chosen, reference.row, share > WORTH)
 
 
+# Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
+_BY_TOKEN = (
+    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, nn.Sequential, nn.Identity,
+    *DROPOUTS, *ELEMENTWISE, *REFLECTIONS,
+)  # fmt: skip
+
+
+def is_causal(model: Chain) -> bool:
+    """Whether every logit of a next-token model depends on the tokens up to its own alone: attention has to be causal, other layers act by token."""
+    layers = [m for layer in model for m in layer.modules()]
+    return model.task == "next-token" and all(m.causal if type(m) is Attention else type(m) in _BY_TOKEN for m in layers)
+
+
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
     """Whether the threat is of the last token of a causal next-token model: then the other tokens move by rounding only."""
-    if model.task != "next-token" or not isinstance(threat, EmbeddingBall) or threat.positions(tokens) != [tokens - 1]:
-        return False
-    return all(m.causal for m in model.modules() if isinstance(m, Attention)) and not any(isinstance(m, MeanTokens) for m in model.modules())
+    return isinstance(threat, EmbeddingBall) and threat.positions(tokens) == [tokens - 1] and is_causal(model)
 
 
 def at_positions(reference: Reference, sample: Tensor, position: Tensor, *, jacobians: bool = True) -> Reference:

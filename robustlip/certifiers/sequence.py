@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.dual import alone, at_positions, dual_applies
+from robustlip.certifiers.dual import alone, at_positions, dual_applies, is_causal
 from robustlip.certifiers.local import Reference, double_copy, reference_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, head_of, margins, train_mode_reason
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import proving
-from robustlip.layers import Attention, as_chain
+from robustlip.layers import as_chain
 from robustlip.modes import evaluated
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
@@ -46,7 +46,7 @@ def sequence_radii(model: nn.Module, tokens: Tensor, threat: EmbeddingBall = LAS
     """
     chain = as_chain(model)
     dtype = check_model(chain)
-    if chain.task != "next-token" or not all(m.causal for m in chain.modules() if isinstance(m, Attention)):
+    if not is_causal(chain):
         raise UnsupportedLayer("expected a causal next-token model, got another; certify its samples one by one")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise BadInput(f"expected token ids of shape (T,), T >= 2, got {tuple(tokens.shape)}; pass one sequence")

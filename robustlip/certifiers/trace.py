@@ -27,8 +27,6 @@ def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool
 
     # The head's output is the logits, and layers inside attention have no states of their own.
     bounded = [m for m in _with_states(model) if m is not model[len(model) - 1]]
-    for layer in bounded:
-        rule_for(layer)  # refuses foreign hooks before ours are there
     handles = [layer.register_forward_hook(record) for layer in bounded]
     try:
         logits = model.scores(x)
@@ -47,10 +45,11 @@ def _with_states(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     children = list(model.children())
     for child, following in zip(children, [*children[1:], None], strict=True):
+        rule_for(child)  # refuses unknown classes, and foreign hooks before ours are there
         if type(child) is nn.Flatten or type(following) in _ELEMENTWISE:
             continue
         found.append(child)
-        if isinstance(child, Residual):
+        if type(child) is Residual:
             # What the branch puts out is measured again with the residual, right behind it.
             found += _with_states(child.branch)[:-1] if type(child.branch) is nn.Sequential else []
         elif type(child) is nn.Sequential:

@@ -104,16 +104,16 @@ def targets_of(
     by_row, left = tuple(rows), tuple(free)
     used: set[str] = set()
     targets: list[Target] = []
-    row_tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    row_tables |= {id(m.positions) for m in model.modules() if isinstance(m, AddPositions)}
+    row_tables = {id(m.weight) for m in model.modules() if type(m) is nn.Embedding}
+    row_tables |= {id(m.positions) for m in model.modules() if type(m) is AddPositions}
     by_head: dict[int, tuple[int, int]] = {}
     for module in model.modules():
         if isinstance(module, Attention) and per_head:
             for linear in (module.query, module.key, module.value):
                 by_head[id(linear.weight)] = (module.heads, 0)
-    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linears = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
     # Added to scores, multiplied with nothing.
-    added = {id(m.distance_bias) for m in model.modules() if isinstance(m, Attention)}
+    added = {id(m.distance_bias) for m in model.modules() if type(m) is Attention}
     for name, parameter in model.named_parameters():
         if spared := {pattern for pattern in left if fnmatch.fnmatch(name, pattern)}:
             used |= spared

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from robustlip.errors import UnsupportedLayer
 from robustlip.layers import GroupSort, Householder, MaxMin
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
 from robustlip.local.crossing import Crossing
@@ -20,11 +21,16 @@ from robustlip.local.neurons import Neurons
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 
+REFLECTIONS = (MaxMin, GroupSort, Householder)
+
 
 def pairs_of(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(channels (n,), channels (n,), v (n, 2)) of the pairs of a layer that reflects `width` channels."""
     number = torch.arange(width, device=like.device)
-    if isinstance(layer, GroupSort):
+    kind = type(layer)
+    if kind not in REFLECTIONS or (isinstance(layer, GroupSort) and layer.group != 2):
+        raise UnsupportedLayer(f"expected a layer that reflects pairs of channels, got {layer}; use method='global', or add an expansion")
+    if kind is GroupSort:
         a, b = number[0::2], number[1::2]
         v = torch.tensor([-1.0, 1.0], dtype=like.dtype, device=like.device) / math.sqrt(2)  # ascending: the second is the larger
     else:
@@ -115,8 +121,6 @@ class ReflectionExpansion(Neurons):
         weights: list[Pair] = [Crossing(falling), inner_norms, norms, ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)]
         return inner if self.affine is None else inner @ self.affine.constants.weight, weights
 
-
-REFLECTIONS = (MaxMin, GroupSort, Householder)
 
 
 @register(*REFLECTIONS, when=lambda layer: getattr(layer, "group", 2) == 2)  # larger groups are sorted, not reflected

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, expand, register, rows_of, token_norms
 from robustlip.local.elementwise import ELEMENTWISE, ElementwiseExpansion
@@ -17,14 +17,14 @@ from robustlip.local.neurons import Neurons
 from robustlip.local.sorting import REFLECTIONS, ReflectionExpansion
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
+from robustlip.rules.elementwise import DROPOUTS
 
 # Functions of single neurons, which are expanded with the Linear layer in front of them.
 _BENDING: dict[type, type[Neurons]] = dict.fromkeys(ELEMENTWISE, ElementwiseExpansion) | dict.fromkeys(REFLECTIONS, ReflectionExpansion)
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
-_ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *_DROPOUT)
+_ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
 # Layers that take a sample as one vector of all its numbers, whatever its shape.
-_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *_DROPOUT, *ELEMENTWISE)
+_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS, *ELEMENTWISE)
 
 
 class ToL2(Expansion):
@@ -54,9 +54,11 @@ class Same(Expansion):
         return g, []
 
 
-@register(nn.Identity, *_DROPOUT)
+@register(nn.Identity, *DROPOUTS)
 def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
-    if not isinstance(layer, nn.Identity) and layer.training and getattr(layer, "p", 0.0) > 0:
+    if type(layer) not in (nn.Identity, *DROPOUTS):
+        raise UnsupportedLayer(f"expected a layer that is the identity in eval mode, got {type(layer).__name__}; use method='global'")
+    if layer.training and getattr(layer, "p", 0.0) > 0:
         raise BadInput(f"expected {type(layer).__name__} in eval mode, got it in train mode, where it is random; call model.eval()")
     return Same(clean, scope)
 

@@ -77,7 +77,11 @@ class SiLURule(Rule):
         return context.finite(behind)
 
 
-@register(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# The identity in eval mode, every one of them.
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@register(*DROPOUTS)
 class DropoutRule(Rule):
     """The identity, in eval mode or with p = 0. Raises BadInput in train mode, where the layer is random."""
 

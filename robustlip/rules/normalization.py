@@ -17,6 +17,8 @@ from robustlip.rules.base import Context, Rule, State, register
 def normalized(layer: nn.LayerNorm | nn.RMSNorm, state_width: int | None = None) -> tuple[int, float]:
     """(width D of the tokens that are normalised, eps). Raises UnsupportedLayer for layers that no constant here is proved for."""
     name = type(layer).__name__
+    if type(layer) not in (nn.LayerNorm, nn.RMSNorm):
+        raise UnsupportedLayer(f"expected LayerNorm or RMSNorm, got {name}; replace it or add a rule")
     if len(layer.normalized_shape) != 1:
         raise UnsupportedLayer(f"expected {name} over the last dimension, got {tuple(layer.normalized_shape)}; normalise tokens one by one")
     if layer.eps is None:

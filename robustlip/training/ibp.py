@@ -23,6 +23,7 @@ from robustlip.errors import BadInput
 from robustlip.layers import Chain, Normalize
 from robustlip.training.objective import cross_entropy, radius_at
 from robustlip.training.recipe import LossPart
+from robustlip.training.reparametrize import linears_of, plain_type
 
 _MONOTONE = (nn.ReLU, nn.Tanh, nn.Identity)
 
@@ -30,7 +31,7 @@ _MONOTONE = (nn.ReLU, nn.Tanh, nn.Identity)
 @torch.no_grad()
 def ibp_initialize(model: Chain) -> None:
     """Weights of standard deviation √(2π)/fan_in and biases 0: E|w| = 2/fan_in, and a ReLU halves what 2/fan_in·fan_in doubles."""
-    for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
+    for linear in linears_of(model):
         nn.init.normal_(linear.weight, std=math.sqrt(2 * math.pi) / linear.in_features)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
@@ -44,19 +45,20 @@ def interval_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float, norm: s
     """
     layers = list(model)
     head = layers[-1]
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or plain_type(head) is not nn.Linear:
         raise BadInput("expected an MLP that ends with a Linear layer, got another; train it with loss kind 'cross-entropy'")
     centre, scale, radius = x, torch.ones_like(x), None
     seen = []
     for layer in layers[:-1]:
-        if isinstance(layer, nn.Flatten):
+        kind = plain_type(layer)
+        if kind is nn.Flatten:
             centre, scale = layer(centre), layer(scale)
             radius = None if radius is None else layer(radius)
-        elif isinstance(layer, Normalize) and radius is None:
+        elif kind is Normalize and radius is None:
             centre, scale = layer(centre), layer(scale) - layer(torch.zeros_like(scale))
-        elif isinstance(layer, nn.Linear):
+        elif isinstance(layer, nn.Linear) and kind is nn.Linear:
             centre, radius = layer(centre), _spread(layer.weight, scale, radius, epsilon, norm)
-        elif isinstance(layer, _MONOTONE) and radius is not None:
+        elif kind in _MONOTONE and radius is not None:
             seen.append((centre, radius))
             low, high = layer(centre - radius), layer(centre + radius)
             centre, radius = (high + low) / 2, (high - low) / 2

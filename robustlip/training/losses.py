@@ -22,6 +22,7 @@ from robustlip.errors import BadInput
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, Normalize
 from robustlip.training.objective import cross_entropy, radius_at
 from robustlip.training.recipe import LossPart
+from robustlip.training.reparametrize import plain_type
 
 # Slopes of at most 1, and layers that only move numbers.
 _ONE = (nn.Flatten, nn.Identity, nn.ReLU, nn.Tanh, MaxMin, GroupSort, Householder)
@@ -35,7 +36,7 @@ def lipschitz_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float) -> Ten
     """
     layers = list(model)
     head = layers[-1]
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or plain_type(head) is not nn.Linear:
         raise BadInput("expected an MLP that ends with a Linear layer, got another; train it with loss kind 'cross-entropy'")
     logits = model(x)
     rows = head.weight
@@ -51,11 +52,11 @@ def body_constant(layers: list[nn.Module], like: Tensor) -> Tensor:
     """A scalar, differentiable: the product of the layers' ℓ2 Lipschitz constants, norms estimated; dtype of `like`. Raises BadInput as above."""
     constant = like.new_ones(())
     for layer in layers:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and plain_type(layer) is nn.Linear:
             constant = constant * _spectral_norm(layer.weight)
-        elif isinstance(layer, Normalize):
+        elif isinstance(layer, Normalize) and type(layer) is Normalize:
             constant = constant / layer.std.min()
-        elif not isinstance(layer, _ONE):
+        elif type(layer) not in _ONE:
             raise BadInput(
                 f"expected Flatten, Normalize, Linear, ReLU, Tanh, MaxMin, GroupSort and Householder layers for certified margins, got {layer}; "
                 f"use activation = 'relu' or 'maxmin'"

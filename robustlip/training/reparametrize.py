@@ -12,6 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from robustlip.errors import UnsupportedLayer
+from robustlip.layers import AddPositions, Attention
+
+
+# Rows that are read, and numbers that are added to tokens and scores: no matrices.
+_LEFT = (nn.Embedding, AddPositions, Attention)
+
 
 class SigmaReparam(nn.Module):
     """W → (γ/σ(W))·W with one learned γ a matrix, 1 at first; σ = uᵀWv by one power iteration a training step. Source: Zhai et al. 2023."""
@@ -39,13 +46,26 @@ class SigmaReparam(nn.Module):
         return self.gamma / (self.u.clone() @ weight @ self.v.clone()) * weight
 
 
-def _linears(model: nn.Module) -> list[nn.Linear]:
-    return [m for m in model.modules() if isinstance(m, nn.Linear)]
+def plain_type(layer: nn.Module) -> type:
+    """The class of a layer, without what a parametrisation of its weight made of it. A subclass is another layer."""
+    return parametrize.type_before_parametrizations(layer)
+
+
+def linears_of(model: nn.Module) -> list[nn.Linear]:
+    """The Linear layers. Raises UnsupportedLayer for a layer with another kind of matrix, which would be left out unsaid."""
+    found = []
+    for module in model.modules():
+        kind = plain_type(module)
+        if isinstance(module, nn.Linear) and kind is nn.Linear:
+            found.append(module)
+        elif kind not in _LEFT and any(p.dim() > 1 for p in module.parameters(recurse=False)) and kind is not parametrize.ParametrizationList:
+            raise UnsupportedLayer(f"expected matrices in Linear layers alone, got {kind.__name__} with one; leave it out, or train it as it is")
+    return found
 
 
 def reparametrize(model: nn.Module, kind: str) -> None:
     """Put every Linear weight of a model behind 'spectral-norm' (Miyato et al. 2018, as torch has it) or 'sigma-reparam'; 'none' does nothing."""
-    for linear in _linears(model):
+    for linear in linears_of(model):
         if kind == "spectral-norm":
             parametrizations.spectral_norm(linear)
         elif kind == "sigma-reparam":
@@ -55,7 +75,7 @@ def reparametrize(model: nn.Module, kind: str) -> None:
 def fold(model: nn.Module) -> None:
     """Plain weights again, with the values that the reparametrised model has in eval mode."""
     model.eval()
-    for linear in _linears(model):
+    for linear in linears_of(model):
         if parametrize.is_parametrized(linear, "weight"):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
 

@@ -183,7 +183,7 @@ def curve_of(layer: nn.Module) -> Curve:
     names: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu"}
     if type(layer) in names:
         return CURVES[names[type(layer)]]
-    if isinstance(layer, (nn.GELU, ScaledGELU)):
+    if isinstance(layer, (nn.GELU, ScaledGELU)) and type(layer) in (nn.GELU, ScaledGELU):
         curve = CURVES[f"gelu-{layer.approximate}"]
         assert isinstance(curve, Smooth)
         return _divided(curve, abs(layer.divisor)) if isinstance(layer, ScaledGELU) else curve

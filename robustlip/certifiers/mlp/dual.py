@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.mlp.linear import Ball, Boxes, linear_boxes, linear_margins
 from robustlip.certifiers.mlp.local import gains
-from robustlip.certifiers.mlp.network import Network, why_not
+from robustlip.certifiers.mlp.network import AFFINE, Network, why_not
 from robustlip.certifiers.mlp.quadratic import Dual, Form, Instances, Multipliers, Scales, form_of, proved_offset, radius_of
 from robustlip.certifiers.mlp.radii import Problem
 from robustlip.certifiers.samples import margins
 from robustlip.errors import BadInput
-from robustlip.layers import Chain
+from robustlip.layers import Chain, GroupSort, MaxMin
 from robustlip.rounding import U64, down, norm_up, up
 from robustlip.rules import Context
 from robustlip.threats import Threat
@@ -31,6 +31,8 @@ PAIRS = 128
 FIRST, ENOUGH, RETRY = 0.93, 0.995, 0.95
 # Random vectors by which the barrier's gradient is estimated, its weight in margins, how often a start is made stiffer.
 PROBES, BARRIER, STIFFENINGS = 8, 0.2, 8
+# Made of ReLU alone; all other layers of a network have to be affine.
+_KINKED = (nn.ReLU, MaxMin, GroupSort)
 
 
 def start(it: Instances) -> tuple[Multipliers, Scales]:
@@ -366,9 +368,9 @@ def sdp_applies(model: nn.Module, threat: Threat) -> str:
     assert isinstance(model, Chain)
     if why := why_not(model, threat):
         return why
-    names = [type(m).__name__ for m in model.modules() if type(m) in (nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU) or type(m).__name__ == "ScaledGELU"]
-    if names:
+    layers = [m for layer in model for m in layer.modules()]
+    if names := [type(m).__name__ for m in layers if type(m) not in (*_KINKED, *AFFINE)]:
         return f"{names[0]} is not piecewise linear"
-    if not any(type(m).__name__ in ("ReLU", "MaxMin", "GroupSort") for m in model.modules()):
+    if not any(type(m) in _KINKED for m in layers):
         return "the model has no hidden layer"
     return ""

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.certifiers.mlp.curves import CURVES, Curve, curve_of
+from robustlip.certifiers.mlp.curves import CURVES, Curve, Relu, curve_of
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, Residual, ScaledGELU
 from robustlip.rounding import U64, gamma, norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.convolution import pair
-from robustlip.rules.elementwise import FUNCTION_ULPS
+from robustlip.rules.elementwise import DROPOUTS, FUNCTION_ULPS
 from robustlip.threats import InputBall, Threat
 
 # Dense matrices of a layer: at most this many numbers (128 MiB).
@@ -62,7 +62,8 @@ class Network:
 
     @property
     def piecewise_linear(self) -> bool:
-        return all(s.curve is not None and s.curve.piecewise_linear for s in self.hidden)
+        """Whether every activation is ReLU, which is what 'sdp' knows."""
+        return all(isinstance(s.curve, Relu) for s in self.hidden)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Pre-activations of every stage, logits last, for inputs (N, n), in float64."""
@@ -122,6 +123,8 @@ class _Linear:
         self.out: tuple[int, ...] = shape
         self.relative = 0.0  # of the weights themselves
         name = type(layer).__name__
+        if type(layer) not in _LINEAR:
+            raise UnsupportedLayer(f"expected a linear layer that has a dense matrix, got {name}; use method 'global'")
         if isinstance(layer, nn.Linear):
             self.weight, self.bias = layer.weight.detach().double(), layer.bias
             if len(shape) != 1 or self.weight.shape[1] != shape[0]:
@@ -138,10 +141,11 @@ class _Linear:
                 raise UnsupportedLayer(f"expected AdaptiveAvgPool2d(1), got output_size {layer.output_size}; use AvgPool2d for other sizes")
             self.out = tuple(layer(torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
             self.terms = math.prod(shape[1:]) + 2 if isinstance(layer, nn.AdaptiveAvgPool2d) else math.prod(pair(layer.kernel_size)) + 2
-        else:
-            assert isinstance(layer, (Normalize, nn.BatchNorm1d, nn.BatchNorm2d))
+        elif isinstance(layer, (Normalize, nn.BatchNorm1d, nn.BatchNorm2d)):
             self.out, self.terms = shape, 2
             self._by_channel(layer, shape)
+        else:
+            raise UnsupportedLayer(f"expected a linear layer that has a dense matrix, got {name}; use method 'global'")
 
     def _by_channel(self, layer: Normalize | nn.BatchNorm1d | nn.BatchNorm2d, shape: tuple[int, ...]) -> None:
         if isinstance(layer, Normalize):
@@ -263,6 +267,8 @@ class _Builder:
         """Pairs (a, b) → (max, min) in the layer's order, by a stage of (a − b, a, b) and the identity on the last two."""
         images = len(self.shape) == 3
         channels = self.shape[0] if images else self.shape[-1]
+        if type(layer) not in (MaxMin, GroupSort) or (isinstance(layer, GroupSort) and layer.group != 2):
+            raise UnsupportedLayer(f"expected a layer that sorts pairs, got {layer}; use method 'global'")
         if channels % 2 or len(self.shape) == 2:
             raise UnsupportedLayer(f"expected an even number of channels in front of {type(layer).__name__}, got {self.shape}; change the width")
         index = torch.arange(math.prod(self.shape), device=self.device).reshape(self.shape)
@@ -311,13 +317,14 @@ class _Builder:
                 self.shape = (math.prod(self.shape),)
             elif type(layer) in _LINEAR:
                 self.linear(layer)
-            elif type(layer) in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, ScaledGELU):
+            elif type(layer) in _CURVED:
                 self.activation(curve_of(layer))
             elif type(layer) in (MaxMin, GroupSort):
                 self.sort(layer)
             elif type(layer) is Residual:
                 self.residual(layer)
-            # what is left is the identity in eval mode
+            elif type(layer) not in _NOTHING:  # these are the identity in eval mode
+                raise UnsupportedLayer(f"expected layers that have a dense matrix or a curve, got {type(layer).__name__}; use method 'global'")
 
     def done(self) -> Network:
         self._close(None, torch.ones(len(self.matrix), dtype=torch.bool, device=self.device))
@@ -325,8 +332,11 @@ class _Builder:
 
 
 _LINEAR = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
-_KNOWN = (*_LINEAR, nn.Sequential, nn.Flatten, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, ScaledGELU, MaxMin, GroupSort, Residual)
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_CURVED = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, ScaledGELU)
+_KNOWN = (*_LINEAR, *_CURVED, nn.Sequential, nn.Flatten, MaxMin, GroupSort, Residual)
+_NOTHING = (nn.Identity, *DROPOUTS)
+# Affine whatever stands inside, or with branches that are looked at by themselves.
+AFFINE = (*_LINEAR, *_NOTHING, nn.Sequential, nn.Flatten, Residual)
 
 
 def why_not(model: Chain, threat: Threat) -> str:

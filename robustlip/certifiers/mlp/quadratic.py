@@ -29,6 +29,7 @@ from torch import Tensor
 
 from robustlip.certifiers.mlp.linear import Ball, Boxes
 from robustlip.certifiers.mlp.network import Network
+from robustlip.errors import UnsupportedLayer
 from robustlip.rounding import U64, gamma, up
 
 _NUMBERS = ("valid", "rows", "clean", "low", "high", "size", "move")
@@ -86,6 +87,8 @@ def _picked(t: Tensor, index: Tensor) -> Tensor:
 
 def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
     """The network on the ball, whose neurons stay in the boxes."""
+    if not network.piecewise_linear:
+        raise UnsupportedLayer("expected a network whose activations are all ReLU, or sort pairs, got another; use method 'crown'")
     n, inputs = ball.x.shape
     x = ball.x
     clean = network.forward(x)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from robustlip.certifiers.sdp.quadratic import Quadratic, constraint_of, known
 from robustlip.certifiers.sdp.verify import Ball, product
 from robustlip.layers import Chain, Normalize
 from robustlip.rounding import U64
 from robustlip.rules import rule_for
+from robustlip.rules.elementwise import DROPOUTS
 from robustlip.threats import InputBall, Threat
 
 
@@ -48,9 +48,9 @@ def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
         elif type(layer) is Normalize:
             if mixed and layer.std.numel() > 1:
                 return f"{what} knows Normalize by channel in front of the first Linear layer only"
-        elif not mixed and not isinstance(layer, _DropoutNd):
+        elif not mixed and type(layer) not in DROPOUTS:
             return f"{what} needs a Linear layer in front of all others, this model begins with {type(layer).__name__}"
-        elif not known(layer) and not isinstance(layer, _DropoutNd):
+        elif not known(layer) and type(layer) not in DROPOUTS:
             return f"{what} is for chains of Linear layers and activations, this one has {type(layer).__name__}"
     if width > largest:
         return f"{what} is for at most {largest} neurons, this model has {width}"
@@ -76,7 +76,7 @@ def network_of(model: Chain) -> Network:
             gain = 1.0
             linear = weight if linear is None else product(weight, linear)
             width = layer.out_features
-        elif type(layer) is not nn.Flatten and not isinstance(layer, _DropoutNd):
+        elif type(layer) is not nn.Flatten and type(layer) not in DROPOUTS:
             constraint = constraint_of(layer, width)
             linear = Ball(torch.eye(width, dtype=torch.float64)) if linear is None else linear
             if gain != 1.0:

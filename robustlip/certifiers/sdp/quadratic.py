@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers.sdp.verify import Rows
+from robustlip.errors import UnsupportedLayer
 from robustlip.layers import GroupSort, Householder, MaxMin, ScaledGELU
 from robustlip.rounding import U64
 from robustlip.rules.elementwise import GELU_SLOPE, SILU_SLOPE
@@ -130,7 +131,7 @@ def known(layer: nn.Module) -> bool:
 
 
 def constraint_of(layer: Any, width: int) -> Quadratic | None:
-    """The constraint of an activation on ℝ^width; None where it is the identity. Call only where `known(layer)`."""
+    """The constraint of an activation on ℝ^width; None where it is the identity. Raises UnsupportedLayer for layers without one."""
     slope = slopes(layer)
     if slope is not None:
         return elementwise(*slope, width)
@@ -138,6 +139,8 @@ def constraint_of(layer: Any, width: int) -> Quadratic | None:
         return _reflected(layer.angle)
     if type(layer) is MaxMin:
         return _pairs(torch.arange(width // 2), torch.arange(width // 2) + width // 2)
+    if type(layer) is not GroupSort:
+        raise UnsupportedLayer(f"expected an activation with a proved quadratic constraint, got {type(layer).__name__}; use method='global'")
     if layer.group == 1:
         return None
     return _pairs(torch.arange(0, width, 2), torch.arange(1, width, 2)) if layer.group == 2 else _sorted(layer.group, width)

@@ -1,0 +1,264 @@
+"""Every walk over layers refuses a layer that it does not name: one that nobody has looked at is never the identity, nor its parent class.
+
+Two made-up layers are handed to each walk, and put into its table of known layers where it has one: `Tripled`, which is three times the identity,
+and a subclass of a known layer, whose forward is another.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from robustlip.attacks import audit, formulas, weights, worst_weights
+from robustlip.certifiers import bounds, dual, trace
+from robustlip.certifiers.mlp import curves, linear, quadratic
+from robustlip.certifiers.mlp import dual as mlp_dual
+from robustlip.certifiers.mlp import network as mlp_network
+from robustlip.certifiers.sdp import network as sdp_network
+from robustlip.certifiers.sdp import quadratic as sdp_quadratic
+from robustlip.certifiers.sequence import sequence_radii
+from robustlip.constraints.targets import targets_of
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import Attention, Chain, GroupSort, MaxMin, MeanTokens, NextTokenChain, Residual, ScaledGELU, as_chain
+from robustlip.local import Scope, expand, unsupported
+from robustlip.local import base as local_base
+from robustlip.local import elementwise as local_elementwise
+from robustlip.local import sorting as local_sorting
+from robustlip.local import structure as local_structure
+from robustlip.rules import Context, State, rule_for
+from robustlip.rules import base as rules_base
+from robustlip.rules import normalization
+from robustlip.threats import InputBall
+from robustlip.training import ibp, losses, reparametrize
+
+REFUSED = (UnsupportedLayer, BadInput)
+
+
+class Tripled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+
+def other(known: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a known layer that computes three times as much."""
+    return type(f"Other{known.__name__}", (known,), {"forward": lambda self, x: 3 * known.forward(self, x)})
+
+
+OtherLinear, OtherReLU, OtherGELU, OtherDropout, OtherIdentity, OtherSequential, OtherFlatten, OtherResidual = (
+    other(kind) for kind in (nn.Linear, nn.ReLU, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential, nn.Flatten, Residual)
+)
+# name → what stands between two Linear layers (6, 8) and (8, 3), on vectors of 8 numbers.
+STRANGE = {
+    "made-up": Tripled,
+    "linear": lambda: OtherLinear(8, 8),
+    "relu": OtherReLU,
+    "gelu": OtherGELU,
+    "dropout": lambda: OtherDropout(0.0),
+    "identity": OtherIdentity,
+    "flatten": OtherFlatten,
+    "sequential": lambda: OtherSequential(nn.ReLU()),
+    "residual": lambda: OtherResidual(nn.ReLU()),
+    "sorting": other(MaxMin),
+    "groups": lambda: other(GroupSort)(2),
+    "inside a residual": lambda: Residual(nn.Sequential(nn.Linear(8, 8), Tripled())),
+    "inside a chain": lambda: nn.Sequential(nn.ReLU(), Tripled()),
+}
+
+
+def around(layer: nn.Module) -> Chain:
+    torch.manual_seed(0)
+    return as_chain(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), layer, nn.Linear(8, 3)).eval().requires_grad_(False))
+
+
+def context() -> Context:
+    return Context(torch.float64, {})
+
+
+X, Y = torch.linspace(0, 1, 12).view(2, 6), torch.tensor([0, 1])
+
+# name → a walk over the layers of a model: it has to raise.
+WALKS = {
+    "rules": lambda model: [rule_for(layer) for layer in flat(model)],
+    "traced norms": lambda model: trace.traced_scores(model, X),
+    "bounds of a model": lambda model: bounds.bound_of_chain(model, context()),
+    "dense matrices": lambda model: mlp_network.network_of(model.double(), (6,), context()),
+    "quadratic constraints": lambda model: sdp_network.network_of(model.double()),
+    "expansions": lambda model: local_structure.ChainExpansion(list(model.double()), X.double()[:, None], Scope(context())),
+    "interval training": lambda model: ibp.interval_margins(model, X, Y, 0.1, "linf"),
+    "margin training": lambda model: losses.body_constant(list(model)[:-1], X),
+    "the product of norms": formulas.product,
+    "the worst weights": lambda model: worst_weights.worst_mlp(nn.Sequential(*model)),
+    "the product of slopes": lambda model: worst_weights.mlp_supremum(nn.Sequential(*model)),
+    "files of worst weights": lambda model: [audit._describe(layer) for layer in model],
+}
+
+
+def flat(model: nn.Module) -> list[nn.Module]:
+    return [m for layer in model for m in layer.modules()]
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_walk_refuses_a_layer_that_it_does_not_name(name, walk) -> None:
+    model = around(STRANGE[name]())
+    with pytest.raises(REFUSED, match="expected"):
+        WALKS[walk](model)
+
+
+@pytest.mark.parametrize("walk", sorted(WALKS.keys() - {"quadratic constraints"}))  # which does not know the last two kinds
+def test_the_same_walks_accept_what_they_name(walk) -> None:
+    """The refusals above are not those of something else in the model."""
+    WALKS[walk](around(nn.Tanh()))
+
+
+def test_quadratic_constraints_accept_what_they_name() -> None:
+    WALKS["quadratic constraints"](around(MaxMin()))
+
+
+# name → the sentence that a method gives for a model, '' where it applies.
+REASONS = {
+    "linear": lambda model: mlp_network.why_not(model, InputBall("l2")),
+    "sdp": lambda model: mlp_dual.sdp_applies(model, InputBall("l2")),
+    "lipsdp": lambda model: sdp_network.refusal(model, InputBall("l2"), "LipSDP", 1000),
+    "dual": lambda model: dual.dual_applies(model, InputBall("l2")),
+}
+
+
+@pytest.mark.parametrize("method", REASONS)
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_method_does_not_apply_to_a_layer_that_it_does_not_name(name, method) -> None:
+    assert REASONS[method](around(STRANGE[name]())) != ""
+    assert REASONS[method](around(nn.ReLU())) == ""
+
+
+# name → (the table, as (module, name), a walk that reads it); the made-up layer is added to the table without a branch of its own.
+TABLES = {
+    "dense: known": ((mlp_network, "_KNOWN"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
+    "dense: linear": ((mlp_network, "_LINEAR"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
+    "dense: curved": ((mlp_network, "_CURVED"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
+    "expansions: kinks": ((local_sorting, "REFLECTIONS"), lambda model: local_sorting.pairs_of(model[2], 8, X.double())),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("made", [Tripled, other(MaxMin), lambda: OtherDropout(0.0)], ids=["made-up", "sorting", "dropout"])
+def test_a_layer_in_a_table_without_a_branch_is_refused(name, made, monkeypatch) -> None:
+    (module, table), walk = TABLES[name]
+    model = around(made())
+    if name != "expansions: kinks":
+        monkeypatch.setattr(module, table, (*getattr(module, table), type(model[2])))
+    with pytest.raises(UnsupportedLayer, match=type(model[2]).__name__):
+        walk(model)
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion, local_base._EXPANSIONS[nn.LayerNorm][0]],
+    ids=["identity", "reflection", "elementwise", "normalisation"],
+)
+def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:
+    """The table of expansions names a layer whose expansion is that of others."""
+    layer = Tripled()
+    monkeypatch.setitem(rules_base._RULES, Tripled, rule_for(nn.Identity()))
+    monkeypatch.setitem(local_base._EXPANSIONS, Tripled, (maker, lambda layer: True))
+    assert unsupported(layer) == ""
+    with pytest.raises((UnsupportedLayer, AttributeError)) as raised:
+        expand(layer, X.double()[:, None], Scope(context()))
+    assert raised.type is UnsupportedLayer
+
+
+def test_rules_of_normalisation_are_of_two_layers() -> None:
+    strange = other(nn.LayerNorm)(6)
+    with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
+        normalization.local_lipschitz(strange, X, 0.1)
+    with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
+        normalization.LayerNormRule().step(strange, State(torch.ones(1), torch.ones(1), torch.zeros(1), "l2", 1, 6), context())
+
+
+def test_curves_and_constraints_are_of_named_layers() -> None:
+    for layer in (Tripled(), OtherGELU(), OtherReLU(), other(ScaledGELU)()):
+        with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
+            curves.curve_of(layer)
+        with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
+            sdp_quadratic.constraint_of(layer, 8)
+        with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
+            local_elementwise.elementwise(layer, X.double())
+        with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
+            mlp_network._Linear(layer, (8,))
+        with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
+            mlp_network._Builder((8,), torch.device("cpu")).sort(layer)
+    sizes = other(GroupSort)(1)
+    with pytest.raises(UnsupportedLayer, match="OtherGroupSort"):
+        sdp_quadratic.constraint_of(sizes, 8)
+
+
+def test_the_quadratic_dual_takes_no_other_curve_for_relu() -> None:
+    """Whatever `sdp_applies` says, the form itself is of relu."""
+    model = around(nn.Tanh()).double()
+    net = mlp_network.network_of(model, (6,), context())
+    ball = linear.Ball(X.double(), torch.full((2,), 0.1, dtype=torch.float64), "l2")
+    with pytest.raises(UnsupportedLayer, match="ReLU"):
+        quadratic.form_of(net, ball, linear.linear_boxes(net, ball), Y)
+
+
+def test_tokens_of_layers_that_nobody_named_may_move() -> None:
+    """What moves the tokens in front of the last one is not proved by the method for single tokens."""
+
+    def chain(*layers: nn.Module) -> Chain:
+        parts = {"embed_tokens": nn.Embedding(7, 4), **{f"layer{i}": layer for i, layer in enumerate(layers)}, "head": nn.Linear(4, 7)}
+        return NextTokenChain(OrderedDict(parts)).eval()
+
+    assert dual.is_causal(chain(Attention(4, 1), nn.LayerNorm(4), Residual(nn.Sequential(nn.Linear(4, 4), nn.GELU()))))
+    for layer in (Attention(4, 1, causal=False), MeanTokens(), Tripled(), OtherIdentity(), Residual(Tripled()), other(Attention)(4, 1)):
+        model = chain(layer)
+        assert not dual.is_causal(model)
+        with pytest.raises(UnsupportedLayer):
+            sequence_radii(model, torch.tensor([0, 1, 2]))
+
+
+def test_bounds_of_a_model_see_flatten_inside_other_layers() -> None:
+    flat = as_chain(nn.Sequential(nn.Linear(6, 6), Residual(nn.Sequential(nn.Flatten(), nn.Linear(6, 6))), nn.Linear(6, 2)).double())
+    with pytest.raises(BadInput, match="number of tokens"):
+        bounds.lipschitz_bound(flat)
+
+
+class OwnMatrix(nn.Module):
+    """A layer with a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.mixing
+
+
+class OwnTable(Attention):
+    """An attention layer with another matrix beside the four that are known."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2)
+        self.mixing = nn.Parameter(torch.randn(8, 8))
+
+
+@pytest.mark.parametrize("made", [OwnMatrix, OwnTable, lambda: nn.Conv1d(8, 8, 1)], ids=["made-up", "attention", "conv1d"])
+def test_matrices_of_layers_that_nobody_named_are_not_left_out(made) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), made(), nn.Linear(8, 3))
+    with pytest.raises(REFUSED, match="expected"):
+        weights.matrices_of(model)
+    with pytest.raises(REFUSED, match="expected"):
+        targets_of(model, 1.0)
+    with pytest.raises(REFUSED, match="expected"):
+        reparametrize.reparametrize(model, "spectral-norm")
+    with pytest.raises(REFUSED, match="expected"):
+        ibp.ibp_initialize(model)
+
+
+def test_a_constraint_does_not_hold_a_matrix_that_is_used_otherwise() -> None:
+    with pytest.raises(BadInput, match="1.weight"):
+        targets_of(nn.Sequential(nn.Linear(6, 8), OtherLinear(8, 8)), 1.0)
+    with pytest.raises(BadInput, match="0.weight"):
+        targets_of(nn.Sequential(other(nn.Embedding)(6, 8)), 1.0)
