@@ -31,6 +31,7 @@ from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
 from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.local import base as local_base
 from robustlip.local import elementwise as local_elementwise
 from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
@@ -120,6 +121,8 @@ CASES = {
     "positions": Case(lambda: drawn(AddPositions(T, D))),
     "mean": Case(MeanTokens), "mean-linear": Case(lambda: nn.Sequential(nn.Linear(D, 6), nn.GELU(), MeanTokens(), nn.Linear(6, 2))),
     "identity": Case(nn.Identity), "dropout": Case(lambda: nn.Dropout(0.5).eval()),
+    "dropouts": Case(lambda: nn.Sequential(nn.Dropout1d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5), nn.Linear(D, 5)).eval()),
+    "image-dropouts": Case(lambda: nn.Sequential(nn.Dropout2d(0.5), nn.Dropout3d(0.5), nn.Flatten(), nn.Linear(32, 6)).eval(), IMAGE, whole=True),
     "normalize-tokens": Case(lambda: Normalize([0.3] * D, [0.5, 2.0] * (D // 2))),
     "tokens-as-one": Case(lambda: nn.Sequential(Normalize([0.3] * D, [0.5, 2.0] * (D // 2)), nn.Linear(D, 6)), space="linf", whole=True),
     "image": Case(lambda: nn.Sequential(Normalize([0.1, 0.4], [0.5, 0.2]), nn.Flatten(), nn.Linear(32, 6), nn.ReLU()), IMAGE, "linf", whole=True),
@@ -250,6 +253,31 @@ def test_what_an_expansion_promises_is_never_exceeded(name) -> None:
     result = attacked(expansion, function, tokens(case, x), case.space)
     assert result.largest() <= 1 + 1e-9, result
     assert float(result.radius.amax()) > 0.05, result  # a bound that nothing comes near would hide a broken attack
+
+
+def test_an_expansion_of_a_table_of_tokens() -> None:
+    """Embedding: its rows do not move by a radius in front, and by all of ‖E‖ where its table changes."""
+    torch.manual_seed(3)
+    layer = nn.Embedding(11, D).double().requires_grad_(False)
+    ids = torch.arange(6).view(2, 3)
+    sigma = float(torch.linalg.matrix_norm(layer.weight, 2))
+    for weight_radius, moved in ((None, 0.0), (torch.full((2,), 0.3, dtype=torch.float64), 0.3 * sigma)):
+        expansion = expand(layer, ids, Scope(Context(torch.float32, {}, weight_radius=weight_radius)))
+        assert bool((expansion.clean == layer(ids)).all())
+        radius = torch.full((2, 3), 7.0, dtype=torch.float64)
+        behind, error = expansion.advance(radius, torch.zeros_like(radius), None)
+        assert bool((behind >= moved).all()) and bool((behind <= moved * (1 + 1e-9) + 1e-300).all())
+        assert bool((error >= moved).all())  # nothing of it is linear in the ids
+        assert not bool(expansion.adjoint(torch.randn(4, 2, 3, D, dtype=torch.float64))[0].any())
+
+
+# Expansions whose input is no vector of numbers: by a test of their own.
+BY_HAND = {nn.Embedding: test_an_expansion_of_a_table_of_tokens}
+
+
+def test_every_expansion_has_a_case() -> None:
+    covered = {type(m) for case in CASES.values() for m in case.build().modules()} | BY_HAND.keys()
+    assert {kind.__name__ for kind in local_base._EXPANSIONS.keys() - covered} == set()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,6 +17,7 @@ from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import GlobalBound, global_radii
 from robustlip.certifiers.mlp import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii, sdp_applies, sdp_radii
 from robustlip.certifiers.mlp import dual as dual_module
+from robustlip.certifiers.mlp import network as network_module
 from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
 from robustlip.certifiers.mlp.dual import Search, clean_gradients
 from robustlip.certifiers.mlp.linear import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
@@ -78,7 +79,22 @@ MODELS = {
     ),
     "batchnorm": (batch_normed, (6,), 1.0),
     "conv": (mixed, (1, 6, 6), 1.5),
+    "conv-mean": (lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)), (1, 5, 5), 3.0),
+    "nothing": (
+        lambda: nn.Sequential(
+            nn.Identity(), nn.Conv2d(1, 3, 3), nn.Dropout2d(0.5), nn.Dropout3d(0.5), nn.ReLU(), nn.Flatten(), nn.Linear(27, 12), nn.Dropout(0.5),
+            nn.ReLU(), nn.Dropout1d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5), nn.Sequential(nn.Linear(12, 4)),
+        ),
+        (1, 5, 5),
+        2.0,
+    ),
 }  # fmt: skip
+
+
+def test_every_layer_of_the_networks_has_a_model() -> None:
+    covered = {type(m) for build, _, _ in MODELS.values() for m in build().modules()}
+    named = {*network_module._KNOWN, *network_module._NOTHING}
+    assert {kind.__name__ for kind in named - covered} == set()
 
 
 def make(name: str, seed: int = 0, count: int = 12) -> tuple[Chain, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from robustlip.attacks.worst_weights import worst_attention
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Patchify, Residual, ScaledGELU
 from robustlip.rules import Context, State, rule_for
+from robustlip.rules import base as rules_base
 from robustlip.rules.elementwise import GELU_SLOPE, SILU_SLOPE
 from robustlip.rules.normalization import local_lipschitz
 
@@ -72,7 +73,7 @@ def positions() -> AddPositions:
 
 
 # Shape of one sample where it is not (T, D): images, and vectors for BatchNorm1d.
-SHAPES = {"image": (4, 6, 5), "vector": (D,)}
+SHAPES = {"image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6)}
 
 
 def shape_of(name: str) -> tuple[int, ...]:
@@ -103,6 +104,13 @@ CASES = {
     "sigmoid": (nn.Sigmoid, 3.0),
     "silu": (nn.SiLU, 5.0),
     "dropout": (lambda: nn.Dropout(0.5).eval(), 2.0),
+    "dropout1d": (lambda: nn.Dropout1d(0.5).eval(), 2.0),
+    "image-dropout2d": (lambda: nn.Dropout2d(0.5).eval(), 2.0),
+    "image-dropout3d": (lambda: nn.Dropout3d(0.5).eval(), 2.0),
+    "alpha-dropout": (lambda: nn.AlphaDropout(0.5).eval(), 2.0),
+    "image-alpha-dropout": (lambda: nn.FeatureAlphaDropout(0.5).eval(), 2.0),
+    "even-patchify": (lambda: Patchify(2), 2.0),
+    "chain": (lambda: nn.Sequential(nn.Linear(D, 12), nn.ReLU(), nn.Linear(12, D)), 3.0),
     "rmsnorm": (rmsnorm, 0.3),
     "layernorm-plain": (lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), 0.3),
     "groupsort": (lambda: GroupSort(4), 3.0),
@@ -464,6 +472,38 @@ def test_patchify_and_tokens() -> None:
     assert (flat.tokens, flat.width) == (1, 64) and float(flat.change) == pytest.approx(4.0)  # √16: every token may change at once
     with pytest.raises(BadInput, match="Flatten or Patchify"):
         rule_for(nn.Linear(8, 8)).step(nn.Linear(8, 8), State(one, one, 0 * one, "l2", 1, 64, (1, 8, 8)), context())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tables_of_tokens(dtype) -> None:
+    """Embedding, whose input is a number of a row: the worst change of its table moves the longest row by all of it, and nothing is rounded."""
+    torch.manual_seed(3)
+    layer = nn.Embedding(11, D).to(dtype).requires_grad_(False)
+    table = layer.weight.double()
+    sigma, rows = float(torch.linalg.matrix_norm(table, 2)), table.norm(dim=-1)
+    for limit in (float(rows.max()) * (1 + 1e-9), 100.0):  # what the caller knows of the rows in use, and nothing
+        still = rule_for(layer).step(layer, state(limit, 0.0), context(dtype))
+        assert float(still.change) == float(still.rounding) == 0.0
+        assert bool((layer(torch.arange(11)).double().norm(dim=-1) <= still.norm).all())
+        behind = rule_for(layer).step(layer, state(limit, 0.0), context(dtype, 0.3))
+        assert (behind.width, behind.space) == (D, "l2")
+        longest = int(rows.argmax())
+        moved = table.clone()
+        moved[longest] += 0.3 * sigma * table[longest] / rows[longest]  # rank one, of norm 0.3·σ
+        change = float((moved - table).norm(dim=-1).max())
+        assert 0.999 * float(behind.change) <= change <= float(behind.change)
+        assert 0.999 * float(behind.norm) <= float(moved[longest].norm()) <= float(behind.norm)
+    few = rule_for(layer).step(layer, state(float(rows.min()), 0.0), context(dtype, 0.3))
+    assert float(rows.min()) + 0.3 * sigma <= float(few.norm) < float(behind.norm)
+
+
+# Rules whose input is no vector of numbers: by a test of their own.
+BY_HAND = {nn.Embedding: test_tables_of_tokens}
+
+
+def test_every_rule_has_a_case() -> None:
+    covered = {type(build()) for build, _ in CASES.values()} | BY_HAND.keys()
+    assert {kind.__name__ for kind in rules_base._RULES.keys() - covered} == set()
 
 
 def test_what_has_no_rule_is_refused() -> None:

@@ -6,7 +6,9 @@ and a subclass of a known layer, whose forward is another.
 
 from __future__ import annotations
 
+import runpy
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,21 @@ from robustlip.certifiers.sdp import quadratic as sdp_quadratic
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.constraints.targets import targets_of
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import Attention, Chain, GroupSort, MaxMin, MeanTokens, NextTokenChain, Residual, ScaledGELU, as_chain
+from robustlip.layers import (
+    AddPositions,
+    Attention,
+    Chain,
+    GroupSort,
+    Householder,
+    MaxMin,
+    MeanTokens,
+    NextTokenChain,
+    Normalize,
+    Patchify,
+    Residual,
+    ScaledGELU,
+    as_chain,
+)
 from robustlip.local import Scope, expand, unsupported
 from robustlip.local import base as local_base
 from robustlip.local import elementwise as local_elementwise
@@ -255,6 +271,37 @@ def test_matrices_of_layers_that_nobody_named_are_not_left_out(made) -> None:
         reparametrize.reparametrize(model, "spectral-norm")
     with pytest.raises(REFUSED, match="expected"):
         ibp.ibp_initialize(model)
+
+
+def small(layer: type[nn.Module]) -> nn.Module:
+    """A layer of a class of the rule table, on 8 numbers."""
+    options: dict[type, tuple] = {
+        nn.Linear: (8, 8), nn.LayerNorm: (8,), nn.RMSNorm: (8, 1e-3), nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,), nn.Embedding: (8, 8),
+        nn.Conv2d: (8, 8, 1), nn.AvgPool2d: (1,), nn.MaxPool2d: (1,), nn.AdaptiveAvgPool2d: (1,), Householder: (8,), Attention: (8, 2),
+        AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Normalize: ([0.0], [1.0]),
+    }  # fmt: skip
+    return layer(*options.get(layer, ()))
+
+
+def test_tables_of_slope_one_have_slope_one() -> None:
+    """Training takes these layers for 1-Lipschitz and for monotone: so say their rules."""
+    one = torch.ones(1, dtype=torch.float64)
+    for kind in {*losses._ONE, *ibp._MONOTONE}:
+        layer = small(kind).double()
+        behind = rule_for(layer).step(layer, State(one, one, 0 * one, "l2", 1, 8), context())
+        assert float(behind.change) <= 1 + 1e-12, kind
+    z = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    for kind in ibp._MONOTONE:
+        assert bool((kind()(z).diff() >= 0).all()), kind
+
+
+def test_every_activation_with_a_constraint_has_a_case() -> None:
+    """tests/test_lipsdp.py attacks the constraints of a table of activations: those are all that there are."""
+    root = Path(__file__).parent
+    table = runpy.run_path(str(root / "test_lipsdp.py"))["ACTIVATIONS"]
+    covered = {type(build(8)) for build in table.values()}
+    known = {kind for kind in rules_base._RULES if sdp_quadratic.known(small(kind))}
+    assert known == covered
 
 
 def test_a_constraint_does_not_hold_a_matrix_that_is_used_otherwise() -> None:
