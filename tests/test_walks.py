@@ -260,7 +260,7 @@ class OwnTable(Attention):
         self.mixing = nn.Parameter(torch.randn(8, 8))
 
 
-@pytest.mark.parametrize("made", [OwnMatrix, OwnTable, lambda: nn.Conv1d(8, 8, 1)], ids=["made-up", "attention", "conv1d"])
+@pytest.mark.parametrize("made", [OwnMatrix, OwnTable, lambda: nn.ConvTranspose1d(8, 8, 1)], ids=["made-up", "attention", "transposed"])
 def test_matrices_of_layers_that_nobody_named_are_not_left_out(made) -> None:
     model = nn.Sequential(nn.Linear(6, 8), made(), nn.Linear(8, 3))
     with pytest.raises(REFUSED, match="expected"):
