@@ -449,7 +449,7 @@ def test_page_is_written_in_the_65_characters() -> None:
 
 
 def test_page_stands_in_where_the_text_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch, story: Path) -> None:
-    def unavailable(name: str, split: str | None) -> None:
+    def unavailable(*_: object) -> None:
         raise DataUnavailable("expected x, got y; do z")
 
     monkeypatch.setattr(load, "from_hub", unavailable)

@@ -335,15 +335,6 @@ def test_rows_of_a_sweep_that_were_changed(capsys: pytest.CaptureFixture[str], c
     assert "remove that file" in refused(capsys, "sweep", "grid.toml", "--out", "s", "--limit", 0)
 
 
-def test_a_label_that_no_int64_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    import pandas as pd
-
-    from robustlip.data.images import _labels
-
-    with pytest.raises(BadInput, match="whole numbers"):
-        _labels(pd.Series([0, 2**63], dtype="uint64").tolist(), "d")
-
-
 def test_interrupts_before_anything_is_proved_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> object:
         raise KeyboardInterrupt

@@ -19,7 +19,7 @@ class Dataset:
     x: images float32 (N, C, H, W) in [0, 1], or token ids int64 (N, T). y: int64 (N,), the label, or the token that
     follows the window. index: int64 (N,), the row in the split, or the window's offset in the split's token stream.
     classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …; None for images.
-    note: what a table must say of the source: '', 'subset', 'shipped page'.
+    note: what a table must say of the source: '', 'subset', 'shipped page'. names: of classes 0, 1, …, where the source has them.
     Raises BadInput for tensors that do not fit together and for labels outside [0, classes).
     """
 
@@ -32,6 +32,7 @@ class Dataset:
     classes: int
     vocabulary: str | None = None
     note: str = ""
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.x)
@@ -40,6 +41,8 @@ class Dataset:
                 f"expected one label and one index for each of the {n} samples of {self.name}, got shapes "
                 f"{tuple(self.y.shape)} and {tuple(self.index.shape)}; give tensors of shape ({n},)"
             )
+        if self.names is not None and len(self.names) != self.classes:
+            raise BadInput(f"expected {self.classes} names of classes of {self.name}, got {len(self.names)}; give one each")
         check_labels(self.y, self.classes, self.name)
 
     def __len__(self) -> int:

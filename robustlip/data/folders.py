@@ -1,17 +1,31 @@
-"""Local copies: which folders are searched, and which files in them are a split."""
+"""Local copies: which folders are searched, and which files in them are a split.
+
+A split is what the hub calls one, exactly: `test.parquet`, `test-00000-of-00002.parquet` (or with a hash of 16 hexadecimal digits behind), or the
+files `0000.parquet`, `0001.parquet`, … of a folder `test`. They lie in the folder of the data set, in `data` in there, or in the folder of a
+configuration. Any other file is none of the split, and a split that is not whole is an error.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, first_line
 from robustlip.files import is_folder
 
 ENVIRONMENT = "ROBUSTLIP_DATA"
 SUBSET = "_subset"
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
+PARQUET = (".parquet",)
+DEPTH = 3  # folders below that of the data set
+MAX_ENTRIES = 100_000  # files and folders below it
+_DATA = "data"
+_SPLIT = r"(?P<split>\w+(?:\.\w+)*)"
+_SHARD = re.compile(_SPLIT + r"-(?P<at>[0-9]{5})-of-(?P<of>[0-9]{5})(?P<hash>-[0-9a-f]{16})?")
+_WHOLE = re.compile(_SPLIT)
+_PART = re.compile(r"[0-9]{4}")
 
 
 def search_folders(data_dir: str | Path | None) -> list[Path]:
@@ -40,25 +54,131 @@ def local_copies(name: str, data_dir: str | Path | None) -> list[tuple[Path, str
     return [(path, note) for path, note in (*whole, *subsets) if is_folder(path)]
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of one split under `folder`, in order; [] when there is none.
+def walk(folder: Path, depth: int = DEPTH) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """(names of the folders in between, file) of all files below `folder`, by path. Links are followed, each folder is entered once.
 
-    Layouts: <split>.parquet, or the hub's <config>/<split>-00000-of-00002.parquet at any depth. Raises BadInput when
-    two configurations have that split, or when a shard is missing.
+    Raises BadInput for a folder that cannot be listed, and for more than MAX_ENTRIES files and folders.
     """
-    found = sorted(path for path in folder.rglob("*.parquet") if path.name == f"{split}.parquet" or path.name.startswith(f"{split}-"))
-    parents = sorted({str(path.parent) for path in found})
-    if len(parents) > 1:
-        raise BadInput(
-            f"expected one folder with the split {split!r} under {folder}, got {len(parents)} ({', '.join(parents)}); "
-            f"name a parquet file instead"
-        )
-    shards = [match for path in found if (match := _SHARD.search(path.name))]
-    if shards and {int(match[1]) for match in shards} != set(range(int(shards[0][2]))):
-        raise BadInput(f"expected {int(shards[0][2])} parquet files of the split {split!r} in {parents[0]}, got {len(shards)}; copy the missing ones")
+    seen: set[str] = set()
+    count = 0
+
+    def enter(at: Path, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:
+        nonlocal count
+        real = os.path.realpath(at)
+        if real in seen:
+            return
+        seen.add(real)
+        entries: list[str] = []
+        try:
+            with os.scandir(at) as found:
+                for entry in found:
+                    entries.append(entry.name)
+                    count += 1
+                    if count > MAX_ENTRIES:
+                        raise BadInput(f"expected the folder of one data set, got more than {MAX_ENTRIES} files in {str(folder)!r}; name it alone")
+        except OSError as error:
+            raise BadInput(f"expected a folder that can be read, got {str(at)!r} ({first_line(error, 80)}); correct its rights") from None
+        for name in sorted(entries):
+            path = at / name
+            if path.is_file():
+                yield names, path
+            elif len(names) < depth and not name.startswith(".") and path.is_dir():
+                yield from enter(path, (*names, name))
+
+    yield from enter(folder, ())
+
+
+@dataclass
+class Split:
+    """The files that are named as parts of one split of one configuration."""
+
+    whole: list[Path] = field(default_factory=list)
+    shards: list[tuple[Path, int, int, bool]] = field(default_factory=list)  # file, number, of how many, with a hash
+    parts: list[tuple[Path, int]] = field(default_factory=list)
+
+    def files(self, name: str) -> list[Path]:
+        """All of them, in order. Raises BadInput unless they are one whole copy."""
+        layouts = [kind for kind in (self.whole, self.shards, self.parts) if kind]
+        parents = sorted({str(path.parent) for path in (*self.whole, *(s[0] for s in self.shards), *(p[0] for p in self.parts))})
+        if len(layouts) > 1 or len(parents) > 1 or len(self.whole) > 1:
+            raise BadInput(
+                f"expected one copy of the {name}, got files of several in {', '.join(parents)[:300]}; remove one, or name a parquet file instead"
+            )
+        if self.whole:
+            return self.whole
+        if self.parts:
+            numbers = [number for _, number in self.parts]
+            if sorted(numbers) != list(range(len(numbers))):
+                missing = min(set(range(max(numbers) + 1)) - set(numbers), default=0)
+                raise BadInput(f"expected the files of the {name} numbered from 0000 in {parents[0]}, got none with {missing:04d}; copy the missing ones")
+            return [path for path, _ in sorted(self.parts, key=lambda part: part[1])]
+        totals = {total for _, _, total, _ in self.shards}
+        if len(totals) > 1 or len({hashed for *_, hashed in self.shards}) > 1:
+            raise BadInput(
+                f"expected one set of files of the {name} in {parents[0]}, got two (of {' and of '.join(map(str, sorted(totals)))}, "
+                f"with or without a hash); remove one"
+            )
+        total, numbers = totals.pop(), [number for _, number, _, _ in self.shards]
+        if len(set(numbers)) < len(numbers):
+            twice = next(n for n in numbers if numbers.count(n) > 1)
+            raise BadInput(f"expected each file of the {name} once in {parents[0]}, got number {twice:05d} twice; remove the old ones")
+        if sorted(numbers) != list(range(total)):
+            raise BadInput(f"expected {total} parquet files of the {name} in {parents[0]}, got {len(numbers)}; copy the missing ones")
+        return [path for path, *_ in sorted(self.shards, key=lambda shard: shard[1])]
+
+
+def configurations(folder: Path, endings: tuple[str, ...] = PARQUET) -> dict[str, dict[str, Split]]:
+    """configuration ('' for the folder itself) → split → its files, as far as names tell."""
+    found: dict[str, dict[str, Split]] = {}
+
+    def split_of(names: tuple[str, ...], name: str) -> Split:
+        kept = names[1:] if names[:1] == (_DATA,) else names
+        kept = kept[:-1] if kept[-1:] == (_DATA,) else kept
+        return found.setdefault("/".join(kept), {}).setdefault(name, Split())
+
+    for names, path in walk(folder):
+        ending = next((e for e in endings if path.name.endswith(e)), None)
+        if ending is None:
+            continue
+        stem = path.name[: -len(ending)]
+        if match := _SHARD.fullmatch(stem):
+            split_of(names, match["split"]).shards.append((path, int(match["at"]), int(match["of"]), match["hash"] is not None))
+        elif _PART.fullmatch(stem):
+            if names and _WHOLE.fullmatch(names[-1]):
+                split_of(names[:-1], names[-1]).parts.append((path, int(stem)))
+        elif match := _WHOLE.fullmatch(stem):
+            split_of(names, match["split"]).whole.append(path)
     return found
 
 
-def splits_in(folder: Path) -> list[str]:
-    """The names of the splits that have parquet files under `folder`."""
-    return sorted({re.split(r"-\d+-of-|\.parquet$", path.name)[0] for path in folder.rglob("*.parquet")})
+def splits_of(folder: Path, subset: str | None = None, split: str | None = None, endings: tuple[str, ...] = PARQUET) -> dict[str, Split]:
+    """The splits of one configuration under `folder`: of the one that `subset` names, the only one (with `split`), or 'default'.
+
+    {} where there is none. Raises BadInput, with their names, when there are several.
+    """
+    found = configurations(folder, endings)
+    if subset is not None:
+        if found and subset not in found:
+            names = ", ".join(sorted(name or "(the folder itself)" for name in found))
+            raise BadInput(f"expected a configuration among {names[:300]} in {str(folder)!r}, got {subset!r}; name one of them")
+        return found.get(subset, {})
+    having = {name: splits for name, splits in found.items() if split is None or split in splits} or found
+    if len(having) == 1:
+        return next(iter(having.values()))
+    if "default" in having and "" not in having:
+        return having["default"]
+    if having and split is not None and all(split not in splits for splits in having.values()):
+        return {name: files for splits in having.values() for name, files in splits.items()}
+    if having:
+        names = ", ".join(sorted(name or "(the folder itself)" for name in having))
+        raise BadInput(
+            f"expected one configuration with the split {split!r} under {str(folder)!r}, got {len(having)} ({names[:300]}); "
+            f"choose one with --subset, or name a parquet file instead"
+        )
+    return {}
+
+
+def split_files(folder: Path, split: str, subset: str | None = None) -> list[Path]:
+    """The parquet files of one split under `folder`, in order; [] when there is none. Raises BadInput as `splits_of`, and for one that is not whole."""
+    files = splits_of(folder, subset, split).get(split)
+    return files.files(f"split {split!r}") if files else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from robustlip.data.folders import ENVIRONMENT
@@ -25,8 +24,8 @@ PATIENCE = 10.0  # seconds for the one request that finds out whether the hub an
 _CONVERTED = "refs/convert/parquet"
 
 
-def from_hub(name: str, split: str | None) -> Any:
-    """A `datasets.Dataset` (or a dict of them for split=None) of the hub's copy of `name`.
+def from_hub(name: str, split: str | None, subset: str | None = None) -> Any:
+    """A `datasets.Dataset` (or a dict of them for split=None) of the hub's copy of `name`. subset: the configuration; None for the only one.
 
     Raises DataUnavailable when the hub does not answer within PATIENCE seconds, or when offline mode is on and the cache
     has no copy; BadInput when the hub has no such data set or split.
@@ -35,16 +34,19 @@ def from_hub(name: str, split: str | None) -> Any:
     from datasets import load_dataset
 
     offline = _ask(repository, name)
+    chosen = {} if subset is None else {"name": subset}
     try:
         with quiet():
             try:
-                return load_dataset(repository, split=split)
+                return load_dataset(repository, split=split, **chosen)
             except RuntimeError as error:
                 if "script" not in str(error):
                     raise
-                return load_dataset(repository, split=split, revision=_CONVERTED)
+                return load_dataset(repository, split=split, revision=_CONVERTED, **chosen)
     except ValueError as error:
-        reason = str(error).split("\n")[0]
+        reason = " ".join(str(error).split())[:300]
+        if "onfig" in reason:
+            raise BadInput(f"expected the name of a configuration of {repository}, got {subset!r} ({reason}); name one with --subset") from None
         if offline and "split" not in reason:
             raise _unavailable(name, "offline mode with no copy in the hub's cache") from None
         raise BadInput(f"expected a split that {repository} has, got {split!r} ({reason}); name another, or a parquet file") from None
@@ -89,26 +91,6 @@ def _ask(repository: str, name: str) -> bool:
     except Exception as error:  # the HTTP client, and so its errors, differ between versions of huggingface_hub
         raise _unavailable(name, f"no answer from the hub ({type(error).__name__})") from None
     return False
-
-
-@contextmanager
-def from_parquet(files: list[str]) -> Iterator[Any]:
-    """A `datasets.Dataset` of local parquet files, good inside the `with`: its Arrow copy goes with it.
-
-    Raises BadInput for a file that cannot be read.
-    """
-    from datasets import load_dataset
-
-    # Its own cache folder: the home folder may be read-only, and a cached copy must not outlive a corrected file.
-    with TemporaryDirectory(prefix="robustlip-") as cache:
-        try:
-            with quiet():
-                data = load_dataset("parquet", data_files={"rows": files}, split="rows", cache_dir=cache)
-        except Exception as error:  # datasets wraps pyarrow's errors in several of its own
-            cause = error.__cause__ or error
-            reason = str(cause).split("\n")[0] or type(cause).__name__
-            raise BadInput(f"expected a whole parquet file, got {files[0]!r} that cannot be read ({reason}); copy it again") from None
-        yield data
 
 
 @contextmanager

@@ -1,22 +1,39 @@
-"""Images: tables with an image and a label column, and the scans inside scikit-learn, as tensors in [0, 1]."""
+"""Images: tables with an image and a label column, and the scans inside scikit-learn, as tensors in [0, 1].
+
+What a pixel becomes, and nothing else does: 8 bits v/255, a grey image of 16 bits v/65535, one bit 0 or 1, a palette its colours. Alpha is left
+out where it is opaque throughout. An image is turned as its EXIF orientation says, as the `datasets` library does it; of a moving one the first
+frame counts. Everything else (CMYK, transparency, colour of 16 bits, floats) is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
+from robustlip.data.tables import Table, holds_bytes, is_bytes, is_text, pick
 from robustlip.errors import BadInput
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from PIL.Image import Image as Picture
 
 # What the files of a known name must hold: (C, H, W) and the number of classes.
 KNOWN: dict[str, tuple[tuple[int, int, int], int]] = {"mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10)}
 DIGITS_TRAIN = 1437  # of 1797: four fifths
-_CHANNELS = {"L": 1, "RGB": 3}
-_CONVERT = {"1": "L", "P": "RGB"}  # lossless; every other mode loses something and is refused
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever started
+MAX_PIXELS = 2**26  # of one image
+MAX_VALUES = 2**28  # pixels × channels of all images that are loaded: 1 GiB as float32
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "P": 3, "RGB": 3, "RGBA": 3}
+_DEEP = ("I;16", "I;16B", "I;16L", "I")  # of them, those with 16 bits; see _deep
+_WAYS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 
 
 def load_digits_split(split: str, limit: int | None, seed: int) -> Dataset:
@@ -38,96 +55,282 @@ def load_digits_split(split: str, limit: int | None, seed: int) -> Dataset:
     return Dataset("digits", split, "image", x, y, as_index(rows), classes=10)
 
 
-def table_to_dataset(table: Any, name: str, split: str, limit: int | None, seed: int, note: str = "") -> Dataset:
-    """A `datasets.Dataset` with one image and one label column, decoded: x (N, C, H, W) in [0, 1].
+def table_to_dataset(
+    table: Table,
+    name: str,
+    split: str,
+    limit: int | None,
+    seed: int,
+    note: str = "",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    others: Callable[[], Iterable[Table]] = tuple,
+) -> Dataset:
+    """A table with one image and one label column, decoded: x (N, C, H, W) in [0, 1]; see the top of this file.
 
     Labels are checked in every row, images in the rows that `limit` keeps. Classes: those of the known name, else those
-    the table declares, else the largest label plus one.
-    Raises BadInput for missing columns, labels that are not whole numbers in range, images that cannot be decoded, have
-    an unusual mode, or differ in size.
+    the table declares, else the largest label plus one. Labels that are strings are numbered in the order of code points, over this split and
+    `others`, the other splits of the same set; their names are kept.
+    Raises BadInput for missing or ambiguous columns, labels that are not whole numbers in range, images that cannot be decoded, have
+    a mode without a rule, differ in size, or are more than MAX_VALUES numbers.
     """
-    import datasets
-
-    image, label = _columns(table, name)
-    feature = table.features[label]
-    labels = _labels(table[label], name)
+    label = pick(table, label_column, _label_columns(table), "label", "--label-column")
+    image = pick(table, image_column, _image_columns(table), "image", "--image-column")
+    if not (is_bytes(table.types[image]) or holds_bytes(table.types[image])):
+        raise BadInput(
+            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store images as the hub does: a struct with bytes"
+        )
+    if table.rows == 0:
+        raise BadInput(f"expected at least one row in {name}, got none; give a file with samples")
     shape, classes = KNOWN.get(name, (None, None))
+    names = _declared(table, label)
+    if is_text(table.types[label]):
+        labels, names = _named_labels(table, label, names, others)
+    else:
+        labels = _labels(table.chunks(label), name)
+    declared = len(names) if names is not None else table.features.get(label, {}).get("num_classes")
     if classes is None:
-        classes = feature.num_classes if isinstance(feature, datasets.ClassLabel) else int(labels.max()) + 1
+        classes = declared if isinstance(declared, int) and not isinstance(declared, bool) and declared > 0 else int(labels.max()) + 1
+    elif names is not None and len(names) != classes:
+        raise BadInput(f"expected the {classes} classes of {name}, got the names of {len(names)}; store labels as integers from 0")
     check_labels(labels, classes, name)
     rows = choose_rows(len(labels), limit, seed)
-    # Decoded here and not by the library, so that a broken image is reported with its row.
-    cells = table.select_columns([image]).select(rows).cast_column(image, datasets.Image(decode=False))[image]
-    x = _pixels(list(cells), rows, name, shape)
-    return Dataset(name, split, "image", x, labels[torch.from_numpy(rows)], as_index(rows), classes, None, note)
+    x = _pixels(zip(rows.tolist(), table.cells(image, rows), strict=True), len(rows), name, shape, table.features.get(image, {}).get("mode"))
+    return Dataset(name, split, "image", x, labels[torch.from_numpy(rows)], as_index(rows), classes, None, note, names)
 
 
-def _columns(table: Any, name: str) -> tuple[str, str]:
-    import datasets
-
-    def pick(usual: tuple[str, ...], kind: type, what: str) -> str:
-        for column in usual:
-            if column in table.features:
-                return column
-        typed = [column for column, feature in table.features.items() if isinstance(feature, kind)]
-        if len(typed) == 1:
-            return typed[0]
-        raise BadInput(f"expected one {what} column in {name} ({' or '.join(usual)}), got the columns {', '.join(table.features)}; rename the column")
-
-    image = pick(("image", "img"), datasets.Image, "image")
-    label = pick(("label", "labels"), datasets.ClassLabel, "label")
-    feature = table.features[image]
-    encoded = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
-    if not encoded and getattr(feature, "dtype", None) not in ("binary", "large_binary"):
-        raise BadInput(f"expected PNG bytes in the column {image!r} of {name}, got {feature}; store images as the hub does: a struct with bytes")
-    if len(table) == 0:
-        raise BadInput(f"expected at least one row in {name}, got none; give a file with samples")
-    return image, label
+def _image_columns(table: Table) -> list[str]:
+    """Columns that hold images: those of the hub's kind, else those of bytes."""
+    kinds = {column: table.features.get(column, {}).get("_type") for column in table.types}
+    found = [
+        column for column, kind in table.types.items()
+        if kinds[column] == "Image" or (kinds[column] is None and holds_bytes(kind)) or column in ("image", "img")
+    ]  # fmt: skip
+    return found or [column for column, kind in table.types.items() if is_bytes(kind)]
 
 
-def _labels(values: Sequence[Any], name: str) -> Tensor:
-    """int64 (N,). Whole numbers only: a float or a string is a label that somebody would have to guess."""
-    for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-            raise BadInput(f"expected whole numbers as labels of {name}, got {value!r} in row {row}; store labels as integers from 0")
-    return torch.tensor(list(values), dtype=torch.int64)
+def _label_columns(table: Table) -> list[str]:
+    return [column for column in table.types if column in ("label", "labels") or table.features.get(column, {}).get("_type") == "ClassLabel"]
 
 
-def _pixels(cells: list[Any], rows: np.ndarray, name: str, shape: tuple[int, int, int] | None) -> Tensor:
-    """float32 (N, C, H, W) in [0, 1] from encoded images, all of one shape (C, H, W)."""
+def _declared(table: Table, label: str) -> tuple[str, ...] | None:
+    """The names of the classes that the hub's metadata give, in the order of the labels; None where they give none."""
+    feature = table.features.get(label, {})
+    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        raise BadInput(f"expected different names as classes of the column {label!r} of {table.name}, got others; write the file's metadata again")
+    return tuple(names)
+
+
+def _labels(chunks: Iterable[pa.Array], name: str) -> Tensor:
+    """int64 (N,). Whole numbers only: a float, a truth value or nothing is a label that somebody would have to guess."""
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    parts: list[np.ndarray] = []
+    start = 0
+    for chunk in chunks:
+        if t.is_dictionary(chunk.type):
+            chunk = chunk.dictionary_decode()
+        row: int | None = None
+        if chunk.null_count:
+            row = int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
+        elif not t.is_integer(chunk.type):
+            row = 0
+        if row is None:
+            try:
+                parts.append(chunk.cast(pa.int64()).to_numpy(zero_copy_only=False))
+            except pa.ArrowInvalid:  # above 2⁶³ − 1
+                row = int(np.argmax(chunk.to_numpy(zero_copy_only=False)))
+        if row is not None:
+            value = str(chunk[row].as_py())[:60] if t.is_primitive(chunk.type) or chunk.null_count else str(chunk.type)[:60]
+            raise BadInput(f"expected whole numbers as labels of {name}, got {value} in row {start + row}; store labels as integers from 0")
+        start += len(chunk)
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def _named_labels(
+    table: Table, label: str, names: tuple[str, ...] | None, others: Callable[[], Iterable[Table]]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels that are strings, int64 (N,), and the names of 0, 1, …: those that are declared, else all there are, sorted."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def distinct(of: Table) -> set[str]:
+        found: set[str] = set()
+        start = 0
+        for chunk in of.chunks(label):
+            if chunk.null_count:
+                row = start + int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
+                raise BadInput(f"expected a name as label of {of.name}, got none in row {row}; name its class or drop the row")
+            found.update(pc.unique(chunk).to_pylist())
+            start += len(chunk)
+        return found
+
+    here = distinct(table)
+    if names is None:
+        for other in others():
+            if label in other.types and is_text(other.types[label]):
+                here |= distinct(other)
+        names = tuple(sorted(here))
+    elif unknown := sorted(here - set(names)):
+        raise BadInput(f"expected labels of {table.name} among its {len(names)} declared classes, got {unknown[0][:60]!r}; correct that label")
+    order = pa.array(names, pa.large_string())
+    parts = [pc.index_in(_plain(chunk), order).to_numpy(zero_copy_only=False) for chunk in table.chunks(label)]
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)), names
+
+
+def _plain(chunk: pa.Array) -> pa.Array:
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    return (chunk.dictionary_decode() if t.is_dictionary(chunk.type) else chunk).cast(pa.large_string())
+
+
+# ---- pixels
+
+
+def _pixels(cells: Iterable[tuple[int, Any]], count: int, name: str, shape: tuple[int, int, int] | None, mode: str | None) -> Tensor:
+    """float32 (N, C, H, W) in [0, 1] from `count` (row, encoded image), all of one shape (C, H, W). Sizes are known before anything is decoded."""
     x: Tensor | None = None
-    for i, (row, cell) in enumerate(zip(rows.tolist(), cells, strict=True)):
-        pixels = _decode(cell, row, name)  # (H, W) or (H, W, 3)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        shape = shape or pixels.shape
-        if pixels.shape != shape:
-            raise BadInput(
-                f"expected images of {name} with (channels, height, width) {tuple(shape)}, got {pixels.shape} in row {row}; "
-                f"resize it or drop it"
-            )
-        if x is None:
-            x = torch.empty((len(rows), *shape), dtype=torch.uint8)
-        x[i] = torch.from_numpy(pixels.copy())
-    assert x is not None  # _columns refuses an empty table
-    return x.to(torch.float32) / 255.0
+    with _strictly():
+        for i, (row, cell) in enumerate(cells):
+            with _opened(cell, row, name) as picture:
+                _check_size(picture, count, row, name, shape)
+                pixels = _decoded(picture, row, name)  # (C, H, W) in [0, 1]
+            if mode is not None:  # the hub's library converts to it
+                if mode not in ("L", "RGB") or (mode == "L" and len(pixels) == 3):
+                    raise BadInput(f"expected images of {name} in the mode {mode!r} that its metadata name, got another in row {row}; convert them")
+                pixels = np.repeat(pixels, 3, axis=0) if mode == "RGB" and len(pixels) == 1 else pixels
+            found = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
+            shape = shape or found
+            if found != shape:
+                raise BadInput(
+                    f"expected images of {name} with (channels, height, width) {tuple(shape)}, got {found} in row {row}; resize it or drop it"
+                )
+            x = torch.empty((count, *shape), dtype=torch.float32) if x is None else x
+            x[i] = torch.from_numpy(pixels)
+    assert x is not None  # an empty table has been refused
+    return x
 
 
-def _decode(cell: Any, row: int, name: str) -> np.ndarray:
+def _check_size(picture: Picture, count: int, row: int, name: str, shape: tuple[int, int, int] | None) -> None:
+    """Of the header, before memory is taken: one image within MAX_PIXELS, all of them within MAX_VALUES, and as large as the first."""
+    width, height = picture.size
+    channels = _CHANNELS.get(picture.mode)
+    if channels is None:
+        raise BadInput(f"expected grey (L) or RGB images in {name}, got mode {picture.mode} in row {row}; convert it")
+    if shape is not None and sorted((width, height)) != sorted(shape[1:]):  # turned or not
+        raise BadInput(
+            f"expected images of {name} with (channels, height, width) {tuple(shape)}, got {(channels, height, width)} in row {row}; "
+            f"resize it or drop it"
+        )
+    if width * height > MAX_PIXELS:
+        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {width} × {height} in row {row}; make it smaller or drop it")
+    if (total := count * width * height * channels) > MAX_VALUES:
+        raise BadInput(
+            f"expected at most {MAX_VALUES} numbers in all images of {name}, got {total} ({count} images of {width} × {height} × {channels}); "
+            f"take fewer with --limit"
+        )
+
+
+@contextmanager
+def _strictly() -> Iterator[None]:
+    """Pillow's settings of its own making: no image that is cut off is filled with grey, and warnings do not go to the terminal."""
+    from PIL import ImageFile
+
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+@contextmanager
+def _opened(cell: Any, row: int, name: str) -> Iterator[Picture]:
+    """An image whose header alone has been read. What Pillow raises inside is a broken image."""
     from io import BytesIO
 
     from PIL import Image
 
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not isinstance(content, bytes):
+    if not isinstance(cell, bytes):
         raise BadInput(f"expected the bytes of an image in row {row} of {name}, got none; embed the images in the file")
+    if (size := _webp_size(cell)) is not None and size[0] * size[1] > MAX_PIXELS:  # its decoder takes memory for all of it when it is opened
+        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {size[0]} × {size[1]} in row {row}; make it smaller or drop it")
     try:
-        with Image.open(BytesIO(content)) as image:
-            image.load()
-            decoded = image.convert(_CONVERT[image.mode]) if image.mode in _CONVERT else image.copy()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with Image.open(BytesIO(cell), formats=FORMATS) as picture:
+            yield picture
+    except BadInput:
+        raise
+    except Image.DecompressionBombError:
+        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got more in row {row}; make it smaller or drop it") from None
+    except Exception:  # of every kind: what a decoder meets in a broken file it did not foresee
         raise BadInput(
-            f"expected an image in row {row} of {name}, got {len(content)} bytes that do not decode; copy the file again or drop the row"
+            f"expected an image ({_WAYS}) in row {row} of {name}, got {len(cell)} bytes that do not decode; copy the file again or drop the row"
         ) from None
-    if decoded.mode not in _CHANNELS:
-        raise BadInput(f"expected grey (L) or RGB images in {name}, got mode {decoded.mode} in row {row}; convert it")
-    return np.asarray(decoded)
+
+
+def _decoded(picture: Picture, row: int, name: str) -> np.ndarray:
+    """float32 (C, H, W) in [0, 1], turned as `datasets` turns it. Raises BadInput for a mode without a rule."""
+    from PIL import ImageOps
+
+    def refuse(got: str, remedy: str = "convert it") -> BadInput:
+        return BadInput(f"expected grey (L) or RGB images in {name}, got {got} in row {row}; {remedy}")
+
+    deep = _deep(picture)
+    tags = getattr(picture, "tag_v2", {})  # of TIFF
+    tile = (int(tags.get(322, 0)), int(tags.get(323, 0)))
+    if tile[0] * tile[1] > MAX_PIXELS:
+        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got a tile of {tile[0]} × {tile[1]} in row {row}; write it again")
+    if tags and any(kind != 1 for kind in np.atleast_1d(tags.get(339, 1))):
+        raise refuse("a TIFF whose samples are signed or floats")
+    if picture.mode == "I" and not deep:
+        raise refuse("mode I of 32 bits")
+    if deep and (picture.mode not in _DEEP or tags.get(262, 1) == 0):
+        raise refuse("16 bits a channel, of which Pillow reads the upper half or the inverse", "convert it to 8 bits")
+    picture.load()
+    if picture.getexif().get(0x0112) is not None:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode in _DEEP:
+        values = np.asarray(picture).astype(np.float32)
+        return values[None] / np.float32(65535.0)
+    if picture.mode in ("LA", "RGBA") or "transparency" in picture.info:
+        whole = picture.convert("RGBA")
+        if whole.getchannel("A").getextrema() != (255, 255):
+            raise refuse("transparency", "compose it with the background that the model was trained on")
+        picture = whole.convert("RGB") if _CHANNELS[picture.mode] == 3 else picture.convert("L")
+    elif picture.mode in ("1", "P"):
+        picture = picture.convert({"1": "L", "P": "RGB"}[picture.mode])
+    if picture.mode not in ("L", "RGB"):
+        raise refuse(f"mode {picture.mode}")
+    array = np.asarray(picture)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return array.astype(np.float32) / np.float32(255.0)
+
+
+def _deep(picture: Picture) -> bool:
+    """Whether the file has more than 8 bits a channel, which the mode alone does not say. Valid before the image is loaded."""
+    if picture.format == "TIFF":
+        return max((int(b) for b in np.atleast_1d(picture.tag_v2.get(258, 1))), default=1) > 8 and picture.mode != "F"  # type: ignore[attr-defined]
+    raw = " ".join(str(tile[3]) for tile in getattr(picture, "tile", ()))
+    return ";16" in raw or picture.mode.startswith("I;16")
+
+
+def _webp_size(cell: bytes) -> tuple[int, int] | None:
+    """(width, height) that the header of a WebP image states; None for another format."""
+    if cell[:4] != b"RIFF" or cell[8:12] != b"WEBP" or len(cell) < 30:
+        return None
+    kind = cell[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(cell[24:27], "little"), 1 + int.from_bytes(cell[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(cell[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack("<HH", cell[26:30])
+    return width & 0x3FFF, height & 0x3FFF

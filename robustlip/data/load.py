@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from robustlip.data import text as texts
 from robustlip.data.dataset import Dataset, check_limit
-from robustlip.data.folders import local_copies, split_files, splits_in
-from robustlip.data.hub import HUB_NAMES, from_hub, from_parquet
+from robustlip.data.folders import Split, local_copies, split_files, splits_of
+from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
+from robustlip.data.tables import Held, Parquet, Table, pick
+from robustlip.data.tables import is_text as column_of_text
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.files import is_file
 from robustlip.modes import undrawn
@@ -32,6 +36,10 @@ def load_data(
     seed: int = 0,
     context: int | None = None,
     vocabulary: str | None = None,
+    subset: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
 ) -> Dataset:
     """Samples with labels: images with their classes, or windows of text with the token that follows.
 
@@ -42,13 +50,24 @@ def load_data(
     limit: at most so many samples, a random subset drawn by `seed` in the order of the source.
     context: tokens per window (64). vocabulary: the characters of ids 0, 1, …, as the model has them; default those of the
     whole text. Both are for text alone.
+    subset: the configuration, where the set has several. image_column, label_column: names of the columns, where the usual ones
+    (image, img; label, labels; those that the hub's metadata call so) are not there or are several. text_column: the set is text,
+    the rows of this column one behind the other ('text' for tiny_shakespeare).
 
+    The global random states of torch, numpy and Python are left as they are.
     Raises DataUnavailable when the set is in no folder and the hub is out of reach, BadInput for everything else.
     """
     name, split = parse_spec(spec)
     check_limit(limit)
-    if is_text(name):
-        text = _text(name, data_dir)
+    columns = {"subset": subset, "image_column": image_column, "label_column": label_column, "text_column": text_column}
+    for option, value in columns.items():
+        if value is not None and (not isinstance(value, str) or not value):
+            raise BadInput(f"expected a name as {option}, got {value!r}; give one, or none at all")
+    if is_text(name, text_column):
+        _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
+        if name.endswith(".txt") or name == "page":
+            _refuse_unused(name, columns, ("subset", "text_column"), "the text")
+        text = _text(name, data_dir, subset, text_column)
         default = texts.CHARACTERS if name == "page" else None
         return texts.windows(text, split or "test", vocabulary or default, context, limit, seed)
     if context is not None or vocabulary is not None:
@@ -56,41 +75,44 @@ def load_data(
             raise BadInput(f"expected no context for the images {name!r}, got {context}; leave it out")
         raise BadInput(f"expected a text for a model of characters, got the images {name!r}; name a text, 'page' or 'tiny_shakespeare'")
     if name == "digits":
+        _refuse_unused(name, columns, ("subset", "image_column", "label_column"), "the images")
         return load_digits_split(split or "test", limit, seed)
     if name.endswith(".parquet"):
-        with from_parquet([name]) as table:
-            return table_to_dataset(table, Path(name).stem, "all", limit, seed)
-    return _images(name, split or "test", data_dir, limit, seed)
+        _refuse_unused(name, columns, ("subset",), "the one split")
+        stem = Path(name).stem
+        table = Parquet([Path(name)], stem)
+        return table_to_dataset(table, stem, "all", limit, seed, image_column=image_column, label_column=label_column)
+    return _images(name, split or "test", data_dir, limit, seed, subset, image_column, label_column)
+
+
+def _refuse_unused(name: str, columns: Mapping[str, str | None], unused: tuple[str, ...], what: str) -> None:
+    for option in unused:
+        if columns[option] is not None:
+            raise BadInput(f"expected no {option} for {what} {name!r}, got {columns[option]!r}; leave it out")
 
 
 @undrawn()
-def load_tokens(spec: str, *, data_dir: str | Path | None = None, vocabulary: str | None = None) -> tuple[Tensor, str, str]:
+def load_tokens(
+    spec: str, *, data_dir: str | Path | None = None, vocabulary: str | None = None, subset: str | None = None, text_column: str | None = None
+) -> tuple[Tensor, str, str]:
     """A whole split as one stream, for training a language model: token ids int64 (T,), vocabulary, note.
 
-    spec, data_dir, vocabulary and errors as in `load_data`; the text names alone.
+    spec, data_dir, vocabulary, subset, text_column and errors as in `load_data`; the text names alone.
     """
     name, split = parse_spec(spec)
-    if not is_text(name):
+    if not is_text(name, text_column):
         raise BadInput(f"expected a text (tiny_shakespeare, page or a .txt file), got {name!r}; name one of them")
-    text = _text(name, data_dir)
+    text = _text(name, data_dir, subset, text_column)
     vocabulary = vocabulary or (texts.CHARACTERS if name == "page" else text.vocabulary)
     return texts.encode(text.part(split or "test"), vocabulary, text.name), vocabulary, text.note
 
 
-def load_text_or_page(
-    spec: str = "tiny_shakespeare",
-    *,
-    data_dir: str | Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    context: int | None = None,
-    vocabulary: str | None = None,
-) -> Dataset:
+def load_text_or_page(spec: str = "tiny_shakespeare", *, data_dir: str | Path | None = None, **options: Any) -> Dataset:
     """As `load_data`, or the page that robustlip ships (note 'shipped page') where that text cannot be had."""
     try:
-        return load_data(spec, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=vocabulary)
+        return load_data(spec, data_dir=data_dir, **options)
     except DataUnavailable:
-        return load_data("page", limit=limit, seed=seed, context=context, vocabulary=vocabulary)
+        return load_data("page", **{key: options[key] for key in ("limit", "seed", "context", "vocabulary") if key in options})
 
 
 def parse_spec(spec: str) -> tuple[str, str | None]:
@@ -106,55 +128,74 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
     name = _ALIASES.get(name, name)
     if name.endswith((".parquet", ".txt")):
         if not is_file(Path(name)):
-            raise BadInput(f"expected a file at {name!r}, got none there; correct the path")
+            raise BadInput(f"expected a file at {name[:200]!r}, got none there; correct the path")
         if split and name.endswith(".parquet"):
-            raise BadInput(f"expected a parquet file without a split (one file is one split), got {spec!r}; write {name!r}")
+            raise BadInput(f"expected a parquet file without a split (one file is one split), got {spec[:200]!r}; write {name[:200]!r}")
     elif not _NAME.fullmatch(name):
-        raise BadInput(f"expected data ({_FORMS}), got {spec!r}; name one of them")
+        raise BadInput(f"expected data ({_FORMS}), got {spec[:200]!r}; name one of them")
     return name, split or None
 
 
-def is_text(name: str) -> bool:
-    return name in _TEXTS or name.endswith(".txt")
+def is_text(name: str, text_column: str | None = None) -> bool:
+    """Whether a name stands for text: by itself, or because a column of text was named."""
+    return name in _TEXTS or name.endswith(".txt") or text_column is not None
 
 
-def _images(name: str, split: str, data_dir: str | Path | None, limit: int | None, seed: int) -> Dataset:
+def _images(
+    name: str, split: str, data_dir: str | Path | None, limit: int | None, seed: int, subset: str | None, image: str | None, label: str | None
+) -> Dataset:
     present: list[str] = []
     for folder, note in local_copies(name, data_dir):
-        if files := split_files(folder, split):
-            with from_parquet([str(path) for path in files]) as table:
-                return table_to_dataset(table, name, split, limit, seed, note)
-        present += splits_in(folder)
+        found = splits_of(folder, subset, split)
+        if split in found:
+            table = Parquet(found[split].files(f"split {split!r}"), name)
+
+            def others(found: dict[str, Split] = found) -> Iterator[Table]:
+                for other, files in found.items():
+                    if other != split:
+                        yield Parquet(files.files(f"split {other!r}"), name)
+
+            return table_to_dataset(table, name, split, limit, seed, note, image_column=image, label_column=label, others=others)
+        present += found
     if present:
-        raise BadInput(f"expected a split of {name} among {', '.join(sorted(set(present)))}, got {split!r}; name one of them")
+        raise BadInput(f"expected a split of {name} among {', '.join(sorted(set(present)))[:300]}, got {split!r}; name one of them")
     if name not in HUB_NAMES and "/" not in name:
         raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
-    return table_to_dataset(from_hub(name, split), name, split, limit, seed)
+    table = Held(from_hub(name, split, subset), name)
+
+    def on_hub() -> Iterator[Table]:
+        yield from (Held(data, name) for data in from_hub(name, None, subset).values())
+
+    return table_to_dataset(table, name, split, limit, seed, image_column=image, label_column=label, others=on_hub)
 
 
-def _text(name: str, data_dir: str | Path | None) -> texts.Text:
+def _text(name: str, data_dir: str | Path | None, subset: str | None = None, column: str | None = None) -> texts.Text:
     if name == "page":
         return texts.page()
     if name.endswith(".txt"):
         return texts.cut(Path(name).stem, texts.read_text(Path(name)))
+    if name.endswith(".parquet"):
+        return texts.cut(Path(name).stem, _rows(Parquet([Path(name)], Path(name).stem), column))
+    known = name in _TEXTS
     for folder, note in local_copies(name, data_dir):
-        if text := _local_text(name, folder):
-            return texts.Text(name, text.train, text.held_out, note or texts.shakespeare_note(text))
-    text = _join(name, {split: _rows(table, name) for split, table in from_hub(name, None).items()})
-    return texts.Text(name, text.train, text.held_out, texts.shakespeare_note(text))
+        if text := _local_text(name, folder, subset, column):
+            return texts.Text(name, text.train, text.held_out, note or (texts.shakespeare_note(text) if known else ""))
+    if not known and name not in HUB_NAMES and "/" not in name:
+        raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
+    text = _join(name, {split: _rows(Held(table, name), column) for split, table in from_hub(name, None, subset).items()})
+    return texts.Text(name, text.train, text.held_out, texts.shakespeare_note(text) if known else "")
 
 
-def _local_text(name: str, folder: Path) -> texts.Text | None:
+def _local_text(name: str, folder: Path, subset: str | None, column: str | None) -> texts.Text | None:
     """input.txt, or train.txt with validation.txt or test.txt, or the hub's parquet files of those splits."""
-    if (folder / "input.txt").is_file():
+    if column is None and subset is None and (folder / "input.txt").is_file():
         return texts.cut(name, texts.read_text(folder / "input.txt"))
     parts: dict[str, str] = {}
     for split in ("train", *texts.HELD_OUT):
-        if (folder / f"{split}.txt").is_file():
+        if column is None and subset is None and (folder / f"{split}.txt").is_file():
             parts[split] = texts.read_text(folder / f"{split}.txt")
-        elif files := split_files(folder, split):
-            with from_parquet([str(path) for path in files]) as table:
-                parts[split] = _rows(table, name)
+        elif files := split_files(folder, split, subset):
+            parts[split] = _rows(Parquet(files, name), column)
     return _join(name, parts) if parts else None
 
 
@@ -166,7 +207,18 @@ def _join(name: str, parts: dict[str, str]) -> texts.Text:
     return texts.Text(name, parts["train"], held_out)
 
 
-def _rows(table: Any, name: str) -> str:
-    if "text" not in table.features:
-        raise BadInput(f"expected a column 'text' in {name}, got {', '.join(table.features)}; rename the column")
-    return "".join(table["text"])
+def _rows(table: Table, column: str | None) -> str:
+    """The rows of a column of text, one behind the other."""
+    column = pick(table, column, [c for c in table.types if c == "text"], "text", "--text-column")
+    if not column_of_text(table.types[column]):
+        raise BadInput(f"expected text in the column {column!r} of {table.name}, got {str(table.types[column])[:100]}; name another with --text-column")
+    parts: list[str] = []
+    size = 0
+    for row, value in enumerate(table.cells(column, np.arange(table.rows))):
+        if value is None:
+            raise BadInput(f"expected text in row {row} of {table.name}, got none; fill or drop it")
+        size += len(value)
+        if size > texts.MAX_TEXT:
+            raise BadInput(f"expected a text of at most {texts.MAX_TEXT} characters in {table.name}, got more; cut it, or train with streaming = true")
+        parts.append(value)
+    return "".join(parts)

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from robustlip.data.dataset import Dataset, as_index, choose_rows
 from robustlip.errors import BadInput
+from robustlip.files import read_limited
 
 # The 65 characters of tiny_shakespeare, sorted: ids 0 to 64.
 CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 SHAKESPEARE_LENGTH = 1_115_394
 CONTEXT = 64
 TRAIN_SHARE = 0.9  # nanoGPT, data/shakespeare_char/prepare.py
+_ENCODED = 2**22  # characters at once
 HELD_OUT = ("validation", "test")
+MAX_TEXT = 2**27  # bytes of a file, characters of a table: what is held as a whole
 PAGE_NOTE = "shipped page"
 
 
@@ -61,11 +64,13 @@ def shakespeare_note(text: Text) -> str:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file with any line ends (they become newlines). Raises BadInput for another encoding or an empty file."""
+    content = read_limited(path, "a text file", MAX_TEXT, "cut it, or train with streaming = true")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise BadInput(f"expected UTF-8 text, got byte {byte:#04x} at {error.start} of {str(path)!r}; save it as UTF-8") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text:
         raise BadInput(f"expected text, got the empty file {str(path)!r}; name another file")
     return text
@@ -84,19 +89,22 @@ def encode(text: str, vocabulary: str, name: str = "the text") -> Tensor:
     """
     if not vocabulary or len(set(vocabulary)) != len(vocabulary):
         raise BadInput(f"expected a vocabulary of distinct characters, got {vocabulary!r}; give the one that the model was trained with")
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)  # (len(text),)
     known = np.frombuffer(vocabulary.encode("utf-32-le"), dtype=np.uint32)
     order = np.argsort(known)
-    at = np.searchsorted(known[order], points).clip(max=len(known) - 1)
-    ids = order[at]
-    wrong = np.flatnonzero(known[ids] != points)
-    if len(wrong):
-        first = int(wrong[0])
+    ids = np.empty(len(text), dtype=np.int64)
+    for start in range(0, len(text), _ENCODED):  # in parts: what is in between takes five times the memory of the ids
+        points = np.frombuffer(text[start : start + _ENCODED].encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        part = ids[start : start + _ENCODED]
+        part[:] = order[np.searchsorted(known[order], points).clip(max=len(known) - 1)]
+        wrong = np.flatnonzero(known[part] != points)
+        if not len(wrong):
+            continue
+        first = start + int(wrong[0])
         raise BadInput(
             f"expected {name} in the {len(vocabulary)} characters of the vocabulary, got {text[first]!r} at position {first}; "
             f"replace that character or use a model whose vocabulary has it"
         )
-    return torch.from_numpy(ids.astype(np.int64))
+    return torch.from_numpy(ids)
 
 
 def decode(ids: Tensor, vocabulary: str) -> str:
