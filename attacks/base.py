@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustlip.attacks.spaces import InputSpace, Space, space_of
+from robustlip.attacks.spaces import InputSpace, Space, round_down, space_of
 from robustlip.attacks.target import Target
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
@@ -112,7 +112,7 @@ class Attack(ABC):
     def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | Proposal:
         """Propose perturbations for correctly classified samples.
 
-        space: N samples. labels: int64 (N,). radius: (N,) in the model's dtype, or None for attacks that search one.
+        space: N samples. labels: int64 (N,). radius: (N,) in space.work, or None for attacks that search one.
         Returns delta (N, …) like space.clean, or a Proposal of shared ones. Nothing it returns is trusted.
         """
 
@@ -202,10 +202,10 @@ class Attack(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs `_run` on the correctly classified samples, in chunks that fit in memory → delta (G, …), group (N,)."""
         todo = correct.nonzero().flatten()
-        deltas, groups = [torch.zeros_like(space.clean[:1])], torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        deltas, groups = [space.zeros(1)], torch.zeros(len(y), dtype=torch.int64, device=y.device)
         rows = 1  # row 0: the clean point, for the samples that are misclassified there
         for part in todo.split(self._chunk(space)) if len(todo) else ():
-            limit = None if radius is None else torch.full((len(part),), radius, dtype=space.clean.dtype, device=y.device)
+            limit = None if radius is None else torch.full((len(part),), round_down(radius, space.work), dtype=space.work, device=y.device)
             result = self._run(space.take(part), y[part], limit, generator)
             if not isinstance(result, Proposal):
                 result = Proposal(result, torch.arange(len(part), device=y.device))

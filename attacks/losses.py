@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from robustlip.attacks.spaces import HALVES
+
+
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of a model in half precision as float32, which holds them and (nearly all) their differences exactly."""
+    return logits.float() if logits.dtype in HALVES else logits
+
 
 def violation(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """max_{j≠y} f_j − f_y: positive where the prediction is not the label."""
+    logits = wide(logits)
     own = logits.gather(1, labels[:, None])
     rivals = logits.scatter(1, labels[:, None], -torch.inf)
     return rivals.amax(1) - own[:, 0]
@@ -19,11 +27,12 @@ def excess(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Above 0 the sample is broken with room to spare: another batch size or another machine sums in another order, and the
     evidence should survive that.
     """
-    return violation(logits, labels) - 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+    return violation(logits, labels) - 8 * torch.finfo(logits.dtype).eps * wide(logits).abs().amax(1)
 
 
 def targeted(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """f_target − f_y."""
+    logits = wide(logits)
     return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
 
 
@@ -32,6 +41,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Its gradient direction then does not depend on the scale of the logits, and never underflows in a saturated softmax.
     """
+    logits = wide(logits)
     spread = (logits.amax(1) - logits.amin(1)).detach().clamp_min(torch.finfo(logits.dtype).tiny)
     return F.cross_entropy(logits * (8 / spread)[:, None], labels, reduction="none")
 

@@ -51,14 +51,14 @@ class MinimumRadius(Attack):
         return space.chunk if group_count(space, self.groups) is None else len(space)
 
     def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | Proposal:
-        cap = torch.full((len(space),), torch.inf, dtype=space.clean.dtype, device=labels.device) if radius is None else radius
+        cap = torch.full((len(space),), torch.inf, dtype=space.work, device=labels.device) if radius is None else radius
         groups = group_count(space, self.groups)
         if groups is not None and isinstance(space, WeightSpace):
             return shared_ladder(space, labels, groups, _shared_guess(space, labels), float(cap[0]), self.attack.steps)
 
         guess, targets = self._nearest_rivals(space, labels)
         guess = torch.minimum(guess, cap)
-        best = torch.zeros_like(space.clean)
+        best = space.zeros().double()  # exactly the changes of the points that were judged
         high = torch.full_like(cap, torch.inf)
         if self.descent and not isinstance(space, WeightSpace):
             best, high = self._descend_to(space, labels, targets, guess)
@@ -78,7 +78,7 @@ class MinimumRadius(Attack):
         order = distance.argsort(1)
         nearest = distance.amin(1)
         # A gradient that vanishes says nothing about the distance: begin with the size of the clean point.
-        fallback = space.measure(space.clean).clamp_min(1e-3)
+        fallback = space.measure(space.clean.to(space.work)).clamp_min(1e-3)
         return torch.where(torch.isfinite(nearest), nearest, fallback), rivals.gather(1, order[:, : self.targets])
 
     def _descend_to(self, space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ class MinimumRadius(Attack):
         delta, high = descend(space.take(copies), labels[copies], goals, guess[copies], self.descent)
         high, winner = high.view(-1, count).min(1)
         best = delta[torch.arange(len(space), device=labels.device) * count + winner]
-        return self._keep(space, labels, best, high < torch.inf, torch.zeros_like(best), torch.full_like(high, torch.inf))
+        return self._keep(space, labels, best, high < torch.inf, torch.zeros_like(best, dtype=torch.float64), torch.full_like(high, torch.inf))
 
     def _grow(
         self,
@@ -173,8 +173,7 @@ def first_order(space: Space, labels: torch.Tensor, targets: torch.Tensor) -> to
     """margin/‖gradient‖_dual toward each target (N,): where the linearised model would break, in units of the radius."""
     point = space.clean.detach().clone().requires_grad_()
     gap = -targeted(space.logits(point), labels, targets)
-    grad = torch.autograd.grad(gap.sum(), point)[0]
-    size = space.dual(torch.nan_to_num(grad))
+    size = space.dual(torch.nan_to_num(space.gradient(gap, point)))
     return torch.where(size > 0, gap.detach() / size.clamp_min(torch.finfo(size.dtype).tiny), torch.inf)
 
 
@@ -182,7 +181,7 @@ def _shared_guess(space: WeightSpace, labels: torch.Tensor) -> torch.Tensor:
     """A first-order guess of the radius (N,) that needs no copy of the weights per sample: the batch's mean gradient."""
     point = space.clean[:1].detach().clone().requires_grad_()
     gap = -violation(space.shared_logits(point[0], space.x), labels)
-    size = space.dual(torch.autograd.grad(gap.mean(), point)[0])
+    size = space.dual(space.gradient(gap / len(gap), point))
     return gap.detach() / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
@@ -193,18 +192,18 @@ def descend(space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: to
     where none was found. Steps shrink from one guess to a hundredth of it, so that the scale of the inputs does not matter.
     Source: Pintor et al. 2021, algorithm 1.
     """
-    delta, best = torch.zeros_like(space.clean), torch.zeros_like(space.clean)
+    delta, best = space.zeros(), space.zeros()
     reach, radius = torch.full_like(guess, torch.inf), torch.full_like(guess, torch.inf)
     aimed = targets >= 0
     for step in range(steps):
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
-        point = (space.clean + delta).requires_grad_()
+        point = space.at(delta).requires_grad_()
         logits = space.logits(point)
         loss = torch.where(aimed, targeted(logits, labels, targets.clamp_min(0)), violation(logits, labels))
-        grad = torch.nan_to_num(torch.autograd.grad(loss.sum(), point)[0])
+        grad = torch.nan_to_num(space.gradient(loss, point))
         with torch.no_grad():
             broken = excess(logits, labels) > 0
-            norm = space.measure(delta)
+            norm = space.moved(point.detach())
             shorter = broken & (norm < reach)
             best = torch.where(per_sample(shorter, delta), delta, best)
             reach = torch.where(shorter, norm, reach)
@@ -222,16 +221,17 @@ def descend(space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: to
 def shorten(space: Space, labels: torch.Tensor, delta: torch.Tensor, steps: int = 18) -> tuple[torch.Tensor, torch.Tensor]:
     """The shortest broken point on the line from the clean point to each delta (N, …), by bisection, forward passes only.
 
-    Judged on the points as the model's dtype holds them → perturbation, and its norm (N,), inf where delta itself fails there.
+    Judged on the points as the model's dtype holds them → their change (float64), and its norm (N,), inf where delta itself fails there.
     """
     outer = torch.ones(len(space), dtype=torch.float64, device=labels.device)
     inner = torch.zeros_like(outer)
-    holds = excess(space.logits(space.place(delta)), labels) > 0
+    shortest = space.place(delta)
+    holds = excess(space.logits(shortest), labels) > 0
     for _ in range(steps):
         middle = (inner + outer) / 2
         point = space.place(delta.double() * per_sample(middle, delta))
         broken = excess(space.logits(point), labels) > 0
+        shortest = torch.where(per_sample(broken, point), point, shortest)
         outer, inner = torch.where(broken, middle, outer), torch.where(broken, inner, middle)
-    shorter = delta.double() * per_sample(outer, delta)
-    reach = torch.where(holds, space.measure(shorter), torch.inf)
-    return shorter.to(delta.dtype), reach.to(delta.dtype)
+    change = shortest.double() - space.clean.double()
+    return change, torch.where(holds, space.measure(change), torch.inf).to(space.work)

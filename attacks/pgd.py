@@ -65,8 +65,8 @@ class PGD(Attack):
 
         start (N, …): where the first restart begins instead of the clean point; it then takes smaller steps.
         """
-        best = torch.zeros_like(space.clean)
-        value = torch.full((len(space),), -torch.inf, dtype=space.clean.dtype, device=labels.device)
+        best = space.zeros()
+        value = torch.full((len(space),), -torch.inf, dtype=space.work, device=labels.device)
         rivals = labels[:, None]
         if "targeted" in self.losses[: self.restarts]:
             with torch.no_grad():
@@ -78,9 +78,9 @@ class PGD(Attack):
             part, limit = space.take(active), radius[active]
             first = restart == 0
             if first and start is not None:
-                delta = part.project(start[active], limit)
+                delta = part.project(start[active].to(space.work), limit)
             else:
-                delta = torch.zeros_like(part.clean) if first else part.random(limit, generator)
+                delta = part.zeros() if first else part.random(limit, generator)
             turn, loss = restart // len(self.losses), self.losses[restart % len(self.losses)]
             # With several losses in turn, 'targeted' first meets the runner-up's follower: 'margin' had the runner-up itself.
             rank = min(turn + ("margin" in self.losses), rivals.shape[1] - 1)
@@ -115,7 +115,7 @@ class PGD(Attack):
         inertia = torch.zeros_like(delta) if self.momentum else None
         for step in range(self.steps + 1):
             last = step == self.steps
-            point = (space.clean + delta).requires_grad_(not last)
+            point = space.at(delta, radius).requires_grad_(not last)
             logits = space.logits(point)
             reached = excess(logits.detach(), labels)
             better = reached > value
@@ -123,7 +123,7 @@ class PGD(Attack):
             best = torch.where(per_sample(better, delta), delta, best)
             if last:
                 break
-            grad = torch.autograd.grad(objective(loss, logits, labels, targets).sum(), point)[0]
+            grad = space.gradient(objective(loss, logits, labels, targets), point)
             if step % PRUNE == PRUNE - 1:
                 keep = (value <= 0).nonzero().flatten()
                 if len(keep) == 0:

@@ -31,31 +31,70 @@ def safe_divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Ten
     return torch.where(denominator > 0, numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny), 0.0)
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def next_toward(point: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """The neighbour of each `point` on the side of `goal`, in their dtype (finite or infinite, not NaN); the point itself where they are equal.
+
+    Half precisions have no torch.nextafter on every device. Their bits, read as sign and magnitude, are ordered as the numbers are, with ±0 at 0,
+    subnormals between it and the normal numbers, and infinity after the largest.
+    """
+    if point.dtype not in HALVES:
+        return torch.nextafter(point, goal)
+    bits = point.view(torch.int16).to(torch.int32)
+    order = torch.where(bits < 0, -(bits & 0x7FFF), bits)
+    order = order + (goal > point).to(torch.int32) - (goal < point).to(torch.int32)
+    bits = torch.where(order < 0, 0x8000 - order, order)  # the sign bit and the modulus
+    moved = torch.where(bits > 0x7FFF, bits - 0x10000, bits).to(torch.int16).view(point.dtype)
+    return torch.where(goal == point, point, moved)
+
+
+def _beyond(clean: torch.Tensor, point: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Whether |point − clean| > limit ≥ 0, exactly, for clean and point of one dtype and a float64 limit."""
+    a, b = point.double(), -clean.double()
+    change = a + b
+    part = change - a
+    lost = (a - (change - part)) + (b - part)  # Knuth's TwoSum: a + b = change + lost
+    size = change.abs()
+    return (size > limit) | ((size == limit) & (lost * change.sign() > 0))
+
+
+def round_nearest(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """clean + delta in clean's dtype, rounded to nearest; a finite number also where that is beyond the largest one."""
+    point = (clean.double() + delta).to(clean.dtype)
+    return torch.where(torch.isinf(point), next_toward(point, clean), point)
+
+
 def round_toward(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """clean + delta in clean's dtype, each coordinate rounded toward `clean`: no |coordinate change| exceeds |delta|.
 
     clean (N, …) in the model's dtype, delta (N, …) float64. Every norm used here is monotone in the moduli of the coordinates,
-    so a delta inside the ball lands inside the ball, whatever the dtype.
+    so a delta inside the ball lands inside the ball, whatever the dtype. No coordinate loses more than an ulp.
     """
-    point = (clean.double() + delta).to(clean.dtype)
-    beyond = (point.double() - clean.double()).abs() > delta.abs()
-    if clean.dtype in (torch.float32, torch.float64):
-        inward = torch.nextafter(point, clean)
-    else:  # half precisions have no nextafter on every device
-        inward = clean
-    return torch.where(beyond, inward, point)
+    point = round_nearest(clean, delta)
+    return torch.where(_beyond(clean, point, delta.abs()), next_toward(point, clean), point)
+
+
+def round_down(radius: float, dtype: torch.dtype) -> float:
+    """The largest number of that dtype that is not above the radius > 0."""
+    value = torch.tensor(radius, dtype=torch.float64).to(dtype)
+    return float(value if float(value) <= radius else next_toward(value, torch.zeros_like(value)))
 
 
 class Space(ABC):
     """The geometry of one threat around N samples.
 
     model: what is attacked, in eval mode. clean: (N, …), the unperturbed points in the model's dtype. chunk: samples to attack at once.
+    work: the dtype of perturbations, norms and radii during a search: the model's, but float32 for a model in half precision, whose own
+    numbers are too coarse to step and to measure with.
     """
 
     chunk: int = 1 << 30
 
     def __init__(self, model: Target, clean: torch.Tensor) -> None:
         self.model, self.clean = model, clean
+        self.work = torch.float32 if clean.dtype in HALVES else clean.dtype
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -71,6 +110,24 @@ class Space(ABC):
     def logits(self, point: torch.Tensor) -> torch.Tensor:
         """points (N, …) → logits (N, C), in the dtype of the points, for a search."""
         return self.executed(point).to(point.dtype)
+
+    def zeros(self, count: int | None = None) -> torch.Tensor:
+        """No perturbation: (N, …) or (count, …) in the dtype of the search."""
+        return torch.zeros(len(self) if count is None else count, *self.clean.shape[1:], dtype=self.work, device=self.clean.device)
+
+    def at(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> torch.Tensor:
+        """The point that a search looks at, in the model's dtype. In half precision it is the one that will be landed on: there rounding decides."""
+        if self.work == self.clean.dtype:
+            return (self.clean + delta).to(self.work)
+        return self.place(delta) if radius is None else self.land(delta, radius)[0]
+
+    def gradient(self, values: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+        """The gradient (N, …) of the sum of values (N,) at the points that they were computed from, in the dtype of the search."""
+        return torch.autograd.grad(values.sum(), point)[0].to(self.work)
+
+    def moved(self, point: torch.Tensor) -> torch.Tensor:
+        """How far points (N, …) are from the clean ones, in the threat's norm: (N,) in the dtype of the search."""
+        return self.measure(point.to(self.work) - self.clean.to(self.work))
 
     @abstractmethod
     def measure(self, delta: torch.Tensor) -> torch.Tensor:
@@ -95,17 +152,18 @@ class Space(ABC):
     def random(self, radius: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A random perturbation inside the ball. Drawn on the generator's device, so that CPU and GPU get the same one."""
         noise = torch.randn(self.clean.shape, generator=generator, device=generator.device, dtype=torch.float32)
-        noise = noise.to(self.clean.device, self.clean.dtype)
+        noise = noise.to(self.clean.device, self.work)
         return self.project(per_sample(safe_divide(radius, self.measure(noise)), noise) * noise, radius)
 
     def place(self, delta: torch.Tensor) -> torch.Tensor:
-        """The point that the model will see, in its dtype: within the box, rounded toward the clean point."""
-        return round_toward(self.clean, self._within_box(delta.double()))
+        """The point that the model will see: the nearest of its dtype within the box. Rounding may take it further away than delta is long."""
+        return self._back_into_box(round_nearest(self.clean, self._within_box(delta.double())))
 
     def land(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Project, place and measure again: delta (N, …), radius (N,) or None → point (N, …), distance (N,) float64.
 
-        The distance is that of the *cast* point, and never above the radius.
+        The distance is that of the *cast* point, and never above the radius: where the nearest point of the dtype is outside the ball,
+        coordinates are rounded toward the clean point, but those that there is room for.
         """
         delta = delta.double()
         if radius is not None:
@@ -113,11 +171,18 @@ class Space(ABC):
             delta = delta * per_sample(room, delta)
         point = self.place(delta)
         distance = self.measure(point.double() - self.clean.double())
-        if radius is not None:
+        if radius is None or not bool((distance > radius).any()):
+            return point, distance
+        inward = round_toward(self.clean, self._within_box(delta))
+        for choice in (self._with_room(inward, point, delta, radius.double()), inward, self.clean):
             outside = distance > radius
-            point = torch.where(per_sample(outside, point), self.clean, point)
-            distance = torch.where(outside, 0.0, distance)
+            point = torch.where(per_sample(outside, point), choice, point)
+            distance = torch.where(outside, self.measure(choice.double() - self.clean.double()), distance)
         return point, distance
+
+    def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        """The points `inward`, with the coordinates of `nearest` that the radius has room for (the caller measures again)."""
+        return inward
 
     def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Land the perturbations delta (G, …), of which sample i suffers number group[i], and run the model once more.
@@ -134,6 +199,9 @@ class Space(ABC):
 
     def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
         return delta
+
+    def _back_into_box(self, point: torch.Tensor) -> torch.Tensor:
+        return point
 
 
 class InputSpace(Space):
@@ -230,6 +298,18 @@ class InputSpace(Space):
         clean = self.clean.to(delta.dtype)
         return delta.clamp(self.clip[0] - clean, self.clip[1] - clean)
 
+    def _back_into_box(self, point: torch.Tensor) -> torch.Tensor:
+        if self.clip is None:
+            return point
+        # A border that the dtype cannot hold: its nearest number may be outside, the next one toward the clean point is not.
+        exact = point.double()
+        return torch.where((exact < self.clip[0]) | (exact > self.clip[1]), next_toward(point, self.clean), point)
+
+    def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        if self.norm == "linf":
+            return torch.where(_beyond(self.clean, nearest, per_sample(radius, delta)), inward, nearest)
+        return spend_room(self.clean, inward, nearest, delta, radius, 1 if self.norm == "l1" else 2)
+
 
 class EmbeddingSpace(Space):
     """Embeddings (N, T, D) of a transformer: the named tokens in l2 balls of their own, or all together in one (joint)."""
@@ -268,6 +348,12 @@ class EmbeddingSpace(Space):
     def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
         return delta * self.mask
 
+    def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        if self.joint:
+            return spend_room(self.clean, inward, nearest, delta, radius, 2)
+        tokens = (t.flatten(0, 1) for t in (self.clean, inward, nearest, delta))
+        return spend_room(*tokens, radius.repeat_interleave(delta.shape[1]), 2).view_as(inward)
+
 
 def project_l1(delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """The nearest point (l2) of the l1 ball: delta (N, …), radius (N,). Source: Duchi et al. 2008, figure 1."""
@@ -281,6 +367,23 @@ def project_l1(delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     inside = size.sum(1, keepdim=True) <= radius[:, None]
     shrunk = flat.sign() * (size - threshold.clamp_min(0)).clamp_min(0)
     return torch.where(inside, flat, shrunk).view_as(delta)
+
+
+def spend_room(
+    clean: torch.Tensor, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor, power: int
+) -> torch.Tensor:
+    """inward (N, …), with as many coordinates of `nearest` as the ball Σ|x − clean|^power ≤ radius^power has room for, radius float64 (N,).
+
+    Those that overshoot delta by the smallest part of their step come first: what is spent on them misses least of the direction.
+    """
+    clean, target = clean.double().flatten(1), delta.double().abs().flatten(1)
+    near, low = (nearest.double().flatten(1) - clean).abs(), (inward.double().flatten(1) - clean).abs()
+    cost = near**power - low**power
+    order = safe_divide(near - target, near - low).argsort(1)
+    room = (radius * (1 - INSIDE)) ** power - (low**power).sum(1)
+    fits = cost.gather(1, order).clamp_min(0).cumsum(1) <= room[:, None]
+    taken = torch.zeros_like(fits).scatter(1, order, fits).view_as(inward)
+    return torch.where(taken, nearest, inward)
 
 
 def space_of(model: Target, x: torch.Tensor, threat: Threat) -> Space:

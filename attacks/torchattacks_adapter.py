@@ -62,7 +62,7 @@ class TorchAttack(Attack):
             raise BadInput(f"expected options that torchattacks.{self.kind} has, got {self.options}; see its docstring ({error})") from None
         _set_device(attack, images.device)
         found = attack(images, labels)
-        return found.detach().to(space.clean.dtype) - space.clean
+        return found.detach().to(space.work) - space.clean.to(space.work)
 
     def _norm(self, space: Space) -> str:
         allowed = {"PGD": ("linf",), "PGDL2": ("l2",), "AutoAttack": ("l2", "linf")}[self.kind]

@@ -159,6 +159,9 @@ class WeightSpace(Space):
         rate = min(rate, 1.0)
         return torch.lerp(delta, radius[:, None] * self.direction(grad), rate)
 
+    def at(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> torch.Tensor:
+        return (self.clean[:1] + delta).to(self.clean.dtype)
+
     def place(self, delta: torch.Tensor) -> torch.Tensor:
         return (self.clean[:1].double() + delta.double()).to(self.clean.dtype)
 
@@ -296,12 +299,12 @@ def shared_ascent(space: WeightSpace, labels: torch.Tensor, radius: torch.Tensor
 
     Climbs the margins of the samples that still hold, each in units of its clean margin, so that the easy ones are won first.
     """
-    row = torch.zeros_like(space.clean[:1])
+    row = space.zeros(1)
     best, most = row[0], -1
     with torch.no_grad():
         unit = violation(space.shared_logits(space.clean[0], space.x), labels).abs().clamp_min(1e-12)
     for step in range(steps + 1):
-        point = (space.clean[:1] + row).requires_grad_()
+        point = space.place(row).requires_grad_()
         logits = space.shared_logits(point[0], space.x)
         holds = excess(logits.detach(), labels) <= 0
         broken = int((~holds).sum())
@@ -309,7 +312,7 @@ def shared_ascent(space: WeightSpace, labels: torch.Tensor, radius: torch.Tensor
             best, most = row[0], broken
         if broken == len(labels) or step == steps:
             break
-        grad = torch.autograd.grad((violation(logits, labels) / unit)[holds].sum(), point)[0]
+        grad = space.gradient((violation(logits, labels) / unit)[holds], point)
         with torch.no_grad():
             row = space.advance(row, torch.nan_to_num(grad), radius[None], 2 / (step + 2))
     return best
@@ -322,7 +325,7 @@ def shared_ladder(space: WeightSpace, labels: torch.Tensor, groups: int, guess: 
     share = shares(len(labels), groups, labels.device)
     rows: list[torch.Tensor] = []
     group = torch.full_like(labels, -1)
-    for radius in radii.to(space.clean.dtype):  # smallest first
+    for radius in radii.to(space.work):  # smallest first
         for m in members(share):
             todo = m[group[m] < 0]
             if len(todo) == 0:
