@@ -76,10 +76,10 @@ def round_toward(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return torch.where(_beyond(clean, point, delta.abs()), next_toward(point, clean), point)
 
 
-def round_down(radius: float, dtype: torch.dtype) -> float:
-    """The largest number of that dtype that is not above the radius > 0."""
-    value = torch.tensor(radius, dtype=torch.float64).to(dtype)
-    return float(value if float(value) <= radius else next_toward(value, torch.zeros_like(value)))
+def round_down(number: float, dtype: torch.dtype) -> float:
+    """The largest number of that dtype that is not above this one."""
+    value = torch.tensor(number, dtype=torch.float64).to(dtype)
+    return float(value if float(value) <= number else next_toward(value, torch.full_like(value, -torch.inf)))
 
 
 class Space(ABC):
@@ -173,7 +173,7 @@ class Space(ABC):
         distance = self.measure(point.double() - self.clean.double())
         if radius is None or not bool((distance > radius).any()):
             return point, distance
-        inward = round_toward(self.clean, self._within_box(delta))
+        inward = self._back_into_box(round_toward(self.clean, self._within_box(delta)))
         for choice in (self._with_room(inward, point, delta, radius.double()), inward, self.clean):
             outside = distance > radius
             point = torch.where(per_sample(outside, point), choice, point)
@@ -301,9 +301,9 @@ class InputSpace(Space):
     def _back_into_box(self, point: torch.Tensor) -> torch.Tensor:
         if self.clip is None:
             return point
-        # A border that the dtype cannot hold: its nearest number may be outside, the next one toward the clean point is not.
-        exact = point.double()
-        return torch.where((exact < self.clip[0]) | (exact > self.clip[1]), next_toward(point, self.clean), point)
+        # Of a border that the dtype cannot hold, the nearest number may be outside: the last one inside is the border.
+        low, high = (-round_down(-self.clip[0], point.dtype), round_down(self.clip[1], point.dtype))
+        return point.clamp(low, high)
 
     def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         if self.norm == "linf":

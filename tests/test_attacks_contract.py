@@ -103,7 +103,7 @@ class AttackContract:
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         return transformer(dtype) if isinstance(self.threat, EmbeddingBall) else mlp(dtype)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
     def test_every_point_is_inside_and_judged_again(self, dtype: torch.dtype) -> None:
         model = self.model(dtype)
         x, y = samples(model, dtype)
