@@ -351,8 +351,8 @@ class EmbeddingSpace(Space):
     def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         if self.joint:
             return spend_room(self.clean, inward, nearest, delta, radius, 2)
-        tokens = (t.flatten(0, 1) for t in (self.clean, inward, nearest, delta))
-        return spend_room(*tokens, radius.repeat_interleave(delta.shape[1]), 2).view_as(inward)
+        clean, low, near, target = (t.flatten(0, 1) for t in (self.clean, inward, nearest, delta))
+        return spend_room(clean, low, near, target, radius.repeat_interleave(delta.shape[1]), 2).view_as(inward)
 
 
 def project_l1(delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:

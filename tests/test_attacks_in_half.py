@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -157,7 +158,7 @@ def _reordered(model: nn.Module, seed: int) -> nn.Module:
     model = copy.deepcopy(model)
     g = torch.Generator().manual_seed(seed)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    for a, b in zip(linear, linear[1:], strict=False):
+    for a, b in itertools.pairwise(linear):
         order = torch.randperm(a.out_features, generator=g)
         a.weight.data, a.bias.data, b.weight.data = a.weight.data[order], a.bias.data[order], b.weight.data[:, order]
     return model
