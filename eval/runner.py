@@ -21,6 +21,7 @@ from robustlip.errors import BadInput, CertificateViolation, RobustlipError
 from robustlip.eval.results import Record, check_soundness, read_metadata, read_records, write_records
 from robustlip.eval.suite import PairSpec, SearchSpec, Suite, ThreatSpec, parse_suite
 from robustlip.files import atomic, write_json
+from robustlip.foreign import errors_of
 from robustlip.threats import WeightBall, with_radius
 
 if TYPE_CHECKING:
@@ -127,11 +128,12 @@ def run_suite(
             if model in failed:
                 continue
             try:
-                if prepared is None or prepared[0] != model:
-                    prepared = None  # one model in memory at a time
-                    prepared = (model, _prepare(pair, model, suite, settings))
-                path = folder / PARTS / _part_name(model, threat.name)
-                records = _part(suite, pair, role, model, threat, limit, path, settings, prepared[1], folder, say)
+                with errors_of(model):
+                    if prepared is None or prepared[0] != model:
+                        prepared = None  # one model in memory at a time
+                        prepared = (model, _prepare(pair, model, suite, settings))
+                    path = folder / PARTS / _part_name(model, threat.name)
+                    records = _part(suite, pair, role, model, threat, limit, path, settings, prepared[1], folder, say)
                 run.records += records
                 check_soundness(records, folder)
             except CertificateViolation as error:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from robustlip.checkpoints import load_into
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, first_line
+from robustlip.foreign import place, told
 from robustlip.files import read_toml
 from robustlip.layers import Chain, as_chain
 from robustlip.models.build import build
@@ -55,19 +56,29 @@ def sound_bound(name: str) -> dict[str, float | str]:
 def _from_callable(spec: str) -> nn.Module:
     module_name, _, attribute = spec.partition(":")
     try:
-        made = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"expected package.module:callable, got {spec!r} ({error}); check the name and PYTHONPATH") from None
+        module = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
     except SystemExit as error:  # a script without a main guard; let through, a gate would end with its exit code
         raise BadInput(
-            f"expected a module that can be imported, got {spec!r}, which ends the process with {error.code!r}; put its script under a main guard"
+            f"expected a module that can be imported, got {spec!r}, which ends the process with {error.code!r}{place(error, spec)}; "
+            f"put its script under a main guard"
         ) from None
+    except BaseException as error:  # of somebody else's code
+        why = f"{told(error)}{place(error, spec)}"
+        raise BadInput(f"expected package.module:callable, got {spec!r}, whose import ends in {why}; check the name, PYTHONPATH and that file") from error
+    try:
+        made = getattr(module, attribute)
+    except AttributeError as error:
+        raise BadInput(f"expected package.module:callable, got {spec!r} ({first_line(error)}); check the name") from None
     if not callable(made):
         raise BadInput(f"expected a callable that returns an nn.Module, got {type(made).__name__} at {spec!r}; point at a function")
     try:
         model = made()
-    except (Exception, SystemExit) as error:  # of somebody else's code
-        raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(error).__name__} ({error}); call it by itself to see why") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of somebody else's code
+        raise BadInput(f"expected {spec!r} to return an nn.Module, got {told(error)}{place(error, spec)}; call it by itself to see why") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(model).__name__}; return the model")
     return model

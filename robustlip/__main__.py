@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from robustlip.cli import main
+from robustlip.console import never_fail_to_encode
 
 
 def _close_output() -> None:
@@ -22,6 +23,7 @@ def run() -> None:
     One of several processes of torchrun ends without the interpreter's own clearing up: threads of gloo that outlive it abort the process now
     and then (torch 2.13), which torchrun takes for a failed run. All files are written by then.
     """
+    never_fail_to_encode(sys.stdout, sys.stderr)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         try:
             main()

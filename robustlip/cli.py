@@ -12,6 +12,7 @@ import typer
 from robustlip import __version__
 from robustlip.cli_methods import ALL, CertifyCommand
 from robustlip.errors import BadInput, RobustlipError
+from robustlip.foreign import errors_of
 
 # torch, pandas, rich and all of ours that need them are imported where they are used: `robustlip --help` must not wait for them.
 if TYPE_CHECKING:
@@ -44,9 +45,12 @@ Context = Annotated[Optional[int], typer.Option("--context", min=1, help="text o
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Errors of ours end in one sentence and their exit code; any other exception keeps its traceback."""
+    """Run the command line. Errors of ours, and of a module that an argument names, end in one sentence and their exit code; any other exception keeps
+    its traceback."""
+    whole = _whole(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=_whole(sys.argv[1:] if arguments is None else arguments), prog_name="robustlip")
+        with errors_of(*whole):
+            app(args=whole, prog_name="robustlip")
     except RobustlipError as error:
         print(f"robustlip: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -22,17 +22,14 @@ def verify(
     json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
     """Compute a certificate again. Exit code 0 verified, 1 not (and what differs), 2 bad input, 3 it claims more than can be proved."""
-    import sys
-
     from robustlip import certificate_file
-    from robustlip.console import Out, Progress, choose_device
+    from robustlip.console import Out, Progress, choose_device, print_json
     from robustlip.eval.runner import load_model
-    from robustlip.files import json_text
     from robustlip.verification import load_rows
     from robustlip.verification import verify as recompute
 
     if schema:
-        sys.stdout.write(json_text(certificate_file.json_schema()))
+        print_json(certificate_file.json_schema())
         return
     if certificate is None or model is None:
         raise BadInput("expected a certificate file and --model, got less; write robustlip verify cert.json --model MODEL")

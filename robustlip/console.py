@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 import threading
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from robustlip.errors import BadInput, first_line
-from robustlip.files import json_text, write_text
+from robustlip.files import ascii_json, json_text, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +22,50 @@ WIDTH = 120
 LONGEST_NAME = 32
 STDOUT = "-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+# What stands for a character that the console's encoding does not have. All else: its parts in ASCII (₂ is 2), or a question mark.
+_STANDS_FOR = {
+    "∞": "inf", "→": "->", "←": "<-", "↔": "<->", "≥": ">=", "≤": "<=", "≠": "!=", "≈": "~", "·": "-", "•": "*", "–": "-", "—": "--", "−": "-", "…": "...",
+    "×": "x", "√": "sqrt", "‖": "||", "ℓ": "l", "∂": "d", "∇": "grad", "∈": "in", "±": "+-", "²": "^2", "³": "^3", "⁻": "^-", "“": '"', "”": '"', "‘": "'",
+    "’": "'", "α": "alpha", "β": "beta", "δ": "delta", "Δ": "Delta", "ε": "eps", "λ": "lambda", "μ": "mu", "π": "pi", "ρ": "rho", "σ": "sigma",
+    "✓": "ok", "✗": "x", "⚠": "!",
+}  # fmt: skip
+
+
+def _stand_in(character: str) -> str:
+    if character in _STANDS_FOR:
+        return _STANDS_FOR[character]
+    if "\u2500" <= character <= "\u257f":  # lines of tables
+        return "|" if character in "│┃║╎╏┆┇┊┋╽╿" else "-"
+    if "\u2580" <= character <= "\u259f" or "\u2800" <= character <= "\u28ff":  # bars and spinners
+        return "#" if character < "\u2600" else "*"
+    return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_stand_in(character) for character in error.object[error.start : error.end]), error.end
+
+
+def never_fail_to_encode(*streams: TextIO | None) -> None:
+    """From here on these streams replace what their encoding does not have (cp1252, latin-1, ASCII, or lone surrogates in UTF-8): no traceback."""
+    codecs.register_error("robustlip", _replaced)
+    for stream in streams:
+        if stream is not None and hasattr(stream, "reconfigure"):  # None: a process without a console; without: replaced by a test or a notebook
+            stream.reconfigure(errors="robustlip")
+
+
+def print_json(value: Any) -> None:
+    """The JSON of a value to stdout, in ASCII escapes where its encoding does not have a character: a replaced one would be another text."""
+    text = json_text(value)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeError, LookupError):
+        text = ascii_json(text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class Out:
@@ -54,8 +100,7 @@ class Out:
     def json(self, value: Any) -> None:
         """Write the verb's JSON, if it was asked for. Call it before anything that can still fail."""
         if self.json_to == STDOUT:
-            sys.stdout.write(json_text(value))
-            sys.stdout.flush()
+            print_json(value)
         elif self.json_to is not None:
             write_text(Path(self.json_to), json_text(value))
             self.say(f"wrote {self.json_to}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound="BaseModel")
 
 _INFINITY = "\u241einfinity\u241e"
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 TOML_LIMIT = 2**20  # bytes
@@ -84,7 +86,14 @@ def json_text(value: Any) -> str:
         return v
 
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    return text.replace(f'"{_INFINITY}"', "1e999").replace(f'"-{_INFINITY}"', "-1e999") + "\n"
+    text = text.replace(f'"{_INFINITY}"', "1e999").replace(f'"-{_INFINITY}"', "-1e999") + "\n"
+    # Names of files that are not UTF-8 come as lone surrogates, which no encoding has.
+    return _SURROGATES.sub(lambda found: ascii_json(found[0]), text)
+
+
+def ascii_json(text: str) -> str:
+    """JSON with every character outside ASCII as its escape; only strings have such characters."""
+    return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
 
 
 def write_json(path: Path, value: Any) -> None:
