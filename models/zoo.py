@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from robustlip.checkpoints import load_into
+from robustlip.checks import check_weights_are_there
 from robustlip.errors import BadInput, first_line
-from robustlip.foreign import place, told
 from robustlip.files import read_toml
+from robustlip.foreign import place, told
 from robustlip.layers import Chain, as_chain
 from robustlip.models.build import build
 from robustlip.modes import undrawn
@@ -66,7 +67,7 @@ def _from_callable(spec: str) -> nn.Module:
         ) from None
     except BaseException as error:  # of somebody else's code
         why = f"{told(error)}{place(error, spec)}"
-        raise BadInput(f"expected package.module:callable, got {spec!r}, whose import ends in {why}; check the name, PYTHONPATH and that file") from error
+        raise BadInput(f"expected package.module:callable, got {spec!r}, whose import ends in {why}; check the name and that file") from error
     try:
         made = getattr(module, attribute)
     except AttributeError as error:
@@ -81,6 +82,7 @@ def _from_callable(spec: str) -> nn.Module:
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {told(error)}{place(error, spec)}; call it by itself to see why") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(model).__name__}; return the model")
+    check_weights_are_there(model, spec)
     return model
 
 

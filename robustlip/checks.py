@@ -9,11 +9,32 @@ from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.modes import in_eval_mode
 
 
+def check_weights_are_there(model: nn.Module, of: str = "") -> None:
+    """Raises BadInput for what no command can read: weights that are lazy, on the meta device, complex, or packed by a quantised module."""
+    where = f" in {of}" if of else ""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise BadInput(f"expected weights, got a lazy model whose {name} has no shape yet{where}; run it once on a batch of data first")
+        if tensor.is_meta:
+            raise BadInput(f"expected weights with values, got {name} on the meta device{where}; load the weights first")
+        if tensor.is_complex():
+            raise BadInput(f"expected real weights, got {name} of {tensor.dtype}{where}; write the model with real and imaginary parts apart")
+    packed = [(name, type(value).__name__) for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if packed:
+        name, kind = packed[0]
+        raise BadInput(f"expected weights that are tensors, got {name} of type {kind}{where}, as quantised modules pack them; use it before that")
+
+
 def check_finite_weights(model: nn.Module, of: str = "") -> None:
     """Raises BadInput when a parameter or buffer holds NaN or infinity. of: the file or model to name in the sentence."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            where = f"{name} of {of}" if of else name
+        where = f"{name} of {of}" if of else name
+        try:
+            finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+        except (RuntimeError, ValueError, TypeError) as error:  # of tensor subclasses, which implement what they please
+            kind = type(tensor).__name__
+            raise BadInput(f"expected weights that can be read, got {kind} as {where} ({first_line(error)}); convert it to plain tensors") from None
+        if not finite:
             raise BadInput(f"expected finite weights, got NaN or infinity in {where}; train the model again or load another checkpoint")
 
 

@@ -45,8 +45,8 @@ Context = Annotated[Optional[int], typer.Option("--context", min=1, help="text o
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Errors of ours, and of a module that an argument names, end in one sentence and their exit code; any other exception keeps
-    its traceback."""
+    """Run the command line. Errors of ours, and of a module that an argument names, end in one sentence and their exit code; any other keeps its
+    traceback."""
     whole = _whole(sys.argv[1:] if arguments is None else arguments)
     try:
         with errors_of(*whole):
