@@ -251,16 +251,26 @@ def load_model(name: str, device: str) -> Chain:
     return chain
 
 
+def _content(data: Dataset) -> str:
+    """SHA-256 of the samples: another file under the same name is another run."""
+    digest = hashlib.sha256(np.asarray(data.index).tobytes())
+    for part in (data.x, data.y):
+        digest.update(str(tuple(part.shape)).encode() + np.ascontiguousarray(part.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
 def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tuple[Chain, str, Dataset]:
     """The model on its device, the hash of its weights, and as many samples as its largest threat needs."""
     from robustlip.data import load_data, load_text_or_page
+    from robustlip.data.load import chosen
     from robustlip.hashing import weights_sha256
 
     chain = load_model(model, settings.device)
     limit = max(_limit(pair, threat, settings) for threat in pair.threats)
     seed = _seed(suite, settings)
     loader = load_text_or_page if pair.page_fallback else load_data
-    data = loader(pair.data, data_dir=settings.data_dir, limit=limit, seed=seed, context=pair.context, vocabulary=chain.vocabulary)
+    options: Any = chosen(pair)
+    data = loader(pair.data, data_dir=settings.data_dir, limit=limit, seed=seed, context=pair.context, vocabulary=chain.vocabulary, **options)
     return chain, weights_sha256(chain), data
 
 
@@ -290,7 +300,7 @@ def _part(
         "pair": pair.model_dump(mode="json", exclude={"threats", "title", "lipschitz", "baseline"}),
         "threat": threat.model_dump(mode="json"),
         "model": model, "role": role, "limit": limit, "seed": seed, "device": settings.device, "weights_sha256": weights,
-        "versions": versions(), "data_note": data.note, "samples": hashlib.sha256(np.asarray(data.index).tobytes()).hexdigest(),
+        "versions": versions(), "data_note": data.note, "samples": _content(data),
     }  # fmt: skip
     if read_metadata(path) == json.loads(json.dumps(key, default=str)):
         say(f"{model} · {threat.name}: kept from an earlier run of this folder")

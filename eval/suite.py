@@ -87,7 +87,7 @@ class PairSpec(_Strict):
     """A Lipschitz-constrained model and the baseline it is compared with: same data, same threats, same radii.
 
     data: a data spec of `robustlip.data`; page_fallback: use the shipped page of text when that data is not found.
-    limit: samples; context: tokens per sample of text. Either model may be left out.
+    limit: samples; context: tokens per sample of text; subset and the columns: as in load_data. Either model may be left out.
     """
 
     name: str
@@ -96,6 +96,10 @@ class PairSpec(_Strict):
     page_fallback: bool = False
     limit: int = Field(ge=1)
     context: int | None = Field(default=None, ge=1)
+    subset: str | None = Field(default=None, min_length=1)
+    image_column: str | None = Field(default=None, min_length=1)
+    label_column: str | None = Field(default=None, min_length=1)
+    text_column: str | None = Field(default=None, min_length=1)
     lipschitz: str | None = None
     baseline: str | None = None
     threats: tuple[ThreatSpec, ...] = Field(alias="threat", min_length=1)

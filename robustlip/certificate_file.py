@@ -61,6 +61,10 @@ class DataSource(Strict):
     limit: Annotated[int, Field(ge=1)] | None = Field(description="at most so many rows, drawn by seed; null for all")
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     context: Annotated[int, Field(ge=1)] | None = Field(description="tokens per window of text; null for the default and for images")
+    subset: Line | None = Field(default=None, description="the configuration of the data; null where none was chosen")
+    image_column: Line | None = Field(default=None, description="null where the column was not named; likewise below")
+    label_column: Line | None = None
+    text_column: Line | None = None
     requested: Annotated[int, Field(ge=1, le=2**63 - 1)] = Field(description="how many rows spec and limit stand for")
     sha256: Sha256 = Field(description="SHA-256 over the row_sha256 of all samples (as ASCII), in the order of the file")
 
@@ -244,6 +248,7 @@ def from_certificate(
             "limit": limit,
             "seed": seed,
             "context": context,
+            **data.options,
             "requested": len(data),
             "sha256": rows_sha256(hashes),
         },

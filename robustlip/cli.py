@@ -41,6 +41,10 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="samples at 
 Limit = Annotated[Optional[int], typer.Option("--limit", min=1, help="at most so many samples")]
 Seed = Annotated[int, typer.Option("--seed", help="of everything random: which samples, where attacks start")]
 DataDir = Annotated[Optional[str], typer.Option("--data-dir", help="folder of data sets in the hub's parquet layout  [default: $ROBUSTLIP_DATA]")]
+Subset = Annotated[Optional[str], typer.Option("--subset", help="the configuration of the data, where it has several")]
+ImageColumn = Annotated[Optional[str], typer.Option("--image-column", help="of --data  [default: the one of images]")]
+LabelColumn = Annotated[Optional[str], typer.Option("--label-column", help="of --data  [default: the one of labels]")]
+TextColumn = Annotated[Optional[str], typer.Option("--text-column", help="of --data, which is text then")]
 Context = Annotated[Optional[int], typer.Option("--context", min=1, help="text only: tokens per sample")]
 
 
@@ -144,13 +148,17 @@ def _show(run: Run, out: Out) -> None:
     out.say(f"report: {report}\ntables: {run.folder / 'table.md'} (also .csv, .tex, .html)")
 
 
-def _open(model: str, data: str, device: str, context: int | None, data_dir: str | None, limit: int | None, seed: int) -> tuple[Chain, Dataset]:
-    """A model and its samples; text is encoded with the vocabulary of the model."""
+def _open(
+    model: str, data: str, device: str, context: int | None, data_dir: str | None, limit: int | None, seed: int, columns: Sequence[str | None]
+) -> tuple[Chain, Dataset]:  # fmt: skip
+    """A model and its samples; text is encoded with the vocabulary of the model. columns: the values of robustlip.data.load.OPTIONS."""
     from robustlip.data import load_data
+    from robustlip.data.load import OPTIONS
     from robustlip.eval.runner import load_model
 
     chain = load_model(model, device)
-    return chain, load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary)
+    options: Any = dict(zip(OPTIONS, columns, strict=True))
+    return chain, load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary, **options)
 
 
 @app.command(cls=CertifyCommand)
@@ -162,7 +170,8 @@ def certify(
     no_attack: Annotated[bool, typer.Option("--no-attack", help="with --method all: without the attack to compare with")] = False,
     dtype: Annotated[Optional[str], typer.Option("--dtype", help="arithmetic to cover: float32, …, real  [default: the model's]")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
-    context: Context = None,
+    context: Context = None, subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
+    text_column: TextColumn = None,
 ) -> None:  # fmt: skip
     """Prove for each sample a radius within which the prediction cannot change."""
     from collections import Counter
@@ -182,7 +191,7 @@ def certify(
     out = Out(json, model, data)
     ball = parse_threat(threat, radius)
     where = choose_device(device, out)
-    chain, samples = _open(model, data, where, context, data_dir, limit, seed)
+    chain, samples = _open(model, data, where, context, data_dir, limit, seed, (subset, image_column, label_column, text_column))
     if method == ALL:
         _compare(out, model, chain, samples, ball, dtype, slow, not no_attack, where, batch_size, seed)
         return
@@ -280,7 +289,8 @@ def attack(
     name: Annotated[str, typer.Option("--attack", help="pgd, min, weights, torchattacks-pgd, torchattacks-pgdl2, autoattack")] = "min",
     radius: Annotated[Optional[float], typer.Option("--radius", help="attack at this radius; 'min' searches for the smallest")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
-    context: Context = None,
+    context: Context = None, subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
+    text_column: TextColumn = None,
 ) -> None:  # fmt: skip
     """Look for each sample for a perturbation that changes the prediction."""
     import numpy as np
@@ -294,7 +304,7 @@ def attack(
     out = Out(json, model, data)
     ball, method = parse_threat(threat, radius), by_name(name)
     where = choose_device(device, out)
-    chain, samples = _open(model, data, where, context, data_dir, limit, seed)
+    chain, samples = _open(model, data, where, context, data_dir, limit, seed, (subset, image_column, label_column, text_column))
     generator, weights = torch.Generator().manual_seed(seed), weights_sha256(chain)
     with Progress() as progress:
         observations, stopped = gather(

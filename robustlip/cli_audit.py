@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from robustlip.cli import Context, DataDir, Device, Json, Model, Seed, app
+from robustlip.cli import Context, DataDir, Device, ImageColumn, Json, LabelColumn, Model, Seed, Subset, TextColumn, app
 from robustlip.errors import BadInput, CertificateViolation
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def audit(
     starts: Annotated[int, typer.Option("--starts", min=1, help="how many inputs to search from, in one batch")] = 32,
     steps: Annotated[int, typer.Option("--steps", min=1, help="of gradient ascent on the input")] = 60,
     tokens: Annotated[Optional[int], typer.Option("--tokens", min=1, help="length of sequences without --data  [default: 8]")] = None,
-    json: Json = None, device: Device = None, seed: Seed = 0, data_dir: DataDir = None, context: Context = None,
+    json: Json = None, device: Device = None, seed: Seed = 0, data_dir: DataDir = None, context: Context = None, subset: Subset = None,
+    image_column: ImageColumn = None, label_column: LabelColumn = None, text_column: TextColumn = None,
 ) -> None:  # fmt: skip
     """Try to break a claimed Lipschitz constant: find two inputs between which the model moves by more. Exit code 3 when it does."""
     from robustlip.attacks import formulas
@@ -45,6 +46,9 @@ def audit(
     out = Out(json, model, data, witness)
     _check(formula, claim, domain, units, witness, worst_weights)
     _check_lengths(data, limit, context, tokens)
+    columns = (subset, image_column, label_column, text_column)
+    if data is None and any(value is not None for value in columns):
+        raise BadInput("expected --subset and the names of columns with --data, got them without; name the data")
     where = choose_device(device, out)
     chain = load_model(model, where)
     if witness is not None:
@@ -57,7 +61,7 @@ def audit(
     else:
         said = formulas.claim_of(chain, formula or "ours")
         said = said.in_units(units) if units else said
-    x = _samples(chain, data, limit or 16, seed, context, data_dir) if data else None
+    x = _samples(chain, data, limit or 16, seed, context, data_dir, columns) if data else None
     with Progress() as progress:
         result = run(
             chain, said, x, starts=starts, tokens=tokens or 8, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
@@ -99,12 +103,16 @@ def _check_lengths(data: str | None, limit: int | None, context: int | None, tok
         raise BadInput("expected --tokens without --data, got it with data, whose sequences have a length; use --context")
 
 
-def _samples(chain: Chain, data: str, limit: int, seed: int, context: int | None, data_dir: str | None) -> torch.Tensor:
+def _samples(
+    chain: Chain, data: str, limit: int, seed: int, context: int | None, data_dir: str | None, columns: tuple[str | None, ...]
+) -> torch.Tensor:  # fmt: skip
     import torch
 
     from robustlip.data import load_data
+    from robustlip.data.load import OPTIONS
 
-    samples = load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary)
+    options: Any = dict(zip(OPTIONS, columns, strict=True))
+    samples = load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary, **options)
     return torch.as_tensor(samples.x)
 
 

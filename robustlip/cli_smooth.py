@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from robustlip.cli import DataDir, DataSpec, Device, Json, Limit, Model, Seed, app
+from robustlip.cli import DataDir, DataSpec, Device, ImageColumn, Json, LabelColumn, Limit, Model, Seed, Subset, app
 from robustlip.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def smooth(
     confidence: Annotated[float, typer.Option("--confidence", help="of each sample's radius on its own")] = 0.999,
     radius: Annotated[Optional[float], typer.Option("--radius", help="ask whether this l2 radius holds")] = None,
     json: Json = None, device: Device = None, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
+    subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
 ) -> None:  # fmt: skip
     """Radii (l2) of the smoothed classifier, true with a stated probability (Cohen et al. 2019). Not of the model itself."""
     import numpy as np
@@ -45,7 +46,7 @@ def smooth(
         raise BadInput(f"expected a confidence between 0 and 1, got {confidence}; 0.999 is usual")
     out = Out(json, model, data)
     where = choose_device(device, out)
-    chain, rows = _open(model, data, where, None, data_dir, limit, seed)
+    chain, rows = _open(model, data, where, None, data_dir, limit, seed, (subset, image_column, label_column, None))
     if not torch.as_tensor(rows.x).is_floating_point():
         raise BadInput(f"expected images or vectors, got token ids from {data}; noise cannot be added to them")
     ball = InputBall("l2", radius)

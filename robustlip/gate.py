@@ -27,7 +27,7 @@ from torch import nn
 
 from robustlip.certificate_file import CertificateFile, Line, Strict, explain
 from robustlip.data import Dataset, load_data
-from robustlip.data.load import is_text, parse_spec
+from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.errors import BadInput
 from robustlip.files import read_toml
 from robustlip.threats import InputBall, Threat, parse_threat
@@ -60,7 +60,7 @@ class ThreatRequirement(Strict):
 class Policy(Strict):
     """What a model has to show, on which rows and in which arithmetic.
 
-    data, limit, seed, context: as in `robustlip.data.load_data`; a file is named relative to where the gate runs. min_samples: fewer rows
+    data, limit, seed, context, subset and the columns: as in `robustlip.data.load_data`; a file is named relative to where the gate runs. min_samples: fewer rows
     fail, whatever they show. min_clean_accuracy: share of rows whose prediction is the label, in `dtype`.
     require_attack: `attack` runs at every radius, and success inside a certified radius is a soundness bug (exit code 3).
     """
@@ -69,6 +69,10 @@ class Policy(Strict):
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     context: Annotated[int, Field(ge=1)] | None = None
+    subset: Line | None = None
+    image_column: Line | None = None
+    label_column: Line | None = None
+    text_column: Line | None = None
     dtype: Literal["float64", "float32", "bfloat16", "float16", "real"]
     min_samples: Annotated[int, Field(ge=1)]
     min_clean_accuracy: Share
@@ -175,8 +179,9 @@ def load_policy(path: str | Path) -> Policy:
 
 def policy_rows(policy: Policy, data_dir: str | Path | None = None, vocabulary: str | None = None) -> Dataset:
     """The rows that the policy speaks of. vocabulary: the model's. Raises BadInput and DataUnavailable as load_data does."""
-    words = vocabulary if is_text(parse_spec(policy.data)[0]) else None
-    return load_data(policy.data, data_dir=data_dir, limit=policy.limit, seed=policy.seed, context=policy.context, vocabulary=words)
+    words = vocabulary if is_text(parse_spec(policy.data)[0], policy.text_column) else None
+    options: Any = chosen(policy)
+    return load_data(policy.data, data_dir=data_dir, limit=policy.limit, seed=policy.seed, context=policy.context, vocabulary=words, **options)
 
 
 def gate(

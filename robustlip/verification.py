@@ -42,7 +42,7 @@ import robustlip.certifiers as certifiers
 from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
 from robustlip.certificates import Certificate, concatenate
 from robustlip.data import Dataset, load_data
-from robustlip.data.load import is_text, parse_spec
+from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.rounding import NAMES, dtype_of
@@ -114,8 +114,9 @@ def load_rows(source: DataSource, data_dir: str | Path | None = None, vocabulary
     if spec is None and data_dir is not None and name.endswith((".parquet", ".txt")) and (Path(data_dir) / name).is_file():
         where = str(Path(data_dir) / name) + (f":{split}" if split else "")
     # The vocabulary belongs to texts; a model of images has none.
-    words = vocabulary if is_text(parse_spec(where)[0]) else None
-    return load_data(where, data_dir=data_dir, limit=source.limit, seed=source.seed, context=source.context, vocabulary=words)
+    words = vocabulary if is_text(parse_spec(where)[0], source.text_column) else None
+    options: Any = chosen(source)
+    return load_data(where, data_dir=data_dir, limit=source.limit, seed=source.seed, context=source.context, vocabulary=words, **options)
 
 
 def cast(model: nn.Module, dtype: str) -> Chain:

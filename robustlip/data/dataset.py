@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ class Dataset:
     follows the window. index: int64 (N,), the row in the split, or the window's offset in the split's token stream.
     classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …; None for images.
     note: what a table must say of the source: '', 'subset', 'shipped page'. names: of classes 0, 1, …, where the source has them.
+    options: what load_data was told of configuration and columns (`robustlip.data.load.OPTIONS`), without which these are other rows.
     Raises BadInput for tensors that do not fit together and for labels outside [0, classes).
     """
 
@@ -33,6 +35,7 @@ class Dataset:
     vocabulary: str | None = None
     note: str = ""
     names: tuple[str, ...] | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.x)

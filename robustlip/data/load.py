@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
+OPTIONS = ("subset", "image_column", "label_column", "text_column")  # which configuration and columns; a certificate has them too
 
 
 @undrawn()
@@ -57,12 +59,26 @@ def load_data(
     The global random states of torch, numpy and Python are left as they are.
     Raises DataUnavailable when the set is in no folder and the hub is out of reach, BadInput for everything else.
     """
-    name, split = parse_spec(spec)
-    check_limit(limit)
-    columns = {"subset": subset, "image_column": image_column, "label_column": label_column, "text_column": text_column}
-    for option, value in columns.items():
+    options = dict(zip(OPTIONS, (subset, image_column, label_column, text_column), strict=True))
+    for option, value in options.items():
         if value is not None and (not isinstance(value, str) or not value):
             raise BadInput(f"expected a name as {option}, got {value!r}; give one, or none at all")
+    given = {option: value for option, value in options.items() if value is not None}
+    return replace(_load(spec, data_dir, limit, seed, context, vocabulary, options), options=given)
+
+
+def chosen(source: Any) -> dict[str, str]:
+    """The OPTIONS that a policy, a suite's pair or a certificate's data names, as load_data takes them."""
+    return {option: value for option in OPTIONS if (value := getattr(source, option)) is not None}
+
+
+def _load(
+    spec: str, data_dir: str | Path | None, limit: int | None, seed: int, context: int | None, vocabulary: str | None,
+    columns: Mapping[str, str | None],
+) -> Dataset:  # fmt: skip
+    subset, image_column, label_column, text_column = (columns[option] for option in OPTIONS)
+    name, split = parse_spec(spec)
+    check_limit(limit)
     if is_text(name, text_column):
         _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
         if name.endswith(".txt") or name == "page":
@@ -161,12 +177,12 @@ def _images(
         raise BadInput(f"expected a split of {name} among {', '.join(sorted(set(present)))[:300]}, got {split!r}; name one of them")
     if name not in HUB_NAMES and "/" not in name:
         raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
-    table = Held(from_hub(name, split, subset), name)
+    brought = Held(from_hub(name, split, subset), name)
 
     def on_hub() -> Iterator[Table]:
         yield from (Held(data, name) for data in from_hub(name, None, subset).values())
 
-    return table_to_dataset(table, name, split, limit, seed, image_column=image, label_column=label, others=on_hub)
+    return table_to_dataset(brought, name, split, limit, seed, image_column=image, label_column=label, others=on_hub)
 
 
 def _text(name: str, data_dir: str | Path | None, subset: str | None = None, column: str | None = None) -> texts.Text:

@@ -28,11 +28,11 @@ class _Strict(BaseModel):
 
 
 class DataPart(_Strict):
-    """name: what load_data takes, without a split. context: tokens of a training window (text only).
+    """name: what load_data takes, without a split. context: tokens of a training window (text only). subset: the hub's configuration, or
+    a folder in the folder; text_column, image_column, label_column: as in load_data.
 
     streaming: text that is read as it is needed (robustlip.data.stream): a hub name, a folder or file of .parquet or .jsonl documents, or
-    a name that --data-dir or ROBUSTLIP_DATA has a folder for. Then also: subset, the hub's configuration or a folder in the folder;
-    split and text_column of it; held_out, how many documents at its start are kept for evaluation; tokenizer, 'bytes' or 'gpt2', and
+    a name that --data-dir or ROBUSTLIP_DATA has a folder for. Then also: split of it; held_out, how many documents at its start are kept for evaluation; tokenizer, 'bytes' or 'gpt2', and
     tokenizer_file, its vocabulary where it is not to be fetched (see robustlip.data.tokenizers). The model says its vocabulary_size.
     """
 
@@ -42,6 +42,8 @@ class DataPart(_Strict):
     subset: str | None = Field(default=None, json_schema_extra=_LATER)
     split: str = Field(default="train", json_schema_extra=_LATER)
     text_column: str = Field(default="text", json_schema_extra=_LATER)
+    image_column: str | None = Field(default=None, json_schema_extra=_LATER)
+    label_column: str | None = Field(default=None, json_schema_extra=_LATER)
     held_out: PositiveInt = Field(default=256, json_schema_extra=_LATER)
     tokenizer: Literal["bytes", "gpt2"] | None = Field(default=None, json_schema_extra=_LATER)
     tokenizer_file: str | None = Field(default=None, json_schema_extra=_LATER)
@@ -50,7 +52,9 @@ class DataPart(_Strict):
     def _fits(self) -> Self:
         if self.streaming and self.tokenizer is None:
             raise ValueError("streaming needs a tokenizer, 'bytes' or 'gpt2'")
-        given = [key for key in ("subset", "split", "text_column", "held_out", "tokenizer", "tokenizer_file") if key in self.model_fields_set]
+        if self.streaming and (self.image_column is not None or self.label_column is not None):
+            raise ValueError("image_column and label_column belong to data that is not streamed")
+        given = [key for key in ("split", "held_out", "tokenizer", "tokenizer_file") if key in self.model_fields_set]
         if not self.streaming and any(getattr(self, key) != type(self).model_fields[key].default for key in given):
             raise ValueError(f"{', '.join(given)} belong to streaming = true")
         if self.tokenizer_file is not None and self.tokenizer != "gpt2":

@@ -41,6 +41,7 @@ class Source:
 
     def __init__(self, recipe: Recipe, data_dir: str | None) -> None:
         from robustlip.data import load_data, load_tokens
+        from robustlip.data.load import is_text
 
         self.recipe = recipe
         self.stream: TokenStream | None = None
@@ -57,10 +58,18 @@ class Source:
             if len(self.test) <= self.context:
                 raise BadInput(f"expected held-out documents of more than {self.context} tokens, got {len(self.test)}; raise data.held_out")
         elif self.text:
-            self.train, self.vocabulary, self.note = load_tokens(f"{recipe.data.name}:train", data_dir=data_dir)
-            self.test, _, _ = load_tokens(f"{recipe.data.name}:test", data_dir=data_dir, vocabulary=self.vocabulary)
+            name, column = recipe.data.name, recipe.data.text_column
+            options: Any = {"data_dir": data_dir, "subset": recipe.data.subset, "text_column": None if column == "text" and is_text(name) else column}
+            self.train, self.vocabulary, self.note = load_tokens(f"{name}:train", **options)
+            self.test, _, _ = load_tokens(f"{name}:test", vocabulary=self.vocabulary, **options)
         else:
-            train, test = (load_data(f"{recipe.data.name}:{split}", data_dir=data_dir) for split in ("train", "test"))
+            columns: Any = {"subset": recipe.data.subset, "image_column": recipe.data.image_column, "label_column": recipe.data.label_column}
+            train, test = (load_data(f"{recipe.data.name}:{split}", data_dir=data_dir, **columns) for split in ("train", "test"))
+            if train.names != test.names:
+                raise BadInput(
+                    f"expected classes of one set of names in both splits of {recipe.data.name}, got {len(train.names or ())} and "
+                    f"{len(test.names or ())} that differ; declare them as the hub does, or store labels as integers"
+                )
             self.x, self.y, self.test_x, self.test_y, self.note = train.x, train.y, test.x, test.y, train.note
 
     def check(self, model: Chain) -> None:
