@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from robustlip.attacks.spaces import InputSpace, Space, round_down, space_of
-from robustlip.attacks.target import Target
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.execution import covered
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_request
+from robustlip.target import Target
 from robustlip.threats import InputBall, Threat
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from robustlip.attacks.spaces import Space, per_sample, safe_divide, space_of
-from robustlip.attacks.target import Target
 from robustlip.checks import check_fit
 from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.execution import covered
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_samples, as_threat
+from robustlip.target import Target
 from robustlip.threats import Threat
 
 
@@ -56,7 +56,7 @@ def observed_sensitivity(
     starts: random directions to begin from. power_steps: of the nonlinear power iteration v ← steepest(Jᵀ J v) (Boyd 1974,
     for the threat's norm). ascent_steps: of ascent on the finite difference, at the threat's radius and at a tenth of it;
     with radius=None only infinitesimal steps (10⁻⁴ of the size of x, or of σ(W)) are taken.
-    model: any nn.Module (see `robustlip.attacks.target`); it is copied, so nothing of it changes. x, threat: as in `robustlip.samples`.
+    model: any nn.Module (see `robustlip.target`); it is copied, so nothing of it changes. x, threat: as in `robustlip.samples`.
     Raises BadInput for starts < 1 and whatever the threat's space refuses.
     """
     if starts < 1 or power_steps < 1 or ascent_steps < 0:

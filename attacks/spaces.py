@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustlip.attacks.target import Target
 from robustlip.errors import BadInput
+from robustlip.target import Target
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.

@@ -13,8 +13,8 @@ from torch import nn
 
 from robustlip.attacks.base import Attack
 from robustlip.attacks.spaces import InputSpace, Space
-from robustlip.attacks.target import Target
 from robustlip.errors import BadInput
+from robustlip.target import Target
 
 KINDS = ("PGD", "PGDL2", "AutoAttack")
 

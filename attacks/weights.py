@@ -20,10 +20,10 @@ from robustlip.attacks.base import Attack, Proposal
 from robustlip.attacks.losses import excess, violation
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.spaces import INSIDE, Space, safe_divide
-from robustlip.attacks.target import Target
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention
 from robustlip.spectral import spectral_norm_bound
+from robustlip.target import Target
 from robustlip.threats import WeightBall
 
 # Numbers that the per-sample copies of the weights may take at once (float32: 256 MiB), and the model size above which

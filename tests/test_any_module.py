@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from robustlip.attacks import PGD, MinimumRadius, TorchAttack, WeightAttack, observed_sensitivity
-from robustlip.attacks.target import Target, inner, logits_of
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import NextTokenChain
+from robustlip.target import Target, inner, logits_of
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall
 
 N, CLASSES = 6, 4

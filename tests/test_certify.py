@@ -311,7 +311,7 @@ def test_lipschitz_bound_is_above_sampled_slopes() -> None:
     ("change", "message"),
     [
         (lambda m, x, y: (m, x, y - 10, {}), "labels in"),
-        (lambda m, x, y: (m, x, y[:-1], {}), "one label"),
+        (lambda m, x, y: (m, x, y[:-1], {}), "labels as an integer tensor"),
         (lambda m, x, y: (m, x * torch.nan, y, {}), "finite inputs"),
         (lambda m, x, y: (m, x[:0], y[:0], {}), "at least one sample"),
         (lambda m, x, y: (m, x, y, {"method": "magic"}), "method"),

@@ -19,6 +19,7 @@ from robustlip.certifiers.smoothing import NO_CLASS, SMOOTHED, SmoothedCertifica
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, Normalize
 from robustlip.models import LipschitzMLP
+from robustlip.target import Target
 from robustlip.threats import InputBall
 
 
@@ -189,7 +190,7 @@ def test_noise_is_normal_and_exactly_as_many_draws_are_counted() -> None:
         return original(x)
 
     model.__dict__["scores"] = scores
-    votes = smoothing._votes(model, torch.full((4,), 7.0), torch.float64, 2.0, 2500, (0, 0, 0))
+    votes = smoothing._votes(Target(model), torch.full((4,), 7.0), torch.float64, 2.0, 2500, (0, 0, 0))
     assert int(votes.sum()) == 2500
     draws = (torch.cat(seen) - 7.0) / 2.0
     assert {len(batch) for batch in seen} == {smoothing._BATCH}  # one size, so that the program is one function

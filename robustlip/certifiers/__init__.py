@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
 from robustlip.rounding import NAMES, down, dtype_of, up
 from robustlip.rules import Context
+from robustlip.samples import as_request
 from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
@@ -47,9 +49,9 @@ RULES_VERSION = "9"
 @torch.no_grad()
 def certify(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: Threat,
+    x: Any,
+    y: Any = None,
+    threat: Threat | str | None = None,
     method: str = "best",
     *,
     dtype: str | None = None,
@@ -59,7 +61,8 @@ def certify(
     """Per sample, the largest radius proved for `threat`, rounded down; 0 with the reason where none is.
 
     model: a Chain or an nn.Sequential of layers with rules. x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
-    y: labels (N,), for next-token models the token after the window. method: a key of METHODS, or 'best': the largest radius of those that
+    y: labels (N,), for next-token models the token after the window. x, y and threat: in the forms of `robustlip.samples`: tensors, arrays, columns,
+    lists, a loader in place of both, a name for a threat. method: a key of METHODS, or 'best': the largest radius of those that
     apply, sample by sample, and which method gave it; with threat.radius set, dearer methods see only samples that it is not yet proved for.
     dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
@@ -70,6 +73,7 @@ def certify(
     Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 7 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
     check_method(method)
+    x, y, threat = as_request(x, y, threat)
     chain = as_chain(model)
     own = check_model(chain)
     device = next(chain.parameters()).device

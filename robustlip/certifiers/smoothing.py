@@ -18,6 +18,8 @@ there is no such gap. A model whose results depend on the size of the batch it i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,13 +29,16 @@ from scipy import stats
 from torch import Tensor, nn
 
 from robustlip.certificates import ABSTAINED, MISCLASSIFIED
-from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, check_samples, kind_of, train_mode_reason
+from robustlip.certifiers.samples import check_labels, train_mode_reason
+from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput
-from robustlip.execution import proving
+from robustlip.execution import lower_precision, proving
 from robustlip.hashing import architecture_sha256, weights_sha256
-from robustlip.layers import Chain, as_chain
-from robustlip.modes import evaluated
+from robustlip.layers import chain_or_module
+from robustlip.modes import in_eval_mode, undrawn
 from robustlip.rounding import NAMES
+from robustlip.samples import as_request, as_samples
+from robustlip.target import Target
 from robustlip.threats import InputBall
 
 SMOOTHED = "certified-smoothed"
@@ -124,17 +129,24 @@ def clopper_pearson_lower(successes: int, draws: int, alpha: float) -> float:
     return 0.0
 
 
-def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, counts: dict[str, int]) -> tuple[Chain, torch.dtype]:
-    chain = as_chain(model)
-    dtype = check_model(chain)
-    check_samples(chain, x, torch.zeros(len(x), dtype=torch.int64))
-    check_entry(chain, x, InputBall("l2"))
-    check_arithmetic(chain, dtype)
-    training = train_mode_reason(chain)
+def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, counts: dict[str, int]) -> tuple[Target, torch.dtype]:
+    target = Target(model)
+    check_finite_weights(model)
+    dtype = target.dtype(x)
+    if not x.is_floating_point() or target.next_token:
+        raise BadInput("expected a classifier of images or vectors with floating-point inputs, got token ids; noise cannot be added to them")
+    if dtype not in NAMES.values():
+        raise BadInput(f"expected weights in {', '.join(NAMES)}, got {dtype}; cast the model with .to(dtype)")
+    if not bool(torch.isfinite(x).all()):
+        raise BadInput("expected finite inputs, got NaN or infinity; clean the data")
+    if lower := lower_precision(target.device(x).type, dtype):
+        raise BadInput(
+            f"expected {str(dtype).removeprefix('torch.')} products in {str(dtype).removeprefix('torch.')}, got {lower}; turn it off, and cast the "
+            f"model for a lower dtype"
+        )
+    training = train_mode_reason(model)
     if training:
         raise BadInput(f"expected a model in eval mode, got: {training}")
-    if chain.task != "classification":
-        raise BadInput(f"expected a classifier of images or vectors, got a {chain.task} model; noise cannot be added to token ids")
     if not (math.isfinite(sigma) and sigma > 0):
         raise BadInput(f"expected sigma above 0, got {sigma}; give the noise's standard deviation in raw input units, e.g. 0.25")
     if not 0 < alpha < 1:
@@ -144,23 +156,38 @@ def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, c
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise BadInput(f"expected {name} of at least 1, got {count!r}; the paper uses n0 = 100 and n = 100000")
-    return chain, dtype
+    with _executed(target, x):
+        check_fit(model, x)
+        target.settle(x[:8].to(target.device(x), dtype))
+    if target.alone:
+        raise BadInput(
+            "expected a model whose answer to a sample does not depend on the others of its batch, got one where it does; smoothing needs one "
+            "function of the sample: use running statistics in batch norm"
+        )
+    return target, dtype
 
 
-def _votes(chain: Chain, x: Tensor, dtype: torch.dtype, sigma: float, draws: int, key: tuple[int, int, int]) -> Tensor:
+@contextmanager
+def _executed(target: Target, x: Tensor) -> Iterator[None]:
+    """The program as it is deployed: eval mode, the kernels that are named, and whatever it draws given back."""
+    with undrawn(), proving(target.device(x).type), in_eval_mode(target.module):
+        yield
+
+
+def _votes(target: Target, x: Tensor, dtype: torch.dtype, sigma: float, draws: int, key: tuple[int, int, int]) -> Tensor:
     """How often F gave each class at x + σε: int64 (C + 1,), the last for logits that are not finite. x: one sample. key: seeds the draws.
 
     Every execution has _BATCH rows; surplus rows are not counted.
     """
     # Independent streams for every seed, sample and stage, whatever the order or the batches in which samples come.
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-    device = next(chain.parameters()).device
+    device = target.device(x)
     centre = x.detach().double().cpu()
     total: Tensor | None = None
     left = draws
     while left > 0:
         noise = torch.from_numpy(generator.standard_normal((_BATCH, *centre.shape)))
-        logits = chain.scores((centre + sigma * noise).to(dtype).to(device))
+        logits = target.scores((centre + sigma * noise).to(dtype).to(device))
         classes = logits.shape[-1]
         winner = torch.where(torch.isfinite(logits).all(-1), logits.argmax(-1), classes)[:left].cpu()
         votes = torch.bincount(winner, minlength=classes + 1)
@@ -172,18 +199,19 @@ def _votes(chain: Chain, x: Tensor, dtype: torch.dtype, sigma: float, draws: int
 
 @torch.no_grad()
 def predict_smoothed(
-    model: nn.Module, x: Tensor, *, sigma: float, n: int = 1000, alpha: float = 0.001, seed: int = 0, index: np.ndarray | None = None
+    model: nn.Module, x: Any, *, sigma: float, n: int = 1000, alpha: float = 0.001, seed: int = 0, index: np.ndarray | None = None
 ) -> np.ndarray:
     """The smoothed classifier's class (N,), −1 where it abstains: each is not the true one of g with probability at most alpha.
 
     PREDICT of Cohen et al. 2019: the two classes seen most are compared by an exact two-sided binomial test at ½.
     """
-    chain, dtype = _check(model, x, sigma, alpha, seed, {"n": n})
+    x = as_samples(x)[0]
+    target, dtype = _check(model, x, sigma, alpha, seed, {"n": n})
     numbers = _numbers(index, len(x))
     out = np.full(len(x), NO_CLASS, dtype=np.int64)
-    with proving(kind_of(chain)), evaluated(chain):
+    with _executed(target, x):
         for i in range(len(x)):
-            votes = _votes(chain, x[i], dtype, sigma, n, (seed, int(numbers[i]), 0))
+            votes = _votes(target, x[i], dtype, sigma, n, (seed, int(numbers[i]), 0))
             counts, classes = votes.sort(descending=True)
             first, second = int(counts[0]), int(counts[1])
             sure = float(stats.binomtest(first, first + second, 0.5).pvalue) <= alpha
@@ -195,11 +223,11 @@ def predict_smoothed(
 @torch.no_grad()
 def certify_smoothed(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any = None,
     *,
     sigma: float,
-    threat: InputBall | None = None,
+    threat: InputBall | str | None = None,
     n0: int = 100,
     n: int = 100_000,
     alpha: float = 0.001,
@@ -208,25 +236,25 @@ def certify_smoothed(
 ) -> SmoothedCertificate:
     """Radii of the smoothed classifier (module's docstring), each with confidence 1 − alpha. For all N together take alpha/N (Bonferroni).
 
-    model: any Chain classifier. x: raw inputs (N, …), floating point. y: labels (N,). sigma: the noise's standard deviation, raw input units.
+    model: any nn.Module that classifies (see `robustlip.target`). x: raw inputs (N, …), floating point. y: labels (N,); `robustlip.samples` says
+    in which forms. sigma: the noise's standard deviation, raw input units.
     threat: InputBall('l2'); with a radius, samples certified for less are abstained. n0, n: draws to choose a class and to bound its probability.
     seed, index: the draws of a sample depend on these two alone. Raises BadInput.
     """
-    threat = threat or InputBall("l2")
+    x, y, threat = as_request(x, y, threat or InputBall("l2"))
     if not isinstance(threat, InputBall) or threat.norm != "l2":
         raise BadInput(f"expected the threat l2, which normal noise certifies, got {threat.name}; use InputBall('l2')")
-    chain, dtype = _check(model, x, sigma, alpha, seed, {"n0": n0, "n": n})
-    check_samples(chain, x, y)
+    target, dtype = _check(model, x, sigma, alpha, seed, {"n0": n0, "n": n})
     numbers = _numbers(index, len(x))
     prediction = np.full(len(x), NO_CLASS, dtype=np.int64)
     probability, radius = np.zeros(len(x)), np.zeros(len(x))
     status = [ABSTAINED] * len(x)
-    with proving(kind_of(chain)), evaluated(chain):
+    with _executed(target, x):
         for i in range(len(x)):
-            seen = _votes(chain, x[i], dtype, sigma, n0, (seed, int(numbers[i]), 1))
+            seen = _votes(target, x[i], dtype, sigma, n0, (seed, int(numbers[i]), 1))
             check_labels(y[i : i + 1].cpu(), len(seen) - 1)
             chosen = int(seen[:-1].argmax())
-            counted = _votes(chain, x[i], dtype, sigma, n, (seed, int(numbers[i]), 2))
+            counted = _votes(target, x[i], dtype, sigma, n, (seed, int(numbers[i]), 2))
             probability[i] = clopper_pearson_lower(int(counted[chosen]), n, alpha)
             if probability[i] <= 0.5:
                 continue
@@ -241,6 +269,7 @@ def certify_smoothed(
                 status[i] = SMOOTHED
     from robustlip import __version__
 
+    named = chain_or_module(model)
     return SmoothedCertificate(
         threat=threat,
         confidence=1 - alpha,
@@ -249,8 +278,8 @@ def certify_smoothed(
         samples=n,
         seed=seed,
         dtype=next(name for name, value in NAMES.items() if value == dtype),
-        weights_sha256=weights_sha256(chain),
-        architecture_sha256=architecture_sha256(chain),
+        weights_sha256=weights_sha256(named),
+        architecture_sha256=architecture_sha256(named),
         index=numbers,
         label=y.cpu().numpy().astype(np.int64),
         prediction=prediction,

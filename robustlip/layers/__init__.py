@@ -2,12 +2,12 @@
 
 from robustlip.layers.activations import ScaledGELU
 from robustlip.layers.attention import Attention
-from robustlip.layers.chain import Chain, NextTokenChain, as_chain
+from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
 from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify
 
 __all__ = [
     "AddPositions", "Attention", "Chain", "GroupSort", "Householder", "MaxMin", "MeanTokens", "NextTokenChain", "Normalize", "Patchify",
-    "Residual", "ScaledGELU", "as_chain",
+    "Residual", "ScaledGELU", "as_chain", "chain_or_module",
 ]  # fmt: skip

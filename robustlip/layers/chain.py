@@ -135,5 +135,13 @@ def as_chain(model: nn.Module) -> Chain:
         return chain
     raise UnsupportedLayer(
         f"expected a robustlip model or an nn.Sequential of known layers, got {type(model).__name__}; "
-        f"build it as nn.Sequential or as robustlip.layers.Chain"
+        f"build it as nn.Sequential or as robustlip.layers.Chain to certify it (attacks take any module)"
     )
+
+
+def chain_or_module(model: nn.Module) -> nn.Module:
+    """The model as a chain, where it is one: certificates name and hash it so. Any other module is itself, and can be attacked, not certified."""
+    try:
+        return as_chain(model)
+    except UnsupportedLayer:
+        return model

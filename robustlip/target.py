@@ -1,4 +1,4 @@
-"""What attacks see of a model: any nn.Module as it is executed, and the logits that it answers with.
+"""What attacks and smoothing see of a model: any nn.Module as it is executed, and the logits that it answers with.
 
 The module itself is called, with its hooks, wrappers, compiled or scripted code; nothing is rebuilt from its layers. Every call gets a copy of the
 point, so that a layer that works in place writes over nothing of ours or of the caller's.
@@ -62,6 +62,11 @@ class Target:
         """The dtype of its weights; of x where it has none."""
         first = self.first()
         return x.dtype if first is None else first.dtype
+
+    def device(self, x: Tensor) -> torch.device:
+        """Where its weights are; where x is, if it has none."""
+        first = self.first()
+        return x.device if first is None else first.device
 
     # ---- what it answers
 
