@@ -370,6 +370,9 @@ def _hunt(
 
 def _target(chain: Chain, domain: float | None, shape: tuple[int, ...], box: tuple[float, float] | None) -> _Target:
     double = as_chain(copy.deepcopy(chain))
+    for module in double.modules():  # of the copy: its inputs are measured, and differentiated
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
     layers = nn.Sequential(*list(double)[chain.embedding_depth :])
     return _Target(layers, shape, tokens=chain.embedding_depth > 0, domain=domain, box=box)
 

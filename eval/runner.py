@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from robustlip import __version__
+from robustlip.certificates import ABSTAINED, MISCLASSIFIED
 from robustlip.errors import BadInput, CertificateViolation, RobustlipError
 from robustlip.eval.results import Record, check_soundness, read_metadata, read_records, write_records
 from robustlip.eval.suite import PairSpec, SearchSpec, Suite, ThreatSpec, parse_suite
 from robustlip.files import atomic, write_json
 from robustlip.foreign import errors_of
-from robustlip.threats import WeightBall, with_radius
+from robustlip.threats import Threat, WeightBall, with_radius
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from robustlip.attacks.base import Observation
+    from robustlip.certificates import Certificate
     from robustlip.data import Dataset
-    from robustlip.layers import Chain
 
 PARTS, MANIFEST, POINTS = "parts", "manifest.json", "contradictions"
 
@@ -117,7 +119,7 @@ def run_suite(
         _refuse_to_shorten(folder / PARTS / _part_name(model, threat.name), threat, limit)
     total, done, failed, started = sum(limit for *_, limit in work), 0, set(), time.time()
     cards = _cards(suite)
-    prepared: tuple[str, tuple[Chain, str, Dataset]] | None = None
+    prepared: tuple[str, tuple[nn.Module, str, Dataset]] | None = None
     try:
         for pair, role, model, threat, limit in work:
             # Written before every part: a run that is killed leaves a manifest that says what there is, and that it is partial.
@@ -140,8 +142,10 @@ def run_suite(
                 run.errors.append((model, error))
                 say(f"{model} · {threat.name}: CONTRADICTION, see the end; going on with the rest")
             except Exception as error:  # kept, and raised by Run.raise_errors once the other models are done
-                run.errors.append((model, error))
-                failed.add(model)
+                told = (model, str(error)) in [(name, str(earlier)) for name, earlier in run.errors]
+                run.errors += [] if told else [(model, error)]
+                if told or prepared is None or not isinstance(error, BadInput):  # else this threat alone is refused
+                    failed.add(model)
                 say(f"{model}: {error if isinstance(error, RobustlipError) else repr(error)}; going on with the other models")
         advance("done", total, total)
     except KeyboardInterrupt:
@@ -240,15 +244,19 @@ def _cards(suite: Suite) -> dict[str, Any]:
     return cards
 
 
-def load_model(name: str, device: str) -> Chain:
-    """A zoo model, one of our files, or package.module:callable, as a Chain in eval mode. Raises BadInput, also for NaN in the weights."""
-    from robustlip.checks import check_finite_weights
-    from robustlip.layers import as_chain
-    from robustlip.models import zoo
+def load_model(name: str, device: str) -> nn.Module:
+    """A zoo model, one of our files, or package.module:callable, in eval mode: a Chain where it is one, else the module.
 
-    chain = as_chain(zoo.load(name, device=device)).eval()
-    check_finite_weights(chain, name)
-    return chain
+    Raises BadInput, also for NaN in the weights.
+    """
+    from robustlip.checks import check_finite_weights
+    from robustlip.models import zoo
+    from robustlip.target import Target
+
+    model = zoo.load(name, device=device)
+    model = Target(model).module.eval()
+    check_finite_weights(model, name)
+    return model
 
 
 def _content(data: Dataset) -> str:
@@ -259,7 +267,7 @@ def _content(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tuple[Chain, str, Dataset]:
+def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tuple[nn.Module, str, Dataset]:
     """The model on its device, the hash of its weights, and as many samples as its largest threat needs."""
     from robustlip.data import load_data, load_text_or_page
     from robustlip.data.load import chosen
@@ -269,13 +277,14 @@ def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tu
     limit = max(_limit(pair, threat, settings) for threat in pair.threats)
     seed = _seed(suite, settings)
     loader = load_text_or_page if pair.page_fallback else load_data
+    words = getattr(chain, "vocabulary", None)
     options: Any = chosen(pair)
-    data = loader(pair.data, data_dir=settings.data_dir, limit=limit, seed=seed, context=pair.context, vocabulary=chain.vocabulary, **options)
+    data = loader(pair.data, data_dir=settings.data_dir, limit=limit, seed=seed, context=pair.context, vocabulary=words, **options)
     return chain, weights_sha256(chain), data
 
 
 @contextmanager
-def _threads(chain: Chain) -> Iterator[None]:
+def _threads(chain: nn.Module) -> Iterator[None]:
     """One thread for models under four million weights: their products are too small to share, and threads that wait for each other on a busy
     machine made the demo five times slower."""
     import torch
@@ -291,7 +300,7 @@ def _threads(chain: Chain) -> Iterator[None]:
 
 def _part(
     suite: Suite, pair: PairSpec, role: str, model: str, threat: ThreatSpec, limit: int, path: Path,
-    settings: Settings, prepared: tuple[Chain, str, Dataset], folder: Path, say: Callable[[str], None],
+    settings: Settings, prepared: tuple[nn.Module, str, Dataset], folder: Path, say: Callable[[str], None],
 ) -> list[Record]:  # fmt: skip
     chain, weights, data = prepared
     seed = _seed(suite, settings)
@@ -338,13 +347,13 @@ def _refuse_to_shorten(path: Path, threat: ThreatSpec, limit: int) -> None:
 
 
 def _evaluate(
-    chain: Chain, data: Dataset, batch: slice, threat: ThreatSpec, weights: str, settings: Settings, seed: int
+    chain: nn.Module, data: Dataset, batch: slice, threat: ThreatSpec, weights: str, settings: Settings, seed: int
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, torch.Tensor]]]:
     """One batch: the fields of its records that depend on the sample, and the adversarial point that was nearest."""
     import torch
 
     from robustlip.attacks import by_name
-    from robustlip.certifiers import certify
+    from robustlip.target import Target
 
     x = torch.as_tensor(data.x[batch]).to(settings.device)
     y = torch.as_tensor(data.y[batch]).to(settings.device)
@@ -354,16 +363,20 @@ def _evaluate(
     points: dict[int, dict[str, torch.Tensor]] = {}
 
     if threat.radii:
-        certificate = certify(chain, x, y, ball, method=threat.method, dtype=threat.dtype, index=index)
-        if threat.dtype is None and certificate.weights_sha256 != weights:
+        certificate, refusal = _certified(chain, x, y, ball, threat, index)
+        if certificate is None:  # attacked all the same
+            for row in rows:
+                row.update(certified_radius=0.0, status=ABSTAINED, reason=refusal)
+        elif threat.dtype is None and certificate.weights_sha256 != weights:
             raise CertificateViolation(
                 f"expected a certificate of weights {weights[:12]}, got one of {certificate.weights_sha256[:12]}; do not change weights during a run"
             )
-        for i, row in enumerate(rows):
-            row.update(
-                prediction=int(certificate.prediction[i]), certified_radius=float(certificate.radius[i]), status=certificate.status[i],
-                reason=certificate.reason[i], method=certificate.method, dtype=certificate.dtype,
-            )  # fmt: skip
+        else:
+            for i, row in enumerate(rows):
+                row.update(
+                    prediction=int(certificate.prediction[i]), certified_radius=float(certificate.radius[i]), status=certificate.status[i],
+                    reason=certificate.reason[i], method=certificate.method, dtype=certificate.dtype,
+                )  # fmt: skip
         nearest = np.full(len(rows), np.inf)
         found = [", ".join(a.name for a in threat.attacks)] * len(rows)
         for number, spec in enumerate(threat.attacks):
@@ -374,6 +387,10 @@ def _evaluate(
                 observation = attack(chain, x, y, with_radius(ball, radius), generator=generator, index=index, weights_sha256=weights)
                 if not np.array_equal(observation.index, index) or np.isnan(observation.radius).any():
                     raise RuntimeError(f"attack {spec.name} returned other samples than it was given, or NaN as a distance")
+                if certificate is None:
+                    for row, prediction in zip(rows, observation.prediction.tolist(), strict=True):
+                        row["prediction"] = prediction
+                        row["status"] = MISCLASSIFIED if prediction != row["label"] else ABSTAINED
                 for better in np.flatnonzero(observation.radius < nearest).tolist():
                     nearest[better], found[better] = observation.radius[better], spec.name
                     points[better] = _point(observation, better)
@@ -381,7 +398,7 @@ def _evaluate(
             row.update(attacked_radius=float(nearest[i]), attack=found[i], attack_seed=seed)
     else:
         with torch.no_grad():
-            for row, prediction in zip(rows, chain.scores(x).argmax(-1).tolist(), strict=True):
+            for row, prediction in zip(rows, Target(chain).scores(x).argmax(-1).tolist(), strict=True):
                 row["prediction"] = prediction
 
     if isinstance(ball, WeightBall):
@@ -392,6 +409,20 @@ def _evaluate(
                 points[i] = {"change.flattened": witness[i]}
             row.update(measured[i], attack=row.get("attack") or "sensitivity", attack_seed=seed, method=row.get("method") or "global")
     return rows, points
+
+
+def _certified(
+    chain: nn.Module, x: torch.Tensor, y: torch.Tensor, ball: Threat, threat: ThreatSpec, index: np.ndarray
+) -> tuple[Certificate | None, str]:
+    """The certificate of a batch, or None and the sentence why this model cannot be certified in this way."""
+    from robustlip.certifiers import certify
+    from robustlip.certifiers.methods import check_method
+
+    check_method(threat.method)
+    try:
+        return certify(chain, x, y, ball, method=threat.method, dtype=threat.dtype, index=index), ""
+    except BadInput as error:  # what is wrong with the samples, the attack refuses too
+        return None, str(error)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -408,7 +439,7 @@ def _point(observation: Observation, i: int) -> dict[str, torch.Tensor]:
     return {"adversarial": found[i]}
 
 
-def _sensitivity(chain: Chain, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[list[dict[str, float]], torch.Tensor]:
+def _sensitivity(chain: nn.Module, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[list[dict[str, float]], torch.Tensor]:
     """The sensitivity fields of each sample's record, and the weight changes behind them."""
     from robustlip.attacks import observed_sensitivity
     from robustlip.certifiers import weight_sensitivity_bound
@@ -418,7 +449,10 @@ def _sensitivity(chain: Chain, x: torch.Tensor, ball: WeightBall, search: Search
     observed = observed_sensitivity(chain, x, ball, **search.model_dump(), generator=_generator(seed))
     # The search takes steps of these lengths: a change is compared with the bound at its own length, not at the whole radius.
     lengths = [*(r for r in (1e-4, radius / 10) if r < radius), radius]
-    bounds = [np.asarray(weight_sensitivity_bound(chain, x, replace(ball, radius=r)), dtype=np.float64) for r in sorted(lengths)]
+    try:
+        bounds = [np.asarray(weight_sensitivity_bound(chain, x, replace(ball, radius=r)), dtype=np.float64) for r in sorted(lengths)]
+    except BadInput:  # no bound is proved of this model
+        bounds = [np.full(len(x), np.inf) for _ in lengths]
     step = np.minimum(np.searchsorted(sorted(lengths), observed.distance), len(lengths) - 1)
     fields = [
         {

@@ -72,8 +72,15 @@ def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
                     "weights_sha256": first["weights_sha256"], "seed": int(first["seed"]), "partial": bool(part["partial"].any()),
                     "seconds": float(part["seconds"].sum()),
                 }  # fmt: skip
+                row["not_certified"] = _refusals(part)
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _refusals(part: pd.DataFrame) -> str:
+    """Why samples of this part were not certified at all, where the model itself was refused; '' where it was not."""
+    refused = part[(part["method"] == "") & (part["reason"] != "")]
+    return " / ".join(dict.fromkeys(refused["reason"]))
 
 
 def compact(summary: pd.DataFrame) -> pd.DataFrame:
@@ -203,6 +210,11 @@ def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
         lines.append("PARTIAL RUN: fewer samples (*) or fewer models and threats than the suite asks for.")
     for threat, units in dict(zip(summary["threat"], summary["units"], strict=True)).items():
         lines.append(f"Radii of {threat}: {units}{_certifiers(summary[summary['threat'] == threat])}.")
+    refused: dict[tuple[str, str], list[str]] = {}
+    for model, threat, why in zip(summary["model"], summary["threat"], summary["not_certified"], strict=True):
+        if why:
+            refused.setdefault((model, why), []).append(threat)
+    lines += [f"{model} is certified 0 % against {', '.join(threats)}, because: {why}." for (model, why), threats in refused.items()]
     for data, note in dict.fromkeys(zip(summary["data"], summary["data_note"], strict=True)):
         lines.append(f"Data {data}{f': {_NOTES.get(note, note)}' if note else ''}.")
     return [*lines, LEGEND]

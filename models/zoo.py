@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from robustlip.checks import check_weights_are_there
 from robustlip.errors import BadInput, first_line
 from robustlip.files import read_toml
 from robustlip.foreign import place, told
-from robustlip.layers import Chain, as_chain
+from robustlip.layers import as_chain, chain_or_module
 from robustlip.models.build import build
 from robustlip.modes import undrawn
 
@@ -72,6 +73,12 @@ def _from_callable(spec: str) -> nn.Module:
         made = getattr(module, attribute)
     except AttributeError as error:
         raise BadInput(f"expected package.module:callable, got {spec!r} ({first_line(error)}); check the name") from None
+    if isinstance(made, nn.Module):  # the model itself; a copy, because it is moved and set to eval mode
+        check_weights_are_there(made, spec)
+        try:
+            return copy.deepcopy(made)
+        except Exception:  # a module that cannot be copied is used as it is
+            return made
     if not callable(made):
         raise BadInput(f"expected a callable that returns an nn.Module, got {type(made).__name__} at {spec!r}; point at a function")
     try:
@@ -87,18 +94,19 @@ def _from_callable(spec: str) -> nn.Module:
 
 
 @undrawn()
-def load(name: str | Path, *, device: str | torch.device = "cpu") -> Chain:
+def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
     """A model in eval mode whose forward takes raw inputs (images in [0, 1] or vectors, or token ids) and gives logits.
 
     The global random states of torch, numpy and Python are left as they are.
-    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; or 'package.module:callable', which is imported and
-    run, so only name code you trust. Raises BadInput when there is no such model, or its weights do not fit their card or hash.
+    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; or 'package.module:callable', a function that
+    returns a module or a module itself, which is imported and run, so only name code you trust. A Chain, but for modules that are none: those can
+    be attacked and not certified (typed Any for that). Raises BadInput when there is no such model, or its weights do not fit their card or hash.
     """
     text = str(name)
     if text.endswith(".safetensors"):
         return as_chain(load_into(Path(text), build)).to(device)
     if ":" in text:
-        model = as_chain(_from_callable(text)).to(device)
+        model = chain_or_module(_from_callable(text)).to(device)
         model.eval()
         return model
     known = card(text)

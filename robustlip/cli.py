@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
@@ -11,7 +12,7 @@ import typer
 
 from robustlip import __version__
 from robustlip.cli_methods import ALL, CertifyCommand
-from robustlip.errors import BadInput, RobustlipError
+from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
 from robustlip.foreign import errors_of
 
 # torch, pandas, rich and all of ours that need them are imported where they are used: `robustlip --help` must not wait for them.
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from robustlip.console import Out
     from robustlip.data import Dataset
     from robustlip.eval.runner import Run
-    from robustlip.layers import Chain
     from robustlip.threats import Threat
 
 Part = TypeVar("Part")
@@ -150,15 +150,16 @@ def _show(run: Run, out: Out) -> None:
 
 def _open(
     model: str, data: str, device: str, context: int | None, data_dir: str | None, limit: int | None, seed: int, columns: Sequence[str | None]
-) -> tuple[Chain, Dataset]:  # fmt: skip
+) -> tuple[Any, Dataset]:  # fmt: skip
     """A model and its samples; text is encoded with the vocabulary of the model. columns: the values of robustlip.data.load.OPTIONS."""
     from robustlip.data import load_data
     from robustlip.data.load import OPTIONS
     from robustlip.eval.runner import load_model
 
     chain = load_model(model, device)
+    words = getattr(chain, "vocabulary", None)
     options: Any = dict(zip(OPTIONS, columns, strict=True))
-    return chain, load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary, **options)
+    return chain, load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=words, **options)
 
 
 @app.command(cls=CertifyCommand)
@@ -195,7 +196,7 @@ def certify(
     if method == ALL:
         _compare(out, model, chain, samples, ball, dtype, slow, not no_attack, where, batch_size, seed)
         return
-    with Progress() as progress:
+    with Progress() as progress, _attackable():
         parts, stopped = gather(
             prove(chain, x, y, ball, method=method, dtype=dtype, index=index)
             for x, y, index in _batches(samples, batch_size, where, progress, f"{model} · {ball.name}")
@@ -225,6 +226,15 @@ def certify(
     rows += [("data", samples.note)] if samples.note else []
     out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
     end(stopped, len(certificate), len(samples.index))
+
+
+@contextmanager
+def _attackable() -> Iterator[None]:
+    """A model that cannot be certified can still be attacked: the sentence that refuses it says so."""
+    try:
+        yield
+    except UnsupportedLayer as error:
+        raise UnsupportedLayer(f"{error}; it can still be attacked: robustlip attack, eval and smooth take any module") from None
 
 
 def gather(results: Iterable[Part]) -> tuple[list[Part], BaseException | None]:
@@ -264,7 +274,7 @@ def _why_not(certificate: Certificate) -> list[str]:
 
 
 def _compare(
-    out: Out, model: str, chain: Chain, samples: Dataset, ball: Threat, dtype: str | None, slow: bool, attack: bool, where: str, batch_size: int,
+    out: Out, model: str, chain: Any, samples: Dataset, ball: Threat, dtype: str | None, slow: bool, attack: bool, where: str, batch_size: int,
     seed: int,
 ) -> None:  # fmt: skip
     from robustlip.attacks import by_name
@@ -277,7 +287,8 @@ def _compare(
         def batches(label: str) -> Any:
             return _batches(samples, batch_size, where, progress, f"{model} · {ball.name} · {label}")
 
-        done = compare(chain, batches, ball, dtype=dtype, slow=slow, attack=by_name("min") if attack else None, seed=seed)
+        with _attackable():
+            done = compare(chain, batches, ball, dtype=dtype, slow=slow, attack=by_name("min") if attack else None, seed=seed)
     about = {"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, "seed": seed}
     out.json({**about, **done.to_json_dict()})
     show(out, model, done)

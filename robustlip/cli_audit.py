@@ -111,8 +111,9 @@ def _samples(
     from robustlip.data import load_data
     from robustlip.data.load import OPTIONS
 
+    words = getattr(chain, "vocabulary", None)
     options: Any = dict(zip(OPTIONS, columns, strict=True))
-    samples = load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=chain.vocabulary, **options)
+    samples = load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=words, **options)
     return torch.as_tensor(samples.x)
 
 

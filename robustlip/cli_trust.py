@@ -36,7 +36,7 @@ def verify(
     out = Out(json, certificate, model, data)
     file = certificate_file.read(certificate)
     chain = load_model(model, choose_device(device, out))
-    rows = load_rows(file.data, data_dir, chain.vocabulary, spec=data)
+    rows = load_rows(file.data, data_dir, getattr(chain, "vocabulary", None), spec=data)
     with Progress() as progress:
         result = recompute(
             file, chain, rows, batch_size=batch_size, advance=lambda done, total: progress(f"{certificate.name} · {file.threat}", done, total)
@@ -78,7 +78,7 @@ def gate(
     wanted = load_policy(policy)
     files = [(path.name, certificate_file.read(path)) for path in certificate] if certificate else None
     chain = load_model(model, choose_device(device, out))
-    rows = policy_rows(wanted, data_dir, chain.vocabulary)
+    rows = policy_rows(wanted, data_dir, getattr(chain, "vocabulary", None))
     attack = by_name(wanted.attack) if wanted.require_attack else None
     with Progress() as progress:
         report = hold(

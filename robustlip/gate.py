@@ -14,9 +14,10 @@ claimed and the recomputed radius. A partial, stale or unverifiable file fails t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +27,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from robustlip.certificate_file import CertificateFile, Line, Strict, explain
+from robustlip.certificates import Certificate
+from robustlip.certifiers.methods import check_method
+from robustlip.checks import check_fit
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.execution import covered
 from robustlip.files import read_toml
+from robustlip.modes import in_eval_mode, undrawn
+from robustlip.rounding import dtype_of
+from robustlip.target import Target
 from robustlip.threats import InputBall, Threat, parse_threat
 from robustlip.verification import BATCH, Advance, Verification, cast, prove, verify
 
@@ -199,11 +207,12 @@ def gate(
     data: from `policy_rows`. certificates: (name, file) pairs to verify and count; None: certify here; an empty list has no certificate at all.
     batch_size: samples at once; None: what each certificate says, or 256.
     attack: an Attack (see robustlip.attacks), needed exactly where the policy requires one; the core knows none by itself.
-    Raises BadInput when the model cannot be certified as the policy asks.
+    A model that cannot be certified as the policy asks has no certified sample, with the reason in the remark: it fails where one is required.
+    Raises BadInput for data that is not the model's.
     """
     if policy.require_attack and attack is None:
         raise BadInput(f"expected the attack {policy.attack!r} that the policy requires, got none; pass attack=")
-    chain = cast(model, policy.dtype)
+    chain, refusal = _as_asked(model, policy.dtype)
     rows = list(range(len(data)))
     labels = data.y.numpy()
     refusals: list[str] = []
@@ -211,7 +220,14 @@ def gate(
     notes: list[str] = []
     usable: list[tuple[CertificateFile, Verification]] = []
     for name, file in certificates or ():
-        checked = _usable(name, file, policy, model, data, batch_size, advance)
+        if refusal:
+            refusals.append(f"{name}: {refusal}")
+            continue
+        try:
+            checked = _usable(name, file, policy, model, data, batch_size, advance)
+        except UnsupportedLayer as error:
+            refusals.append(f"{name}: {error}")
+            continue
         notes += [f"{name}: {note}" for note in checked.notes]
         if checked.exit_code == 0:
             usable.append((file, checked))
@@ -223,9 +239,14 @@ def gate(
     lines: list[Requirement] = []
     for wanted in policy.threat:
         ball, what = wanted.ball(), f"certified accuracy against {wanted.name} at {wanted.radius:g}"
+        remark = ""
         if certificates is None:
-            proof = prove(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size or BATCH, advance)
-            radius, prediction = proof.radius, proof.prediction
+            proof, remark = _proof(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size or BATCH, advance)
+            if proof is None:
+                radius = np.zeros(len(data))
+                prediction = _predictions(chain, data, batch_size or BATCH) if prediction is None else prediction
+            else:
+                radius, prediction = proof.radius, proof.prediction
         else:
             matching = [pair for pair in usable if _covers(pair[0], wanted)]
             if not matching:
@@ -235,7 +256,7 @@ def gate(
             radius = _counted(file, checked, data)
             assert prediction is not None
         right = prediction == labels
-        lines.append(_share(what, wanted.min_certified_accuracy, right & (radius >= wanted.radius)))
+        lines.append(replace(_share(what, wanted.min_certified_accuracy, right & (radius >= wanted.radius)), remark=remark))
         if attack is not None and policy.require_attack:
             broken = _broken(attack, chain, data, ball, radius, policy.seed)
             lines.append(
@@ -252,6 +273,45 @@ def gate(
     if data.note:
         notes.append(f"data: {data.note}")
     return GateReport((count, clean, *lines), tuple(refusals), tuple(violations), tuple(notes))
+
+
+def _as_asked(model: nn.Module, dtype: str) -> tuple[nn.Module, str]:
+    """The model in the dtype of the policy, and why it cannot be certified whatever the threat ('': it is a chain)."""
+    try:
+        return cast(model, dtype), ""
+    except UnsupportedLayer as error:
+        wanted = torch.float64 if dtype == "real" else dtype_of(dtype)
+        same = all(p.dtype == wanted for p in model.parameters() if p.is_floating_point())
+        return (model if same else copy.deepcopy(model).to(wanted)), str(error)
+
+
+def _proof(
+    chain: nn.Module, data: Dataset, rows: list[int], ball: Threat, method: str, dtype: str, batch_size: int, advance: Advance | None
+) -> tuple[Certificate | None, str]:
+    """The certificate of all rows, or None and why the model cannot be certified in that way."""
+    check_method(method)
+    try:
+        return prove(chain, data, rows, ball, method, dtype, batch_size, advance), ""
+    except BadInput as error:
+        return None, str(error)
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray:
+    """The predictions (N,) of a model that is not certified. Raises BadInput where it does not take the data."""
+    target = Target(model)
+    found = []
+    with undrawn(), covered(target.kind), in_eval_mode(model):
+        for start in range(0, len(data), batch_size):
+            x = data.x[start : start + batch_size]
+            x = x.to(target.device(x), target.dtype(x) if x.is_floating_point() else x.dtype)
+            target.check_inputs(x)
+            check_fit(model, x)
+            logits = target.settle(x)
+            if int(data.y.max()) >= logits.shape[1]:
+                raise BadInput(f"expected labels in [0, {logits.shape[1] - 1}], got {int(data.y.max())}; use the model's own classes")
+            found.append(logits.argmax(1).cpu().numpy())
+    return np.concatenate(found)
 
 
 def wilson_lower(count: int, total: int, z: float = 1.6449) -> float:
@@ -280,6 +340,8 @@ def _usable(
         return Verification((Finding("dtype", sentence),))
     try:
         return verify(file, model, data, batch_size=batch_size, advance=advance)
+    except UnsupportedLayer:
+        raise
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from None
 
@@ -305,17 +367,17 @@ def _in_order(file: CertificateFile, values: np.ndarray | None, data: Dataset) -
 
 def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: np.ndarray, seed: int) -> list[str]:
     """Samples on which the attack succeeds inside the certified radius: none, unless there is a soundness bug."""
-    first = next(chain.parameters())
-    x = data.x
+    target, x = Target(chain), data.x
+    where = target.device(x)
     moved = np.zeros(len(x))
-    if x.is_floating_point() and x.dtype != first.dtype:
-        seen = x.to(first.dtype)
+    if x.is_floating_point() and x.dtype != target.dtype(x):
+        seen = x.to(target.dtype(x))
         if isinstance(ball, InputBall):  # the attack starts from the cast point; radii count from the given one
             order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[ball.norm]
             moved = torch.linalg.vector_norm((seen.double() - x.double()).flatten(1), ord=order, dim=1).numpy()
         x = seen
     generator = torch.Generator().manual_seed(seed)
-    observed = attack(chain, x.to(first.device), data.y.to(first.device), ball, generator=generator, index=data.index)
+    observed = attack(chain, x.to(where), data.y.to(where), ball, generator=generator, index=data.index)
     # `not <=`, so that a NaN counts as a contradiction. Misclassified samples have radius 0 on both sides.
     wrong = np.flatnonzero(~(radius <= observed.radius + moved))
     return [

@@ -356,3 +356,185 @@ def test_float64_inputs_of_a_float32_model_count_from_the_given_point(norm: str)
     assert (seen.distance <= radius).all()
     with pytest.raises(BadInput, match="far below the radius"):
         QUICK(plain().bfloat16(), x, y, InputBall(norm, 1e-3))
+
+
+# ---- samples as users have them
+
+
+def test_every_form_of_samples_is_the_same_attack_and_certificate() -> None:
+    import pandas as pd
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from robustlip import certify
+    from robustlip.samples import as_samples
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(7, 4)
+    y = model(x).argmax(1)
+    pairs = TensorDataset(x, y)
+    loader = DataLoader(pairs, batch_size=3)
+    forms = {
+        "numpy": (x.numpy(), y.numpy()), "lists": (x.tolist(), y.tolist()), "uint8 labels": (x, y.numpy().astype("uint8")),
+        "pandas": (pd.DataFrame(x.numpy()), pd.Series(y.numpy())), "rows of arrays": (list(x.numpy()), tuple(y.tolist())),
+        "column of rows": (pd.Series(list(x.numpy())), y), "list of tensors": (list(x), list(y)), "loader": (loader, None), "dataset": (pairs, None),
+    }  # fmt: skip
+    expected, radius = QUICK(model, x, y, L2), certify(model, x, y, InputBall("l2"), "global").radius
+    for form, (inputs, labels) in forms.items():
+        seen = QUICK(model, inputs, labels, L2)
+        np.testing.assert_allclose(seen.distance, expected.distance, rtol=1e-6, err_msg=form)
+        np.testing.assert_allclose(certify(model, inputs, labels, "l2", "global").radius, radius, rtol=1e-6, err_msg=form)
+    assert certify(model, loader, "l2", method="global").radius.tolist() == radius.tolist()
+    assert QUICK(model, loader, L2).distance.tolist() == expected.distance.tolist()
+
+    generator = torch.Generator().manual_seed(5)
+    shuffled = DataLoader(pairs, batch_size=3, shuffle=True, generator=generator)
+    before, everywhere = generator.get_state(), torch.get_rng_state()
+    first, _ = as_samples(shuffled)
+    assert torch.equal(generator.get_state(), before) and torch.equal(torch.get_rng_state(), everywhere)
+    assert torch.equal(first, torch.cat([batch for batch, _ in shuffled])) and not torch.equal(first, x)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (np.zeros((2, 4), "uint8"), [0, 1], "scale images"),
+        (np.zeros((2, 4), bool), [0, 1], "got torch.bool"),
+        (np.zeros((2, 4), complex), [0, 1], "complex128"),
+        ([[0.0, 1.0], [0.0]], [0, 1], "rows of one shape"),
+        (np.array([[0.0, "a"]] * 2, dtype=object), [0, 1], "rows of one shape|array of"),
+        (["a text", "another"], [0, 1], "array of <U"),
+        ("a text", [0, 1], "got str"),
+        (np.ma.masked_array(np.zeros((2, 4)), np.eye(2, 4)), [0, 1], "masked"),
+        (torch.zeros(2, 4).to_sparse(), [0, 1], "sparse"),
+        (np.zeros(2), [0, 1], "add the batch dimension"),
+        (np.zeros((0, 4)), [], "at least one sample"),
+        ([torch.zeros(4), torch.zeros(3)], [0, 1], "one shape and dtype"),
+        (np.zeros((2, 4)), [0.0, 1.0], "labels as an integer tensor"),
+        (np.zeros((2, 4)), [True, False], "labels as an integer tensor"),
+        (np.zeros((2, 4)), [[1, 0], [0, 1]], r"argmax\(1\)"),
+        (np.zeros((2, 4)), ["cat", "dog"], "labels as an integer tensor"),
+        (np.zeros((2, 4)), [0, 1, 2], "labels as an integer tensor"),
+        (np.zeros((2, 4)), np.array([0, 2**63], "uint64"), "int64 can hold"),
+        (np.zeros((2, 4)), None, "expected labels"),
+    ],
+)
+def test_samples_that_could_mean_something_else_are_refused(x: object, y: object, message: str) -> None:
+    from robustlip import certify
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    for call in (QUICK, certify):
+        with pytest.raises(BadInput, match=message):
+            call(model, x, y, L2)
+    with pytest.raises(BadInput, match="or its name"):
+        certify(model, torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), 0.3)  # type: ignore[arg-type]
+
+
+# ---- rows of tables, gates and the command line
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
+    """A module on the path: a class, a function and an instance."""
+    (tmp_path / "foreign_models.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Scaled(nn.Module):\n    def __init__(self):\n        super().__init__()\n        torch.manual_seed(0)\n"
+        "        self.body = nn.Linear(64, 10)\n\n    def forward(self, x):\n        return {'logits': self.body(x.flatten(1))}\n\n\n"
+        "def make():\n    return Scaled()\n\n\ninstance = Scaled()\nno_rule = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softsign())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["foreign_models:Scaled", "foreign_models:make", "foreign_models:instance"])
+def test_a_callable_may_return_any_module_and_an_instance_is_one(name: str, foreign) -> None:  # type: ignore[no-untyped-def]
+    from robustlip import load
+
+    model = load(name)
+    assert type(model).__name__ == "Scaled" and not model.training and model(torch.rand(2, 1, 8, 8))["logits"].shape == (2, 10)
+
+
+SUITE = """
+name = "foreign"
+[[pair]]
+name = "digits"
+data = "digits:test"
+limit = 12
+lipschitz = "foreign_models:instance"
+baseline = "foreign_models:no_rule"
+[[pair.threat]]
+name = "l2"
+radii = [0.1, 0.5]
+attacks = [{ name = "pgd", options = { steps = 5, restarts = 1 } }]
+[[pair.threat]]
+name = "weights-spectral"
+sensitivity_radius = 0.01
+"""
+
+
+def test_what_cannot_be_certified_is_a_row_with_its_reason(foreign, capsys) -> None:  # type: ignore[no-untyped-def]
+    import json
+
+    from robustlip.cli import main
+
+    (foreign / "suite.toml").write_text(SUITE)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "suite.toml", "--out", "run", "--json", "out.json", "--device", "cpu"])
+    assert ended.value.code == 0
+    rows = {(row["model"], row["threat"]): row for row in json.loads((foreign / "out.json").read_text())["rows"]}
+    assert len(rows) == 4
+    for model, reason in (("foreign_models:instance", "Scaled"), ("foreign_models:no_rule", "Softsign")):
+        row = rows[model, "l2"]
+        assert row["certified_accuracy_1"] == 0 and 0 <= row["attacked_accuracy_2"] <= row["clean_accuracy"] and reason in row["not_certified"]
+        assert row["median_attacked_radius"] is None or row["median_attacked_radius"] > 0
+    for name in ("run/table.md", "run/report.html", "run/table.tex"):
+        text = (foreign / name).read_text()
+        assert "certified 0" in text and "Softsign" in text, name
+    capsys.readouterr()
+
+
+POLICY = """
+data = "digits:test"
+limit = 12
+dtype = "float32"
+min_samples = 12
+min_clean_accuracy = 0.0
+require_attack = true
+attack = "pgd"
+[[threat]]
+name = "l2"
+radius = 0.1
+min_certified_accuracy = {share}
+"""
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.5, 1), (0.0, 0)])
+def test_a_gate_fails_with_the_reason(share: float, code: int, foreign, capsys) -> None:  # type: ignore[no-untyped-def]
+    from robustlip.cli import main
+
+    (foreign / "policy.toml").write_text(POLICY.format(share=share))
+    with pytest.raises(SystemExit) as ended:
+        main(["gate", "foreign_models:instance", "--policy", "policy.toml", "--device", "cpu"])
+    assert ended.value.code == code
+    if code:
+        assert "Scaled" in capsys.readouterr().err
+
+
+def test_verbs_that_need_a_forward_only_take_any_module(foreign, capsys) -> None:  # type: ignore[no-untyped-def]
+    from robustlip.cli import main
+
+    common = ["--data", "digits:test", "--limit", "4", "--device", "cpu"]
+    for arguments in (
+        ["attack", "foreign_models:make", *common, "--attack", "pgd", "--radius", "0.5"],
+        ["smooth", "foreign_models:make", *common, "--sigma", "0.25", "--samples", "50", "--selection", "10"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0, arguments
+    capsys.readouterr()
+    for model in ("foreign_models:make", "foreign_models:no_rule"):
+        with pytest.raises(SystemExit) as ended:
+            main(["certify", model, *common])
+        assert ended.value.code == 2
+        assert "can still be attacked" in capsys.readouterr().err

@@ -174,6 +174,14 @@ def test_a_suite_names_file_and_line(capsys: pytest.CaptureFixture[str]) -> None
     assert "their_model.py, line 1" in refused(capsys, "eval", "suite.toml", "--out", "e")
 
 
+def test_a_model_without_weights_is_attacked_and_not_certified(capsys: pytest.CaptureFixture[str]) -> None:
+    write(f"{HEAD}def f(): return nn.Flatten()\n")
+    for verb, codes in {"certify": (2,), "attack": (0,), "gate": (1,)}.items():
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in VERBS[verb]])
+        assert caught.value.code in codes, verb
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -182,7 +190,6 @@ def test_a_suite_names_file_and_line(capsys: pytest.CaptureFixture[str]) -> None
         "nn.Sequential(nn.Flatten(), torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64, 10)), dtype=torch.qint8))",
         "nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(torch.complex64)",
         "nn.Sequential()",
-        "nn.Flatten()",
         "nn.Sequential(nn.Flatten(), nn.Linear(3, 10))",
         "nn.Linear(8, 10)",
         "torch.zeros(3)",

@@ -32,7 +32,7 @@ from robustlip.certificates import ABSTAINED, MISCLASSIFIED
 from robustlip.certifiers.samples import check_labels, train_mode_reason
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput
-from robustlip.execution import lower_precision, proving
+from robustlip.execution import covered, lower_precision
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import chain_or_module
 from robustlip.modes import in_eval_mode, undrawn
@@ -170,7 +170,7 @@ def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, c
 @contextmanager
 def _executed(target: Target, x: Tensor) -> Iterator[None]:
     """The program as it is deployed: eval mode, the kernels that are named, and whatever it draws given back."""
-    with undrawn(), proving(target.device(x).type), in_eval_mode(target.module):
+    with undrawn(), covered(target.device(x).type), in_eval_mode(target.module):
         yield
 
 

@@ -135,7 +135,7 @@ def as_chain(model: nn.Module) -> Chain:
         return chain
     raise UnsupportedLayer(
         f"expected a robustlip model or an nn.Sequential of known layers, got {type(model).__name__}; "
-        f"build it as nn.Sequential or as robustlip.layers.Chain to certify it (attacks take any module)"
+        f"build it as nn.Sequential or as robustlip.layers.Chain to certify it"
     )
 
 
