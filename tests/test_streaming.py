@@ -107,7 +107,7 @@ def test_a_position_of_other_data_is_refused(source: str, tmp_path: Path) -> Non
     state = made.state_at(750)
     with pytest.raises(BadInput, match=rf"document {state['document']} of .* got another"):
         stream(source).restore({**state, "begins": [1, 2, 3]})
-    with pytest.raises(BadInput, match="another version of datasets"):
+    with pytest.raises(BadInput, match="another version of robustlip"):
         stream(source).restore({**state, "reader": {"epoch": 0}})
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(seed=1)), encoding="utf-8")
@@ -118,7 +118,6 @@ def test_a_position_of_other_data_is_refused(source: str, tmp_path: Path) -> Non
 def test_only_the_text_is_read(shards: Path) -> None:
     """And the documents before a position are not: that is what the state of a reader is for."""
     documents = Documents(str(shards))
-    assert documents._data.column_names == ["text"]
     for _ in range(65):
         documents.next()
     state = documents.state()
@@ -200,6 +199,72 @@ def test_the_hub_is_asked_by_name_and_configuration(lines: Path, monkeypatch: py
     monkeypatch.setattr(hub, "_within", fails(TimeoutError()))
     with pytest.raises(DataUnavailable, match="TimeoutError"):
         Documents("HuggingFaceFW/fineweb", "sample-10BT")
+
+
+def every(documents: Documents) -> list[str]:
+    return list(iter(documents.next, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("odd", ["run [12]", "a*", "b?", "{x,y}", "a::b", "__special__", ".hidden"])
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_paths_are_literal_in_streams_too(tmp_path: Path, odd: str, form: str) -> None:
+    def put(folder: str, text: str) -> Path:
+        path = tmp_path / folder / f"x.{form}"
+        path.parent.mkdir()
+        if form == "parquet":
+            pq.write_table(pa.table({"text": [text]}), path)
+        else:
+            path.write_text(json.dumps({"text": text}))
+        return path
+
+    for decoy in ("run 1", "aa", "bx", "x", "y"):
+        put(decoy, "another")
+    path = put(odd, "mine")
+    assert every(Documents(str(path))) == every(Documents(str(path.parent))) == ["mine"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_folder_of_splits_gives_one_of_them_whole(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+
+    def put(name: str) -> None:
+        if form == "parquet":
+            pq.write_table(pa.table({"text": [name]}), folder / f"{name}.parquet")
+        else:
+            (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+
+    for name in ("train-00000-of-00002", "test-00000-of-00001", "train-old"):
+        put(name)
+    with pytest.raises(BadInput, match="copy the missing"):
+        Documents(str(folder))
+    put("train-00001-of-00002")
+    assert every(Documents(str(folder))) == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert every(Documents(str(folder), split="test")) == ["test-00000-of-00001"]
+    with pytest.raises(BadInput, match="among test, train"):
+        Documents(str(folder), split="validation")
+
+
+def test_lines_that_are_none_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n\n{"text": "b"}')
+    assert every(Documents(str(path))) == ["a", "b"]
+    for line in (b"[1]", b"[" * 5000, b'{"text": "\xff"}', b'{"a": ' + b"9" * 5000 + b"}", b'{"text": 3}', b"\0"):
+        path.write_bytes(b'{"text": "a"}\n' + line)
+        documents = Documents(str(path))
+        assert documents.next() == "a"
+        with pytest.raises(BadInput):
+            documents.next()
+    monkeypatch.setattr("robustlip.data.stream.MAX_LINE", 100)
+    path.write_bytes(b'{"text": "' + b"a" * 200 + b'"}')
+    with pytest.raises(BadInput, match="at most 100 bytes"):
+        Documents(str(path))
+    (tmp_path / "x.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(BadInput, match="check the file"):
+        Documents(str(tmp_path / "x.jsonl.gz"))
+    (tmp_path / "x.parquet").mkdir()
+    with pytest.raises(BadInput, match="none there"):
+        Documents(str(tmp_path / "x.parquet"))
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers

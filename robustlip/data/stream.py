@@ -8,7 +8,11 @@ dictionary (`state_at`), and reading goes on from it without the documents befor
 from __future__ import annotations
 
 import copy
+import gzip
+import io
 import itertools
+import json
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,84 +21,192 @@ from typing import Any
 
 import numpy as np
 
-from robustlip.data.folders import local_copies
+from robustlip.data.folders import local_copies, splits_of, walk
 from robustlip.data.hub import quiet, stream_from_hub
+from robustlip.data.tables import Parquet, is_text
 from robustlip.data.tokenizers import Tokenizer
 from robustlip.errors import BadInput, DataUnavailable, first_line
+from robustlip.files import is_file, is_folder
 
 GROUP = 64  # documents that are tokenised at once
 _CHECKED = 16  # tokens by which a position recognises its document
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json"}
+_DEPTH = 8  # folders below that of the data set
+_USUAL = {"train", "test", "validation", "valid", "val", "dev"}  # names of splits: files so named are of that split alone
+MAX_LINE = 2**26  # bytes of a line of .jsonl
 
 
-def local_files(name: str, subset: str | None, data_dir: str | Path | None) -> tuple[list[Path], str] | None:
-    """(files in order of their path, note) of a data set that lies here; None when it does not.
+def local_files(name: str, subset: str | None, data_dir: str | Path | None, split: str | None = None) -> tuple[list[Path], str] | None:
+    """(files in order of their path, note) of a data set that lies here; None when it does not. Every character of a path is literal.
 
     name: a .parquet or .jsonl[.gz, .zst] file, a folder, or a name that data_dir or ROBUSTLIP_DATA has a folder for. subset: a folder in there.
+    split: where files are named by splits (see `folders`), those of this one, whole; else all there are.
     Raises BadInput for a path that does not exist and for a folder without such files.
     """
     path = Path(name)
     if _kind(path) is not None:
-        if not path.is_file():
-            raise BadInput(f"expected a file at {name!r}, got none there; correct the path")
+        if not is_file(path):
+            raise BadInput(f"expected a file at {name[:200]!r}, got none there; correct the path")
         return [path], ""
-    folders = [(path, "")] if path.is_dir() else local_copies(name, data_dir)
+    folders = [(path, "")] if is_folder(path) else local_copies(name, data_dir)
     for folder, note in folders:
         inside = folder / subset if subset else folder
-        found = sorted(file for file in inside.rglob("*") if _kind(file) is not None) if inside.is_dir() else []
-        kinds = {_kind(file) for file in found}
+        found = [(names, file) for names, file in walk(inside, _DEPTH) if _kind(file) is not None] if is_folder(inside) else []
+        kinds = {_kind(file) for _, file in found}
         if len(kinds) > 1:
             raise BadInput(f"expected parquet files or jsonl files in {str(inside)!r}, got both; name a folder with one kind")
+        if split is not None and any(_names_a_split(names, file) for names, file in found):
+            splits = splits_of(inside, None, split, tuple(_READERS))
+            if split not in splits:
+                raise BadInput(f"expected a split among {', '.join(sorted(splits))[:200]} in {str(inside)!r}, got {split!r}; name one of them")
+            return splits[split].files(f"split {split!r}"), note
         if found:
-            return found, note
-    if path.is_dir():
+            return [file for _, file in found], note
+    if is_folder(path):
         raise BadInput(f"expected .parquet or .jsonl files in {str(path / (subset or ''))!r}, got none; name a folder that has them")
     return None
 
 
+def _names_a_split(names: tuple[str, ...], file: Path) -> bool:
+    stem = file.name[: -len(_ending(file))]
+    return "-of-" in stem or stem in _USUAL or (names[-1:] != () and names[-1] in _USUAL and len(stem) == 4 and stem.isdigit())
+
+
+def _ending(path: Path) -> str:
+    return next((ending for ending in _READERS if path.name.endswith(ending)), "")
+
+
 def _kind(path: Path) -> str | None:
-    return next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
+    return _READERS.get(_ending(path))
+
+
+class _Files:
+    """Documents of files that lie here. A position is a file and a row in it; what is before it is not read (of .jsonl: not parsed)."""
+
+    def __init__(self, files: list[Path], name: str, column: str) -> None:
+        self.files, self.name, self.column = files, name, column
+        if _kind(files[0]) == "parquet":
+            self.columns = list(Parquet(files[:1], name).types)
+        else:
+            try:
+                self.columns = list(next(self._lines(0, 0, whole=True), ((0, 0), {}))[1])
+            except BadInput:
+                raise
+            except Exception as error:  # of the file system or of a decompressor
+                raise BadInput(f"expected lines of JSON in {files[0].name}, got an error ({first_line(error, 100)}); check the file") from None
+
+    def rows(self, state: Any) -> Iterator[tuple[Any, Any]]:
+        """(position of the next one, document) from `state` on. Raises BadInput for a position of something else."""
+        try:
+            file, row = state["file"], state["row"]
+            if not (type(file) is type(row) is int and 0 <= file < len(self.files) and row >= 0):
+                raise ValueError
+        except (LookupError, TypeError, ValueError):
+            raise BadInput(
+                f"expected a position in {self.name}, got one of other files or another version of robustlip; restore them, or start again in "
+                f"another folder"
+            ) from None
+        for at in range(file, len(self.files)):
+            read = self._table if _kind(self.files[at]) == "parquet" else self._lines
+            for (number, following), value in read(at, row if at == file else 0):
+                yield {"file": number, "row": following}, value
+
+    def _table(self, at: int, row: int) -> Iterator[tuple[tuple[int, int], Any]]:
+        table = Parquet([self.files[at]], self.name)
+        if self.column not in table.types or not is_text(table.types[self.column]):
+            raise BadInput(f"expected text in the column {self.column!r} of {self.files[at].name}, got none; name another text_column")
+        for i, value in enumerate(table.cells(self.column, np.arange(row, table.rows)), row):
+            yield (at, i + 1), value
+
+    def _lines(self, at: int, row: int, whole: bool = False) -> Iterator[tuple[tuple[int, int], Any]]:
+        path = self.files[at]
+        with _unpacked(path) as stream:
+            number = 0
+            while line := stream.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise BadInput(f"expected lines of at most {MAX_LINE} bytes in {path.name}, got a longer one ({number + 1}); cut that document")
+                number += 1
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if number <= row or not line.strip():
+                    continue
+                try:
+                    document = json.loads(line.decode("utf-8"))
+                    if not isinstance(document, dict):
+                        raise ValueError("no object")
+                except (ValueError, RecursionError) as error:
+                    raise BadInput(
+                        f"expected a JSON object in UTF-8 in line {number} of {path.name}, got something else ({first_line(error, 80)}); mend that line"
+                    ) from None
+                yield (at, number), document if whole else document.get(self.column)
+
+
+def _unpacked(path: Path) -> Any:
+    """The bytes of a .jsonl file, unpacked as they are read."""
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if not path.name.endswith(".zst"):
+        return open(path, "rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise BadInput(f"expected the package zstandard for {path.name}, got no such package; install it, or unpack the file") from None
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True))
+
+
+class _Hub:
+    """Documents of the hub, by `datasets` in streaming mode; a position is its own."""
+
+    def __init__(self, name: str, subset: str | None, split: str, column: str) -> None:
+        self.name, self.column = name, column
+        self._data: Any = stream_from_hub(name, subset, split)
+        self.columns = self._data.column_names
+        if self.columns is not None and column in self.columns:
+            self._data = self._data.select_columns([column])
+        self.start: Any = self._data.state_dict()
+
+    def rows(self, state: Any) -> Iterator[tuple[Any, Any]]:
+        try:
+            with quiet():
+                self._data.load_state_dict(copy.deepcopy(state))
+                rows = iter(self._data)
+                first = next(rows, None)
+        except (LookupError, TypeError, AttributeError) as error:  # it indexes into what it is given
+            raise BadInput(
+                f"expected a position in {self.name}, got one of other files or another version of datasets ({type(error).__name__}); "
+                f"restore them, or start again in another folder"
+            ) from None
+        # datasets itself says where it stands only once it has read a row.
+        for row in () if first is None else itertools.chain([first], rows):
+            yield self._data.state_dict(), row.get(self.column)  # the state is a copy
 
 
 class Documents:
-    """The documents of one split, one after the other, by `datasets` in streaming mode.
+    """The documents of one split, one after the other.
 
-    name, subset, data_dir: see `local_files`; what lies nowhere here is read from the hub (subset: its configuration). column: of the text.
-    note: what a table must say of the source. Raises DataUnavailable and BadInput as `load_data` does.
+    name, subset, data_dir, split: see `local_files`; what lies nowhere here is read from the hub (subset: its configuration). column: of the
+    text. note: what a table must say of the source. Raises DataUnavailable and BadInput as `load_data` does.
     """
 
     def __init__(
         self, name: str, subset: str | None = None, *, split: str = "train", column: str = "text", data_dir: str | Path | None = None
     ) -> None:
         self.name, self.column = name, column
-        local = local_files(name, subset, data_dir)
+        local = local_files(name, subset, data_dir, split)
+        self._source: _Files | _Hub
         if local is None:
             self.note = ""
-            self._data: Any = stream_from_hub(name, subset, split)
+            self._source = _Hub(name, subset, split, column)
+            self._start = self._source.start
         else:
-            from datasets import load_dataset
-
             files, self.note = local
-            reader = str(_kind(files[0]))
-            try:
-                with quiet():
-                    self._data = load_dataset(reader, data_files={"rows": [str(file) for file in files]}, split="rows", streaming=True)
-            except Exception as error:  # of pyarrow, of a decompressor, or of datasets itself
-                raise BadInput(
-                    f"expected {reader} files that datasets reads in {name}, got an error ({first_line(error)}); check the files"
-                ) from error
-        columns = self._data.column_names
-        if columns is not None:
-            if column not in columns:
-                raise BadInput(f"expected a column {column!r} in {name}, got {', '.join(columns)}; name one of them as text_column")
-            self._data = self._data.select_columns([column])
-        self._start: Any = self._data.state_dict()
-        self._at = self._start
-        self._rows: Iterator[Any] | None = None
+            self._source, self._start = _Files(files, name, column), {"file": 0, "row": 0}
+        if self._source.columns is not None and column not in self._source.columns:
+            raise BadInput(f"expected a column {column!r} in {name}, got {', '.join(self._source.columns)[:300] or 'none'}; name one of them as text_column")
+        self._at: Any = self._start
+        self._rows: Iterator[tuple[Any, Any]] | None = None
 
     def seek(self, state: Any | None) -> None:
         """Go to where `state` was read, or to the first document for None."""
-        # Kept here: datasets itself says where it stands only once it has read a row.
         self._at = self._start if state is None else state
         self._rows = None
 
@@ -109,37 +221,21 @@ class Documents:
         """
         try:
             if self._rows is None:
-                self._rows = self._reopened()
+                self._rows = self._source.rows(self._at)
             row = next(self._rows, None)
-            self._at = self._data.state_dict()  # a copy
         except BadInput:
             raise
-        except Exception as error:  # of the file system, of pyarrow, or of whichever HTTP client datasets uses
+        except Exception as error:  # of the file system, of a decompressor, or of whichever HTTP client datasets uses
             raise DataUnavailable(
                 f"expected the next document of {self.name}, got an error ({type(error).__name__}: {str(error)[:100]}); "
                 f"start again when it can be read, a run goes on from its last state"
             ) from error
         if row is None:
             return None
-        text = row.get(self.column)
+        self._at, text = row
         if not isinstance(text, str):
             raise BadInput(f"expected text in the column {self.column!r} of {self.name}, got {type(text).__name__}; name another text_column")
         return text
-
-
-    def _reopened(self) -> Iterator[Any]:
-        """Rows from the position on, the first of them read. Raises BadInput for a position of something else."""
-        try:
-            with quiet():
-                self._data.load_state_dict(copy.deepcopy(self._at))
-                rows = iter(self._data)
-                first = next(rows, None)
-        except (LookupError, TypeError, AttributeError) as error:  # it indexes into what it is given
-            raise BadInput(
-                f"expected a position in {self.name}, got one of other files or another version of datasets ({type(error).__name__}); "
-                f"restore them, or start again in another folder"
-            ) from None
-        return rows if first is None else itertools.chain([first], rows)
 
 
 @dataclass(frozen=True)
