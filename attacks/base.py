@@ -38,8 +38,8 @@ class Observation:
     success: bool (N,), the model as executed predicts another class than the label at the adversarial point (True with
     distance 0 where the clean point is misclassified already).
     distance: float64 (N,), the norm of the returned perturbation in the threat's norm and units, measured in float64 on the
-    point cast to the model's dtype, from the point that was given (0 where nothing was changed but by that cast). radius: float64 (N,), the smallest distance at which this attack succeeded: inf where it
-    never did, 0 where the clean point is misclassified.
+    point cast to the model's dtype, from the point that was given (0 where nothing was changed but by that cast). radius:
+    float64 (N,), the smallest distance at which this attack succeeded: inf where it never did, 0 where the clean point is misclassified.
     adversarial: inputs or embeddings (N, …) in the model's dtype; for weight threats a dict, name → float64 changes (G, …) of
     that matrix. group: int64 (N,), the row of `adversarial` that belongs to each sample.
     dtype: the arithmetic that was attacked. seed: of the generator. weights_sha256: as passed in.
@@ -281,8 +281,8 @@ def _check_samples(x: torch.Tensor, y: torch.Tensor, threat: Threat, dtype: torc
         moved = float((seen.double() - x.double()).flatten(1).norm(p={"l1": 1.0, "l2": 2.0, "linf": math.inf}[threat.norm], dim=1).max())
         if moved > MOVED * threat.radius:
             raise BadInput(
-                f"expected inputs that {_name(dtype)} (the model's dtype) can hold exactly, or with a rounding far below the radius {threat.radius:g}, "
-                f"got {_name(x.dtype)} that it moves by {moved:.3g}; convert them first, so that radii count from the point that the model sees"
+                f"expected inputs that {_name(dtype)} (the model's dtype) can hold exactly, or with a rounding far below the radius "
+                f"{threat.radius:g}, got {_name(x.dtype)} that it moves by {moved:.3g}; convert them first, so that radii count from the point that the model sees"
             )
     if threat.clip is not None:
         low, high = float(seen.double().min()), float(seen.double().max())

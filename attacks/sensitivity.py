@@ -93,7 +93,7 @@ def _double(model: nn.Module) -> nn.Module:
             parameter.requires_grad_(False)
         return copied
     except Exception as error:  # of somebody else's module
-        raise BadInput(f"expected a model that can be copied into float64, got {first_line(error)}; leave out what copy.deepcopy cannot take") from None
+        raise BadInput(f"expected a model that can be copied into float64, got {first_line(error)}; leave out what cannot be copied") from None
 
 
 def _search(

@@ -1,4 +1,4 @@
-"""Any nn.Module can be attacked: scripted, traced, compiled, wrapped, hooked, with outputs of other libraries. What cannot be certified has its row."""
+"""Any nn.Module can be attacked: scripted, compiled, wrapped, hooked, with outputs of other libraries. What cannot be certified has its row."""
 
 from __future__ import annotations
 
@@ -310,7 +310,9 @@ class Centred(nn.Module):
 
 
 MIXING = {
-    "BatchNorm2d": lambda: nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, CLASSES)),
+    "BatchNorm2d": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, CLASSES)
+    ),
     "frozen script of it": lambda: torch.jit.script(MIXING["BatchNorm2d"]()),
     "a layer of one's own": lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, CLASSES), Centred()),
 }  # fmt: skip

@@ -101,8 +101,9 @@ class Scene:
         settings = [(m.training, getattr(m, "inplace", None), type(m), id(m)) for m in self.model.modules()]
         states = torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(), random.getstate()
         flags = (
-            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads(),
-            torch.get_float32_matmul_precision(), torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled, torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled,
+            torch.are_deterministic_algorithms_enabled(),
             torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled(),
         )  # fmt: skip
         return [bits, grads, hooks, settings, states, flags]
@@ -183,7 +184,9 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 5])
-@pytest.mark.parametrize("name", ["pgd", "min", "weights", "observed_sensitivity", "certify_smoothed", "predict_smoothed", "gate", "eval", "certify global"])
+@pytest.mark.parametrize(
+    "name", ["pgd", "min", "weights", "observed_sensitivity", "certify_smoothed", "predict_smoothed", "gate", "eval", "certify global"]
+)
 def test_nothing_changes_after_an_error(name: str, calls: int) -> None:
     scene = Scene("mlp")
     scene.model.append(Broken(calls))  # type: ignore[operator]
