@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from robustlip.errors import BadInput
 from robustlip.files import is_file, read_toml, strictly
+from robustlip.limits import ATTACKS, CONTEXT, PAIRS, RADII, ROWS, SEARCH, THREATS, number
 from robustlip.threats import Threat, WeightBall, parse_threat
 
 BUNDLED = Path(__file__).resolve().parent / "suites"
@@ -26,13 +27,21 @@ class AttackSpec(_Strict):
     name: str
     options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(default_factory=dict)
 
+    @field_validator("options")
+    @classmethod
+    def _possible(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, value in options.items():
+            if type(value) is int and value > SEARCH:
+                raise ValueError(f"expected {name} of an attack of at most {SEARCH}, got {number(value)}; make it smaller")
+        return options
+
 
 class SearchSpec(_Strict):
     """How hard `robustlip.attacks.observed_sensitivity` looks for the most sensitive direction."""
 
-    starts: int = Field(default=2, ge=1)
-    power_steps: int = Field(default=10, ge=1)
-    ascent_steps: int = Field(default=10, ge=0)
+    starts: int = Field(default=2, ge=1, le=SEARCH)
+    power_steps: int = Field(default=10, ge=1, le=SEARCH)
+    ascent_steps: int = Field(default=10, ge=0, le=SEARCH)
 
 
 class ThreatSpec(_Strict):
@@ -44,12 +53,12 @@ class ThreatSpec(_Strict):
     """
 
     name: str
-    radii: tuple[float, ...] = ()
+    radii: tuple[float, ...] = Field(default=(), max_length=RADII)
     clip: tuple[float, float] | None = None
     method: str = "best"
     dtype: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-    attacks: tuple[AttackSpec, ...] = (AttackSpec(name="min"),)
+    limit: int | None = Field(default=None, ge=1, le=ROWS)
+    attacks: tuple[AttackSpec, ...] = Field(default=(AttackSpec(name="min"),), max_length=ATTACKS)
     sensitivity_radius: float | None = None
     search: SearchSpec = SearchSpec()
 
@@ -94,15 +103,15 @@ class PairSpec(_Strict):
     title: str = ""
     data: str
     page_fallback: bool = False
-    limit: int = Field(ge=1)
-    context: int | None = Field(default=None, ge=1)
+    limit: int = Field(ge=1, le=ROWS)
+    context: int | None = Field(default=None, ge=1, le=CONTEXT)
     subset: str | None = Field(default=None, min_length=1)
     image_column: str | None = Field(default=None, min_length=1)
     label_column: str | None = Field(default=None, min_length=1)
     text_column: str | None = Field(default=None, min_length=1)
     lipschitz: str | None = None
     baseline: str | None = None
-    threats: tuple[ThreatSpec, ...] = Field(alias="threat", min_length=1)
+    threats: tuple[ThreatSpec, ...] = Field(alias="threat", min_length=1, max_length=THREATS)
 
     @model_validator(mode="after")
     def _consistent(self) -> PairSpec:
@@ -125,8 +134,8 @@ class Suite(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$", max_length=100)
     title: str = ""
     description: str = ""
-    seed: int = 0
-    pairs: tuple[PairSpec, ...] = Field(alias="pair", min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    pairs: tuple[PairSpec, ...] = Field(alias="pair", min_length=1, max_length=PAIRS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+from robustlip import limits
 from robustlip.errors import BadInput, first_line
 from robustlip.layers import Chain
 from robustlip.models.baselines import BaselineGPT, BaselineTransformer
@@ -32,7 +34,7 @@ _EXACT: dict[object, tuple[type, str]] = {"int": (int, "a whole number"), "bool"
 
 
 def build(config: dict[str, Any]) -> Chain:
-    """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option."""
+    """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option, or a size above robustlip.limits."""
     options = dict(config)
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
@@ -44,9 +46,28 @@ def build(config: dict[str, Any]) -> Chain:
         exact, words = _EXACT.get(known[name].annotation, (object, ""))
         if exact is not object and type(value) is not exact:
             raise BadInput(f"expected {words} as {name} of a model of kind {kind!r}, got {value!r}; check the recipe")
+    _check_sizes(kind, options)
     try:
         return KINDS[kind](**options)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # of torch too, for sizes that no layer has
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"expected options that a model of kind {kind!r} can have, got {options} ({first_line(error)}); check the recipe") from None
+
+
+def _check_sizes(kind: str, options: dict[str, Any]) -> None:
+    """Raises BadInput for a size that no model of anybody has: before a layer is made."""
+
+    def largest(name: str, value: Any, limit: int) -> None:
+        if isinstance(value, int) and value > limit:
+            raise BadInput(f"expected {name} of at most {limit} of a model of kind {kind!r}, got {limits.number(value)}; make it smaller")
+
+    for name, value in options.items():
+        largest(name, value, limits.MODEL.get(name, 2**63 - 1))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"expected a finite {name} of a model of kind {kind!r}, got {value}; write a number")
+        if isinstance(value, list | tuple | str | dict):
+            longest = limits.MODEL["vocabulary_size"] if name == "vocabulary" else limits.LAYERS
+            largest(f"a number of entries in {name}", len(value), longest)
+        for entry in value if isinstance(value, list | tuple) else ():
+            largest(name, entry, limits.SIDE if name == "image" else limits.WIDTH)

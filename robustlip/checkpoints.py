@@ -7,6 +7,7 @@ hash in its header against the tensors that were read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from robustlip.checks import check_finite_weights
 from robustlip.errors import BadInput
 from robustlip.files import atomic, is_file
 from robustlip.hashing import weights_sha256
+from robustlip.limits import PARAMETERS, TENSORS, number
 from robustlip.modes import undrawn
 from robustlip.rounding import NAMES
 
 FORMAT = "robustlip-1"
+Build = Callable[[dict[str, Any]], nn.Module]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -38,6 +41,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
 
 
+def load_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes and header, without reading tensors. Raises BadInput as load_tensors."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def look(file: Any) -> dict[str, Tensor]:
+        names = file.keys()
+        if len(names) <= TENSORS:
+            found.update({name: tuple(file.get_slice(name).get_shape()) for name in names})
+        else:
+            raise BadInput(f"expected at most {TENSORS} tensors in {path.name}, got {len(names)}; split the file")
+        return {}
+
+    return found, _read(path, look)[1]
+
+
 def load_header(path: Path) -> dict[str, Any]:
     """The header alone, without reading tensors. Raises BadInput as load_tensors."""
     return _read(path, lambda file: {})[1]
@@ -51,6 +69,8 @@ def _read(path: Path, tensors_of: Callable[[Any], dict[str, Tensor]]) -> tuple[d
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata, tensors = file.metadata() or {}, tensors_of(file)
+    except BadInput:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"expected a whole safetensors file, got {path.name}, which cannot be read ({error}); copy or train it again") from None
     try:
@@ -70,23 +90,48 @@ def save_model(path: Path, model: nn.Module) -> None:
     save_tensors(path, model.state_dict(), {"config": config, "weights_sha256": weights_sha256(model)})
 
 
+def planned(build: Build, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that `build` would make, without their memory. Raises BadInput as `build`, and for too many parameters."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in build(config).state_dict().items()}
+    if (count := sum(math.prod(shape) for shape in shapes.values())) > PARAMETERS:
+        raise BadInput(f"expected a model of at most {PARAMETERS} parameters, got one of {number(count)}; make it smaller")
+    return shapes
+
+
+def tensors_of(build: Build, config: dict[str, Any]) -> int:
+    """How many weights `build` would make, from models of one and of two layers: no work grows with the sizes in the configuration."""
+    widths, blocks = config.get("widths"), config.get("blocks")
+    if isinstance(widths, list) and len(widths) > 3:
+        repeats, cut = len(widths) - 1, {n: config | {"widths": widths[: n + 1]} for n in (1, 2)}
+    elif type(blocks) is int and blocks > 2:
+        repeats, cut = blocks, {n: config | {"blocks": n} for n in (1, 2)}
+    else:
+        return len(planned(build, config))
+    one, two = (len(planned(build, cut[n])) for n in (1, 2))
+    return one + (repeats - 1) * (two - one)
+
+
 @undrawn()
-def load_into(path: Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+def load_into(path: Path, build: Build) -> nn.Module:
     """The model of a file, in eval mode. build: from a config to an untrained model (robustlip.models.build).
 
     Raises BadInput when tensors are missing, surplus, of another shape or not finite, or when the hash does not fit.
     """
-    tensors, header = load_tensors(path)
-    if not isinstance(header.get("config"), dict):
+    got, header = load_shapes(path)
+    config = header.get("config")
+    if not isinstance(config, dict):
         raise BadInput(f"expected a model file, got {path.name}, which holds no model configuration; name a model, not a training state")
-    with torch.device("meta"):  # a few bytes of configuration can ask for more memory than there is
-        wanted = {k: tuple(v.shape) for k, v in build(header["config"]).state_dict().items()}
-    got = {k: tuple(v.shape) for k, v in tensors.items()}
+    # Cheap checks first: a few bytes of configuration can ask for more layers than a machine builds in a day, or more memory than there is.
+    if (count := tensors_of(build, config)) != len(got):
+        told = f"expected the tensors of a {config.get('kind')} model in {path.name}, {number(count)} of them, got {len(got)}"
+        raise BadInput(f"{told}; the file was altered")
+    wanted = planned(build, config)
     if wanted != got:
         odd = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
-        kind = header["config"].get("kind")
-        raise BadInput(f"expected the tensors of a {kind} model in {path.name}, got others for {odd[:3]}; the file was altered")
-    model = build(header["config"])
+        raise BadInput(f"expected the tensors of a {config.get('kind')} model in {path.name}, got others for {odd[:3]}; the file was altered")
+    tensors, header = load_tensors(path)
+    model = build(config)
     dtypes = {v.dtype for v in tensors.values() if v.is_floating_point()}
     if foreign := dtypes - set(NAMES.values()):
         raise BadInput(f"expected weights of a dtype among {', '.join(NAMES)} in {path.name}, got {foreign.pop()}; cast them first")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.checkpoints import save_model, toml_text
+from robustlip.checkpoints import planned, save_model, toml_text
 from robustlip.constraints import Constraint
 from robustlip.errors import BadInput
 from robustlip.files import write_text
@@ -159,6 +159,7 @@ def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress
     config = dict(recipe.model)
     if source.text:
         config.setdefault("vocabulary", source.vocabulary)
+    planned(build, config)  # too large a model is said before it takes the memory
     model = build(config)
     world.together(lambda: source.check(model))
     if recipe.loss.kind == "ibp":

@@ -7,17 +7,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from robustlip.constraints import make_method
 from robustlip.data.tokenizers import TOKENIZERS
 from robustlip.errors import BadInput
 from robustlip.files import read_toml, strictly
+from robustlip.limits import BATCH, CONTEXT, ROWS, STEPS
 
 # A key that was added after the first release: left out of a recipe's identity while it has its default, so old states stay valid.
 _LATER: Any = {"later": True}
 
 
+Steps = Annotated[int, Field(gt=0, le=STEPS)]
+Some = Annotated[int, Field(ge=0, le=STEPS)]
 # Numbers that torch takes: larger ones overflow on their way.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1e30)]
@@ -37,14 +40,14 @@ class DataPart(_Strict):
     """
 
     name: str
-    context: PositiveInt = 256
+    context: int = Field(256, gt=0, le=CONTEXT)
     streaming: bool = Field(default=False, json_schema_extra=_LATER)
     subset: str | None = Field(default=None, json_schema_extra=_LATER)
     split: str = Field(default="train", json_schema_extra=_LATER)
     text_column: str = Field(default="text", json_schema_extra=_LATER)
     image_column: str | None = Field(default=None, json_schema_extra=_LATER)
     label_column: str | None = Field(default=None, json_schema_extra=_LATER)
-    held_out: PositiveInt = Field(default=256, json_schema_extra=_LATER)
+    held_out: int = Field(default=256, gt=0, le=ROWS, json_schema_extra=_LATER)
     tokenizer: Literal["bytes", "gpt2"] | None = Field(default=None, json_schema_extra=_LATER)
     tokenizer_file: str | None = Field(default=None, json_schema_extra=_LATER)
 
@@ -79,7 +82,7 @@ class OptimizerPart(_Strict):
     momentum: float = Field(0.9, ge=0, lt=1)
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)
+    warmup: Some = 0
     final: float = Field(0.0, ge=0, le=1)
     clip_gradient: PositiveFloat | None = None
     polynomial: Literal["six-step", "torch", "145m-script"] = Field(default="six-step", json_schema_extra=_LATER)
@@ -142,8 +145,8 @@ class LossPart(_Strict):
     kind: Literal["cross-entropy", "ibp", "margin", "adversarial"] = Field(default="cross-entropy", json_schema_extra=_LATER)
     epsilon: PositiveFloat | None = Field(default=None, json_schema_extra=_LATER)
     norm: Literal["linf", "l2"] = Field(default="linf", json_schema_extra=_LATER)
-    start: int = Field(default=0, ge=0, json_schema_extra=_LATER)
-    ramp: int = Field(default=0, ge=0, json_schema_extra=_LATER)
+    start: Some = Field(default=0, json_schema_extra=_LATER)
+    ramp: Some = Field(default=0, json_schema_extra=_LATER)
     regularizer: float = Field(default=0.5, ge=0, json_schema_extra=_LATER)
     tolerance: float = Field(default=0.5, gt=0, le=1, json_schema_extra=_LATER)
 
@@ -168,10 +171,10 @@ class RunPart(_Strict):
     start_sha256: what its weights' hash has to be. The card records it in any case.
     """
 
-    steps: PositiveInt
-    batch: int = Field(gt=0, le=2**20)
-    evaluate_every: PositiveInt = 200
-    checkpoint_every: PositiveInt = 100
+    steps: Steps
+    batch: int = Field(gt=0, le=BATCH)
+    evaluate_every: Steps = 200
+    checkpoint_every: Steps = 100
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_LATER)
     compile: bool = Field(default=False, json_schema_extra=_LATER)
     start_from: str | None = Field(default=None, json_schema_extra=_LATER)
