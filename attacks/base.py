@@ -282,7 +282,8 @@ def _check_samples(x: torch.Tensor, y: torch.Tensor, threat: Threat, dtype: torc
         if moved > MOVED * threat.radius:
             raise BadInput(
                 f"expected inputs that {_name(dtype)} (the model's dtype) can hold exactly, or with a rounding far below the radius "
-                f"{threat.radius:g}, got {_name(x.dtype)} that it moves by {moved:.3g}; convert them first, so that radii count from the point that the model sees"
+                f"{threat.radius:g}, got {_name(x.dtype)} that it moves by {moved:.3g}; "
+                f"convert them first, so that radii count from the point that the model sees"
             )
     if threat.clip is not None:
         low, high = float(seen.double().min()), float(seen.double().max())
