@@ -1,9 +1,10 @@
 """Breaks one line of the rules at a time and reports which test notices. Every mutation must be caught.
 
-    python benchmarks/mutations.py [--only TEXT] [--jobs 1] [--markdown FILE]
+    python benchmarks/mutations.py [--only PATTERN] [--jobs 1] [--markdown FILE]
 
 Each mutation is one replacement in one file, asserted to apply exactly once, in a temporary copy of the tree; the tests named with it run there
-until the first failure. Nothing in the checkout changes. Exit code 0: all caught. 1: at least one survived.
+until the first failure. Nothing in the checkout changes. `--only` takes a regular expression that is looked for in the description, the file and the
+tests of each (`--only certifiers/mlp`). Exit code 0: all caught. 1: at least one survived.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS, OVER
     f"tests/test_{name}.py"
     for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals", "overflow")
 )
+EXACT, WALKS, OF_MLP, OF_SDP, CONVS, SEQUENCES, GATES, FILES = (
+    f"tests/test_{name}.py" for name in ("exact", "walks", "mlp_certifiers", "lipsdp", "conv", "sequence", "gate", "certificate_file")
+)
 
 
 class Mutation(NamedTuple):
@@ -44,6 +48,13 @@ AT_ATTENTION, AT_LINEAR, AT_ELEMENTWISE, AT_NORMALIZATION, AT_STRUCTURE, AT_JACO
 )
 AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/local/{name}.py" for name in ("base", "crossing", "sorting"))
 BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
+MLP_NETWORK, MLP_LINEAR, MLP_CURVES, MLP_DUAL, MLP_RADII, MLP_QUADRATIC, MLP_LOCAL = (
+    f"robustlip/certifiers/mlp/{name}.py" for name in ("network", "linear", "curves", "dual", "radii", "quadratic", "local")
+)
+SDP_PROGRAM, SDP_VERIFY, SDP_CONSTANTS, SDP_REACH, SDP_QUADRATIC, SDP_ECLIPSE, SDP_NETWORK = (
+    f"robustlip/certifiers/sdp/{name}.py" for name in ("program", "verify", "constants", "reach", "quadratic", "eclipse", "network")
+)
+CONVOLUTION, SEQUENCE = "robustlip/rules/convolution.py", "robustlip/certifiers/sequence.py"
 
 MUTATIONS = [
     Mutation("the difference in front of a division not seen to overflow", ELEMENTWISE,
@@ -341,6 +352,221 @@ MUTATIONS = [
              "k = w_max * abs(1 - decay) + update_norm", "k = w_max * (1 - decay) + update_norm", f"{CONSTRAINTS} -k 'turns_the_weights_round'"),
     Mutation("Muon in 16 bits states the step of exact arithmetic", "robustlip/muon.py",
              "POLYNOMIALS[self.polynomial].peak * self._slack", "POLYNOMIALS[self.polynomial].peak", f"{CONSTRAINTS} -k 'bfloat16_are_as_large'"),
+    # ---- certifiers/mlp
+    Mutation("dense: a layer that nobody named is the identity", MLP_NETWORK,
+             "elif type(layer) not in _NOTHING:  #", "elif False:  #", f"{WALKS} -k 'without_a_branch'"),
+    Mutation("dense: a sorting layer that nobody named is GroupSort(2)", MLP_NETWORK,
+             "if type(layer) not in (MaxMin, GroupSort) or (isinstance(layer, GroupSort) and layer.group != 2):", "if False:",
+             f"{WALKS} -k 'named_layers'"),
+    Mutation("dense: drift without the errors of the matrices", MLP_NETWORK,
+             "fresh = stage.weight_error * before + stage.bias_error", "fresh = stage.bias_error + 0 * before", f"{EXACT} -k drift"),
+    Mutation("dense: drift without the errors of the biases", MLP_NETWORK,
+             "fresh = stage.weight_error * before + stage.bias_error", "fresh = stage.weight_error * before", f"{EXACT} -k drift"),
+    Mutation("dense: rounding of the float64 pass dropped", MLP_NETWORK,
+             "fresh = gamma(stage.weight.shape[1] + 2, unit) * (stage.frobenius * before + stage.shift)", "fresh = 0 * before",
+             f"{EXACT} -k 'forward_errors or margins_at_a_point'"),
+    Mutation("dense: what activations are at 0 left out of the sizes", MLP_NETWORK,
+             "before = previous.slope * before + abs(previous.curve.at_zero) * math.sqrt(len(previous.bias))", "before = previous.slope * before",
+             f"{EXACT} -k sizes"),
+    Mutation("dense: biases left out of the sizes", MLP_NETWORK,
+             "* before + stage.shift + stage.bias_error))", "* before + stage.bias_error))", f"{EXACT} -k sizes"),
+    Mutation("dense: joined matrices state no error", MLP_NETWORK,
+             "matrix_error = torch.zeros_like(matrix) if plain else through(", "matrix_error = torch.zeros_like(matrix) if True else through(",
+             f"{OF_MLP} -k joined_matrices"),
+    Mutation("dense: the minimum where the maximum goes", MLP_NETWORK, "high, low = b, a", "high, low = a, b", f"{OF_MLP} -k networks_are"),
+    Mutation("dense: a residual without its skip", MLP_NETWORK,
+             "join[h:, h : h + n] = layer.skip * eye[h:, h:]", "join[h:, h : h + n] = 0 * eye[h:, h:]", f"{OF_MLP} -k networks_are"),
+    Mutation("intervals: rounding of a step dropped", MLP_LINEAR,
+             "spread = (half + 4 * loss * size)", "spread = half", f"{EXACT} -k interval_steps"),
+    Mutation("intervals: rounding at the size of the bias dropped", MLP_LINEAR,
+             " * (1 + loss) + 4 * loss * stage.bias.abs()", " * (1 + loss)", f"{EXACT} -k interval_steps"),
+    Mutation("intervals: weights of either sign spread with their sign", MLP_LINEAR,
+             "@ stage.weight.abs().mT * (1 + loss)", "@ stage.weight.mT * (1 + loss)", f"{EXACT} -k interval_steps"),
+    Mutation("intervals: rounding of the first box dropped", MLP_LINEAR,
+             "* ball.dual(stage.weight) * (1 + 8 * U64) + slack", "* ball.dual(stage.weight) * (1 + 8 * U64)", f"{EXACT} -k first_boxes"),
+    Mutation("intervals: a neuron that passes by the activation bent by it", MLP_LINEAR,
+             "torch.where(stage.linear, low, below)", "below", f"{EXACT} -k 'pass_by'"),
+    Mutation("intervals: the head's rounding dropped", MLP_LINEAR,
+             'torch.einsum("ncm,nm->nc", weight.abs(), half) - slack', 'torch.einsum("ncm,nm->nc", weight.abs(), half)',
+             f"{EXACT} -k 'margins_at_a_point and interval'"),
+    Mutation("intervals: the head's row spread with its sign", MLP_LINEAR,
+             '- torch.einsum("ncm,nm->nc", weight.abs(), half)', '- torch.einsum("ncm,nm->nc", weight, half)',
+             f"{EXACT} -k 'extreme_points and interval'"),
+    Mutation("balls: the dual norm of ℓ∞ taken for ℓ2", MLP_LINEAR,
+             'order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]', 'order = {"l2": 2.0, "linf": 2.0, "l1": torch.inf}[self.norm]',
+             f"{EXACT} -k 'dual_norms'"),
+    Mutation("balls: √n of ℓ∞ to ℓ2 dropped", MLP_LINEAR,
+             'up(self.radius * (math.sqrt(self.x.shape[-1]) if self.norm == "linf" else 1.0))', "up(self.radius)", f"{EXACT} -k 'dual_norms'"),
+    Mutation("balls: rounding of the dual norm dropped", MLP_LINEAR,
+             "* (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140", "", f"{EXACT} -k 'dual_norms'"),
+    Mutation("crown: intercepts of the wrong line", MLP_LINEAR,
+             "(rows.clamp_min(0.0) @ below[..., None] + rows.clamp_max(0.0) @ above[..., None])",
+             "(rows.clamp_min(0.0) @ above[..., None] + rows.clamp_max(0.0) @ below[..., None])", f"{EXACT} -k 'extreme_points and crown'"),
+    Mutation("crown: slopes of the wrong line", MLP_LINEAR,
+             "torch.where(rows >= 0, lower[:, None], upper[:, None])", "torch.where(rows >= 0, upper[:, None], lower[:, None])",
+             f"{EXACT} -k 'extreme_points and crown'"),
+    Mutation("crown: rounding dropped", MLP_LINEAR,
+             "ball.dual(rows) * (1 + 8 * U64) - slack", "ball.dual(rows) * (1 + 8 * U64)", f"{EXACT} -k 'margins_at_a_point and crown'"),
+    Mutation("crown: the ball left out", MLP_LINEAR,
+             "return value - ball.radius[:, None] * ball.dual(rows) * (1 + 8 * U64) - slack", "return value - slack",
+             f"{EXACT} -k 'extreme_points and crown'"),
+    Mutation("crown: upper ends by rows of the wrong sign", MLP_LINEAR,
+             "-backward(network, ball, boxes, i, -eye)", "backward(network, ball, boxes, i, eye)", f"{EXACT} -k 'extreme_points and crown'"),
+    Mutation("curves: slack of the slopes divided by 4", MLP_CURVES,
+             "slack = self.curvature * width / 2 + 1e-12", "slack = self.curvature * width / 8 + 1e-12", f"{EXACT} -k 'between_the_points'"),
+    Mutation("curves: slack of the lines divided by 4", MLP_CURVES,
+             "self.curvature * width.square() / 8", "self.curvature * width.square() / 32", f"{EXACT} -k 'between_the_points'"),
+    Mutation("curves: lines without what lies between points", MLP_CURVES,
+             "low, high) + sag\n", "low, high)\n", f"{EXACT} -k 'between_the_points'"),
+    Mutation("curves: the global minimum forgotten", MLP_CURVES,
+             "least = torch.where(holds, torch.full_like(least, value), least)", "least = torch.where(holds, least, least)",
+             f"{EXACT} -k 'between_the_points'"),
+    Mutation("curves: rounding of bands dropped", MLP_CURVES,
+             "return least - slack, torch.maximum(a, b) + slack", "return least, torch.maximum(a, b)", f"{EXACT} -k 'forty_digits'"),
+    Mutation("curves: rounding of relu's chord dropped", MLP_CURVES,
+             "torch.maximum(-chord * low, high - chord * high) + 4 * U64 * (high - low)", "torch.maximum(-chord * low, high - chord * high)",
+             f"{EXACT} -k chords"),
+    Mutation("curves: relu's chord as its lower line", MLP_CURVES,
+             "torch.where(crossing, (high > -low).double(), chord)", "chord", f"{EXACT} -k chords"),
+    Mutation("curves: secants of relu from one centre for all", MLP_CURVES,
+             "up = torch.where(last > 0,", "up = torch.where(first > 0,", f"{OF_MLP} -k uncertain_centre"),
+    Mutation("curves: a divided curve bends as if divided twice", MLP_CURVES,
+             "lambda z: curve.derivative(z) / divisor, curve.curvature * more", "lambda z: curve.derivative(z) / divisor**2, curve.curvature * more",
+             f"{EXACT} -k 'divided_curve'"),
+    Mutation("curves: tanh's curvature too small", MLP_CURVES, "0.7698004, None", "0.7598004, None", f"{OF_MLP} -k 'curvature_and_minimum and tanh'"),
+    Mutation("local slopes: rounding of the clean margin dropped", MLP_LOCAL,
+             "return margin - total - 2 * errors[-1][:, None] - 4 * U64 * margin.abs(), total", "return margin - total, total",
+             f"{EXACT} -k 'margins_at_a_point and local'"),
+    Mutation("local slopes: intervals of slopes half as wide", MLP_LOCAL,
+             "halves.append((b - a).clamp_min(0.0) / 2 +", "halves.append((b - a).clamp_min(0.0) / 4 +", f"{EXACT} {OF_MLP} -k 'extreme_points and local or on_a_line'"),
+    Mutation("local slopes: the reach of the wrong layer", MLP_LOCAL,
+             "steepest[-1] * gain[i + 1] if", "steepest[-1] * gain[i] if", f"{EXACT} -k 'extreme_points and local'"),
+    Mutation("local slopes: gain of ℓ∞ replaced by σ(W)", MLP_LOCAL,
+             '"linf": infinity_to_two_bound', '"linf": spectral_norm_bound', f"{EXACT} -k 'extreme_points and local or plain_bounds and linf'"),
+    Mutation("radii: the drift of the matrices not lost", MLP_RADII,
+             " + 2**0.5 * (1 + 1e-15) * drift[:, None])", ")", f"{OF_MLP} -k what_rounding_takes"),
+    Mutation("radii: one logit rounds, not two", MLP_RADII,
+             "2 * single[:, None] + 2**0.5", "single[:, None] + 2**0.5", f"{OF_MLP} -k what_rounding_takes"),
+    Mutation("radii: rounding of the hidden state dropped", MLP_RADII,
+             "return up(factor * state.rounding[:, None] + 2", "return up(0 * state.rounding[:, None] + 2", f"{OF_MLP} -k what_rounding_takes"),
+    Mutation("radii: what rounding takes not taken off the bound", MLP_RADII,
+             "feasible = ((value - lost).scatter(", "feasible = ((value - 0 * lost).scatter(", f"{EXACT} -k 'nothing_that_rounding'"),
+    Mutation("radii: the last radius tried, feasible or not", MLP_RADII,
+             "best = torch.where(feasible, torch.maximum(best, trial), best)", "best = torch.where(live, trial, best)",
+             f"{OF_MLP} -k 'linear_models'"),
+    Mutation("quadratic: all rounding dropped", MLP_QUADRATIC,
+             "- length.square() - slack * (1 + 1e-9)", "- length.square()", f"{EXACT} -k offsets_hold_at"),
+    Mutation("quadratic: what the factor leaves over dropped", MLP_QUADRATIC,
+             " + defect * it.reach.square()", "", f"{EXACT} -k offsets_hold_whatever"),
+    Mutation("quadratic: what the solution leaves over dropped", MLP_QUADRATIC,
+             " + 2 * rest * it.reach", "", f"{EXACT} -k offsets_hold_whatever"),
+    Mutation("quadratic: the minimum over v left out", MLP_QUADRATIC,
+             "constant - length.square() - slack", "constant - slack", f"{EXACT} -k offsets_hold_whatever"),
+    Mutation("quadratic: minima at the ends only", MLP_QUADRATIC,
+             "inside = (square > 0) & (vertex > low) & (vertex < high)", "inside = (square > 0) & (vertex > high)", f"{OF_MLP} -k minima_on"),
+    Mutation("quadratic: a domain without the activations", MLP_QUADRATIC,
+             "reach2 = reach2 + (high.clamp_min(0.0) * crossing).square().sum(-1)", "reach2 = reach2 + 0 * high.sum(-1)", f"{EXACT} -k domain_of_the_form"),
+    Mutation("quadratic: another curve taken for relu", MLP_QUADRATIC, "if not network.piecewise_linear:", "if False:", f"{WALKS} -k quadratic_dual"),
+    Mutation("dual of relu: the gain of the first layer left out", MLP_DUAL,
+             "math.prod(gain[:-1])", "math.prod(gain[1:-1])", f"{EXACT} -k plain_bounds"),
+    Mutation("dual of relu: what rounding takes not taken off constants", MLP_DUAL,
+             "- error - error.gather(1, own) - lost", "- error - error.gather(1, own)", f"{EXACT} -k 'nothing_that_rounding'"),
+    Mutation("dual of relu: what rounding takes not taken off lines", MLP_DUAL,
+             "held = linear_margins(network, ball, boxes, y) - lost > 0", "held = linear_margins(network, ball, boxes, y) > 0",
+             f"{EXACT} -k 'nothing_that_rounding'"),
+    Mutation("dual of relu: what rounding takes not taken off multipliers", MLP_DUAL,
+             "parts = proved_offset(dual) - plain.lost[at],", "parts = proved_offset(dual),", f"{EXACT} -k 'nothing_that_rounding'"),
+    # ---- certifiers/sdp
+    Mutation("sdp: rounding of products dropped", SDP_VERIFY,
+             "rad = gamma(k + 2, U64) * (size_a @ size_b)", "rad = 0 * (size_a @ size_b)", f"{OF_SDP} -k products_of_balls"),
+    Mutation("sdp: the second factor's radius dropped", SDP_VERIFY,
+             "rad = rad + size_a @ b.rad", "rad = rad + 0 * (size_a @ b.rad)", f"{OF_SDP} -k 'products_of_balls or not_forgotten'"),
+    Mutation("sdp: differences forget what is subtracted", SDP_VERIFY,
+             "Ball(mid, (self.radius() + other.radius() + mid.abs()", "Ball(mid, (self.radius() + mid.abs()", f"{OF_SDP} -k 'not_forgotten or rows_are or positive_means'"),
+    Mutation("sdp: errors of coefficients dropped", SDP_VERIFY,
+             "if bool((self.error > 0).any()):", "if False:", f"{OF_SDP} -k 'rows_are'"),
+    Mutation("sdp: a dominating matrix that is not raised", SDP_VERIFY,
+             "return mid.diagonal_scatter(raised)", "return mid", f"{OF_SDP} -k dominating"),
+    Mutation("sdp: positive whatever the radius of the ball", SDP_VERIFY,
+             "shift = spread_norm + 8 * n * gamma(n + 8, U64)", "spread_norm, shift = 0.0, 8 * n * gamma(n + 8, U64)", f"{OF_SDP} -k 'not_forgotten'"),
+    Mutation("sdp: a Cholesky factor believed", SDP_VERIFY,
+             "return norm + spread_norm < shift", "return spread_norm < shift", f"{OF_SDP} -k 'cholesky_factor'"),
+    Mutation("sdp: multipliers of either sign", SDP_PROGRAM,
+             "if not bool((flat > 0).all() & torch.isfinite(flat).all()):", "if False:", f"{OF_SDP} -k 'no_multipliers_whatsoever or nothing_below'"),
+    Mutation("sdp: the solver's guess believed", SDP_PROGRAM,
+             "if holds(program, rho, guesses[k], enclosed):", "if True:", f"{OF_SDP} -k 'too_small_is_not_believed'"),
+    Mutation("sdp: half of ρ proved", SDP_PROGRAM,
+             "diagonal[: program.rows] = rho", "diagonal[: program.rows] = 2 * rho", f"{OF_SDP} -k 'nothing_below'"),
+    Mutation("sdp: what rounding made of Q forgotten", SDP_PROGRAM,
+             "total = Ball(-self.q.mid, self.q.radius())", "total = Ball(-self.q.mid)", f"{OF_SDP} -k 'radii_of_programs'"),
+    Mutation("sdp: a step believed that was not proved", SDP_REACH,
+             "if _holds(front, cross, base, x):", "if True:", f"{OF_SDP} -k 'too_small_is_not_believed or smallest_and_never'"),
+    Mutation("sdp: rounding of rows dropped", SDP_REACH,
+             "square = total + lost *", "square = total + 0 * lost *", f"{EXACT} -k gains_of_rows"),
+    Mutation("sdp: constants where nothing was proved", SDP_CONSTANTS, "if not proved:", "if False:", f"{EXACT} -k not_proved"),
+    Mutation("eclipse: a failed step counts as proved", SDP_ECLIPSE,
+             "        x = through_activation(constraint, g, found[-1])\n        if x is None:\n            return found, None, False",
+             "        x = through_activation(constraint, g, found[-1])\n        if x is None:\n            return found, None, True",
+             f"{EXACT} -k not_proved"),
+    Mutation("sdp: a pair of logits moves no more than all", SDP_CONSTANTS,
+             "whole * math.sqrt(2) * (1 + 1e-15)", "whole * (1 + 1e-15)", f"{EXACT} -k root_two"),
+    Mutation("sdp: √n of ℓ∞ to ℓ2 dropped", SDP_CONSTANTS,
+             'growth = math.sqrt(size) * (1 + 1e-15) if threat.norm == "linf" else 1.0', "growth = 1.0", f"{OF_SDP} -k 'radii_are_margins and linf'"),
+    Mutation("sdp: rounding counted for one pass only", SDP_CONSTANTS,
+             "lost = up(2 * heads * state.rounding[:, None] + 4 * single[:, None])", "lost = up(heads * state.rounding[:, None] + 2 * single[:, None])",
+             f"{OF_SDP} -k 'radii_are_margins'"),
+    Mutation("sdp: GELU's slopes taken for ReLU's", SDP_QUADRATIC,
+             "(GELU_SLOPE[layer.approximate] - 0.5) / abs(divisor)", "0.5 / abs(divisor)", f"{OF_SDP} -k 'constraints_hold and gelu'"),
+    Mutation("sdp: half the difference of a pair", SDP_QUADRATIC,
+             "read = _rows(both, torch.tensor([1.0, -1.0]), width)", "read = _rows(both, torch.tensor([0.5, -0.5]), width)",
+             f"{OF_SDP} -k 'constraints_hold and maxmin'"),
+    Mutation("sdp: a sort that nobody named is GroupSort", SDP_QUADRATIC, "if type(layer) is not GroupSort:", "if False:", f"{WALKS} -k 'named_layers'"),
+    Mutation("sdp: Normalize by its mean std", SDP_NETWORK,
+             "gain = gain / float(layer.std.double().abs().min())", "gain = gain / float(layer.std.double().abs().mean())", f"{EXACT} -k numbers_are_divided"),
+    Mutation("sdp: pairs without the second row's radius", SDP_NETWORK,
+             ".minus(Ball(head.mid[second], radius[second]))", ".minus(Ball(head.mid[second]))", f"{EXACT} -k rows_of_pairs"),
+    # ---- certifiers/sequence.py
+    Mutation("sequence: one logit rounds, not two", SEQUENCE,
+             "2 * whole.single(radius).unsqueeze(-1)", "whole.single(radius).unsqueeze(-1)", f"{EXACT} -k 'two_logits and all'"),
+    Mutation("sequence: any rival that loses is enough", SEQUENCE,
+             "return (lost < whole.margin).all(-1)", "return (lost < whole.margin)[:, :, :].isfinite().all(-1) & (lost < whole.margin).any(-1)",
+             f"{EXACT} -k 'two_logits and all'"),
+    Mutation("sequence: only the first token moves", SEQUENCE,
+             "first = epsilon[:, None, None].expand(-1, 1, length)", "first = epsilon[:, None, None] * (torch.arange(length) == 0)",
+             f"{SEQUENCES} -k 'as_their_windows'"),
+    Mutation("sequence: tokens behind the next reach a prediction", SEQUENCE, "if not is_causal(chain):", "if False:", f"{SEQUENCES} {WALKS} -k 'no_sequence or nobody_named_may'"),
+    Mutation("dual: tokens of unnamed layers do not move", BY_DUAL,
+             "m.causal if type(m) is Attention else type(m) in _BY_TOKEN", "m.causal if type(m) is Attention else True", f"{WALKS} -k 'nobody_named_may'"),
+    # ---- rules/convolution.py
+    Mutation("convolution: windows counted along one dimension", CONVOLUTION,
+             "reach = math.sqrt(rows.reads * columns.reads) * (1 + 1e-15)", "reach = math.sqrt(rows.reads) * (1 + 1e-15)", f"{CONVS} -k 'true_norm'"),
+    Mutation("convolution: copies by padding not counted", CONVOLUTION,
+             "dilation)) * math.sqrt(copies) for w in grouped]", "dilation)) for w in grouped]", f"{CONVS} {RULES} -k 'true_norm_for or replicate and change_is'"),
+    Mutation("convolution: circular padding more than once round counted once", CONVOLUTION,
+             "padded - d * (k - 1) <= size", "True", f"{RULES} -k 'circular-twice and change_is'"),
+    Mutation("convolution: ℓ∞ without the positions", CONVOLUTION,
+             "by_rows = float(sums) * math.sqrt(positions) * (1 + 1e-12)", "by_rows = float(sums) * (1 + 1e-12)", f"{RULES} -k 'infinity_and_one and conv'"),
+    Mutation("convolution: ℓ1 without the copies", CONVOLUTION, ".amax()) * copies", ".amax())", f"{RULES} {CONVS} -k 'infinity_and_one and replicate or true_norm_for'"),
+    Mutation("convolution: a bias added at one position", CONVOLUTION,
+             "float(norm_up(layer.bias.detach(), 0)) * math.sqrt(positions) * (1 + 1e-15)", "float(norm_up(layer.bias.detach(), 0))",
+             f"{EXACT} -k 'bias_of_a_convolution'"),
+    Mutation("convolution: rounding that arrives is lost", CONVOLUTION,
+             "rounding=(c.gain + perturbed) * state.rounding + fresh", "rounding=fresh", f"{EXACT} -k 'arrives_at_a_convolution'"),
+    Mutation("convolution: products of the perturbation do not round", CONVOLUTION,
+             "frobenius = c.reach * c.frobenius + rank * perturbed", "frobenius = c.reach * c.frobenius + 0 * perturbed", f"{EXACT} -k 'perturbed_convolution'"),
+    Mutation("convolution: its own weight change dropped", CONVOLUTION,
+             "change=gain * state.change + perturbed * state.norm,\n            rounding=(c.gain", "change=gain * state.change,\n            rounding=(c.gain",
+             f"{RULES} -k 'weight_perturbations and conv'"),
+    Mutation("convolution: partial sums not seen to overflow", CONVOLUTION,
+             "return context.finite(behind, frobenius * state.norm + c.bias)", "return context.finite(behind)", f"{EXACT} -k 'partial_sums'"),
+    Mutation("pooling: overlapping windows counted once", CONVOLUTION,
+             "two = math.sqrt(reads / size) * (1 + 1e-15)", "two = math.sqrt(1 / size) * (1 + 1e-15)", f"{RULES} -k 'avgpool-overlap and change_is'"),
+    Mutation("pooling: overlapping maxima counted once", CONVOLUTION,
+             "root = math.sqrt(reads) * (1 + 1e-15)", "root = 1.0", f"{RULES} -k 'maxpool-overlap and change_is'"),
+    Mutation("pooling: windows that see only padding", CONVOLUTION,
+             "if dilation != (1, 1) and padding != (0, 0):", "if False:", f"{CONVS} -k 'not_proved_is_refused'"),
+    Mutation("pooling: rounding of means dropped", CONVOLUTION,
+             "rounding=two * state.rounding + fresh, width", "rounding=two * state.rounding, width", f"{RULES} -k 'norm_and_rounding and pool'"),
 ]  # fmt: skip
 
 
@@ -382,11 +608,13 @@ def caught_by(mutation: Mutation | None, tests: str = "") -> tuple[str, float, s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="mutations whose description contains this")
+    parser.add_argument("--only", default="", help="mutations in whose description, file or tests this regular expression is found")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
-    chosen = [m for m in MUTATIONS if args.only in m.what]
+    chosen = [m for m in MUTATIONS if re.search(args.only, f"{m.what}\n{m.file}\n{m.tests}")]
+    if not chosen:
+        parser.error(f"expected mutations that {args.only!r} is found in, got none; give a part of a description or of a file's name")
     lines = ["| mutation | caught by |", "|---|---|"]
     survivors = 0
     with ThreadPoolExecutor(args.jobs) as pool:
