@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import robustlip.certifiers as certifiers
-from robustlip import certificate_file
+from robustlip import certificate_file, verification
 from robustlip.certificate_file import CertificateFile, from_certificate, json_schema, parse, read, row_hashes, rows_sha256, write
 from robustlip.checkpoints import save_model
 from robustlip.cli import main
@@ -499,3 +499,15 @@ def test_the_architecture_is_hashed_alike_by_every_torch() -> None:
     assert printed(model[1]).replace("\n", "\n  ") in printed(model)
     other = nn.Sequential(plain, nn.Sequential(nn.LayerNorm(4), nn.BatchNorm1d(3), last))
     assert architecture_sha256(other) != architecture_sha256(model)
+
+
+def test_a_nan_radius_reproduces_nothing(model, file, monkeypatch):
+    honest = verification.prove
+
+    def broken(*given, **options):
+        proof = honest(*given, **options)
+        return replace(proof, radius=np.full(len(proof.radius), np.nan))
+
+    monkeypatch.setattr(verification, "prove", broken)
+    result = verify(file, model, load_rows(file.data))
+    assert result.exit_code != 0 and {f.kind for f in result.findings} == {"radius"}

@@ -21,7 +21,7 @@ from robustlip.certifiers.local import Reference
 from robustlip.certifiers.mlp import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii
 from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
 from robustlip.certifiers.mlp.dual import _plain
-from robustlip.certifiers.mlp.linear import Ball, band_of, first_box, interval_boxes, interval_margins, interval_step, linear_boxes, linear_margins
+from robustlip.certifiers.mlp.linear import Ball, Boxes, band_of, first_box, interval_boxes, interval_margins, interval_step, linear_boxes, linear_margins
 from robustlip.certifiers.mlp.local import gains, lipschitz_margins
 from robustlip.certifiers.mlp.network import Network, Stage, network_of
 from robustlip.certifiers.mlp.quadratic import Dual, Instances, Multipliers, Scales, form_of, proved_offset
@@ -173,6 +173,19 @@ def test_margins_at_a_point_hold_in_exact_arithmetic(method) -> None:
             for j in range(3):
                 if j != y[i]:
                     assert Fraction(float(found[i, j])) <= truth[j], (seed, i, j)
+
+
+def test_margins_from_boxes_of_points_hold_in_exact_arithmetic() -> None:
+    """Activations that are known to the last bit: what the joined rows of the head round is left."""
+    for seed in range(40):
+        network = relu_network([4, 8, 3], seed, spread=2.0)
+        z = wide(3, 8, seed=seed + 9000, spread=1.0).abs()
+        y = torch.arange(3)
+        ball = Ball(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), "l2")
+        found = interval_margins(network, ball, Boxes((z,), (z,)), y)
+        for i, j in product(range(3), range(3)):
+            if i != j:
+                assert Fraction(float(found[i, j])) <= margins_of(affine(network.stages[1], exact(z[i])), i)[j], (seed, i, j)
 
 
 @pytest.mark.parametrize("norm", NORMS)

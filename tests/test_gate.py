@@ -267,6 +267,23 @@ def exaggerate(monkeypatch, factor: float) -> None:
     monkeypatch.setattr(certifiers, "certify", lying)
 
 
+def test_wrong_predictions_are_never_certified(model, monkeypatch):
+    """Whatever a certifier says of a sample whose prediction is not its label."""
+    honest = certifiers.certify
+
+    def lying(*given, **options):
+        proof = honest(*given, **options)
+        return replace(proof, radius=np.full(len(proof.radius), 7.0))
+
+    monkeypatch.setattr(certifiers, "certify", lying)
+    policy = Policy.model_validate(
+        {"data": "digits:test", "dtype": "float32", "min_samples": 1, "min_clean_accuracy": 0.0,
+         "threat": [{"name": "l2", "radius": 1.0, "min_certified_accuracy": 0.0}]}
+    )  # fmt: skip
+    report = gate(policy, model, policy_rows(policy))
+    assert report.requirements[2].got == report.requirements[1].got < 1
+
+
 def test_a_violation_is_exit_code_3(place, model, capsys, monkeypatch):
     exaggerate(monkeypatch, 20)
     policy_file(place, limit=6, samples=6, radius=1.0, more="require_attack = true")
