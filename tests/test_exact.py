@@ -33,6 +33,7 @@ from robustlip.certifiers.sdp import quadratic as sdp_quadratic
 from robustlip.certifiers.sdp.program import holds, program_of
 from robustlip.certifiers.sdp.reach import row_gains
 from robustlip.certifiers.sdp.verify import Ball as Enclosure
+from robustlip.certifiers.sdp.verify import Rows
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.layers import Chain, Normalize, ScaledGELU, as_chain
 from robustlip.models import LipschitzGPT
@@ -321,6 +322,19 @@ def test_chords_of_relu_hold_in_exact_arithmetic() -> None:
             assert lower * z + bottom <= max(z, Fraction(0)) <= slope * z + top
 
 
+def test_secants_of_relu_from_centres_that_are_not_known_exactly() -> None:
+    """Between any point of the interval and any point that the clean value may be."""
+    relu = CURVES["relu"]
+    generator = torch.Generator().manual_seed(0)
+    low, first, last, high = torch.randn(4, 2000, generator=generator, dtype=torch.float64).sort(0).values
+    least, most = relu.slopes((first, last), low, high)
+    for centre in (first, (first + last) / 2, last, torch.zeros_like(first).clamp(first, last)):
+        for z in (low, high, torch.zeros_like(low).clamp(low, high), (low + high) / 2):
+            there = (z - centre).abs() > 1e-6
+            secant = ((z.clamp_min(0) - centre.clamp_min(0)) / (z - centre))[there]
+            assert bool((secant <= most[there] + 1e-9).all()) and bool((secant >= least[there] - 1e-9).all())
+
+
 def test_slopes_of_a_divided_curve_are_divided() -> None:
     for divisor in (0.5, 3.0):
         curve = curve_of(ScaledGELU(divisor))
@@ -502,6 +516,18 @@ def test_rows_of_pairs_enclose_differences_of_both_rows() -> None:
     rows, first, second = sdp_network.pair_rows(head)
     assert (first.tolist(), second.tolist()) == ([0], [1])
     assert bool((rows.radius() >= 0.1 + 0.2).all())
+
+
+def test_errors_of_coefficients_count_at_the_size_of_what_they_meet() -> None:
+    """A coefficient that is known to 0.1, on numbers that are known to 0.5: all products of the two are enclosed."""
+    rows = Rows(torch.tensor([[1, 0]]), torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([[0.1, 0.3]], dtype=torch.float64), 2)
+    ball = Enclosure(torch.tensor([[4.0], [-3.0]], dtype=torch.float64), torch.tensor([[0.5], [0.25]], dtype=torch.float64))
+    found, dense = rows.apply(ball), rows.dense()
+    for c, e, signs in product((0, 1), (0, 1), product((-1, 1), repeat=2)):
+        coefficient = torch.tensor([2.0 + (0.1 if c else -0.1), -1.0 + (0.3 if e else -0.3)], dtype=torch.float64)
+        numbers = ball.mid[:, 0] + torch.tensor(signs) * ball.radius()[:, 0]
+        assert abs(float(coefficient[0] * numbers[1] + coefficient[1] * numbers[0] - found.mid)) <= float(found.radius()) * (1 + 1e-12)
+    assert dense.radius().tolist() == [[0.3, 0.1]]
 
 
 def test_radii_of_programs_are_not_forgotten() -> None:
