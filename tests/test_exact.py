@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
+from robustlip.certifiers.lipschitz import GlobalBound
 from robustlip.certifiers.local import Reference
 from robustlip.certifiers.mlp import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii
 from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
@@ -27,7 +28,7 @@ from robustlip.certifiers.mlp.network import Network, Stage, network_of
 from robustlip.certifiers.mlp.quadratic import Dual, Instances, Multipliers, Scales, form_of, proved_offset
 from robustlip.certifiers.mlp.radii import Problem
 from robustlip.certifiers.sdp import constants as sdp_constants
-from robustlip.certifiers.sdp import eclipse
+from robustlip.certifiers.sdp import eclipse, lipsdp
 from robustlip.certifiers.sdp import network as sdp_network
 from robustlip.certifiers.sdp import quadratic as sdp_quadratic
 from robustlip.certifiers.sdp.program import holds, program_of
@@ -511,6 +512,17 @@ def test_gains_of_rows_hold_in_exact_arithmetic() -> None:
                 assert Fraction(gain) ** 2 >= square
 
 
+def test_gains_of_rows_that_cancel_hold_in_exact_arithmetic() -> None:
+    """Rows nearly orthogonal to the only direction that X has: what is left of cᵀXc is rounding, and it counts."""
+    for seed in range(80):
+        v, c = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x = torch.outer(v, v)
+        c = c - v * (c @ v) / (v @ v)
+        gain = float(row_gains(Enclosure(c[None]), x)[0])
+        square = sum(a * b * e for (a, b), e in zip(product(exact(c), repeat=2), exact(x), strict=True))
+        assert Fraction(gain) ** 2 >= square
+
+
 def test_rows_of_pairs_enclose_differences_of_both_rows() -> None:
     head = Enclosure(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([[0.1] * 3, [0.2] * 3], dtype=torch.float64))
     rows, first, second = sdp_network.pair_rows(head)
@@ -558,6 +570,30 @@ def test_what_is_not_proved_gives_no_constant(monkeypatch) -> None:
     found = eclipse.eclipse_constants(network)
     assert torch.equal(found.pairs, product_of_norms.pairs) and found.whole == product_of_norms.whole
     assert bool(torch.isinf(sdp_constants.constants_at(network, torch.eye(6, dtype=torch.float64), False).pairs[0, 1]))
+
+
+@pytest.mark.parametrize("part", ["hidden", "head"])
+@pytest.mark.parametrize("method", [eclipse.eclipse_radii, lipsdp.lipsdp_radii], ids=["eclipse", "lipsdp"])
+def test_the_clean_pass_rounds_and_the_perturbed_one_too(method, part, monkeypatch) -> None:
+    """Each of two passes may be off by the rounding of the hidden state times ‖u_y − u_j‖, and by that of two logits."""
+    torch.manual_seed(0)
+    model = as_chain(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double().requires_grad_(False))
+    x = torch.randn(30, 4, dtype=torch.float64)
+    logits = model(x)
+    y = logits.argmax(-1)
+    margin = (logits[:, 0] - logits[:, 1]).abs()
+    lost = float(margin.median())
+    apart = float((model[2].weight[0] - model[2].weight[1]).norm())
+    honest = GlobalBound.at
+
+    def spoiled(self, radius):
+        state, change, single = honest(self, radius)
+        hidden, head = (lost / (2 * apart), 0.0) if part == "hidden" else (0.0, lost / 4)
+        return replace(state, rounding=torch.full_like(state.rounding, hidden)), change, torch.full_like(single, head)
+
+    monkeypatch.setattr(GlobalBound, "at", spoiled)
+    radius, _ = method(model, x, y, logits, InputBall("l2"), Context(torch.float64, constants_of(model)[1]))
+    assert bool((radius[margin < lost * (1 - 1e-9)] == 0).all()) and bool((radius[margin > 1.1 * lost] > 0).all())
 
 
 def test_a_pair_of_logits_moves_by_root_two_of_all() -> None:
