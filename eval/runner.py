@@ -23,6 +23,7 @@ from robustlip.eval.results import Record, check_soundness, read_metadata, read_
 from robustlip.eval.suite import PairSpec, SearchSpec, Suite, ThreatSpec, parse_suite
 from robustlip.files import atomic, write_json
 from robustlip.foreign import errors_of
+from robustlip.locks import sole_writer
 from robustlip.threats import Threat, WeightBall, with_radius
 
 if TYPE_CHECKING:
@@ -108,6 +109,13 @@ def run_suite(
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"expected a folder to write the run to, got {folder} ({error.strerror or error}); name another with --out") from error
+    with sole_writer(folder, "run"):
+        return _run_parts(suite, folder, settings, advance, say)
+
+
+def _run_parts(
+    suite: Suite, folder: Path, settings: Settings, advance: Callable[[str, int, int], None], say: Callable[[str], None]
+) -> Run:  # fmt: skip
     run = Run(folder, suite)
     work = [
         (pair, role, model, threat, _limit(pair, threat, settings))

@@ -34,7 +34,7 @@ _EXACT: dict[object, tuple[type, str]] = {"int": (int, "a whole number"), "bool"
 
 
 def build(config: dict[str, Any]) -> Chain:
-    """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option, or a size above robustlip.limits."""
+    """The untrained model of a configuration {'kind': …, options}. Raises BadInput for an unknown kind or option, or a size above limits.py."""
     options = dict(config)
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:

@@ -37,7 +37,9 @@ from robustlip.errors import BadInput, DataUnavailable, RobustlipError, first_li
 from robustlip.files import TOML_LIMIT, atomic, read_limited, read_toml, strictly, write_json, write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain
+from robustlip.locks import sole_writer
 from robustlip.training import Recipe, identity, load_recipe
+from robustlip.training.state import make_folder
 
 MAX_RUNS = 10_000
 PENDING, PARTIAL, FINISHED, FAILED = "pending", "partial", "finished", "failed"
@@ -244,20 +246,22 @@ def run_sweep(
     A run that training stops (a loss that is not finite, a cap that does not hold, no memory) is marked failed, and the next one starts.
     Raises BadInput for input that training cannot use.
     """
-    sweep = Sweep(grid, Path(folder), [_known(run, Path(folder)) for run in runs])
-    left = len(runs) if limit is None else limit
-    try:
-        for i, run in enumerate(runs):
-            if sweep.rows[i].status == FINISHED or left <= 0:
-                continue
-            left -= 1
-            sweep.rows[i] = _train(run, sweep, f"{i + 1} of {len(runs)}", published, device, data_dir, advance)
-            _write(sweep)
-    except KeyboardInterrupt:
-        sweep.interrupted = True
-        sweep.rows = [_known(run, sweep.folder) if row.status in (PENDING, PARTIAL) else row for run, row in zip(runs, sweep.rows, strict=True)]
-    _write(sweep)
-    return sweep
+    make_folder(Path(folder))
+    with sole_writer(Path(folder), "sweep"):
+        sweep = Sweep(grid, Path(folder), [_known(run, Path(folder)) for run in runs])
+        left = len(runs) if limit is None else limit
+        try:
+            for i, run in enumerate(runs):
+                if sweep.rows[i].status == FINISHED or left <= 0:
+                    continue
+                left -= 1
+                sweep.rows[i] = _train(run, sweep, f"{i + 1} of {len(runs)}", published, device, data_dir, advance)
+                _write(sweep)
+        except KeyboardInterrupt:
+            sweep.interrupted = True
+            sweep.rows = [_known(run, sweep.folder) if row.status in (PENDING, PARTIAL) else row for run, row in zip(runs, sweep.rows, strict=True)]
+        _write(sweep)
+        return sweep
 
 
 def _check_proved(row: Row, place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from robustlip.errors import BadInput
 from robustlip.files import write_text
 from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain, Residual
+from robustlip.locks import sole_writer
 from robustlip.parallel import ALONE, World, joined
 from robustlip.training.adversarial import adversarial_loss
 from robustlip.training.compute import Forward
@@ -135,7 +137,7 @@ def train(
     """Train a recipe in the folder `out`; returns the model file out/NAME.safetensors, with its card out/NAME.toml beside it.
 
     Interrupted runs, killed ones included, continue from out/NAME.state.safetensors when `resume`, and end with the same weights on the same machine;
-    a state of another recipe is refused, and so is to write over one or over a model without a state. One run at a time in a folder.
+    a state of another recipe is refused, and so is to write over one or over a model without a state. One run at a time in a folder: a second is refused.
     Started by torchrun, all processes make one run: each takes its rows of every batch, the matrix work is shared, rank 0 writes. parallel: 'ddp',
     whole weights in each process, or 'fsdp', shards (robustlip.parallel). Weights are those of one process up to rounding, and states can be
     resumed by another number of processes; `out` must be a folder that all of them see.
@@ -146,12 +148,16 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with joined(device, parallel) as world:
         _check_parallel(recipe, world)
-        return _run(recipe, Path(out), world, data_dir, progress, resume)
+        with ExitStack() as held:
+            return _run(recipe, Path(out), world, data_dir, progress, resume, held)
 
 
-def _run(recipe: Recipe, out: Path, world: World, data_dir: str | None, progress: Callable[[int, int, Figures], None] | None, resume: bool) -> Path:
+def _run(
+    recipe: Recipe, out: Path, world: World, data_dir: str | None, progress: Callable[[int, int, Figures], None] | None, resume: bool, held: ExitStack
+) -> Path:  # fmt: skip
     source = world.together(lambda: Source(recipe, data_dir))
     world.together(lambda: make_folder(out))
+    world.on_first(lambda: held.enter_context(sole_writer(out, "training")))  # by the process that writes, until the run ends
     world.together(lambda: refuse_to_replace(recipe, out, resume=resume))
     torch.manual_seed(recipe.seed)
     from robustlip.models.build import build
