@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from robustlip.errors import BadInput
 from robustlip.files import is_file, read_toml, strictly
 from robustlip.limits import ATTACKS, CONTEXT, PAIRS, RADII, ROWS, SEARCH, THREATS, number
+from robustlip.names import check_table
 from robustlip.threats import Threat, WeightBall, parse_threat
 
 BUNDLED = Path(__file__).resolve().parent / "suites"
@@ -185,6 +186,7 @@ def load_suite(path_or_name: str | Path) -> Suite:
 
 def parse_suite(raw: dict[str, Any], source: str = "the suite") -> Suite:
     """The suite that a table of TOML (or JSON) describes. Raises BadInput."""
+    check_table(raw, source)
     try:
         suite = strictly(Suite, raw)
     except ValidationError as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
@@ -32,6 +32,7 @@ from robustlip.data import Dataset
 from robustlip.data.load import parse_spec
 from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
+from robustlip.names import check_line, shown
 from robustlip.rounding import NAMES
 from robustlip.threats import InputBall, Threat, parse_threat
 
@@ -40,8 +41,8 @@ SIZE_LIMIT = 128 * 2**20  # bytes: about 400 000 samples
 REMEDY = "make it again with `robustlip certify --json`"
 DTYPES = (*NAMES, "real")
 
-# What a file says is shown in terminals: one line, no control characters, and nothing that turns its direction.
-Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$")]
+# What a file says is shown in terminals: one line, and nothing in it that cannot be seen. The pattern is what a JSON schema can say of that.
+Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$"), AfterValidator(check_line)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits")]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Radius = Annotated[float, Field(ge=0)]
@@ -328,7 +329,7 @@ def rows_sha256(hashes: list[str]) -> str:
 def explain(error: ValidationError, source: str, remedy: str) -> str:
     """The first complaint of pydantic as one sentence: where, what was expected, what was got, what to do."""
     first = error.errors()[0]
-    where = "".join(c if c.isprintable() else "?" for c in ".".join(str(part) for part in first["loc"]))[:100] or "top level"
+    where = shown(".".join(str(part) for part in first["loc"]), 100) or "top level"
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, Exception):  # raised by our own validators: already a whole sentence
         return f"{source}: {cause}"

@@ -11,6 +11,7 @@ import typer
 from robustlip import __version__
 from robustlip.cli import DataDir, Json, Limit, app
 from robustlip.errors import BadInput
+from robustlip.names import shown
 
 if TYPE_CHECKING:
     from robustlip.console import Out
@@ -168,7 +169,7 @@ def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
 
 
 def _printable(text: str) -> str:
-    return text[:200] if text.isprintable() else ascii(text[:200])
+    return shown(text)
 
 
 def _simple(value: Any) -> bool:

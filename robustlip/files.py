@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from robustlip.errors import BadInput, first_line
+from robustlip.names import check_table
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -42,9 +43,11 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table of a TOML file, in UTF-8 with or without a byte-order mark. what: e.g. 'a policy'. Raises BadInput when it cannot be read or does not parse."""
     text = read_limited(path, f"{what} file", TOML_LIMIT, f"name {what} file")
     try:
-        return tomllib.loads(text.decode("utf-8-sig"))
+        table = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, an integer of thousands of digits, tables without end
         raise BadInput(f"expected {what} in TOML, got {path.name}, which does not parse ({first_line(error, 120)}); mend that place") from None
+    check_table(table, f"{what} ({path.name})")
+    return table
 
 
 def strictly(kind: type[Kind], raw: Mapping[str, Any]) -> Kind:
