@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
@@ -42,6 +42,9 @@ class Observation:
     float64 (N,), the smallest distance at which this attack succeeded: inf where it never did, 0 where the clean point is misclassified.
     adversarial: inputs or embeddings (N, …) in the model's dtype; for weight threats a dict, name → float64 changes (G, …) of
     that matrix. group: int64 (N,), the row of `adversarial` that belongs to each sample.
+    failure: one sentence for each sample whose logits, at the clean point or at the point found, or whose perturbation are not finite; '' for the
+    others. Such a sample is neither broken nor robust: no success, radius inf, and prediction −1 where the logits are not finite.
+    settings: everything that the attack was told, its defaults too (steps, restarts, losses, …), as plain JSON types; the box is the threat's.
     dtype: the arithmetic that was attacked. seed: of the generator. weights_sha256: as passed in.
     """
 
@@ -59,35 +62,54 @@ class Observation:
     adversarial_prediction: np.ndarray
     adversarial: torch.Tensor | dict[str, torch.Tensor]
     group: np.ndarray
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    failure: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.failure:
+            object.__setattr__(self, "failure", ("",) * len(self.index))
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def status(self) -> tuple[str, ...]:
-        """Per sample: 'misclassified' (at the clean point), 'broken' or 'withstood'."""
-        clean = self.prediction == self.label
-        return tuple("misclassified" if not c else "broken" if s else "withstood" for c, s in zip(clean, self.success, strict=True))
+        """Per sample: 'not finite' (see failure), 'misclassified' (at the clean point), 'broken' or 'withstood'."""
+        samples = zip(self.failure, self.prediction == self.label, self.success, strict=True)
+        return tuple("not finite" if f else "misclassified" if not c else "broken" if s else "withstood" for f, c, s in samples)
+
+    @property
+    def failed(self) -> np.ndarray:
+        """bool (N,): the samples that have a failure."""
+        return np.array([bool(why) for why in self.failure], dtype=bool)
 
     def robust_accuracy(self) -> float:
         """The fraction of samples that are classified correctly and withstood the attack."""
-        return float(np.mean(~self.success)) if len(self) else float("nan")
+        return float(np.mean(~self.success & ~self.failed)) if len(self) else float("nan")
 
     def to_json_dict(self) -> dict[str, Any]:
         """Plain JSON types only; an infinite radius is null."""
-        rows = zip(self.index, self.label, self.prediction, self.radius, self.status, strict=True)
+        rows = zip(self.index, self.label, self.prediction, self.radius, self.status, self.failure, strict=True)
         return {
             "threat": self.threat.name,
             "norm": self.threat.norm,
+            "clip": box_of(self.threat),
             "dtype": self.dtype,
             "attack": self.attack,
+            "settings": dict(self.settings),
             "seed": self.seed,
             "weights_sha256": self.weights_sha256,
             "samples": [
                 {"index": int(i), "label": int(y), "prediction": int(p), "radius": float(r) if math.isfinite(r) else None, "status": s}
-                for i, y, p, r, s in rows
+                | ({"failure": f} if f else {})
+                for i, y, p, r, s, f in rows
             ],
         }
+
+
+def box_of(threat: Threat) -> list[float] | None:
+    """[low, high] of an input threat with a box, for JSON."""
+    return list(threat.clip) if isinstance(threat, InputBall) and threat.clip is not None else None
 
 
 class Proposal(NamedTuple):
@@ -102,6 +124,20 @@ class Attack(ABC):
 
     name: ClassVar[str]
     needs_radius: ClassVar[bool] = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that this attack was told, its defaults too, as plain JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()} if is_dataclass(self) else {}
+
+    @property
+    def described(self) -> str:
+        """Its name and settings on one line, for tables."""
+        said = ", ".join(f"{key} {_plain(value)}" for key, value in self.settings.items() if value is not None)
+        return f"{self.name} ({said})" if said else self.name
+
+    def check_threat(self, threat: Threat) -> None:
+        """Raises BadInput for a threat that this attack cannot take, whatever the model."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -136,8 +172,8 @@ class Attack(ABC):
         Inputs that the model's dtype cannot hold are rounded to it, and distances and radii count from the points that were given.
         generator: source of all randomness (default: a new one with seed 0). index: N sample ids (default 0 … N − 1).
         The model's mode, weights, gradient flags and the global random states come back as they were, also after an error.
-        Raises BadInput for models, labels, inputs, weights or radii that cannot be used, RobustlipError when the attack proposes or
-        the model answers something that is not finite.
+        Raises BadInput for models, labels, inputs, weights or radii that cannot be used, RobustlipError when the model answers no clean point with
+        finite logits. A single sample whose logits or perturbation are not finite is its own failure (see `Observation`).
         """
         x, y, threat = as_request(x, y, threat)
         if self.needs_radius and threat.radius is None:
@@ -145,6 +181,7 @@ class Attack(ABC):
                 f"expected a threat with a radius for the attack {self.name!r}, got radius=None; "
                 f"give one ({threat.units}) or use the attack 'min', which searches it"
             )
+        self.check_threat(threat)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         target = Target(model)
         with preserved(model), in_eval_mode(model), covered(target.kind):
@@ -158,9 +195,13 @@ class Attack(ABC):
             check_fit(model, x)
             index = _check_index(index, len(x))
             logits = target.settle(x)
-            _check_finite(logits, "the clean point", index)
+            answered = _finite(logits)
+            if not bool(answered.any()):
+                raise RobustlipError(
+                    f"expected finite logits at the clean points, got NaN or infinity for all of {len(x)} samples; find the layer that overflows"
+                )
             _check_labels(y, logits.shape[1])
-            prediction = logits.argmax(1)
+            prediction = torch.where(answered, logits.argmax(1), -1)
             space = space_of(target, x, threat)
             if isinstance(space, InputSpace) and given.dtype != dtype and not torch.equal(x.double(), given.double()):
                 space.around(given)
@@ -168,9 +209,11 @@ class Attack(ABC):
             with torch.enable_grad():
                 _check_gradient(space)
                 delta, group = self._propose(space, y, prediction == y, threat.radius, generator)
-            point, distance, adversarial_logits, group = self._land(space, delta, group, threat.radius, index)
-            found = adversarial_logits.argmax(1)
-            success = found != y
+            delta, proposed = _without_failures(delta, group)
+            point, distance, adversarial_logits, group = self._land(space, delta, group, threat.radius)
+            landed = _finite(adversarial_logits)
+            found = torch.where(landed, adversarial_logits.argmax(1), -1)
+            success = (found != y) & answered & proposed & landed
             described = space.describe(point, model)
 
         def numpy(values: torch.Tensor) -> np.ndarray:
@@ -191,7 +234,25 @@ class Attack(ABC):
             adversarial_prediction=numpy(found),
             adversarial=described,
             group=numpy(group),
+            settings=self.settings,
+            failure=self._failures(numpy(answered), numpy(proposed), numpy(landed), numpy(distance)),
         )
+
+    def _failures(self, answered: np.ndarray, proposed: np.ndarray, landed: np.ndarray, distance: np.ndarray) -> tuple[str, ...]:
+        """One sentence for each sample that has something not finite, '' for the others."""
+
+        def sentence(clean: bool, change: bool, there: bool, far: float) -> str:
+            if not clean:
+                return "expected finite logits at the clean point, got NaN or infinity; find the layer that overflows"
+            if not change:
+                return f"expected a finite perturbation from the attack {self.name!r}, got NaN or infinity; look for a gradient that is not finite"
+            if not there:
+                return f"expected finite logits at the point found by the attack {self.name!r}, got NaN or infinity at distance {far:.6g}; " + (
+                    "this is no success: find the layer that overflows"
+                )
+            return ""
+
+        return tuple(sentence(*row) for row in zip(answered, proposed, landed, distance, strict=True))
 
     def _chunk(self, space: Space) -> int:
         """How many samples `_run` gets at once."""
@@ -215,19 +276,28 @@ class Attack(ABC):
         return torch.cat(deltas), groups
 
     def _land(
-        self, space: Space, delta: torch.Tensor, group: torch.Tensor, radius: float | None, index: np.ndarray
+        self, space: Space, delta: torch.Tensor, group: torch.Tensor, radius: float | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Checks finiteness, lands inside the ball, measures and judges again (see `Space.judged`)."""
-        finite = torch.isfinite(delta.flatten(1)).all(1)[group]
-        if not bool(finite.all()):
-            raise RobustlipError(
-                f"expected finite perturbations from the attack {self.name!r}, got NaN or infinity for "
-                f"sample {index[int((~finite).nonzero()[0])]}; look for a layer whose gradient is not finite there"
-            )
+        """Lands inside the ball, measures and judges again (see `Space.judged`)."""
         with torch.no_grad():
-            point, distance, logits, row = space.judged(delta, group, radius)
-        _check_finite(logits, f"the point found by the attack {self.name!r}", index)
-        return point, distance, logits, row
+            return space.judged(delta, group, radius)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_plain(part)}" for key, part in value.items()) + ")"
+    return "/".join(map(_plain, value)) if isinstance(value, list | tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """(N, …) → bool (N,)."""
+    return torch.isfinite(values.flatten(1)).all(1)
+
+
+def _without_failures(delta: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """delta (G, …) with 0 for the perturbations that are not finite, and whether that of each sample (N,) is."""
+    finite = _finite(delta)
+    return torch.where(finite.reshape(-1, *[1] * (delta.dim() - 1)), delta, 0.0), finite[group]
 
 
 # ---- what comes back as it was
@@ -320,12 +390,3 @@ def _check_labels(y: torch.Tensor, classes: int) -> None:
     if bool(((y < 0) | (y >= classes)).any()):
         worst = int(y[(y < 0) | (y >= classes)][0])
         raise BadInput(f"expected labels in [0, {classes - 1}], got {worst}; the model has {classes} classes")
-
-
-def _check_finite(logits: torch.Tensor, where: str, index: np.ndarray) -> None:
-    finite = torch.isfinite(logits).all(1)
-    if not bool(finite.all()):
-        raise RobustlipError(
-            f"expected finite logits at {where}, got NaN or infinity for sample {index[int((~finite).nonzero()[0])]}; "
-            f"this is no success of the attack: find the layer that overflows"
-        )

@@ -15,6 +15,7 @@ from robustlip.attacks.base import Attack
 from robustlip.attacks.spaces import InputSpace, Space
 from robustlip.errors import BadInput
 from robustlip.target import Target
+from robustlip.threats import InputBall, Threat
 
 KINDS = ("PGD", "PGDL2", "AutoAttack")
 
@@ -23,8 +24,8 @@ class TorchAttack(Attack):
     """torchattacks.PGD (linf), PGDL2 (l2) or AutoAttack (either), with eps = the radius of the threat.
 
     options are torchattacks' own (steps, alpha, random_start, version …), but eps, norm, seed and n_classes, which the threat, the
-    generator and the model decide. Default step length: 2.5·radius/steps. Its points stay in [0, 1], hence in the threat's ball.
-    Raises BadInput when torchattacks is absent, the inputs are not images (N, C, H, W) in [0, 1], or the threat is another one.
+    generator and the model decide. Default step length: 2.5·radius/steps. Its points stay in [0, 1], so it takes threats with that box only.
+    Raises BadInput when torchattacks is absent, the inputs are not images (N, C, H, W) in [0, 1], or the threat is another one or has another box.
     """
 
     name: ClassVar[str] = "torchattacks"
@@ -37,6 +38,19 @@ class TorchAttack(Attack):
             raise BadInput(f"expected options besides eps, norm, seed and n_classes, got {', '.join(taken)}; the threat and the model set them")
         self.kind, self.options = kind, options
         self.name = "autoattack" if kind == "AutoAttack" else f"torchattacks-{kind.lower()}"  # type: ignore[misc]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        own = {"version": "standard"} if self.kind == "AutoAttack" else {"steps": 40, "alpha": "2.5·radius/steps", "random_start": True}
+        return {"library": "torchattacks", **own, **self.options}
+
+    def check_threat(self, threat: Threat) -> None:
+        if isinstance(threat, InputBall) and threat.clip != (0.0, 1.0):
+            got = "no box" if threat.clip is None else f"the box [{threat.clip[0]:g}, {threat.clip[1]:g}]"
+            raise BadInput(
+                f"expected a threat with the box [0, 1] for {self.name!r}, whose points never leave it, got {got}; "
+                f"give --clip 0,1 (in Python InputBall(…, clip=(0, 1)), in a suite clip = [0, 1]), or use 'pgd'"
+            )
 
     def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
         assert radius is not None  # needs_radius

@@ -106,18 +106,16 @@ def _caveats(run: Run) -> list[tuple[str, str]]:
 
 
 def _attacks(run: Run) -> list[tuple[str, str]]:
+    from robustlip.attacks import by_name
+
     listed = []
     for pair in run.suite.pairs:
         for threat in pair.threats:
-            how = ", ".join(_options(a.name, a.options) for a in threat.attacks) if threat.radii else ""
+            how = "; ".join(by_name(a.name, **a.options).described for a in threat.attacks) if threat.radii else ""
             if threat.sensitivity_radius is not None:
                 how = "; ".join(filter(None, (how, f"sensitivity at radius {threat.sensitivity_radius:g}")))
             listed.append((f"{pair.name}, {threat.name}", how))
     return listed
-
-
-def _options(name: str, options: dict[str, Any]) -> str:
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else name
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

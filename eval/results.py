@@ -31,7 +31,8 @@ class Record:
     ‖E‖ ≤ sensitivity_radius, divided by that radius; observed_sensitivity, the largest ‖f_{W+E}(x) − f_W(x)‖₂/‖E‖ found inside;
     observed_change, that numerator, and certified_change, its bound at that ‖E‖: the two that are compared, because a bound
     that saturates makes the quotient fall with the radius. status: certified, abstained, misclassified, or '' without a certificate.
-    attack: the attack that found attacked_radius, or all that tried. partial: the suite asked for more samples than were run.
+    attack: the attack that found attacked_radius, or all that tried. failure: one sentence where an attack met logits that are not finite and none
+    broke the sample: it does not count as robust. partial: the suite asked for more samples than were run.
     adversarial: file of the adversarial point, relative to the run, where it contradicts the certificate; else ''.
     seconds: time spent on this sample, as its share of the batch. versions: JSON of package versions.
     """
@@ -57,6 +58,7 @@ class Record:
     attacked_radius: float | None = None
     attack: str = ""
     attack_seed: int | None = None
+    failure: str = ""
     certified_sensitivity: float | None = None
     observed_sensitivity: float | None = None
     sensitivity_radius: float | None = None

@@ -24,7 +24,7 @@ from robustlip.eval.suite import PairSpec, SearchSpec, Suite, ThreatSpec, parse_
 from robustlip.files import atomic, write_json
 from robustlip.foreign import errors_of
 from robustlip.locks import sole_writer
-from robustlip.threats import Threat, WeightBall, with_radius
+from robustlip.threats import Threat, WeightBall, units_and_box, with_radius
 
 if TYPE_CHECKING:
     import torch
@@ -333,7 +333,7 @@ def _part(
         for i, row in enumerate(rows):
             record = Record(
                 suite=suite.name, model=model, pair=pair.name, role=role, data=data.name, data_note=data.note, split=data.split,
-                threat=threat.name, norm=threat.threat().norm, units=threat.threat().units, weights_sha256=weights,
+                threat=threat.name, norm=threat.threat().norm, units=units_and_box(threat.threat()), weights_sha256=weights,
                 versions=json.dumps(versions()), seed=seed, partial=limit < min(pair.limit, threat.limit or pair.limit), seconds=seconds, **row,
             )  # fmt: skip
             if record.contradiction():
@@ -387,6 +387,7 @@ def _evaluate(
                 )  # fmt: skip
         nearest = np.full(len(rows), np.inf)
         found = [", ".join(a.name for a in threat.attacks)] * len(rows)
+        failure = [""] * len(rows)
         for number, spec in enumerate(threat.attacks):
             attack = by_name(spec.name, **spec.options)
             # An attack that searches for the smallest radius is asked once, one at a fixed radius at each radius of the table.
@@ -395,6 +396,7 @@ def _evaluate(
                 observation = attack(chain, x, y, with_radius(ball, radius), generator=generator, index=index, weights_sha256=weights)
                 if not np.array_equal(observation.index, index) or np.isnan(observation.radius).any():
                     raise RuntimeError(f"attack {spec.name} returned other samples than it was given, or NaN as a distance")
+                failure = [before or why for before, why in zip(failure, observation.failure, strict=True)]
                 if certificate is None:
                     for row, prediction in zip(rows, observation.prediction.tolist(), strict=True):
                         row["prediction"] = prediction
@@ -403,7 +405,7 @@ def _evaluate(
                     nearest[better], found[better] = observation.radius[better], spec.name
                     points[better] = _point(observation, better)
         for i, row in enumerate(rows):
-            row.update(attacked_radius=float(nearest[i]), attack=found[i], attack_seed=seed)
+            row.update(attacked_radius=float(nearest[i]), attack=found[i], attack_seed=seed, failure="" if np.isfinite(nearest[i]) else failure[i])
     else:
         with torch.no_grad():
             for row, prediction in zip(rows, Target(chain).scores(x).argmax(-1).tolist(), strict=True):

@@ -202,7 +202,7 @@ def _check_attacks(suite: Suite) -> None:
     for pair in suite.pairs:
         for threat in pair.threats:
             for attack in threat.attacks if threat.radii else ():
-                by_name(attack.name, **attack.options)
+                by_name(attack.name, **attack.options).check_threat(threat.threat())
 
 
 def explain(error: ValidationError, source: str) -> str:

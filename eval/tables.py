@@ -37,6 +37,8 @@ def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
+    from robustlip.attacks import by_name
+
     frame = to_frame(records)
     rows: list[dict[str, Any]] = []
     for pair in suite.pairs:
@@ -53,12 +55,14 @@ def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
                 }  # fmt: skip
                 if threat.radii:
                     certified, attacked = part["certified_radius"].to_numpy(), part["attacked_radius"].to_numpy()
+                    failed = (part["failure"] != "").to_numpy()
+                    row["not_finite"] = int(failed.sum())
                     for k, radius in enumerate(threat.radii, start=1):
                         row[f"radius_{k}"] = radius
                         row[f"certified_accuracy_{k}"] = float(np.mean(correct & (certified >= radius)))
-                        row[f"attacked_accuracy_{k}"] = float(np.mean(correct & (attacked > radius)))
+                        row[f"attacked_accuracy_{k}"] = float(np.mean(correct & (attacked > radius) & ~failed))
                     row["median_certified_radius"] = _median(certified[correct])
-                    row["median_attacked_radius"] = _median(attacked[correct])
+                    row["median_attacked_radius"] = _median(attacked[correct & ~failed])
                     broken = correct & np.isfinite(attacked) & (attacked > 0)
                     row["median_ratio"] = _median(certified[broken] / attacked[broken])
                     row["attack_succeeded"] = int(broken.sum())
@@ -69,6 +73,7 @@ def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
                 row |= {
                     "data": f"{first['data']}:{first['split']}", "data_note": first["data_note"], "method": first["method"], "dtype": first["dtype"],
                     "attacks": ", ".join(a.name for a in threat.attacks) if threat.radii else "sensitivity",
+                    "attack_settings": "; ".join(by_name(a.name, **a.options).described for a in threat.attacks) if threat.radii else "",
                     "weights_sha256": first["weights_sha256"], "seed": int(first["seed"]), "partial": bool(part["partial"].any()),
                     "seconds": float(part["seconds"].sum()),
                 }  # fmt: skip
@@ -215,6 +220,11 @@ def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
         if why:
             refused.setdefault((model, why), []).append(threat)
     lines += [f"{model} is certified 0 % against {', '.join(threats)}, because: {why}." for (model, why), threats in refused.items()]
+    for threat, attacks in dict.fromkeys(zip(summary["threat"], summary["attack_settings"], strict=True)):
+        if attacks:
+            lines.append(f"Attacks of {threat}: {attacks}.")
+    if "not_finite" in summary and (count := int(summary["not_finite"].fillna(0).sum())):
+        lines.append(f"{count} samples have logits that are not finite at a point that an attack found: they count neither as robust nor as broken.")
     for data, note in dict.fromkeys(zip(summary["data"], summary["data_note"], strict=True)):
         lines.append(f"Data {data}{f': {_NOTES.get(note, note)}' if note else ''}.")
     return [*lines, LEGEND]

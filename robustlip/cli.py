@@ -35,6 +35,10 @@ app.add_typer(zoo_app, name="zoo")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a zoo name, a .safetensors file of ours, or package.module:callable")]
 DataSpec = Annotated[str, typer.Option("--data", help="digits, mnist, cifar10, tiny_shakespeare, a hub name or a file, each with :split")]
 ThreatName = Annotated[str, typer.Option("--threat", help="l1, l2, linf, embedding-l2[@positions], weights-spectral, …")]
+Clip = Annotated[
+    Optional[str],
+    typer.Option("--clip", metavar="LOW,HIGH|none", help="input threats: perturbed inputs stay in this box, for every attack alike  [default: none]"),
+]
 Json = Annotated[Optional[str], typer.Option("--json", metavar="FILE", help="write JSON to FILE; to stdout for - or no FILE")]
 Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, cuda:1, …  [default: the GPU if there is one]")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="samples at once")]
@@ -172,7 +176,7 @@ def certify(
     dtype: Annotated[Optional[str], typer.Option("--dtype", help="arithmetic to cover: float32, …, real  [default: the model's]")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
     context: Context = None, subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
-    text_column: TextColumn = None,
+    text_column: TextColumn = None, clip: Clip = None,
 ) -> None:  # fmt: skip
     """Prove for each sample a radius within which the prediction cannot change."""
     from collections import Counter
@@ -183,14 +187,14 @@ def certify(
     from robustlip.certifiers import certify as prove
     from robustlip.console import Out, Progress, choose_device, radius_summary
     from robustlip.hashing import weights_sha256
-    from robustlip.threats import parse_threat
+    from robustlip.threats import parse_clip, parse_threat, units_and_box
 
     if method == "smoothing":
         raise BadInput("expected a method that proves radii of the model, got 'smoothing', which does not; use robustlip smooth MODEL --sigma S")
     if method != ALL and (slow or no_attack):
         raise BadInput(f"expected --slow and --no-attack with --method {ALL}, got method {method!r}; leave them out")
     out = Out(json, model, data)
-    ball = parse_threat(threat, radius)
+    ball = parse_threat(threat, radius, parse_clip(clip, threat))
     where = choose_device(device, out)
     chain, samples = _open(model, data, where, context, data_dir, limit, seed, (subset, image_column, label_column, text_column))
     if method == ALL:
@@ -214,7 +218,7 @@ def certify(
     rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
     rows += [("proved robust (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
     rows += radius_summary(certificate.radius, correct)
-    rows += [("units", ball.units), ("method", f"{certificate.method}, covers {certificate.dtype}")]
+    rows += [("units", units_and_box(ball)), ("method", f"{certificate.method}, covers {certificate.dtype}")]
     if method == "best":
         winners = Counter(filter(None, certificate.methods)).most_common()
         rows += [("radii came from", ", ".join(f"{name} ({count})" for name, count in winners) or "no method: none is above 0")]
@@ -301,7 +305,7 @@ def attack(
     radius: Annotated[Optional[float], typer.Option("--radius", help="attack at this radius; 'min' searches for the smallest")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
     context: Context = None, subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
-    text_column: TextColumn = None,
+    text_column: TextColumn = None, clip: Clip = None,
 ) -> None:  # fmt: skip
     """Look for each sample for a perturbation that changes the prediction."""
     import numpy as np
@@ -310,10 +314,10 @@ def attack(
     from robustlip.attacks import by_name
     from robustlip.console import Out, Progress, choose_device, radius_summary
     from robustlip.hashing import weights_sha256
-    from robustlip.threats import parse_threat
+    from robustlip.threats import parse_clip, parse_threat, units_and_box
 
     out = Out(json, model, data)
-    ball, method = parse_threat(threat, radius), by_name(name)
+    ball, method = parse_threat(threat, radius, parse_clip(clip, threat)), by_name(name)
     where = choose_device(device, out)
     chain, samples = _open(model, data, where, context, data_dir, limit, seed, (subset, image_column, label_column, text_column))
     generator, weights = torch.Generator().manual_seed(seed), weights_sha256(chain)
@@ -327,12 +331,14 @@ def attack(
     about = {"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, "requested_radius": radius}
     out.json({**about, "partial": stopped is not None, **described})
     label, prediction, found = (np.concatenate([getattr(o, field) for o in observations]) for field in ("label", "prediction", "radius"))
-    correct = prediction == label
+    correct, failed = prediction == label, np.concatenate([o.failed for o in observations])
+    why = [text for o in observations for text in o.failure if text]
     broken = correct & np.isfinite(found)
     rows = [("samples", str(len(label))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
     limit_text = f"within radius {radius:g}" if radius else "at any distance tried"
-    rows += [("broken (%)", f"{100 * np.mean(broken):.1f} {limit_text}"), *radius_summary(found, correct)]
-    rows += [("units", ball.units)] + ([("data", samples.note)] if samples.note else [])
+    rows += [("broken (%)", f"{100 * np.mean(broken):.1f} {limit_text}"), *radius_summary(found, correct & ~failed)]
+    rows += [("not finite", f"{failed.sum()} samples, neither broken nor robust: {why[0]}")] if failed.any() else []
+    rows += [("units", units_and_box(ball)), ("attack", method.described)] + ([("data", samples.note)] if samples.note else [])
     out.table(f"{model}: {name} against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
     end(stopped, len(label), len(samples.index))
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from robustlip.attacks import Attack
+from robustlip.attacks.base import box_of
 from robustlip.certificates import Certificate
 from robustlip.certifiers import METHODS, certify
 from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer
@@ -36,6 +37,7 @@ class Comparison:
     radius: name → float64 (N,), in the units of the threat, in the order in which the methods ran. seconds: name → time of that pass; constants
     that an earlier pass computed for the same weights are not computed again. left_out: name → one sentence why it did not run.
     label, prediction: int64 (N,). attacked: float64 (N,), inf where the attack found nothing; None without an attack.
+    failed: bool (N,), samples with logits that are not finite (see `Observation`): they count as not withstanding the attack.
     """
 
     threat: Threat
@@ -49,6 +51,8 @@ class Comparison:
     attack: str = ""
     attacked: np.ndarray | None = None
     attack_seconds: float = 0.0
+    failed: np.ndarray | None = None
+    attack_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def correct(self) -> np.ndarray:
@@ -86,7 +90,8 @@ class Comparison:
 
     def row(self, name: str, radius: np.ndarray, seconds: float) -> dict[str, Any]:
         """One line of the table, as plain JSON types. The attack's accuracies are those that withstood it."""
-        accuracy = {f"{r:g}": float(np.mean(self.correct & (radius >= r) & (radius > 0))) for r in self.radii()}
+        counted = self.correct & ~self.failed if radius is self.attacked and self.failed is not None else self.correct
+        accuracy = {f"{r:g}": float(np.mean(counted & (radius >= r) & (radius > 0))) for r in self.radii()}
         median = self.median(radius)
         finite = median if median is None or np.isfinite(median) else None
         return {"method": name, "median_radius": finite, "accuracy": accuracy, "fraction_of_attack": self.fraction(radius), "seconds": seconds}
@@ -97,10 +102,12 @@ class Comparison:
         attack = None
         if self.attacked is not None:
             attack = {key: value for key, value in self.row(self.attack, self.attacked, self.attack_seconds).items() if key != "fraction_of_attack"}
+            attack["settings"] = dict(self.attack_settings)
+            attack["not_finite"] = 0 if self.failed is None else int(self.failed.sum())
         return {
             "kind": "comparison of methods", "certificate": False,
             "note": "not a certificate file: robustlip verify does not take it; certify with one method, or best, to write one",
-            "threat": self.threat.name, "units": self.threat.units, "requested_radius": self.threat.radius, "dtype": self.dtype,
+            "threat": self.threat.name, "units": self.threat.units, "clip": box_of(self.threat), "requested_radius": self.threat.radius, "dtype": self.dtype,
             "weights_sha256": self.weights_sha256, "samples": len(self.label), "correct": int(self.correct.sum()),
             "clean_accuracy": float(np.mean(self.correct)), "methods": rows,
             "best_of_these": self.row("best of these", self.best, sum(self.seconds.values())),
@@ -149,7 +156,8 @@ def compare(
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     observations = [attack(attacked, x, y, free, generator=generator, index=index) for x, y, index in batches(attack.name)]
     nearest = np.concatenate([o.radius for o in observations])
-    done = replace(done, attack=attack.name, attacked=nearest, attack_seconds=time.perf_counter() - start)
+    failed = np.concatenate([o.failed for o in observations])
+    done = replace(done, attack=attack.name, attacked=nearest, attack_seconds=time.perf_counter() - start, failed=failed, attack_settings=attack.settings)
     if dtype != "real":
         _check(done, nearest)
     return done

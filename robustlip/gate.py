@@ -32,7 +32,7 @@ from robustlip.certifiers.methods import check_method
 from robustlip.checks import check_fit
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
-from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
 from robustlip.execution import covered
 from robustlip.files import read_toml
 from robustlip.modes import in_eval_mode, undrawn
@@ -380,6 +380,10 @@ def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: 
     observed = attack(chain, x.to(where), data.y.to(where), ball, generator=generator, index=data.index)
     # `not <=`, so that a NaN counts as a contradiction. Misclassified samples have radius 0 on both sides.
     wrong = np.flatnonzero(~(radius <= observed.radius + moved))
+    unclear = np.flatnonzero(observed.failed & (radius > 0))
+    if len(unclear):
+        first_one = int(unclear[0])
+        raise RobustlipError(f"sample {int(data.index[first_one])} of {ball.name}, which a certificate covers: {observed.failure[first_one]}")
     return [
         f"expected no success inside the certified radius {radius[i]!r} of sample {int(data.index[i])} ({ball.name}), got {attack.name} at distance "
         f"{float(observed.radius[i])!r}; this is a soundness bug: report it and do not rely on these certificates"

@@ -46,8 +46,8 @@ class InputBall:
         if self.norm not in INPUT_NORMS:
             raise BadInput(f"expected an input norm among {', '.join(INPUT_NORMS)}, got {self.norm!r}; name one of them")
         _check_radius(self.radius)
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise BadInput(f"expected clip=(low, high) with low < high, got {self.clip}; order the two numbers")
+        if self.clip is not None and not (math.isfinite(self.clip[0]) and math.isfinite(self.clip[1]) and self.clip[0] < self.clip[1]):
+            raise BadInput(f"expected clip=(low, high) with low < high, both finite, got {self.clip}; order the two numbers")
 
     @property
     def name(self) -> str:
@@ -134,6 +134,26 @@ Threat = Union[InputBall, EmbeddingBall, WeightBall]
 def with_radius(threat: Threat, radius: float | None) -> Threat:
     """The same threat at another radius."""
     return replace(threat, radius=radius)
+
+
+def units_and_box(threat: Threat) -> str:
+    """The units of the threat and, of an input threat, the box that perturbed inputs stay in: what tables and terminals show."""
+    if not isinstance(threat, InputBall):
+        return threat.units
+    return f"{threat.units}, {'no box' if threat.clip is None else f'inputs within [{threat.clip[0]:g}, {threat.clip[1]:g}]'}"
+
+
+def parse_clip(text: str | None, threat: str) -> tuple[float, float] | None:
+    """'LOW,HIGH' → the box of an input threat, None or 'none' → no box. Raises BadInput for anything else, and for a box of another threat."""
+    if text is None or text == "none":
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise BadInput(f"expected --clip LOW,HIGH or none, got {text!r}; write e.g. --clip 0,1") from None
+    clip = (low, high)
+    parse_threat(threat, None, clip)
+    return clip
 
 
 def parse_threat(text: str, radius: float | None = None, clip: tuple[float, float] | None = None) -> Threat:

@@ -172,7 +172,7 @@ def test_torchattacks_takes_any_module() -> None:
     x = torch.rand(N, 1, 3, 3)
     with torch.no_grad():
         y = plain()(x).argmax(1)
-    seen, expected = (TorchAttack("PGD", steps=5)(m, x, y, InputBall("linf", 0.7)) for m in (Own(lambda z, x: {"logits": z}), plain()))
+    seen, expected = (TorchAttack("PGD", steps=5)(m, x, y, InputBall("linf", 0.7, (0.0, 1.0))) for m in (Own(lambda z, x: {"logits": z}), plain()))
     assert seen.distance.tolist() == expected.distance.tolist() and (seen.distance > 0).all()
 
 

@@ -283,7 +283,7 @@ class TorchattacksContract(AttackContract):
 
 
 class TestTorchattacksPGD(TorchattacksContract):
-    threat, name, options = InputBall("linf", 0.15), "torchattacks-pgd", {"steps": 10}
+    threat, name, options = InputBall("linf", 0.15, clip=(0.0, 1.0)), "torchattacks-pgd", {"steps": 10}
 
 
 class TestTorchattacksPGDL2(TorchattacksContract):
@@ -291,7 +291,7 @@ class TestTorchattacksPGDL2(TorchattacksContract):
 
 
 class TestAutoAttack(TorchattacksContract):
-    threat, name, options = InputBall("linf", 0.15), "autoattack", {"version": "rand"}
+    threat, name, options = InputBall("linf", 0.15, clip=(0.0, 1.0)), "autoattack", {"version": "rand"}
 
 
 # ---- whatever an attack returns
@@ -334,31 +334,71 @@ def test_a_far_point_is_brought_inside(threat: Threat, offset: float) -> None:
         assert (norms > 0.5 * threat.radius).all(), "brought to the border, not to the centre"
 
 
-def test_perturbations_that_are_not_finite_raise_and_name_the_sample() -> None:
+def test_a_perturbation_that_is_not_finite_is_the_failure_of_its_sample() -> None:
     model = mlp()
     x, y = samples(model)
 
     def broken(space):  # type: ignore[no-untyped-def]
-        delta = torch.zeros_like(space.clean)
+        delta = torch.full_like(space.clean, 0.6)
         delta[3] = torch.inf
         return delta
 
     before = state_of(model)
-    with pytest.raises(RobustlipError, match="sample 4"):  # sample 1 is misclassified and never reaches the attack
-        Liar(broken)(model, x, y, InputBall("l2", 0.1))
+    seen = Liar(broken)(model, x, y, InputBall("l2", 2.4))
     assert state_of(model) == before
+    # Sample 1 is misclassified and never reaches the attack.
+    assert [i for i, why in enumerate(seen.failure) if why] == [4] and "finite perturbation from the attack 'liar'" in seen.failure[4]
+    assert seen.status[4] == "not finite" and not seen.success[4] and np.isinf(seen.radius[4]) and seen.distance[4] == 0
+    others = Liar(lambda space: torch.full_like(space.clean, 0.6))(model, x, y, InputBall("l2", 2.4))
+    rest = np.arange(N) != 4
+    assert (seen.success == others.success)[rest].all() and (seen.radius == others.radius)[rest].all()
 
 
 class Overflow(nn.Module):
+    """NaN for the samples that were moved far out of the box [0, 1]."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.where((x - x.detach().clamp(0, 1)).abs().sum(1, keepdim=True) > 0.1, torch.nan, x)
 
 
-def test_logits_that_are_not_finite_are_no_success() -> None:
-    model = nn.Sequential(nn.Flatten(), Overflow(), nn.Linear(16, CLASSES))
+def overflowing() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), Overflow(), nn.Linear(16, CLASSES))
+
+
+def test_logits_that_are_not_finite_are_no_success_and_not_the_end_of_the_batch() -> None:
+    model = overflowing()
     x, y = samples(model)
-    with pytest.raises(RobustlipError, match="expected finite logits at the point found"):
-        Liar(lambda space: torch.full_like(space.clean, 5.0))(model, x, y, InputBall("linf", 5.0))
+
+    def some(space):  # type: ignore[no-untyped-def]
+        delta = torch.full_like(space.clean, 5.0)
+        delta[::2] = 0.0
+        return delta
+
+    seen = Liar(some)(model, x, y, InputBall("linf", 5.0))
+    assert seen.status == ("withstood", "misclassified", *["not finite", "withstood"] * 3)
+    assert not seen.success[seen.failed].any() and np.isinf(seen.radius[seen.failed]).all() and (seen.adversarial_prediction[seen.failed] == -1).all()
+    assert seen.robust_accuracy() == 4 / N, "what is not finite is not robust"
+    rows = json.loads(json.dumps(seen.to_json_dict(), allow_nan=False))["samples"]
+    assert "at distance 5" in rows[2]["failure"] and rows[2]["status"] == "not finite" and "failure" not in rows[0]
+
+
+@pytest.mark.parametrize("name", ["pgd", "min"])
+def test_a_clean_point_without_finite_logits_is_one_failure_and_the_others_are_attacked(name: str) -> None:
+    model = overflowing()
+    x, y = samples(model)
+    threat = InputBall("l2", 0.5, None)
+    wrong = y.clone()
+    wrong[2] = (y[2] + 1) % CLASSES  # not attacked, as a point without logits
+    alone = by_name(name)(model, x, wrong, threat)
+    bad = x.clone()
+    bad[2] += 3
+    seen = by_name(name)(model, bad, y, threat)
+    assert seen.status[2] == "not finite" and seen.prediction[2] == -1 and "clean point" in seen.failure[2] and np.isinf(seen.radius[2])
+    rest = np.arange(N) != 2
+    assert (seen.success == alone.success)[rest].all() and seen.success[rest].sum() > 1
+    with pytest.raises(RobustlipError, match="finite logits at the clean points, got NaN or infinity for all"):
+        by_name(name)(model, x + 3, y, threat)
 
 
 class TwoFaced(nn.Module):
@@ -546,16 +586,20 @@ def test_torchattacks_refusals() -> None:
     pytest.importorskip("torchattacks")
     model = mlp()
     x, y = samples(model)
-    with pytest.raises(BadInput, match=r"in \[0, 1\]"):
-        by_name("torchattacks-pgdl2")(model, x - 0.5, y, InputBall("l2", 0.1))
+    box = (0.0, 1.0)
+    for clip in (None, (0.0, 2.0)):  # one box per command: it would quietly be another one
+        with pytest.raises(BadInput, match=r"expected a threat with the box \[0, 1\] for '.*', whose points never leave it, got .*; give --clip 0,1"):
+            by_name("autoattack")(model, x, y, InputBall("linf", 0.1, clip=clip))
+    with pytest.raises(BadInput, match="within clip"):
+        by_name("torchattacks-pgdl2")(model, x - 0.5, y, InputBall("l2", 0.1, box))
     with pytest.raises(BadInput, match="expected an input threat linf"):
-        by_name("torchattacks-pgd")(model, x, y, InputBall("l2", 0.1))
+        by_name("torchattacks-pgd")(model, x, y, InputBall("l2", 0.1, box))
     with pytest.raises(BadInput, match="5 × 5"):
-        by_name("autoattack")(model, x, y, InputBall("l2", 0.1))
+        by_name("autoattack")(model, x, y, InputBall("l2", 0.1, box))
     with pytest.raises(BadInput, match="the threat and the model set them"):
         by_name("autoattack", eps=0.1)
     with pytest.raises(BadInput, match=r"options that torchattacks\.PGD has"):
-        by_name("torchattacks-pgd", step=3)(model, x, y, InputBall("linf", 0.1))
+        by_name("torchattacks-pgd", step=3)(model, x, y, InputBall("linf", 0.1, box))
 
 
 def test_without_torchattacks_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,4 +609,4 @@ def test_without_torchattacks_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
     model = mlp()
     x, y = samples(model)
     with pytest.raises(BadInput, match=r"--no-deps torchattacks==3\.5\.1"):
-        by_name("torchattacks-pgd")(model, x, y, InputBall("linf", 0.1))
+        by_name("torchattacks-pgd")(model, x, y, InputBall("linf", 0.1, (0.0, 1.0)))

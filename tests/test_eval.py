@@ -216,6 +216,14 @@ def test_an_attack_at_the_table_radius_counts_against_attacked_accuracy():
     assert (summary["certified_accuracy_1"][0], summary["attacked_accuracy_1"][0]) == (1.0, 0.0)
 
 
+def test_a_sample_that_is_not_finite_is_not_counted_as_robust():
+    suite, _ = hand_made()
+    rows = [record(attacked_radius=INF), record(index=1, attacked_radius=INF, failure="expected finite logits at the point found, got NaN")]
+    summary = tables.summarise(rows, suite)
+    assert (summary["attacked_accuracy_1"][0], summary["not_finite"][0]) == (0.5, 1)
+    assert any("not finite" in note for note in tables.notes(summary, False))
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -303,12 +311,12 @@ def world(monkeypatch):
 
     def attack(model, x, y, threat, *, generator, index, weights_sha256=""):
         n = len(x)
-        return SimpleNamespace(index=np.asarray(index), radius=np.full(n, state.attacked), adversarial=x + 0.25, group=np.arange(n))
+        return SimpleNamespace(index=np.asarray(index), radius=np.full(n, state.attacked), adversarial=x + 0.25, group=np.arange(n), failure=("",) * n)
 
     def sensitivity(n, radius):
         return SimpleNamespace(ratio=np.full(n, 2.0), change=np.full(n, 2.0 * radius), distance=np.full(n, radius), witness=torch.zeros(n, 3))
 
-    attack.needs_radius = False
+    attack.needs_radius, attack.described, attack.check_threat = False, "min", lambda threat: None
     monkeypatch.setattr(runner, "load_model", load_model)
     monkeypatch.setattr(runner, "_cards", lambda suite: {})
     monkeypatch.setattr("robustlip.data.load_data", load_data)
