@@ -380,8 +380,8 @@ def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: 
     observed = attack(chain, x.to(where), data.y.to(where), ball, generator=generator, index=data.index)
     # `not <=`, so that a NaN counts as a contradiction. Misclassified samples have radius 0 on both sides.
     wrong = np.flatnonzero(~(radius <= observed.radius + moved))
-    unclear = np.flatnonzero(observed.failed & (radius > 0))
-    if len(unclear):
+    unclear = np.flatnonzero(observed.failed & (radius > 0) & (observed.distance <= radius + moved))
+    if len(unclear) and not len(wrong):
         first_one = int(unclear[0])
         raise RobustlipError(f"sample {int(data.index[first_one])} of {ball.name}, which a certificate covers: {observed.failure[first_one]}")
     return [
