@@ -25,7 +25,6 @@ from robustlip.samples import as_request
 from robustlip.target import Target
 from robustlip.threats import InputBall, Threat
 
-
 # How far the rounding of inputs to the model's dtype may move them, in radii: an attack loses this much of its ball.
 MOVED = 0.01
 
@@ -136,7 +135,7 @@ class Attack(ABC):
         said = ", ".join(f"{key} {_plain(value)}" for key, value in self.settings.items() if value is not None)
         return f"{self.name} ({said})" if said else self.name
 
-    def check_threat(self, threat: Threat) -> None:
+    def check_threat(self, threat: Threat) -> None:  # noqa: B027  (most attacks take every threat)
         """Raises BadInput for a threat that this attack cannot take, whatever the model."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -107,7 +107,8 @@ class Comparison:
         return {
             "kind": "comparison of methods", "certificate": False,
             "note": "not a certificate file: robustlip verify does not take it; certify with one method, or best, to write one",
-            "threat": self.threat.name, "units": self.threat.units, "clip": box_of(self.threat), "requested_radius": self.threat.radius, "dtype": self.dtype,
+            "threat": self.threat.name, "units": self.threat.units, "clip": box_of(self.threat),
+            "requested_radius": self.threat.radius, "dtype": self.dtype,
             "weights_sha256": self.weights_sha256, "samples": len(self.label), "correct": int(self.correct.sum()),
             "clean_accuracy": float(np.mean(self.correct)), "methods": rows,
             "best_of_these": self.row("best of these", self.best, sum(self.seconds.values())),
@@ -157,7 +158,8 @@ def compare(
     observations = [attack(attacked, x, y, free, generator=generator, index=index) for x, y, index in batches(attack.name)]
     nearest = np.concatenate([o.radius for o in observations])
     failed = np.concatenate([o.failed for o in observations])
-    done = replace(done, attack=attack.name, attacked=nearest, attack_seconds=time.perf_counter() - start, failed=failed, attack_settings=attack.settings)
+    spent = time.perf_counter() - start
+    done = replace(done, attack=attack.name, attacked=nearest, attack_seconds=spent, failed=failed, attack_settings=attack.settings)
     if dtype != "real":
         _check(done, nearest)
     return done
