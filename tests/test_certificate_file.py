@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -403,6 +404,9 @@ HOSTILE = {
     "status flipped to abstained": (lambda t: t.first.update(status="abstained"), "abstained"),
     "status flipped to misclassified": (lambda t: t.first.update(status="misclassified"), "misclassified"),
     "label alone": (lambda t: t.first.update(label=t.first["label"] + 1), "label"),
+    "a misclassified sample with a radius": (
+        lambda t: t.first.update(status="misclassified", prediction=(t.first["label"] + 1) % 10, reason="the prediction is not the label"), "radius 0",
+    ),
     "certified at 0": (lambda t: t.first.update(radius=0.0), "above 0"),
     "a negative radius": (lambda t: t.first.update(radius=-0.5), "greater than or equal to 0"),
     "a radius as text": (lambda t: t.first.update(radius="0.5"), "valid number"),
@@ -446,7 +450,9 @@ TEXTS = {
     "truncated": lambda text: text[: len(text) // 2],
     "NaN": lambda text: text.replace(b'"radius": 0', b'"radius": NaN, "x": 0', 1),
     "Infinity": lambda text: text.replace(b'"seed": 0', b'"seed": Infinity'),
+    "an infinite radius": lambda text: re.sub(rb'"radius": 0[.][0-9]+', b'"radius": 1e999', text, count=1),
     "an overflowing number": lambda text: text.replace(b'"clip": null', b'"clip": [0, 1e999]'),
+    "another hash over the rows": lambda text: re.sub(rb'("sha256": ")[0-9a-f]{8}', rb"\g<1>00000000", text),
     "a key twice": lambda text: text.replace(b'"dtype"', b'"dtype": "real", "dtype"'),
     "nested without end": lambda text: b"[" * 200_000,
     "a huge integer": lambda text: text.replace(b'"seed": 0', b'"seed": ' + b"9" * 10_000),

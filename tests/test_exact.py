@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustlip.certifiers import certify
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.lipschitz import GlobalBound
 from robustlip.certifiers.local import Reference
@@ -644,6 +645,21 @@ def test_two_logits_round_and_every_rival_counts(threat, monkeypatch) -> None:
     # The margin that is left decides: the same sequence with nothing lost proves more.
     monkeypatch.setattr(Reference, "single", lambda self, hidden: torch.zeros_like(hidden))
     assert bool((sequence_radii(model, ids, threat)[0] >= radius).all())
+
+
+@pytest.mark.parametrize("method", ["local", "dual"])
+def test_two_logits_round_in_methods_of_expansions(method, monkeypatch) -> None:
+    """As above, of single inputs: margins up to twice what one logit may be off by prove nothing."""
+    torch.manual_seed(3)
+    model = as_chain(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double().requires_grad_(False))
+    x = torch.randn(20, 6, dtype=torch.float64)
+    logits = model(x)
+    y = logits.argmax(-1)
+    margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], math.inf).amin(1)
+    s = 0.5 * float(margin.median())
+    monkeypatch.setattr(Reference, "single", lambda self, hidden: torch.full_like(hidden, s))
+    radius = torch.as_tensor(certify(model, x, y, InputBall("l2"), method).radius)
+    assert bool((radius[margin < 2 * s * (1 - 1e-9)] == 0).all()) and bool((radius[margin > 2.5 * s] > 0).any())
 
 
 # ---- convolution
