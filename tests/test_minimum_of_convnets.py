@@ -1,0 +1,38 @@
+"""On a small ReLU convnet the smallest radius found is as small as strong PGD says it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from robustlip.attacks import PGD, by_name
+from robustlip.threats import InputBall
+
+torch.set_num_threads(1)
+
+
+def test_strong_pgd_finds_next_to_nothing_one_percent_below() -> None:
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+    )  # fmt: skip
+    centres = torch.rand(10, 1, 8, 8, generator=g)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        y = torch.randint(10, (64,), generator=g)
+        x = centres[y] + 0.25 * torch.randn(64, 1, 8, 8, generator=g)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    y = torch.arange(40) % 10
+    x = centres[y] + 0.25 * torch.randn(40, 1, 8, 8, generator=g)
+    rough, seen = by_name("min", polish=0)(model, x, y, InputBall("l2")), by_name("min")(model, x, y, InputBall("l2"))
+    assert seen.success.all() and (seen.radius <= rough.radius * (1 + 1e-6)).all()
+    correct = np.flatnonzero(seen.prediction == seen.label)
+    below = 0
+    for i in correct[:12].tolist():
+        threat = InputBall("l2", 0.99 * float(seen.radius[i]))
+        below += int(PGD(steps=100, restarts=5, size=0.5)(model, x[i : i + 1], y[i : i + 1], threat).success[0])
+    assert below <= 1
