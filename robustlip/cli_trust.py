@@ -9,6 +9,7 @@ import typer
 
 from robustlip.cli import DataDir, Device, Json, Model, app
 from robustlip.errors import BadInput, CertificateViolation, RobustlipError
+from robustlip.limits import VERIFIED_ROWS, VERIFIED_SECONDS
 
 FileBatchSize = Annotated[Optional[int], typer.Option("--batch-size", min=1, help="samples at once  [default: as the certificate says, or 256]")]
 
@@ -18,6 +19,9 @@ def verify(
     certificate: Annotated[Optional[Path], typer.Argument(metavar="CERTIFICATE", help="a file that `robustlip certify --json` wrote")] = None,
     model: Annotated[Optional[str], typer.Option("--model", help="a zoo name, a .safetensors file of ours, or package.module:callable")] = None,
     data: Annotated[Optional[str], typer.Option("--data", help="where the rows are, when not where the certificate says  [checked by hash]")] = None,
+    methods: Annotated[Optional[list[str]], typer.Option("--allow", help="recompute this method; repeatable  [default: the quick ones]")] = None,
+    max_samples: Annotated[int, typer.Option("--max-samples", min=1, help="refuse certificates of more")] = VERIFIED_ROWS,
+    max_seconds: Annotated[float, typer.Option("--max-seconds", help="refuse certificates that would take longer")] = VERIFIED_SECONDS,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of certificate files and stop")] = False,
     json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
@@ -25,7 +29,7 @@ def verify(
     from robustlip import certificate_file
     from robustlip.console import Out, Progress, choose_device, print_json
     from robustlip.eval.runner import load_model
-    from robustlip.verification import load_rows
+    from robustlip.verification import CHEAP, Budget, load_rows
     from robustlip.verification import verify as recompute
 
     if schema:
@@ -34,12 +38,17 @@ def verify(
     if certificate is None or model is None:
         raise BadInput("expected a certificate file and --model, got less; write robustlip verify cert.json --model MODEL")
     out = Out(json, certificate, model, data)
+    if not max_seconds > 0:
+        raise BadInput(f"expected --max-seconds above 0, got {max_seconds}; give a number of seconds")
     file = certificate_file.read(certificate)
+    budget = Budget(tuple(methods) if methods else CHEAP, max_samples, max_seconds, batch_size)
+    if refusal := budget.refusal(file):  # before its rows are loaded
+        raise RobustlipError(f"{certificate.name} is not verified: {refusal}")
     chain = load_model(model, choose_device(device, out))
     rows = load_rows(file.data, data_dir, getattr(chain, "vocabulary", None), spec=data)
     with Progress() as progress:
         result = recompute(
-            file, chain, rows, batch_size=batch_size, advance=lambda done, total: progress(f"{certificate.name} · {file.threat}", done, total)
+            file, chain, rows, budget=budget, advance=lambda done, total: progress(f"{certificate.name} · {file.threat}", done, total)
         )
     out.json({"certificate": certificate.name, "model": model, **result.to_json_dict()})
     counts = ", ".join(f"{sum(s.status == status for s in file.samples)} {status}" for status in ("certified", "abstained", "misclassified"))

@@ -35,11 +35,12 @@ from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
 from robustlip.execution import covered
 from robustlip.files import read_toml
+from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.rounding import dtype_of
 from robustlip.target import Target
 from robustlip.threats import InputBall, Threat, parse_threat
-from robustlip.verification import BATCH, Advance, Verification, cast, prove, verify
+from robustlip.verification import BATCH, CHEAP, Advance, Budget, Verification, cast, is_training, prove, verify
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -70,6 +71,8 @@ class Policy(Strict):
 
     data, limit, seed, context, subset and the columns: as in `robustlip.data.load_data`; a file is named relative to where the gate runs. min_samples: fewer rows
     fail, whatever they show. min_clean_accuracy: share of rows whose prediction is the label, in `dtype`.
+    methods, max_samples, max_seconds, batch_size: what a certificate file may ask for; dearer ones are refused before they are recomputed. methods:
+    those that take seconds and those that threats name, unless given. max_seconds: of each file. batch_size: as the file says unless given.
     require_attack: `attack` runs at every radius, and success inside a certified radius is a soundness bug (exit code 3).
     """
 
@@ -86,6 +89,10 @@ class Policy(Strict):
     min_clean_accuracy: Share
     require_attack: bool = False
     attack: Literal["min", "pgd"] = "min"
+    methods: Annotated[list[Line], Field(min_length=1, max_length=50)] | None = None
+    max_samples: Annotated[int, Field(ge=1, le=ROWS)] = VERIFIED_ROWS
+    max_seconds: Annotated[float, Field(gt=0, le=1e9)] = VERIFIED_SECONDS
+    batch_size: Annotated[int, Field(ge=1, le=ROWS)] | None = None
     threat: Annotated[list[ThreatRequirement], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -93,6 +100,19 @@ class Policy(Strict):
         if "attack" in self.model_fields_set and not self.require_attack:
             raise ValueError("expected require_attack = true beside attack, got an attack that would not run; add it, or leave attack out")
         return self
+
+    @field_validator("methods")
+    @classmethod
+    def _methods(cls, methods: list[str] | None) -> list[str] | None:
+        for name in methods or ():
+            check_method(name)
+        return methods
+
+    def budget(self) -> Budget:
+        """What verifying one certificate file may cost."""
+        named = [threat.method for threat in self.threat if threat.method is not None]
+        methods = tuple(dict.fromkeys((*CHEAP, *named) if self.methods is None else self.methods))
+        return Budget(methods, self.max_samples, self.max_seconds, self.batch_size)
 
     @field_validator("threat")
     @classmethod
@@ -130,6 +150,7 @@ class GateReport:
     refusals: tuple[str, ...] = ()
     violations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    on_training_data: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -140,7 +161,7 @@ class GateReport:
 
     @property
     def verdict(self) -> str:
-        return {0: "pass", 1: "fail", 3: "unsound"}[self.exit_code]
+        return {0: "pass", 1: "fail", 3: "unsound"}[self.exit_code] + (" on training data" if self.on_training_data else "")
 
     @property
     def worst(self) -> Requirement | None:
@@ -241,7 +262,7 @@ def gate(
         ball, what = wanted.ball(), f"certified accuracy against {wanted.name} at {wanted.radius:g}"
         remark = ""
         if certificates is None:
-            proof, remark = _proof(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size or BATCH, advance)
+            proof, remark = _proof(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size or policy.batch_size or BATCH, advance)
             if proof is None:
                 radius = np.zeros(len(data))
                 prediction = _predictions(chain, data, batch_size or BATCH) if prediction is None else prediction
@@ -270,9 +291,11 @@ def gate(
     else:
         clean = _share("clean accuracy", policy.min_clean_accuracy, prediction == labels)
     count = Requirement("samples", policy.min_samples, len(data), len(data) >= policy.min_samples)
+    if is_training(data):
+        notes.append("the policy's rows are training data, which say little of other data")
     if data.note:
         notes.append(f"data: {data.note}")
-    return GateReport((count, clean, *lines), tuple(refusals), tuple(violations), tuple(notes))
+    return GateReport((count, clean, *lines), tuple(refusals), tuple(violations), tuple(notes), is_training(data))
 
 
 def _as_asked(model: nn.Module, dtype: str) -> tuple[nn.Module, str]:
@@ -339,7 +362,7 @@ def _usable(
         sentence = f"expected a certificate that covers {policy.dtype}, got one that covers {file.dtype}; certify with --dtype {policy.dtype}"
         return Verification((Finding("dtype", sentence),))
     try:
-        return verify(file, model, data, batch_size=batch_size, advance=advance)
+        return verify(file, model, data, budget=policy.budget(), batch_size=batch_size, advance=advance)
     except UnsupportedLayer:
         raise
     except BadInput as error:

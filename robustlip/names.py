@@ -37,7 +37,7 @@ def check_line(text: str) -> str:
 
 
 def check_table(table: Any, what: str) -> None:
-    """Raises BadInput for an invisible character in any key or text of a table of TOML or JSON. Texts may have lines; a vocabulary has any character."""
+    """Raises BadInput for an invisible character in a key or text of a table of TOML or JSON. Texts may have lines; a vocabulary is free."""
     left = [table]
     while left:
         value = left.pop()

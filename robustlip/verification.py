@@ -29,8 +29,9 @@ that the file names, unless another is asked for.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,13 @@ from torch import nn
 import robustlip.certifiers as certifiers
 from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
 from robustlip.certificates import Certificate, concatenate
+from robustlip.certifiers.methods import check_method
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
+from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
+from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
 from robustlip.rounding import NAMES, dtype_of
 from robustlip.threats import Threat
 
@@ -52,15 +56,65 @@ BATCH = 256
 ARITHMETIC = 1e-9
 ROUNDING = 1e-3
 # Methods whose multipliers are searched, and how far apart two searches were seen to end (3 %), rounded up.
+DEAR = ("lipsdp",)  # minutes for the first batch of a model
 SEARCHED, SEARCH_SPREAD = ("sdp", "lipsdp"), 0.05
 SHARE = 0.05
 
 Advance = Callable[[int, int], None]
+# What a certificate may ask for unless a policy or the command line allows more: all methods that take seconds.
+CHEAP = ("best", *(name for name in certifiers.METHODS if name not in DEAR))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The work that a recomputation may cost; the certificate file has no say in it.
+
+    methods: allowed ones. max_samples: rows of one file. max_seconds: of one file, as its first batches foretell.
+    batch_size: samples at once; None: what the file says, at most VERIFIED_AT_ONCE.
+    """
+
+    methods: tuple[str, ...] = CHEAP
+    max_samples: int = VERIFIED_ROWS
+    max_seconds: float = VERIFIED_SECONDS
+    batch_size: int | None = None
+
+    def refusal(self, file: CertificateFile) -> str:
+        """Why the file is dearer than allowed, in one sentence, or ''. Raises BadInput for a method that there is not."""
+        check_method(file.method)
+        if file.method not in self.methods:
+            allowed = ", ".join(self.methods)
+            return f"expected a certificate by a method that is allowed here ({allowed}), got {file.method!r}; allow it, or certify by another"
+        rows = max(len(file.samples), file.data.requested, file.data.limit or 0)
+        if rows > self.max_samples:
+            return f"expected a certificate of at most {self.max_samples} samples, got one that asks for {number(rows)}; allow more with max_samples"
+        if self.batch_size is None and (file.batch_size or 1) > VERIFIED_AT_ONCE:
+            return f"expected at most {VERIFIED_AT_ONCE} samples at once, got {number(file.batch_size)} in the certificate; give a batch_size"
+        return ""
+
+
+class TooDear(BadInput):
+    """A recomputation that would take longer than its budget."""
+
+
+def _timed(seconds: float, advance: Advance | None) -> Advance:
+    """`advance`, and TooDear as soon as the pace until then foretells more than so many seconds."""
+    started = time.monotonic()
+
+    def call(done: int, total: int) -> None:
+        if advance is not None:
+            advance(done, total)
+        spent = time.monotonic() - started
+        if done and spent > 1 and (foretold := spent / done * total) > seconds:
+            told = f"got {done} of {total} samples in {spent:.0f}, about {foretold:.0f} in all"
+            raise TooDear(f"expected a recomputation of at most {seconds:g} seconds, {told}; allow more with max_seconds")
+
+    return call
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One difference. kind: weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial. sample: its index, or None."""
+    """One difference, or why nothing was compared. kind: work, weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial.
+    sample: its index, or None."""
 
     kind: str
     sentence: str
@@ -119,6 +173,11 @@ def load_rows(source: DataSource, data_dir: str | Path | None = None, vocabulary
     return load_data(where, data_dir=data_dir, limit=source.limit, seed=source.seed, context=source.context, vocabulary=words, **options)
 
 
+def is_training(data: Dataset) -> bool:
+    """Whether the rows are of a training split."""
+    return data.split.startswith("train")
+
+
 def cast(model: nn.Module, dtype: str) -> Chain:
     """The model as a certificate of `dtype` covers it: itself, or a copy in that dtype ('real': float64)."""
     chain = as_chain(model)
@@ -143,12 +202,18 @@ def prove(
 
 
 @torch.no_grad()
-def verify(file: CertificateFile, model: nn.Module, data: Dataset, *, batch_size: int | None = None, advance: Advance | None = None) -> Verification:
+def verify(
+    file: CertificateFile, model: nn.Module, data: Dataset, *, budget: Budget = Budget(), batch_size: int | None = None,
+    advance: Advance | None = None,
+) -> Verification:  # fmt: skip
     """Compare a certificate file with a model and with the rows it names, and recompute its radii. See the head of this module.
 
-    data: from `load_rows`. batch_size: samples at once; None: as the file says, or 256. advance: called with (samples done, samples).
+    data: from `load_rows`. budget: what it may cost; a file that asks for more is not verified (finding 'work'), before anything is recomputed.
+    batch_size: samples at once; None: as the budget or the file says, or 256. advance: called with (samples done, samples).
     Raises BadInput when the model cannot be certified in that way at all.
     """
+    if refusal := replace(budget, batch_size=batch_size or budget.batch_size).refusal(file):
+        return Verification((Finding("work", refusal),))
     chain = cast(model, file.dtype)
     notes = _notes(file, data)
     stale = [*_model_differs(file, model, chain), *_rows_differ(file, data)]
@@ -159,7 +224,11 @@ def verify(file: CertificateFile, model: nn.Module, data: Dataset, *, batch_size
         return Verification(tuple(stale), notes)
     position = {i: at for at, i in enumerate(data.index.tolist())}
     rows = [position[sample.index] for sample in file.samples]
-    proof = prove(chain, data, rows, file.ball(), file.method, file.dtype, batch_size or file.batch_size or BATCH, advance)
+    at_once = batch_size or budget.batch_size or file.batch_size or BATCH
+    try:
+        proof = prove(chain, data, rows, file.ball(), file.method, file.dtype, at_once, _timed(budget.max_seconds, advance))
+    except TooDear as error:
+        return Verification((*stale, Finding("work", str(error))), notes)
     radius, prediction = proof.radius, proof.prediction
     differ, close = _compare(file, radius, prediction, chain, data, rows)
     differ += _bounds_differ(file, proof)
@@ -272,6 +341,8 @@ def _notes(file: CertificateFile, data: Dataset) -> tuple[str, ...]:
     from robustlip import __version__
 
     notes = []
+    if is_training(data):
+        notes.append("the rows are training data, which say little of other data")
     if data.note != file.data.note:
         notes.append(f"the data source says {data.note or 'nothing'!r} now and said {file.data.note or 'nothing'!r}; rows are compared by hash")
     for name, now in (("robustlip", __version__), ("torch", torch.__version__)):
