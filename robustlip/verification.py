@@ -113,7 +113,9 @@ def _timed(seconds: float, advance: Advance | None) -> Advance:
 
 @dataclass(frozen=True)
 class Finding:
-    """One difference, or why nothing was compared. kind: work, weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial.
+    """One difference, or why nothing was compared.
+
+    kind: work, weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial.
     sample: its index, or None."""
 
     kind: str
