@@ -69,8 +69,8 @@ class ThreatRequirement(Strict):
 class Policy(Strict):
     """What a model has to show, on which rows and in which arithmetic.
 
-    data, limit, seed, context, subset and the columns: as in `robustlip.data.load_data`; a file is named relative to where the gate runs. min_samples: fewer rows
-    fail, whatever they show. min_clean_accuracy: share of rows whose prediction is the label, in `dtype`.
+    data, limit, seed, context, subset and the columns: as in `robustlip.data.load_data`; a file is named relative to where the gate runs.
+    min_samples: fewer rows fail, whatever they show. min_clean_accuracy: share of rows whose prediction is the label, in `dtype`.
     methods, max_samples, max_seconds, batch_size: what a certificate file may ask for; dearer ones are refused before they are recomputed. methods:
     those that take seconds and those that threats name, unless given. max_seconds: of each file. batch_size: as the file says unless given.
     require_attack: `attack` runs at every radius, and success inside a certified radius is a soundness bug (exit code 3).
