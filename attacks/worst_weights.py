@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import Attention, Chain, NextTokenChain, Normalize, Residual, ScaledGELU
-from robustlip.rules.elementwise import GELU_SLOPE
+from robustlip.ops.elementwise import GELU_SLOPE
 from robustlip.spectral import spectral_norm_bound
 
 # Above this width a step normalises by warm-started power iteration; the weights that are returned are always normalised by an exact SVD.

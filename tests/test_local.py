@@ -32,12 +32,13 @@ from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens,
 from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
 from robustlip.local import base as local_base
-from robustlip.local import elementwise as local_elementwise
 from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
 from robustlip.local.crossing import TOKENS, Crossing
-from robustlip.local.elementwise import ElementwiseExpansion, elementwise
+from robustlip.local.elementwise import ElementwiseExpansion
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
+from robustlip.ops import elementwise_layers, elementwise_of
+from robustlip.ops.elementwise import GELU_THIRD
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
 
@@ -277,7 +278,7 @@ BY_HAND = {nn.Embedding: test_an_expansion_of_a_table_of_tokens}
 
 def test_every_expansion_has_a_case() -> None:
     covered = {type(m) for case in CASES.values() for m in case.build().modules()} | BY_HAND.keys()
-    assert {kind.__name__ for kind in local_base._EXPANSIONS.keys() - covered} == set()
+    assert {kind.__name__ for kind in {*local_base._EXPANSIONS, *elementwise_layers()} - covered} == set()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -845,7 +846,7 @@ CURVATURES = {
 @pytest.mark.parametrize("name", CURVATURES)
 def test_curvatures_are_suprema(name) -> None:
     layer, function, near = CURVATURES[name]
-    stated = elementwise(layer, torch.zeros(1, dtype=torch.float64)).curvature
+    stated = elementwise_of(layer).curvature
     assert stated is not None
     with mpmath.workdps(50):
         grid = max(abs(mpmath.diff(function, mpmath.mpf(z) / 20, 2)) for z in range(-160, 161))
@@ -866,7 +867,7 @@ def test_bending_where_a_neuron_can_be_is_bounded_both_ways(divisor) -> None:
         each = torch.full((1, 1, len(z)), reach, dtype=torch.float64)
         convex, concave = (k[0, 0] for k in expansion._curvatures(each))
         change = reach * torch.linspace(-1, 1, 401, dtype=torch.float64)
-        rest = layer(z[:, None] + change) - expansion.f.value[0, 0, :, None] - expansion.f.slope[0, 0, :, None] * change
+        rest = layer(z[:, None] + change) - expansion.clean[0, 0, :, None] - expansion.derivative[0, 0, :, None] * change
         assert bool((rest.amax(1) <= 0.5 * convex * reach**2 + 1e-14).all())
         assert bool((-rest.amin(1) <= 0.5 * concave * reach**2 + 1e-14).all())
         if 0 < reach < 0.5:  # and no more than twice what is there, where the function bends at all
@@ -877,7 +878,7 @@ def test_the_third_derivative_of_gelu_is_below_its_supremum() -> None:
     with mpmath.workdps(30):
         top = mpmath.sqrt((7 - mpmath.sqrt(33)) / 2)  # where −z⁴ + 7z² − 4 = 0
         supremum = abs(mpmath.diff(lambda z: z * mpmath.ncdf(z), top, 3))
-    assert float(supremum) <= local_elementwise._GELU_THIRD <= float(supremum) * (1 + 1e-5)
+    assert float(supremum) <= GELU_THIRD <= float(supremum) * (1 + 1e-5)
 
 
 def test_the_curvature_of_normalisation_is_a_supremum() -> None:

@@ -18,7 +18,7 @@ from robustlip.certifiers.lipschitz import GlobalBound, global_radii
 from robustlip.certifiers.mlp import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii, sdp_applies, sdp_radii
 from robustlip.certifiers.mlp import dual as dual_module
 from robustlip.certifiers.mlp import network as network_module
-from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
+from robustlip.certifiers.mlp.curves import RELU, Relu, Smooth, curve_of
 from robustlip.certifiers.mlp.dual import Search, clean_gradients
 from robustlip.certifiers.mlp.linear import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
 from robustlip.certifiers.mlp.local import gains, lipschitz_margins
@@ -422,6 +422,12 @@ def in_digits(name: str, z: float) -> mpmath.mpf:
     return z / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf(0.044715) * z**3)))
 
 
+CURVES = {
+    name: curve_of(layer)
+    for name, layer in {
+        "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "silu": nn.SiLU(), "gelu-none": nn.GELU(), "gelu-tanh": nn.GELU("tanh"),
+    }.items()
+}  # fmt: skip
 INTERVALS = [(-0.3, 0.4), (-3.0, 2.0), (0.1, 0.2), (-1.5, -1.2), (-9.0, 11.0), (-0.7517, -0.7516), (1.0, 1.0), (-2.0, -0.5), (-40.0, 0.01)]
 
 
@@ -451,7 +457,7 @@ def test_lines_bands_and_slopes_hold_in_forty_digits(name) -> None:
 
 
 def test_slopes_from_an_uncertain_centre_hold_from_all_of_it() -> None:
-    curve = CURVES["relu"]
+    curve = RELU
     first, last = torch.tensor([-0.1], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
     low, high = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
     a, b = (float(v) for v in curve.slopes((first, last), low, high))
@@ -685,7 +691,7 @@ def test_threats_and_curves_that_do_not_fit_are_named(monkeypatch) -> None:
 
 
 def test_relu_lines_touch_where_they_should() -> None:
-    relu = CURVES["relu"]
+    relu = RELU
     assert isinstance(relu, Relu)
     low, high = torch.tensor([-1.0, -3.0, 0.5], dtype=torch.float64), torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
     s, t, upper, above = relu.lines(low, high)

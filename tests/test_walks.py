@@ -44,9 +44,9 @@ from robustlip.local import base as local_base
 from robustlip.local import elementwise as local_elementwise
 from robustlip.local import sorting as local_sorting
 from robustlip.local import structure as local_structure
-from robustlip.rules import Context, State, rule_for
+from robustlip.ops import elementwise_of
+from robustlip.rules import Context, State, normalization, rule_for
 from robustlip.rules import base as rules_base
-from robustlip.rules import normalization
 from robustlip.threats import InputBall
 from robustlip.training import ibp, losses, reparametrize
 
@@ -154,7 +154,6 @@ def test_a_method_does_not_apply_to_a_layer_that_it_does_not_name(name, method) 
 TABLES = {
     "dense: known": ((mlp_network, "_KNOWN"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
     "dense: linear": ((mlp_network, "_LINEAR"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
-    "dense: curved": ((mlp_network, "_CURVED"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
     "expansions: kinks": ((local_sorting, "REFLECTIONS"), lambda model: local_sorting.pairs_of(model[2], 8, X.double())),
 }
 
@@ -201,7 +200,7 @@ def test_curves_and_constraints_are_of_named_layers() -> None:
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
             sdp_quadratic.constraint_of(layer, 8)
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
-            local_elementwise.elementwise(layer, X.double())
+            elementwise_of(layer)
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
             mlp_network._Linear(layer, (8,))
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
@@ -300,7 +299,7 @@ def test_every_activation_with_a_constraint_has_a_case() -> None:
     root = Path(__file__).parent
     table = runpy.run_path(str(root / "test_lipsdp.py"))["ACTIVATIONS"]
     covered = {type(build(8)) for build in table.values()}
-    known = {kind for kind in rules_base._RULES if sdp_quadratic.known(small(kind))}
+    known = {kind for kind in rules_base.known_layers() if sdp_quadratic.known(small(kind))}
     assert known == covered
 
 

@@ -24,8 +24,8 @@ from robustlip.certifiers.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, Normalize, Residual
 from robustlip.local import Group, JacobianChain, Pair, loss, picked, vanished
-from robustlip.local.elementwise import ELEMENTWISE
 from robustlip.local.sorting import REFLECTIONS
+from robustlip.ops import is_elementwise
 from robustlip.rounding import up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import DROPOUTS
@@ -117,14 +117,14 @@ class Rivals:
 # Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
 _BY_TOKEN = (
     nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, nn.Sequential, nn.Identity,
-    *DROPOUTS, *ELEMENTWISE, *REFLECTIONS,
+    *DROPOUTS, *REFLECTIONS,
 )  # fmt: skip
 
 
 def is_causal(model: Chain) -> bool:
     """Whether every logit of a next-token model depends on the tokens up to its own alone: attention has to be causal, other layers act by token."""
     layers = [m for layer in model for m in layer.modules()]
-    return model.task == "next-token" and all(m.causal if type(m) is Attention else type(m) in _BY_TOKEN for m in layers)
+    return model.task == "next-token" and all(m.causal if type(m) is Attention else type(m) in _BY_TOKEN or is_elementwise(m) for m in layers)
 
 
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustlip.layers import Chain, Residual, ScaledGELU
+from robustlip.layers import Chain, Residual
+from robustlip.ops import is_elementwise
 from robustlip.rounding import quick_norm_up
 from robustlip.rules import rule_for
 
@@ -36,18 +37,14 @@ def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool
     return logits, seen
 
 
-# Rules of these need no norm in front of them that is not also known behind them: tracing what they read would measure twice.
-_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, ScaledGELU)
-
-
 def _with_states(model: nn.Module) -> list[nn.Module]:
     """The layers behind which a rule's state is worth tightening: chains and residual branches are entered, attention is not."""
     found: list[nn.Module] = []
     children = list(model.children())
     for child, following in zip(children, [*children[1:], None], strict=True):
         rule_for(child)  # refuses unknown classes, and foreign hooks before ours are there
-        if type(child) is nn.Flatten or type(following) in _ELEMENTWISE:
-            continue
+        if type(child) is nn.Flatten or (following is not None and is_elementwise(following)):
+            continue  # the rule of an elementwise layer needs no norm in front of it that is not also known behind it
         found.append(child)
         if type(child) is Residual:
             # What the branch puts out is measured again with the residual, right behind it.

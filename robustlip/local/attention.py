@@ -25,9 +25,9 @@ from robustlip.errors import BadInput
 from robustlip.layers import Attention
 from robustlip.layers.attention import rotary
 from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
+from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.rounding import norm_up, up
 from robustlip.rules.attention import Heads, check_projections, join_heads, largest_in_kernel
-from robustlip.rules.elementwise import FUNCTION_ULPS
 from robustlip.spectral import spectral_norm_bound, spectral_norm_quick
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.

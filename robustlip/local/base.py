@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
+from robustlip.ops import elementwise_layers
 from robustlip.rounding import U64, gamma, up
 from robustlip.rules import Context, rule_for
 from robustlip.spectral import largest_eigenvalue_bound
@@ -317,20 +318,41 @@ def register(*layers: type, when: Callable[[Any], bool] = lambda layer: True) ->
     return add
 
 
+_FAMILIES: list[tuple[Callable[[nn.Module], bool], Expand]] = []
+
+
+def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[Expand], Expand]:
+    """Function decorator: this makes the expansion of all layers of a family of operations whose facts `robustlip.ops` holds."""
+
+    def add(make: Expand) -> Expand:
+        _FAMILIES.append((belongs, make))
+        return make
+
+    return add
+
+
+def _maker(layer: nn.Module) -> Expand | None:
+    """What makes the layer's expansion, whatever its options; None where nothing does."""
+    if type(layer) in _EXPANSIONS:
+        return _EXPANSIONS[type(layer)][0]
+    return next((make for belongs, make in _FAMILIES if belongs(layer)), None)
+
+
 def unsupported(layer: nn.Module) -> str:
     """'' when the layer itself can be expanded, otherwise its class name, with its options where those are what is not covered."""
-    if type(layer) not in _EXPANSIONS:
+    if _maker(layer) is None:
         return type(layer).__name__
-    return "" if _EXPANSIONS[type(layer)][1](layer) else str(layer)
+    return "" if type(layer) not in _EXPANSIONS or _EXPANSIONS[type(layer)][1](layer) else str(layer)
 
 
 def expand(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     """The expansion of one layer. Raises UnsupportedLayer for a class without one, or one that has no rule, or carries hooks."""
     rule_for(layer)
-    if name := unsupported(layer):
-        known = ", ".join(sorted(t.__name__ for t in _EXPANSIONS))
+    make, name = _maker(layer), unsupported(layer)
+    if make is None or name:
+        known = ", ".join(sorted(t.__name__ for t in (*_EXPANSIONS, *elementwise_layers())))
         raise UnsupportedLayer(f"expected layers with a local expansion ({known}), got {name}; use method='global', or add an expansion")
-    return _EXPANSIONS[type(layer)][0](layer, clean, scope)
+    return make(layer, clean, scope)
 
 
 def token_norms(g: Tensor) -> Tensor:

@@ -12,19 +12,25 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, expand, register, rows_of, token_norms
-from robustlip.local.elementwise import ELEMENTWISE, ElementwiseExpansion
+from robustlip.local.elementwise import ElementwiseExpansion
 from robustlip.local.neurons import Neurons
 from robustlip.local.sorting import REFLECTIONS, ReflectionExpansion
+from robustlip.ops import is_elementwise
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.elementwise import DROPOUTS
 
-# Functions of single neurons, which are expanded with the Linear layer in front of them.
-_BENDING: dict[type, type[Neurons]] = dict.fromkeys(ELEMENTWISE, ElementwiseExpansion) | dict.fromkeys(REFLECTIONS, ReflectionExpansion)
 # Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
 _ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
 # Layers that take a sample as one vector of all its numbers, whatever its shape.
-_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS, *ELEMENTWISE)
+_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
+
+
+def _bending(layer: nn.Module | None) -> type[Neurons] | None:
+    """What expands a function of single neurons together with the Linear layer in front of it."""
+    if layer is None:
+        return None
+    return ElementwiseExpansion if is_elementwise(layer) else ReflectionExpansion if type(layer) in REFLECTIONS else None
 
 
 class ToL2(Expansion):
@@ -74,7 +80,7 @@ class ChainExpansion(Expansion):
         space, whole = scope.space, scope.whole
         while i < len(layers):
             layer, following = layers[i], layers[i + 1] if i + 1 < len(layers) else None
-            if whole is not None and type(layer) not in _ANY_SHAPE:
+            if whole is not None and type(layer) not in _ANY_SHAPE and not is_elementwise(layer):
                 if len(whole) != 2:
                     raise BadInput(
                         f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; "
@@ -86,7 +92,7 @@ class ChainExpansion(Expansion):
                 self.parts.append(ToL2(clean, space))
                 space = "l2"
             here = Scope(scope.context, space, whole)
-            bends = _BENDING.get(type(following))
+            bends = _bending(following)
             if type(layer) is nn.Linear and following is not None and bends is not None:
                 expand(following, expand(layer, clean[:1], here).clean, Scope(scope.context))  # refuses hooks and unknown classes
                 part: Expansion = bends(following, clean, here, layer)

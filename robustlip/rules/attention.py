@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention
+from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register, rule_for
-from robustlip.rules.elementwise import FUNCTION_ULPS
 from robustlip.rules.linear import Matrix
 from robustlip.spectral import spectral_norm_bound
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_plain
-from robustlip.rounding import FLUSHED, SMALLEST, TINY, UNIT, gamma, up
+from robustlip.numerics.arithmetic import Arithmetic
+from robustlip.ops import elementwise_layers
+from robustlip.rounding import SMALLEST, up
 
 # More than the few products of one rule can lose by underflow.
 VANISHED = 64 * SMALLEST
@@ -62,7 +64,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Arithmetic):
     """What holds for a whole certification: the arithmetic, the perturbation of the weights, the store of constants.
 
     dtype: of the program that is covered. weight_radius: None, or the radius of a WeightBall (any shape that fits the states);
@@ -70,34 +72,10 @@ class Context:
     clean: by layer, (by token?, largest norm (N,)) of its output in the clean pass as executed, where one was traced (certifiers.trace).
     """
 
-    dtype: torch.dtype
     store: dict[tuple[int, str], Any]
     weight_radius: Tensor | None = None
     relative: bool = True
     clean: Mapping[int, tuple[bool, Tensor]] = field(default_factory=dict)
-
-    @property
-    def unit(self) -> float:
-        """Unit roundoff u of the covered dtype."""
-        return UNIT[self.dtype]
-
-    @property
-    def tiny(self) -> float:
-        """The largest absolute loss of one underflow in the covered dtype."""
-        return TINY[self.dtype]
-
-    @property
-    def flushed(self) -> float:
-        """The largest number of the covered dtype that a processor may take for zero where it reads an operand."""
-        return FLUSHED[self.dtype]
-
-    @property
-    def smallest_divisor(self) -> float:
-        """What a processor may take for zero where it divides by it, as soon as it is smaller: scalars of half precision are float32's."""
-        return TINY[torch.float64 if self.dtype == torch.float64 else torch.float32]
-
-    def gamma(self, n: float) -> float:
-        return gamma(n, self.unit)
 
     def constant(self, layer: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
         """compute(), remembered for this layer as long as the model's weights stay the same (see certifiers.constants)."""
@@ -130,15 +108,6 @@ class Context:
         """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
         return replace(state, rounding=self.fits(state.rounding, state.norm if largest is None else torch.maximum(state.norm, largest)))
 
-    def divides(self, bound: Tensor, by: float) -> Tensor:
-        """A bound, infinite where a processor may take what was divided by for zero."""
-        return bound if abs(by) >= self.smallest_divisor else torch.full_like(bound, math.inf)
-
-    def fits(self, bound: Tensor, largest: Tensor) -> Tensor:
-        """A bound, infinite where the largest number on the way to what it bounds could overflow the covered dtype."""
-        overflow = ~(largest < torch.finfo(self.dtype).max / 4)
-        return torch.where(overflow, torch.full_like(bound, math.inf), bound) if bool(overflow.any()) else bound
-
 
 class Rule:
     """The rule of one layer class. Subclasses prove `step`; a contract test in tests/test_rules_contract.py checks it."""
@@ -162,11 +131,29 @@ def register(*layers: type) -> Callable[[type[Rule]], type[Rule]]:
     return add
 
 
+_FAMILIES: list[tuple[Callable[[nn.Module], bool], Rule]] = []
+
+
+def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[type[Rule]], type[Rule]]:
+    """Class decorator: this rule speaks for all layers of a family of operations whose facts `robustlip.ops` holds."""
+
+    def add(rule: type[Rule]) -> type[Rule]:
+        _FAMILIES.append((belongs, rule()))
+        return rule
+
+    return add
+
+
+def known_layers() -> tuple[type, ...]:
+    """The layer classes with a rule."""
+    return (*_RULES, *elementwise_layers())
+
+
 def rule_for(layer: nn.Module) -> Rule:
     """The rule of a layer. Raises UnsupportedLayer for a class without one, and for hooks, which can change what a layer computes."""
-    rule = _RULES.get(type(layer))
+    rule = _RULES.get(type(layer)) or next((rule for belongs, rule in _FAMILIES if belongs(layer)), None)
     if rule is None:
-        known = ", ".join(sorted(t.__name__ for t in _RULES))
+        known = ", ".join(sorted(t.__name__ for t in known_layers()))
         raise UnsupportedLayer(f"expected layers with a proved rule ({known}), got {type(layer).__name__}; replace it or add a rule")
     check_plain(layer)
     return rule

@@ -8,73 +8,24 @@ import torch
 from torch import nn
 
 from robustlip.errors import BadInput
-from robustlip.layers import Normalize, ScaledGELU
+from robustlip.layers import Normalize
+from robustlip.ops import elementwise_of, is_elementwise
 from robustlip.rounding import norm_up
-from robustlip.rules.base import Context, Rule, State, register
-
-# sup |gelu'|, rounded up; tests/test_rules_contract.py finds both maxima anew in 50 digits.
-GELU_SLOPE = {"none": 1.1289042, "tanh": 1.1289932}
-
-# sup |silu'|, rounded up, found anew by the same test.
-SILU_SLOPE = 1.0998394
-
-# How many units in the last place (of |x|, not of the result) an elementwise function of torch may be off in any dtype. Its vectorised
-# erf, tanh and exp are good to 1 to 20 ulp (SLEEF and the flash kernel's exp_u20); 64 leaves room for both and for the products around.
-FUNCTION_ULPS = 64
+from robustlip.rules.base import Context, Rule, State, register, register_family
 
 
-@register(nn.ReLU)
-class ReLURule(Rule):
-    """|relu'| ≤ 1, relu(0) = 0, and comparing with 0 is exact in every dtype, but for subnormals."""
+@register_family(is_elementwise)
+class ElementwiseRule(Rule):
+    """‖φ(x') − φ(x)‖ ≤ sup|φ'|·‖x' − x‖ in every norm, ‖φ(x)‖ and the executed error from the facts of the operation."""
 
-    def step(self, layer: nn.ReLU, state: State, context: Context) -> State:
-        return replace(state, rounding=state.rounding + state.width**0.5 * context.flushed)
-
-
-@register(nn.Tanh)
-class TanhRule(Rule):
-    """|tanh'| ≤ 1, |tanh x| ≤ |x|."""
-
-    def step(self, layer: nn.Tanh, state: State, context: Context) -> State:
-        fresh = FUNCTION_ULPS * context.unit * state.norm + state.width**0.5 * context.tiny
-        return replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh)
-
-
-@register(nn.GELU, ScaledGELU)
-class GELURule(Rule):
-    """|gelu'| ≤ 1.1289…, by form; |gelu x| ≤ |x|; both divided by the layer's divisor, once."""
-
-    def step(self, layer: nn.GELU | ScaledGELU, state: State, context: Context) -> State:
-        divisor = abs(layer.divisor) if isinstance(layer, ScaledGELU) else 1.0
-        slope = GELU_SLOPE[layer.approximate] / divisor
-        fresh = (FUNCTION_ULPS + 2) * context.unit * state.norm / divisor + state.width**0.5 * context.tiny * (1 + 1 / divisor)
-        # The tanh form cubes its argument: x³ must not overflow. finite() sees the cube where it is computed.
-        cube = state.norm**3 if layer.approximate == "tanh" else state.norm
-        behind = replace(state, norm=state.norm / divisor + fresh, change=slope * state.change, rounding=slope * state.rounding + fresh)
-        return context.divided(context.finite(behind, cube), divisor)
-
-
-@register(nn.Sigmoid)
-class SigmoidRule(Rule):
-    """|sigmoid'| ≤ 1/4, 0 < sigmoid < 1. Where exp(−x) overflows the result is 0 instead of less than 1/max: added once."""
-
-    def step(self, layer: nn.Sigmoid, state: State, context: Context) -> State:
-        root = state.width**0.5 * (1 + 1e-15)
-        # sigmoid(0) = ½, so ‖y‖ is at most √n/2 + ‖x‖/4, and at most √n.
-        norm = (root / 2 + state.norm / 4).clamp_max(root)
-        fresh = FUNCTION_ULPS * context.unit * norm + root * (context.tiny + 1 / torch.finfo(context.dtype).max)
-        return replace(state, norm=norm + fresh, change=state.change / 4, rounding=state.rounding / 4 + fresh)
-
-
-@register(nn.SiLU)
-class SiLURule(Rule):
-    """|silu'| ≤ 1.0998…, |silu x| ≤ |x|. Where exp(−x) overflows the result is 0 instead of less than |x|/max: added once."""
-
-    def step(self, layer: nn.SiLU, state: State, context: Context) -> State:
-        fresh = (FUNCTION_ULPS + 2) * context.unit * state.norm + state.norm / torch.finfo(context.dtype).max
-        fresh = fresh + state.width**0.5 * context.tiny * (1 + state.norm)
-        behind = replace(state, norm=state.norm + fresh, change=SILU_SLOPE * state.change, rounding=SILU_SLOPE * state.rounding + fresh)
-        return context.finite(behind)
+    def step(self, layer: nn.Module, state: State, context: Context) -> State:
+        facts = elementwise_of(layer)
+        by, root = facts.divisor, state.width**0.5 * (1 + 1e-15)
+        slope = facts.steepest / by
+        fresh = facts.executed_error(state.norm, root, context)
+        norm = facts.size(state.norm, root) / by + fresh
+        behind = replace(state, norm=norm, change=slope * state.change, rounding=slope * state.rounding + fresh)
+        return context.divided(context.finite(behind, facts.on_the_way(state.norm)), by)
 
 
 # The identity in eval mode, every one of them.

@@ -11,18 +11,15 @@ For a curve φ on [l, u]:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.errors import UnsupportedLayer
-from robustlip.layers import ScaledGELU
+from robustlip.ops import elementwise_of
+from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.rounding import U64
-from robustlip.rules.elementwise import FUNCTION_ULPS, GELU_SLOPE, SILU_SLOPE
 
 POINTS = 33  # of a grid over an interval
 
@@ -136,55 +133,20 @@ class Smooth(Curve):
         return (values.amin(0) - slack).clamp_min(-self.lipschitz), (values.amax(0) + slack).clamp_max(self.lipschitz)
 
 
-_ROOT2, _ROOT2PI = math.sqrt(2.0), math.sqrt(2 * math.pi)
-_C, _A = math.sqrt(2 / math.pi), 0.044715
-
-
-def _gelu_prime(z: Tensor) -> Tensor:
-    return torch.special.ndtr(z) + z * torch.exp(-z.square() / 2) / _ROOT2PI
-
-
-def _gelu_tanh_prime(z: Tensor) -> Tensor:
-    # Beyond ±20 tanh is ±1 in float64 and z² would only overflow.
-    z = z.clamp(-20, 20)
-    t = torch.tanh(_C * (z + _A * z**3))
-    return (1 + t) / 2 + z * (1 - t * t) / 2 * _C * (1 + 3 * _A * z * z)
-
-
-def _silu_prime(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-# curvature, and the place and value of the minimum: tests/test_mlp_certifiers.py finds all of them anew in 40 digits.
-CURVES: dict[str, Curve] = {
-    "relu": Relu(1.0, 0.0, True),
-    "tanh": Smooth(1.0, 0.0, False, torch.tanh, lambda z: 1 - torch.tanh(z).square(), 0.7698004, None),
-    "sigmoid": Smooth(0.25, 0.5, False, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z), 0.0962251, None),
-    "silu": Smooth(SILU_SLOPE, 0.0, False, F.silu, _silu_prime, 0.5000001, (-1.2784645, -0.2784646)),
-    "gelu-none": Smooth(GELU_SLOPE["none"], 0.0, False, F.gelu, _gelu_prime, 0.7978846, (-0.7517916, -0.1699713)),
-    "gelu-tanh": Smooth(
-        GELU_SLOPE["tanh"], 0.0, False, lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_prime, 0.8, (-0.7524614, -0.1700410)
-    ),
-}
-
-
-def _divided(curve: Smooth, divisor: float) -> Smooth:
-    lowest = None if curve.lowest is None else (curve.lowest[0], curve.lowest[1] / divisor * (1 + 1e-12))
-    more = (1 + 1e-12) / divisor
-    return Smooth(
-        curve.lipschitz * more, curve.at_zero / divisor, False,
-        lambda z: curve.function(z) / divisor, lambda z: curve.derivative(z) / divisor, curve.curvature * more, lowest,
-    )  # fmt: skip
+RELU = Relu(1.0, 0.0, True)
 
 
 def curve_of(layer: nn.Module) -> Curve:
-    """The curve of an activation layer. Raises UnsupportedLayer for one without."""
-    names: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu"}
-    if type(layer) in names:
-        return CURVES[names[type(layer)]]
-    if isinstance(layer, (nn.GELU, ScaledGELU)) and type(layer) in (nn.GELU, ScaledGELU):
-        curve = CURVES[f"gelu-{layer.approximate}"]
-        assert isinstance(curve, Smooth)
-        return _divided(curve, abs(layer.divisor)) if isinstance(layer, ScaledGELU) else curve
-    raise UnsupportedLayer(f"expected an activation with proved relaxations ({', '.join(CURVES)}), got {type(layer).__name__}; use 'global'")
+    """The curve of an elementwise layer. Raises UnsupportedLayer for any other."""
+    facts = elementwise_of(layer)
+    if facts.curvature is None:
+        return RELU
+    by = facts.divisor
+    if by == 1.0:
+        return Smooth(facts.steepest, facts.at_zero, False, facts.value, facts.derivative, facts.curvature, facts.lowest)
+    more = (1 + 1e-12) / by  # the quotients round
+    lowest = None if facts.lowest is None else (facts.lowest[0], facts.lowest[1] / by * (1 + 1e-12))
+    return Smooth(
+        facts.steepest * more, facts.at_zero / by, False, lambda z: facts.value(z) / by, lambda z: facts.derivative(z) / by,
+        facts.curvature * more, lowest,
+    )  # fmt: skip

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.certifiers.mlp.curves import CURVES, Curve, Relu, curve_of
+from robustlip.certifiers.mlp.curves import RELU, Curve, Relu, curve_of
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, Residual, ScaledGELU
+from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, Residual
+from robustlip.ops import is_elementwise
+from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.rounding import U64, gamma, norm_up, up
 from robustlip.rules import Context
 from robustlip.rules.convolution import pair
-from robustlip.rules.elementwise import DROPOUTS, FUNCTION_ULPS
+from robustlip.rules.elementwise import DROPOUTS
 from robustlip.threats import InputBall, Threat
 
 # Dense matrices of a layer: at most this many numbers (128 MiB).
@@ -285,7 +287,7 @@ class _Builder:
         spread[h : h + half, h:] = eye[a] - eye[b]
         spread[h + half :, h:] = eye
         self.combine(spread)
-        self.activation(CURVES["relu"], torch.arange(half + n, device=self.device) < half)
+        self.activation(RELU, torch.arange(half + n, device=self.device) < half)
         gather = torch.zeros(h + n, h + half + n, dtype=torch.float64, device=self.device)
         gather[:h, :h] = torch.eye(h, dtype=torch.float64, device=self.device)
         pairs = torch.eye(half, dtype=torch.float64, device=self.device)
@@ -317,7 +319,7 @@ class _Builder:
                 self.shape = (math.prod(self.shape),)
             elif type(layer) in _LINEAR:
                 self.linear(layer)
-            elif type(layer) in _CURVED:
+            elif is_elementwise(layer):
                 self.activation(curve_of(layer))
             elif type(layer) in (MaxMin, GroupSort):
                 self.sort(layer)
@@ -332,8 +334,7 @@ class _Builder:
 
 
 _LINEAR = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
-_CURVED = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, ScaledGELU)
-_KNOWN = (*_LINEAR, *_CURVED, nn.Sequential, nn.Flatten, MaxMin, GroupSort, Residual)
+_KNOWN = (*_LINEAR, nn.Sequential, nn.Flatten, MaxMin, GroupSort, Residual)
 _NOTHING = (nn.Identity, *DROPOUTS)
 # Affine whatever stands inside, or with branches that are looked at by themselves.
 AFFINE = (*_LINEAR, *_NOTHING, nn.Sequential, nn.Flatten, Residual)
@@ -351,7 +352,7 @@ def why_not(model: Chain, threat: Threat) -> str:
             if type(layer) is nn.Sequential or type(layer) is Residual:
                 if why := refused(list(layer.children())):
                     return why
-            elif type(layer) not in (*_KNOWN, *_NOTHING):
+            elif type(layer) not in (*_KNOWN, *_NOTHING) and not is_elementwise(layer):
                 return f"{type(layer).__name__} has no linear relaxation here"
             elif type(layer) is nn.Conv2d and layer.padding_mode != "zeros":
                 return f"Conv2d with padding_mode={layer.padding_mode!r} has no dense matrix here"

@@ -21,7 +21,9 @@ is an elementwise |·|.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,9 +31,9 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.sdp.verify import Rows
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import GroupSort, Householder, MaxMin, ScaledGELU
+from robustlip.layers import GroupSort, Householder, MaxMin
+from robustlip.ops import elementwise_of, is_elementwise
 from robustlip.rounding import U64
-from robustlip.rules.elementwise import GELU_SLOPE, SILU_SLOPE
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,14 @@ _ABOVE = 1 + 1e-6
 
 def slopes(layer: nn.Module) -> tuple[float, float] | None:
     """(m, r): every slope of an elementwise activation lies in [m − r, m + r], r rounded up; None for other layers."""
-    kind = type(layer)
-    if kind in (nn.ReLU, nn.Tanh):
-        return 0.5, 0.5
-    if kind is nn.Sigmoid:
-        return 0.125, 0.125
-    # x·s(x) with s(x) + s(−x) = 1 has slopes that sum to 1 at x and −x: the smallest is 1 − the largest.
-    if kind is nn.SiLU:
-        return 0.5, (SILU_SLOPE - 0.5) * (1 + 4 * U64)
-    if isinstance(layer, (nn.GELU, ScaledGELU)) and kind in (nn.GELU, ScaledGELU):
-        divisor = layer.divisor if isinstance(layer, ScaledGELU) else 1.0
-        middle = 0.5 / divisor
-        # The quotient rounds once; the interval grows by it.
-        return middle, (GELU_SLOPE[layer.approximate] - 0.5) / abs(divisor) * (1 + 8 * U64) + abs(middle) * 2 * U64
-    return None
+    if not is_elementwise(layer):
+        return None
+    facts = elementwise_of(layer)
+    low, high = (Fraction(s) / Fraction(facts.divisor) for s in facts.slope)
+    middle = float((low + high) / 2)
+    exact = max(high - Fraction(middle), Fraction(middle) - low)
+    reach = float(exact)
+    return middle, reach if Fraction(reach) >= exact else math.nextafter(reach, math.inf)
 
 
 def _rows(index: Tensor, coefficient: Tensor, width: int, error: float = 0.0) -> Rows:

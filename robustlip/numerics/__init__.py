@@ -1,0 +1,1 @@
+"""Numbers and how they are rounded; nothing here knows a layer."""

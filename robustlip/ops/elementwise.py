@@ -1,0 +1,254 @@
+"""Elementwise operations: what is true of a function φ of one number. docs/theory.md, section 2.
+
+All bounds of a domain (global constants, expansions, linear relaxations, quadratic constraints) follow from the facts below, so a new operation
+is its facts and one call of `register_elementwise`:
+
+    register_elementwise(nn.Softsign, lambda layer: Elementwise(value=F.softsign, derivative=..., slope=(0.0, 1.0), curvature=2.0, executed=ulps(8)))
+
+tests/test_ops.py checks every registered operation against 50 digits: extremes of φ' and φ'', the minimum, the growth, executed errors by dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers.activations import ScaledGELU
+from robustlip.numerics.arithmetic import Arithmetic
+
+# How many units in the last place (of |x|, not of the result) an elementwise function of torch may be off in any dtype. Its vectorised
+# erf, tanh and exp are good to 1 to 20 ulp (SLEEF and the flash kernel's exp_u20); 64 leaves room for both and for the products around.
+FUNCTION_ULPS = 64
+
+Function = Callable[[Tensor], Tensor]
+# (‖x‖₂ ≤ norm, √n of n numbers, the arithmetic) → a bound of ‖fl(φ(x)) − φ(x)‖₂, before the divisor's own rounding is added.
+Executed = Callable[[Tensor, float, Arithmetic], Tensor]
+# (|z|, reach) → (κ⁺, κ⁻) ≥ 0 with −κ⁻ ≤ φ'' ≤ κ⁺ on average over [z, z + Δ] for |Δ| ≤ reach, see `Elementwise.curvatures`.
+Bend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """The facts of y = φ(x)/divisor, number by number. φ is continuous; smooth, or piecewise linear with one kink at 0.
+
+    value, derivative: φ and φ' of float64 tensors of any shape (and of any other dtype).
+    slope: (lower, upper) bounds of φ', rounded outward. curvature: ≥ sup|φ''|, None where φ is piecewise linear (then slope is that of both pieces).
+    executed: the error of torch's kernel for finite x, as a bound of norms. at_zero: φ(0). bounded: sup|φ|, infinite unless given.
+    growth: |φ(x) − φ(0)| ≤ growth·|x|; sup|φ'| unless given. lowest: (place, value) of the only minimum of a φ that falls and then rises, place to
+    ±10⁻³, value rounded down; None where φ rises. bend: sharper bounds of φ'' near a point.
+    largest: the largest number on the way to φ(x) for |x| ≤ the norm, if above it. divisor: above 0.
+    """
+
+    value: Function
+    derivative: Function
+    slope: tuple[float, float]
+    curvature: float | None
+    executed: Executed
+    at_zero: float = 0.0
+    growth: float | None = None
+    bounded: float = math.inf
+    lowest: tuple[float, float] | None = None
+    bend: Bend | None = None
+    largest: Function | None = None
+    divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = self.slope
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise BadInput(f"expected slope=(lower, upper), finite and in order, got {self.slope}; bound φ' on all numbers")
+        if not (self.divisor > 0 and math.isfinite(self.divisor)):
+            raise BadInput(f"expected a divisor above 0, got {self.divisor}; change the layer")
+        if self.curvature is None and (self.slope != (0.0, 1.0) or self.divisor != 1.0):
+            got = f"slopes {self.slope} over {self.divisor}"
+            raise BadInput(f"expected a piecewise linear φ that is ReLU, got {got}; others have no linear bounds yet")
+        if self.lowest is None and low < 0:
+            raise BadInput(f"expected `lowest` for a φ that falls somewhere (slope {low}), got none; give its only minimum")
+
+    @property
+    def steepest(self) -> float:
+        """sup|φ'|, without the divisor."""
+        return max(abs(self.slope[0]), abs(self.slope[1]))
+
+    @property
+    def piecewise_linear(self) -> bool:
+        return self.curvature is None
+
+    def size(self, norm: Tensor, root: float) -> Tensor:
+        """‖φ(x)‖₂ ≤ this for n numbers of ‖x‖₂ ≤ norm, root = √n; without the divisor."""
+        growth = self.steepest if self.growth is None else self.growth
+        if self.at_zero == 0.0 and growth == 1.0:
+            size = norm
+        else:
+            size = root * abs(self.at_zero) + norm * growth
+        return size if self.bounded == math.inf else size.clamp_max(root * self.bounded)
+
+    def on_the_way(self, norm: Tensor) -> Tensor:
+        """The largest number that execution holds on its way to φ(x), for |x| ≤ norm; without the divisor."""
+        return norm if self.largest is None else self.largest(norm)
+
+    def executed_error(self, norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
+        """‖fl(y) − y‖₂ ≤ this for n numbers of ‖x‖₂ ≤ norm, root ≥ √n, where nothing overflows (see `error`)."""
+        lost = self.executed(norm, root, arithmetic)
+        return lost if self.divisor == 1.0 else lost / self.divisor + root * arithmetic.tiny
+
+    def error(self, norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
+        """`executed_error`, infinite where execution may overflow or divide by what counts for zero."""
+        largest = torch.maximum(self.on_the_way(norm), self.size(norm, root) / self.divisor)
+        return arithmetic.divides(arithmetic.fits(self.executed_error(norm, root, arithmetic), largest), self.divisor)
+
+
+def exact(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
+    """Of comparisons and choices: exact, but that subnormal operands may count for zero."""
+    return torch.zeros_like(norm) + root * arithmetic.flushed
+
+
+def ulps(count: float) -> Executed:
+    """Of a function whose result is off by at most `count` units in the last place of |x|, or by one underflow."""
+
+    def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
+        return count * arithmetic.unit * norm + root * arithmetic.tiny
+
+    return executed
+
+
+# ---- the operations
+
+
+_ROOT2PI = math.sqrt(2 * math.pi)
+_C, _A = math.sqrt(2 / math.pi), 0.044715
+
+# sup |gelu'| and sup |silu'|, rounded up; sup |gelu''| = 2/√(2π) for both forms, at 0.
+GELU_SLOPE = {"none": 1.1289042, "tanh": 1.1289932}
+SILU_SLOPE = 1.0998394
+GELU_CURVATURE = 0.7978846
+# sup of the size of gelu's third derivative, φ(z)·z(z² − 4) for the normal density φ.
+GELU_THIRD = 0.7787700
+# The lowest value of gelu'', at z = 2, rounded up in size.
+GELU_CONCAVE = 0.107982
+
+
+def _gelu_prime(z: Tensor) -> Tensor:
+    return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / _ROOT2PI
+
+
+def _gelu_tanh_prime(z: Tensor) -> Tensor:
+    # Beyond ±20 tanh is ±1 in float64, and z² would only overflow.
+    z = z.clamp(-20, 20)
+    t = torch.tanh(_C * (z + _A * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _C * (1 + 3 * _A * z * z)
+
+
+def _gelu_bend(distance: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu'' = φ(z)(2 − z²) is even: it falls from z = 0 on, is 0 at √2, lowest at 2, then rises to 0.
+
+    −½κ⁻Δ² ≤ gelu(z + Δ) − gelu(z) − gelu'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ reach, where the middle is ∫(1 − τ)gelu''(z + τΔ)dτ·Δ²: gelu'' may be taken
+    where it is largest on the interval, or at z with a third of the largest third derivative times `reach` more.
+    """
+
+    def at(z: Tensor) -> Tensor:
+        return torch.exp(-0.5 * z.square()) / _ROOT2PI * (2 - z.square())
+
+    reach = reach * (1 + 1e-12)
+    near, far = (distance - reach).clamp_min(0.0), distance + reach
+    lowest = torch.where(near > 2, -at(near), torch.where(far < 2, -at(far), torch.full_like(far, GELU_CONCAVE)))
+    here, drift = at(distance), GELU_THIRD / 3 * reach
+    return torch.minimum(at(near), here + drift), torch.minimum(lowest, drift - here)
+
+
+def _silu_prime(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _silu_executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
+    # Where exp(−x) overflows the result is 0 instead of less than |x|/max: added once.
+    lost = (FUNCTION_ULPS + 2) * arithmetic.unit * norm + norm / arithmetic.largest
+    return lost + root * arithmetic.tiny * (1 + norm)
+
+
+def _sigmoid_executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
+    # Relative to the result. Where exp(−x) overflows it is 0 instead of less than 1/max: added once.
+    size = (root / 2 + norm / 4).clamp_max(root)
+    return FUNCTION_ULPS * arithmetic.unit * size + root * (arithmetic.tiny + 1 / arithmetic.largest)
+
+
+def _gelu(layer: nn.GELU | ScaledGELU) -> Elementwise:
+    form = layer.approximate
+    if form not in GELU_SLOPE:
+        raise BadInput(f"expected approximate 'none' or 'tanh', got {form!r}; name one of them")
+    plain = form == "none"
+    return Elementwise(
+        value=lambda z: F.gelu(z, approximate=form),
+        derivative=_gelu_prime if plain else _gelu_tanh_prime,
+        # Φ(x) + Φ(−x) = 1, so the slopes at x and −x sum to 1: the smallest is 1 − the largest. The same holds of tanh and of the sigmoid.
+        slope=(1 - GELU_SLOPE[form], GELU_SLOPE[form]),
+        curvature=GELU_CURVATURE,
+        growth=1.0,  # |gelu x| ≤ |x|
+        lowest=(-0.7517916, -0.1699713) if plain else (-0.7524614, -0.1700410),
+        bend=_gelu_bend if plain else None,
+        executed=ulps(FUNCTION_ULPS + 2),
+        # The tanh form cubes its argument.
+        largest=None if plain else lambda norm: torch.maximum(norm, norm**3),
+        divisor=layer.divisor if isinstance(layer, ScaledGELU) else 1.0,
+    )
+
+
+_FACTS: dict[type[nn.Module], Callable[[Any], Elementwise]] = {}
+
+
+def register_elementwise(layer: type[nn.Module], facts: Callable[[Any], Elementwise]) -> None:
+    """From now on, layers of exactly this class (not of subclasses, whose forward may differ) are the operation whose facts `facts(layer)` gives.
+
+    The facts are the whole proof: bounds of every domain rest on them. Entry points of the group 'robustlip.ops' are called with no arguments when
+    robustlip first looks for an operation, so a package of yours can register its own. Raises BadInput for a class that has facts already.
+    """
+    if layer in _FACTS:
+        raise BadInput(f"expected a layer class without facts, got {layer.__name__}, which has some; register another class")
+    _FACTS[layer] = facts
+
+
+def is_elementwise(layer: nn.Module) -> bool:
+    return type(layer) in _FACTS
+
+
+def elementwise_of(layer: nn.Module) -> Elementwise:
+    """The facts of an elementwise layer. Raises UnsupportedLayer for any other."""
+    if not is_elementwise(layer):
+        known = ", ".join(sorted(kind.__name__ for kind in _FACTS))
+        raise UnsupportedLayer(f"expected an elementwise layer whose facts are registered ({known}), got {type(layer).__name__}; register them")
+    return _FACTS[type(layer)](layer)
+
+
+def elementwise_layers() -> tuple[type[nn.Module], ...]:
+    """The classes with facts, in the order in which they were registered."""
+    return tuple(_FACTS)
+
+
+RELU = Elementwise(
+    value=torch.relu, derivative=lambda z: (z > 0).to(z.dtype), slope=(0.0, 1.0), curvature=None, executed=exact
+)  # fmt: skip
+TANH = Elementwise(
+    value=torch.tanh, derivative=lambda z: 1 - torch.tanh(z).square(), slope=(0.0, 1.0), curvature=0.7698004, executed=ulps(FUNCTION_ULPS)
+)  # fmt: skip
+SIGMOID = Elementwise(
+    value=torch.sigmoid, derivative=lambda z: torch.sigmoid(z) * torch.sigmoid(-z), slope=(0.0, 0.25), curvature=0.0962251,
+    executed=_sigmoid_executed, at_zero=0.5, bounded=1.0,
+)  # fmt: skip
+SILU = Elementwise(
+    value=F.silu, derivative=_silu_prime, slope=(1 - SILU_SLOPE, SILU_SLOPE), curvature=0.5000001, growth=1.0,
+    lowest=(-1.2784645, -0.2784646), executed=_silu_executed,
+)  # fmt: skip
+
+register_elementwise(nn.ReLU, lambda layer: RELU)
+register_elementwise(nn.Tanh, lambda layer: TANH)
+register_elementwise(nn.Sigmoid, lambda layer: SIGMOID)
+register_elementwise(nn.SiLU, lambda layer: SILU)
+register_elementwise(nn.GELU, _gelu)
+register_elementwise(ScaledGELU, _gelu)
