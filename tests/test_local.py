@@ -32,13 +32,13 @@ from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens,
 from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
 from robustlip.local import base as local_base
-from robustlip.local import normalization as local_normalization
 from robustlip.local.attention import SoftmaxBall, others
 from robustlip.local.crossing import TOKENS, Crossing
 from robustlip.local.elementwise import ElementwiseExpansion
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.ops import elementwise_layers, elementwise_of
 from robustlip.ops.elementwise import GELU_THIRD
+from robustlip.ops.normalization import CURVATURE
 from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
 
@@ -886,8 +886,8 @@ def test_the_curvature_of_normalisation_is_a_supremum() -> None:
     theta, angle = torch.linspace(0, 1, 1001, dtype=torch.float64)[:, None], torch.linspace(0, math.pi / 2, 1001, dtype=torch.float64)
     along, across = angle.cos(), angle.sin()
     size = theta * torch.hypot(3 * (1 - theta**2) * along**2 + across**2, 2 * along * across)
-    assert float(size.amax()) <= 2 / math.sqrt(3) + 1e-12 <= local_normalization.CURVATURE
-    assert float(size.amax()) > 1.1546 and local_normalization.CURVATURE < 1.1548
+    assert float(size.amax()) <= 2 / math.sqrt(3) + 1e-12 <= CURVATURE
+    assert float(size.amax()) > 1.1546 and CURVATURE < 1.1548
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for _ in range(200):
@@ -902,7 +902,7 @@ def test_the_curvature_of_normalisation_is_a_supremum() -> None:
         first = lambda t: torch.func.jvp(along_line, (t,), (torch.ones_like(t),))[1]  # noqa: E731 (used at once)
         second = torch.func.jvp(first, (zero,), (torch.ones_like(zero),))[1]
         largest = max(largest, float(second.norm() * math.sqrt(5) * (c.square().mean() + eps) / u.square().sum()))
-    assert 0.9 < largest <= local_normalization.CURVATURE
+    assert 0.9 < largest <= CURVATURE
 
 
 # ---- end to end

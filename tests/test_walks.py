@@ -45,6 +45,7 @@ from robustlip.local import elementwise as local_elementwise
 from robustlip.local import sorting as local_sorting
 from robustlip.local import structure as local_structure
 from robustlip.ops import elementwise_of
+from robustlip.ops import normalization as ops_normalization
 from robustlip.rules import Context, State, normalization, rule_for
 from robustlip.rules import base as rules_base
 from robustlip.threats import InputBall
@@ -188,7 +189,7 @@ def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:
 def test_rules_of_normalisation_are_of_two_layers() -> None:
     strange = other(nn.LayerNorm)(6)
     with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
-        normalization.local_lipschitz(strange, X, 0.1)
+        ops_normalization.local_lipschitz(strange, X, 0.1)
     with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
         normalization.LayerNormRule().step(strange, State(torch.ones(1), torch.ones(1), torch.zeros(1), "l2", 1, 6), context())
 

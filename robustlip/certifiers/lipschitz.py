@@ -6,7 +6,6 @@ the rounding allowance), so a batch costs little more than its forward pass.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from robustlip.certifiers.samples import head_of, margins
 from robustlip.certifiers.search import largest_radius
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
+from robustlip.ops.affine import Matrix, row_error
 from robustlip.rounding import norm_up, quick_norm_up, up
 from robustlip.rules import Context, State, run_rules
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
@@ -97,18 +97,15 @@ class GlobalBound:
         head = self.head
         if head is None:
             return state.in_l2(), zero, zero
-        from robustlip.rules.linear import Matrix
-
         matrix: Matrix = context.constant(head, "matrix", lambda: Matrix.of(head.weight))
         rows = context.constant(head, "rows", lambda: float(norm_up(head.weight.detach()).amax()))
         bias = context.constant(head, "largest-bias", lambda: 0.0 if head.bias is None else float(head.bias.detach().abs().amax()))
         perturbed = context.weight_change(matrix.sigma)
         # The head's own perturbation moves a pair by ‖(e_y − e_j)ᵀE h‖ ≤ √2‖E‖₂‖h‖.
         extra = 2**0.5 * (1 + 1e-15) * perturbed * state.norm + zero
-        size = (rows + perturbed) * state.norm + bias
-        single = context.gamma(matrix.fan_in + 1) * size + context.unit * size + (matrix.fan_in + 2) * context.tiny
-        single = single + math.sqrt(matrix.fan_in) * (rows + perturbed + state.norm) * context.flushed  # subnormal operands
-        return state, extra, context.fits(single, size)
+        row = rows + perturbed
+        single = row_error(row, bias, state.norm, matrix.fan_in, context)
+        return state, extra, context.fits(single, row * state.norm + bias)
 
     def room(self, margin: Tensor, space: str) -> tuple[Tensor, Tensor]:
         """(q, c): margins are kept while change·c_j < m_j for all rivals, that is change < q = min_j m_j/c_j; c the smallest factor (N,)."""

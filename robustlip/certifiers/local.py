@@ -8,7 +8,6 @@ one radius, so rounding is amplified by local constants too, not by the global o
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,9 +20,9 @@ from robustlip.certifiers.search import TOLERANCE, largest_radius
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain
 from robustlip.local import ChainExpansion, Pair, Scope, ToL2, unsupported
+from robustlip.ops.affine import Matrix, row_error
 from robustlip.rounding import norm_up, up
 from robustlip.rules import Context
-from robustlip.rules.linear import Matrix
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 
@@ -86,14 +85,9 @@ class Reference:
         if self.rows is None:
             return torch.zeros_like(hidden)
         width, row, reach = self.rows.shape[1], self.largest_row + self.head_change(), self.hidden_norm + hidden
-        size = row * reach + self.largest_bias
-
-        def one(context: Context) -> Tensor:
-            lost = (width + 2) * context.tiny + math.sqrt(width) * (row + reach) * context.flushed  # products, and subnormal operands
-            return context.gamma(width + 1) * size + context.unit * size + lost
-
         scope = Scope(self.context)
-        return scope.fits(up(scope.both(one)), size)
+        lost = scope.both(lambda arithmetic: row_error(row, self.largest_bias, reach, width, arithmetic))
+        return scope.fits(up(lost), row * reach + self.largest_bias)
 
 
 def double_copy(model: Chain, context: Context) -> Chain:

@@ -16,7 +16,6 @@ Against MATH.md section 7 this has |⟨γ_i, v_j − o_i⟩| in the place of ‖
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,9 +24,18 @@ from robustlip.errors import BadInput
 from robustlip.layers import Attention
 from robustlip.layers.attention import rotary
 from robustlip.local.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
-from robustlip.ops.elementwise import FUNCTION_ULPS
+from robustlip.ops.attention import (
+    largest_in_kernel,
+    logit_error,
+    mixing_error,
+    mixing_underflow,
+    projection_error,
+    rotation_error,
+    scaled_error,
+    shifted,
+)
 from robustlip.rounding import norm_up, up
-from robustlip.rules.attention import Heads, check_projections, join_heads, largest_in_kernel
+from robustlip.rules.attention import Heads, check_projections, join_heads
 from robustlip.spectral import spectral_norm_bound, spectral_norm_quick
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
@@ -208,16 +216,13 @@ class AttentionExpansion(Expansion):
         return AttentionRow(self, sample, position)
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        layer, u, tiny = self.layer, self.scope.unit, self.scope.tiny
+        layer = self.layer
         d, width, length = layer.head_width, layer.width, self.length
         e = self._weight_changes()
         # Queries are the tokens of this expansion, (…, N, 1, R); keys are all tokens, (…, N, 1, T).
         r_q = radius.unsqueeze(-2)
         r_k, background = self._key_radii(radius)
         norm_q, norm_k = self.norm.unsqueeze(-2) + r_q, self.key_norm.unsqueeze(-2) + r_k + background
-
-        def gamma(n: float) -> float:
-            return self.scope.context.gamma(n) + replace(self.scope.context, dtype=torch.float64).gamma(n)
 
         def column(values: Tensor) -> Tensor:
             return values.unsqueeze(-1)  # (H,) → (H, 1) against tokens
@@ -226,12 +231,10 @@ class AttentionExpansion(Expansion):
             """(σ r, the rest) for queries, keys or values (…, N, H, ·): the first is W_hΔx, the second rounding, weight changes and background."""
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
-            fresh = gamma(width) * frobenius * norm + width * math.sqrt(d) * tiny + change * norm + sigma * other
-            fresh = fresh + math.sqrt(width) * (frobenius + math.sqrt(d) * norm) * self.scope.flushed  # subnormal inputs and weights
+            fresh = projection_error(frobenius, norm, width, d, self.scope) + change * norm + sigma * other
             moved = self._moved(name, sigma * r, error)
             if layer.rope and name != "value":
-                # cos and sin are rounded once, each coordinate is a difference of two products: at most 6u of the vector's norm.
-                fresh = fresh + 6 * u * (clean + moved + fresh) + 4 * d * tiny
+                fresh = fresh + rotation_error(clean + moved + fresh, d, self.scope)
             return up(moved), up(fresh)
 
         q_moved, q_fresh = projected("query", self.nq, r_q, norm_q)
@@ -240,11 +243,10 @@ class AttentionExpansion(Expansion):
         rho_q, rho_k, rho_v = q_moved + q_fresh, k_moved + k_fresh, v_moved + v_fresh
         q_size, k_size = self.nq + rho_q, self.nk + rho_k
 
-        # Rounding of logits: the product, its scaling (kernels may scale q and k by √s each), the bias, subtracting the row's maximum.
         top_k = self._top(k_size)
         logit = self.s * q_size * top_k
-        rounding = gamma(d + 6) * logit + (d + 4) * tiny * (1 + self.s) + math.sqrt(d * self.s) * tiny * (q_size + top_k)
-        rounding = up(rounding + 3 * u * (2 * (logit + self.heads.bias) + rounding))  # (…, N, H, T)
+        lost = logit_error(logit, q_size, top_k, self.s, d, self.scope)
+        rounding = up(shifted(lost, logit, self.heads.bias, self.scope))  # (…, N, H, T)
 
         def pairs(query: Tensor, key: Tensor) -> Tensor:
             """query_i·key_j (…, N, H, T, T)."""
@@ -265,8 +267,7 @@ class AttentionExpansion(Expansion):
 
         mixed = torch.minimum((upper @ rho_v.unsqueeze(-1)).squeeze(-1), self._top(rho_v))
         value_size = self.top_value + self._top(rho_v)
-        # After exp: its own rounding (once more per block of a blockwise softmax), the sum, the division, the weighted sum.
-        after = gamma(2 * length + FUNCTION_ULPS * (2 + length // 16)) * 3 * value_size + 2 * length * tiny * (value_size + 1)
+        after = mixing_error(length, self.scope) * 3 * value_size + mixing_underflow(length, value_size, self.scope)
         head = up((dev * self.value_distance).sum(-1) * (1 + 1e-12) + mixed * (1 + 1e-12)) + after  # (…, N, H, T)
 
         by_token = head.transpose(-1, -2)  # (…, N, T, H)
@@ -277,9 +278,7 @@ class AttentionExpansion(Expansion):
         mixed_size = norm_up((self.top_value + head).transpose(-1, -2))
         fresh = self.scope.both(lambda context: self.heads.output_matrix.rounding(mixed_size, e_o, context))
         fresh = abs(self.factor) * (fresh + e_o * mixed_size)
-        size = abs(self.factor) * (self.heads.whole["output"] + e_o) * mixed_size
-        fresh = fresh + 3 * u * (size + fresh) + math.sqrt(width) * tiny
-        fresh = fresh + (abs(self.factor) * math.sqrt(width) + (self.heads.whole["output"] + e_o) * mixed_size) * self.scope.flushed
+        fresh = scaled_error(fresh, self.factor, (self.heads.whole["output"] + e_o) * mixed_size, width, self.scope)
         queries = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
         keys, values = (self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k) for name in ("key", "value"))
         largest = torch.stack(

@@ -60,6 +60,9 @@ class Scope:
     def flushed(self) -> float:
         return self.context.flushed + 2.0**-1022
 
+    def gamma(self, n: float) -> float:
+        return self.context.gamma(n) + gamma(n, U64)
+
     def divided(self, radius: Tensor, by: float) -> Tensor:
         """The radius, infinite where a processor may take what was divided by for zero."""
         return self.context.divides(radius, by)

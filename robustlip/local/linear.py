@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.ops.affine import Matrix
 from robustlip.rounding import norm_up, up
-from robustlip.rules import Context
-from robustlip.rules.linear import Matrix
 from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, quartic_bound
 
 
@@ -48,14 +47,6 @@ class LinearConstants:
         quartic = quartic_bound(weight) if space == "l2" else None
         return cls(weight, bias, matrix, gain, dual_norms(weight, space), 0.0 if bias is None else float(norm_up(bias, 0)), quartic)
 
-    def rounding(self, norm: Tensor, perturbed: Tensor | float, context: Context) -> Tensor:
-        """‖executed − exact‖ of (W + E)x + b for executed ‖x‖ ≤ norm, ‖E‖ ≤ perturbed; as rules.linear.LinearRule."""
-        fresh = self.matrix.rounding(norm, perturbed, context)
-        if self.bias is not None:
-            fresh = fresh + 2 * context.unit * ((self.matrix.sigma + perturbed) * norm + self.bias_norm + fresh)
-            fresh = fresh + math.sqrt(self.matrix.fan_out) * context.flushed
-        return fresh
-
 
 def weight_change(scope: Scope, sigma: float) -> Tensor | float:
     """‖E‖ of one matrix, of shape (…, N, 1) where it is not 0: radii by token broadcast against it."""
@@ -83,8 +74,9 @@ class Affine(Expansion):
         c = self.constants
         perturbed = weight_change(self.scope, c.matrix.sigma)
         norm = self.norm + self._space_factor * radius
-        fresh = self.scope.both(lambda context: c.rounding(norm, perturbed, context)) + perturbed * norm
-        largest = (c.matrix.frobenius + math.sqrt(min(c.weight.shape)) * perturbed) * norm + c.bias_norm
+        bias = None if c.bias is None else c.bias_norm
+        fresh = self.scope.both(lambda arithmetic: c.matrix.error(bias, norm, perturbed, arithmetic)) + perturbed * norm
+        largest = c.matrix.largest(norm, perturbed) + c.bias_norm
         return up(c.gain * radius), self.scope.fits(up(fresh), largest)
 
 

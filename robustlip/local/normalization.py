@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.local.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
-from robustlip.rounding import TINY, norm_up, up
-from robustlip.rules import Context
-from robustlip.rules.normalization import largest_gain, local_lipschitz, normalized
-
-CURVATURE = 1.15471  # above 2/√3 = 1.1547005…
+from robustlip.numerics.arithmetic import Rounds
+from robustlip.ops.normalization import CURVATURE, largest_gain, largest_shift, local_lipschitz, normalization_error, normalized
+from robustlip.rounding import norm_up, up
 
 
 @register(nn.LayerNorm, nn.RMSNorm)
@@ -32,7 +30,7 @@ class NormalizationExpansion(Expansion):
         self.centres = isinstance(layer, nn.LayerNorm)
         self.largest = scope.context.constant(layer, "scale", lambda: largest_gain(layer))
         bias = layer.bias if isinstance(layer, nn.LayerNorm) else None
-        self.shift = 0.0 if bias is None else float(norm_up(bias.detach(), 0))
+        self.shift = largest_shift(layer)
         self.input, self.norm = clean, norm_up(clean)
         self.gamma = torch.ones(self.width, dtype=torch.float64, device=clean.device) if layer.weight is None else layer.weight.detach().double()
         self.centred = clean - clean.mean(-1, keepdim=True) if self.centres else clean
@@ -46,19 +44,10 @@ class NormalizationExpansion(Expansion):
         gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
         root = math.sqrt(self.width) * (1 + 1e-15)
         norm = self.largest * root + self.shift
-        inverse = gain / self.largest if self.largest else gain  # 1/s_min
+        inverse = gain / self.largest if self.largest else torch.full_like(gain, 1 / math.sqrt(self.eps))  # 1/s_min
 
-        def one(context: Context) -> Tensor:
-            """As rules.normalization, with the variance's own lower bound on the ball in the place of eps alone."""
-            g = context.gamma(2 * self.width + 16)
-            mean = (self.norm + radius) / math.sqrt(self.width) if self.centres else torch.zeros_like(radius)
-            relative = g * (1 + mean * inverse) + 2 * (context.tiny + TINY[torch.float32]) / self.eps
-            relative = torch.where(relative < 0.5, relative, torch.full_like(relative, torch.inf))
-            centring = g * (self.norm + radius) * gain if self.centres else torch.zeros_like(radius)
-            flushed = 2 * math.sqrt(self.width) * (gain + 1 / math.sqrt(self.eps) + (self.norm + radius) / math.sqrt(self.eps)) * context.flushed
-            lost = 4 * math.sqrt(self.width) * context.tiny * (1 + norm) + flushed  # subnormal x, γ
-            # 0·inf is NaN: a bound that holds for no number.
-            return (centring * (1 + relative) + (relative + 8 * context.unit) * norm + lost).nan_to_num(math.inf, math.inf)
+        def one(arithmetic: Rounds) -> Tensor:
+            return normalization_error(self.layer, self.norm + radius, norm, inverse, arithmetic)
 
         # The sum of squares, and what comes out.
         fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square().clamp_min(norm))

@@ -16,8 +16,9 @@ from robustlip.local.elementwise import ElementwiseExpansion
 from robustlip.local.neurons import Neurons
 from robustlip.local.sorting import REFLECTIONS, ReflectionExpansion
 from robustlip.ops import is_elementwise
+from robustlip.ops.affine import shift_error, standardize_error
+from robustlip.ops.joins import mean_error, weighted_sum_error
 from robustlip.rounding import norm_up, up
-from robustlip.rules import Context
 from robustlip.rules.elementwise import DROPOUTS
 
 # Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
@@ -191,11 +192,8 @@ class ResidualExpansion(Expansion):
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         inner, inner_error = self.branch.advance(radius, error, bounds)
         skip, weight = abs(self.skip), abs(self.weight)
-        norm = skip * (self.norm + radius) + weight * (self.branch_norm + inner)
-        # The two scalars, two products and the sum round once each.
-        root = math.sqrt(self.clean.shape[-1])
-        fresh = 4 * self.scope.unit * norm + 3 * root * self.scope.tiny
-        fresh = fresh + (root * (skip + weight) + (self.norm + radius) + (self.branch_norm + inner)) * self.scope.flushed  # subnormal operands
+        sizes = (self.norm + radius, self.branch_norm + inner)
+        fresh, norm = weighted_sum_error((skip, weight), *sizes, self.clean.shape[-1], self.scope)
         fresh = self.scope.fits(up(fresh), norm)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]
@@ -250,7 +248,7 @@ class AddPositionsExpansion(Expansion):
         self.norm = norm_up(self.clean)
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        fresh = 2 * self.scope.unit * (self.norm + radius) + 2 * math.sqrt(self.clean.shape[-1]) * self.scope.flushed  # both terms
+        fresh = shift_error(self.norm + radius, self.clean.shape[-1], self.scope)
         fresh = self.scope.fits(up(fresh), self.norm + radius)
         if bounds is not None:
             bounds.append(fresh)
@@ -271,11 +269,7 @@ class MeanTokensExpansion(Expansion):
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         largest = (self.norm + radius).amax(-1, keepdim=True)
-
-        def one(context: Context) -> Tensor:
-            return context.gamma(self.tokens + 1) * largest + math.sqrt(self.clean.shape[-1]) * context.tiny * self.tokens
-
-        fresh = self.scope.fits(up(self.scope.both(one)), largest * self.tokens)
+        fresh = self.scope.fits(up(mean_error(largest, self.tokens, self.clean.shape[-1], self.scope)), largest * self.tokens)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]
         return up(radius.mean(-1, keepdim=True)) + fresh, up(error.mean(-1, keepdim=True)) + fresh
@@ -373,9 +367,8 @@ class NormalizeExpansion(Expansion):
         reach = self.reach + self.factor * radius
         size = self.gain * reach
         root = math.sqrt(self.clean.shape[-1])
-        # Every number is off by 4u of its own size; in ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
-        # x, mean and their difference may all be subnormal, and are divided.
-        fresh = 4 * self.scope.unit * size + root * (self.scope.tiny * (1 + self.gain) + 2 * self.gain * self.scope.flushed)
+        # In ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
+        fresh = standardize_error(size, self.gain, self.clean.shape[-1], self.scope)
         # The difference has to fit before it is divided.
         fresh = self.scope.divided(self.scope.fits(up(fresh), torch.maximum(size, reach)), self.smallest)
         if bounds is not None:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from robustlip.rounding import FLUSHED, TINY, UNIT, gamma
+
+
+class Rounds(Protocol):
+    """What a bound of an executed error asks of an arithmetic; also of two arithmetics at once, whose errors add (robustlip.local.base.Scope)."""
+
+    @property
+    def unit(self) -> float: ...
+
+    @property
+    def tiny(self) -> float: ...
+
+    @property
+    def flushed(self) -> float: ...
+
+    def gamma(self, n: float) -> float: ...
 
 
 @dataclass(frozen=True)

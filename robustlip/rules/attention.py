@@ -18,10 +18,19 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention
-from robustlip.ops.elementwise import FUNCTION_ULPS
+from robustlip.ops.affine import Matrix
+from robustlip.ops.attention import (
+    largest_in_kernel,
+    logit_error,
+    mixing_error,
+    mixing_underflow,
+    projection_error,
+    rotation_error,
+    scaled_error,
+    shifted,
+)
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register, rule_for
-from robustlip.rules.linear import Matrix
 from robustlip.spectral import spectral_norm_bound
 
 
@@ -72,16 +81,6 @@ def check_projections(layer: Attention) -> None:
         rule_for(projection)  # refuses hooks
 
 
-def largest_in_kernel(projected: Tensor, value: Tensor, scale: float, tokens: int, dtype: torch.dtype) -> Tensor:
-    """The largest number that a kernel may hold beside the logits. projected: of queries, keys and values; value: of values; scale: of the logits.
-
-    Rotations add two products; queries and keys may be multiplied by √scale each; a blockwise softmax sums e^(S_j − max)·v_j over all tokens
-    before it divides. Sums of float16 numbers are float32, of which so many do not overflow.
-    """
-    turned = max(2.0, math.sqrt(scale)) * projected
-    return turned if dtype == torch.float16 else torch.maximum(turned, tokens * value)
-
-
 @register(Attention)
 class AttentionRule(Rule):
     """Multi-head attention in the per-token ℓ2 norm; see the module's text for the derivation."""
@@ -117,8 +116,7 @@ class AttentionRule(Rule):
         head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v))
         fresh = heads.output_matrix.rounding(mixed + norm_up(head_error), e_o, context)
         fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
-        fresh = fresh + 3 * context.unit * (norm + fresh) + math.sqrt(layer.width) * context.tiny
-        fresh = fresh + (factor * math.sqrt(layer.width) + join_heads(output_columns, whole, value_norm)) * context.flushed
+        fresh = scaled_error(fresh, factor, join_heads(output_columns, whole, value_norm), layer.width, context)
         passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
         behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.width)
         largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
@@ -140,31 +138,23 @@ class AttentionRule(Rule):
         perturbed: tuple[Tensor | float, Tensor | float, Tensor | float],
     ) -> Tensor:
         """‖fl(o_i) − o_i‖₂ of each head (..., H), given the executed input: products, rotation, logits, softmax, weighted sum, in turn."""
-        u, tiny, d, length = context.unit, context.tiny, layer.head_width, state.tokens
+        d, length = layer.head_width, state.tokens
         scale = abs(layer.scale) / d
         a = state.norm.unsqueeze(-1)
 
         def projected(i: int, name: str) -> tuple[Tensor, Tensor]:
-            frobenius = heads.frobenius[name] + math.sqrt(d) * perturbed[i]
-            error = context.gamma(layer.width) * frobenius * a + layer.width * math.sqrt(d) * tiny
-            error = error + math.sqrt(layer.width) * (frobenius + math.sqrt(d) * a) * context.flushed  # subnormal inputs and weights
+            error = projection_error(heads.frobenius[name] + math.sqrt(d) * perturbed[i], a, layer.width, d, context)
             return sigma[i] * a + error, error
 
         q, q_error = projected(0, "query")
         k, k_error = projected(1, "key")
         v, v_error = projected(2, "value")
         if layer.rope:
-            # cos and sin are rounded once, each coordinate is a difference of two products: at most 6u of the vector's norm.
-            q_error, k_error = q_error + 6 * u * q + 4 * d * tiny, k_error + 6 * u * k + 4 * d * tiny
-            q, k = q * (1 + 6 * u) + 4 * d * tiny, k * (1 + 6 * u) + 4 * d * tiny
+            turned = rotation_error(q, d, context), rotation_error(k, d, context)
+            q_error, k_error, q, k = q_error + turned[0], k_error + turned[1], q + turned[0], k + turned[1]
         logit = scale * q * k
-        logit_error = scale * (q_error * k + q * k_error + q_error * k_error) + context.gamma(d + 6) * logit + (d + 4) * tiny * (1 + scale)
-        # Kernels may scale queries and keys by √scale each first, and what vanishes there is multiplied by the other.
-        logit_error = logit_error + math.sqrt(d * scale) * tiny * (q + k)
-        # Subtracting the row's maximum and adding the bias round at the size of the logits; then exp (once more per block of a
-        # blockwise softmax), the sum, the division.
-        spread = 2 * (logit + heads.bias)
-        logit_error = logit_error + 3 * u * (spread + logit_error)
-        grown = torch.expm1(2 * logit_error)
-        relative = grown * (1 + 1e-12) + context.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16)) * (2 + grown)
-        return relative * v + v_error + 2 * length * tiny * (v + 1)
+        passed = scale * (q_error * k + q * k_error + q_error * k_error)
+        error = shifted(passed + logit_error(logit, q, k, scale, d, context), logit, heads.bias, context)
+        grown = torch.expm1(2 * error)
+        relative = grown * (1 + 1e-12) + mixing_error(length, context) * (2 + grown)
+        return relative * v + v_error + mixing_underflow(length, v, context)

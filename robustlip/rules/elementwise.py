@@ -10,6 +10,7 @@ from torch import nn
 from robustlip.errors import BadInput
 from robustlip.layers import Normalize
 from robustlip.ops import elementwise_of, is_elementwise
+from robustlip.ops.affine import standardize_error
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register, register_family
 
@@ -62,8 +63,7 @@ class NormalizeRule(Rule):
         # One mean per channel, subtracted from every number of the channel: at most √(numbers)·max|mean| in ℓ2.
         shift = context.constant(layer, "shift", lambda: float(norm_up(mean.abs().amax().expand(1), 0)))
         reach = state.norm + shift * state.width**0.5 * state.tokens**0.5
-        # x, mean and their difference may all be subnormal, and are divided.
-        fresh = 4 * context.unit * gain * reach + state.width**0.5 * (context.tiny * (1 + gain) + 2 * gain * context.flushed)
+        fresh = standardize_error(gain * reach, gain, state.width, context)
         behind = replace(
             state, norm=gain * reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh
         )

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.ops.affine import Matrix
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, register
-from robustlip.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Guaranteed norms of one weight matrix (fan_out, fan_in), rounded up: spectral, Frobenius."""
-
-    sigma: float
-    frobenius: float
-    fan_out: int
-    fan_in: int
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Matrix:
-        return cls(float(spectral_norm_bound(weight)), float(norm_up(weight.detach().flatten(), 0)), *weight.shape)
-
-    def rounding(self, norm: Tensor, change: Tensor | float, context: Context) -> Tensor:
-        """‖fl((W + E)x) − (W + E)x‖₂ ≤ γ_n‖W + E‖_F‖x‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change, any order of summation; underflow added."""
-        frobenius = self.frobenius + math.sqrt(min(self.fan_out, self.fan_in)) * change
-        # Products may vanish, and so may inputs and weights where a processor takes subnormals for zero.
-        lost = (self.fan_in + frobenius * math.sqrt(self.fan_in)) * math.sqrt(self.fan_out) * context.tiny
-        lost = lost + math.sqrt(self.fan_in * self.fan_out) * norm * context.flushed
-        return context.gamma(self.fan_in) * frobenius * norm + lost
+from robustlip.spectral import infinity_to_two_bound, one_to_two_bound
 
 
 @register(nn.Linear)
@@ -54,10 +32,7 @@ class LinearRule(Rule):
             gain = matrix.sigma
         perturbed = context.weight_change(matrix.sigma)
         norm = (matrix.sigma + perturbed) * state.norm + bias
-        fresh = matrix.rounding(state.norm, perturbed, context)
-        if layer.bias is not None:
-            # The sum rounds at the size of what was computed; a subnormal bias may count for zero.
-            fresh = fresh + 2 * context.unit * (norm + fresh) + math.sqrt(layer.out_features) * context.flushed
+        fresh = matrix.error(None if layer.bias is None else bias, state.norm, perturbed, context)
         rounding = (matrix.sigma + perturbed) * state.rounding + fresh
         behind = replace(
             state,
@@ -67,8 +42,7 @@ class LinearRule(Rule):
             space="l2",
             width=layer.out_features,
         )
-        # ‖W‖_F‖x‖ bounds every partial sum of every coordinate.
-        return context.finite(behind, (matrix.frobenius + math.sqrt(min(matrix.fan_out, matrix.fan_in)) * perturbed) * state.norm + bias)
+        return context.finite(behind, matrix.largest(state.norm, perturbed) + bias)
 
 
 @register(nn.Embedding)

@@ -9,6 +9,8 @@ from torch import nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, MeanTokens, Patchify, Residual
+from robustlip.ops.affine import shift_error
+from robustlip.ops.joins import mean_error, weighted_sum_error
 from robustlip.rounding import norm_up
 from robustlip.rules.base import Context, Rule, State, apply_rule, register, run_rules
 
@@ -68,17 +70,17 @@ class AddPositionsRule(Rule):
             raise BadInput(f"expected positions of width {state.width}, got {tuple(layer.positions.shape)}; match the tokens' width")
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.positions.detach()).amax()))
         norm = state.norm + largest
-        fresh = context.unit * norm + 2 * math.sqrt(state.width) * context.flushed  # both terms
+        fresh = shift_error(norm, state.width, context)
         return context.finite(replace(state, norm=norm + fresh, rounding=state.rounding + fresh))
 
 
 @register(MeanTokens)
 class MeanTokensRule(Rule):
-    """‖mean_t Δ_t‖ ≤ max_t ‖Δ_t‖ in every norm. A sum of T numbers and one division round at most T times."""
+    """‖mean_t Δ_t‖ ≤ max_t ‖Δ_t‖ in every norm."""
 
     def step(self, layer: MeanTokens, state: State, context: Context) -> State:
         state = state.by_token(layer)
-        fresh = context.gamma(state.tokens + 1) * state.norm + math.sqrt(state.width) * context.tiny * state.tokens
+        fresh = mean_error(state.norm, state.tokens, state.width, context)
         behind = replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh, tokens=1)
         return context.finite(behind, state.norm * state.tokens)
 
@@ -99,11 +101,7 @@ class ResidualRule(Rule):
                 f"from {state.whole or (state.tokens, state.width)}; match the widths"
             )
         skip, weight = abs(layer.skip), abs(layer.weight)
-        norm = skip * state.norm + weight * branch.norm
-        # The two scalars, two products and the sum round once each.
-        root = math.sqrt(state.width)
-        fresh = 4 * context.unit * norm + 3 * root * context.tiny
-        fresh = fresh + (root * (skip + weight) + state.norm + branch.norm) * context.flushed  # subnormal operands
+        fresh, norm = weighted_sum_error((skip, weight), state.norm, branch.norm, state.width, context)
         behind = replace(
             state,
             norm=norm + fresh,
