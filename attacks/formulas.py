@@ -35,7 +35,7 @@ from robustlip.spectral import spectral_norm_bound
 UNITS = ("l2", "rms")
 GELU_DIVISOR = 1.1289  # of the published code
 
-# The six mistakes of the published formula, MATH.md section 4, and a seventh of models with these options.
+# The seven mistakes of the published formula, docs/theory.md, section 5; the seventh is of models with these options.
 MISTAKES = {
     1: "it takes norms of the whole W_q, W_k and W_v, where one head's slice can hold all of the norm and each head can read another token",
     2: "it divides the MLP's constant by 1.1289 although the forward pass has divided already",

@@ -1,6 +1,6 @@
 """Weights chosen by an adversary: how sensitive can an architecture be made under its own constraint? Breaks formulas, not models.
 
-Random weights hide unsound bounds: their heads share the norm evenly and their logits hardly move. MATH.md section 4.
+Random weights hide unsound bounds: their heads share the norm evenly and their logits hardly move. docs/theory.md, section 5.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def mlp_supremum(layers: nn.Sequential) -> float:
 
 
 def newhouse_counterexample(*, width: int = 16, heads: int = 4, tokens: int = 3, steps: int = 250, seed: int = 0) -> Chain:
-    """A one-block transformer on which the published constant (formula newhouse2025) is too small by more than 2.5 times. MATH.md section 4.
+    """A one-block transformer on which the published constant (formula newhouse2025) is too small by more than 2.5 times. docs/theory.md, section 5.
 
     Embedding (width tokens of RMS norm ≤ 1) → paper's attention, all four matrices of spectral norm 1, as a residual with skip 0 and weight 1
     (α = 1) → head. The head is orthogonal, so logits move exactly as the attention's output does, and the whole model's published constant

@@ -24,7 +24,7 @@ class BadInput(RobustlipError, ValueError):
 
 
 class UnsupportedLayer(BadInput):
-    """A layer for which no rule is proved. There is no default constant (MATH.md section 3)."""
+    """A layer for which no rule is proved. There is no default constant (docs/theory.md, section 3)."""
 
 
 class DataUnavailable(BadInput):

@@ -1,4 +1,4 @@
-"""Optimisers with a stated bound of their update: torch.optim.Muon, its orthogonalisation made selectable, and row momentum. MATH.md section 10.
+"""Optimisers with a stated bound of their update: torch.optim.Muon, its orthogonalisation made selectable, and row momentum. docs/theory.md, section 12.
 
 torch's own always orthogonalises in bfloat16 with five fixed quintic steps. On processors without bfloat16 units that is hundreds of
 times slower than float32, and a constraint needs to know how large an update can be; both are parameters here.
@@ -31,7 +31,7 @@ def _over_1024(*rows: tuple[int, int, int]) -> tuple[tuple[float, float, float],
 
 
 POLYNOMIALS = {
-    # peaks: the largest value on (0, 1], MATH.md section 10, rounded up; tests recompute them on a fine grid.
+    # peaks: the largest value on (0, 1], docs/theory.md, section 12, rounded up; tests recompute them on a fine grid.
     "six-step": Polynomial(
         _over_1024(
             (3955, -8306, 5008), (3735, -6681, 3463), (3799, -6499, 3211), (4019, -6385, 2906), (2677, -3029, 1162), (2172, -1833, 682)

@@ -1,4 +1,4 @@
-"""Rounding: unit roundoffs, error constants, and arithmetic that errs to the safe side. MATH.md section 9.
+"""Rounding: unit roundoffs, error constants, and arithmetic that errs to the safe side. docs/theory.md, section 1.
 
 Everything here is float64. A sum, product or root of finitely many float64 numbers is off by a relative 2⁻⁵³ an operation;
 `up` and `down` move a result by more than any short formula can have lost, so formulas stay readable.

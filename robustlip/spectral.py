@@ -1,4 +1,4 @@
-"""Spectral norms: guaranteed upper bounds for certificates, and estimates that are called estimates. MATH.md section 2.
+"""Spectral norms: guaranteed upper bounds for certificates, and estimates that are called estimates. docs/theory.md, section 2.
 
 Power iteration converges from below, so nothing that a certificate uses may come from it.
 """

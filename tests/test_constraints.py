@@ -121,7 +121,7 @@ def test_guarantees_are_as_stated() -> None:
 
 
 def test_published_hard_cap_overshoots_to_what_is_stated() -> None:
-    """MATH.md section 10: 1.0109 on [0, 3], in exact arithmetic; and the matrix version has that image."""
+    """docs/theory.md, section 12: 1.0109 on [0, 3], in exact arithmetic; and the matrix version has that image."""
     x = np.linspace(0, 3, 10**6 + 1)
     for a, b, c in _QUINTICS:
         x = a * x + b * x**3 + c * x**5
@@ -215,7 +215,7 @@ def test_msign_overshoot_by_its_polynomial() -> None:
 
 
 def test_the_maps_of_the_methods_without_a_guarantee() -> None:
-    """MATH.md section 10, first column: what happens to each singular value."""
+    """docs/theory.md, section 12, first column: what happens to each singular value."""
     values = torch.tensor([3.0, 1.5, 0.5, 0.2])
     for method, rate, wanted in (
         (make_method("spectral-hammer"), 0.0, [1.5, 1.0, 0.5, 0.2]),

@@ -1,7 +1,7 @@
 """Certificates re-derived by code that shares nothing with the code under test.
 
 The first half evaluates networks in ball arithmetic (python-flint's arb: every number is an interval that contains the exact one). It reads
-weights and hyper-parameters only and is written from MATH.md sections 1, 3, 4, 6 and 9. The second half enumerates the activation patterns of
+weights and hyper-parameters only and is written from docs/theory.md, sections 1, 3 and 7. The second half enumerates the activation patterns of
 tiny ReLU networks, where the true Lipschitz constants and the true distances to the decision boundary can be computed.
 """
 
@@ -65,7 +65,7 @@ def top(values):
 class Executed:
     """The forward pass as a program with unit roundoff u: every result is widened by what any order of summation can lose. u = 0: exact.
 
-    From MATH.md section 9: a sum of n products is off by at most γ_n·Σ|w||x|; library functions are off by 64 units (docs/theory.md).
+    From docs/theory.md, section 1: a sum of n products is off by at most γ_n·Σ|w||x|; library functions are off by 64 units.
     """
 
     def __init__(self, unit: float, tiny: float = 0.0) -> None:
@@ -361,7 +361,7 @@ def test_certified_embedding_balls_in_the_plane_are_proved_by_subdivision(heads,
 
 
 def rederived_margins(model: NextTokenChain, tokens, label: int, radius: float):
-    """Lower bounds of all margins when every token moves by `radius`: MATH.md section 4 in ball arithmetic, on the domain enlarged by the threat.
+    """Lower bounds of all margins when every token moves by `radius`: docs/theory.md, section 3 in ball arithmetic, on the domain enlarged by the threat.
 
     Per head Λ_h r = σ_v r + σ_v a·min(2, 2sσ_qσ_k a r/d); a ≥ the norms of all tokens on the path, which the clean activations tighten.
     """

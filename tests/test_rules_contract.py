@@ -338,7 +338,7 @@ def published_attention_constant(layer: Attention, domain: float) -> float:
 
 @pytest.fixture(scope="module")
 def worst():
-    """MATH.md section 4's counterexample: D = 16, H = 4, T = 3, causal, all four matrices of norm 1, token RMS ≤ 1."""
+    """The counterexample of docs/theory.md, section 5: D = 16, H = 4, T = 3, causal, all four matrices of norm 1, token RMS ≤ 1."""
     return worst_attention(16, 4, 3, steps=250)
 
 

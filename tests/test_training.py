@@ -48,7 +48,7 @@ def recipe(**changes) -> Recipe:
 
 @pytest.mark.parametrize(("w_max", "update", "strength"), [(6, 0.2, 0.0028525), (6, 0.1, 0.0020655), (2, 0.1, 0.0306098), (1, 0.05, 0.1224393)])
 def test_soft_cap_coupling_and_what_it_promises(w_max, update, strength) -> None:
-    """MATH.md section 10's vectors; and the map sends all of [0, w_max + update] into [0, w_max]."""
+    """The vectors of docs/theory.md, section 12; and the map sends all of [0, w_max + update] into [0, w_max]."""
     a = soft_cap_coupling(w_max, update)
     assert a == pytest.approx(strength, rel=1e-4)
     values = torch.linspace(0, w_max + update, 2001, dtype=torch.float64)

@@ -70,7 +70,7 @@ def certify(
     index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given.
     With threat.radius set, samples proved for less are 'abstained'.
     A model that is in train mode and behaves otherwise there, and samples outside the model's input_range, are abstained with the reason.
-    Raises BadInput or UnsupportedLayer. Source: MATH.md sections 1 to 7 and 9; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
+    Raises BadInput or UnsupportedLayer. Source: docs/theory.md, sections 1, 2, 3, 4, 7 and 8; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
     check_method(method)
     x, y, threat = as_request(x, y, threat)

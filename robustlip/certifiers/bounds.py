@@ -78,7 +78,7 @@ def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tenso
 
 @torch.no_grad()
 def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, batch_size: int = 256) -> np.ndarray:
-    """Upper bounds (N,) of ‖f_{W+E}(x) − f_W(x)‖₂ over all E in the ball (logits of the prediction), exact arithmetic. MATH.md section 8.
+    """Upper bounds (N,) of ‖f_{W+E}(x) − f_W(x)‖₂ over all E in the ball (logits of the prediction), exact arithmetic. docs/theory.md, section 3.
 
     threat.radius must be set. A Frobenius ball lies inside the spectral ball of its radius, so the same bound serves both.
     """

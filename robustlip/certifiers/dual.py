@@ -1,4 +1,4 @@
-"""method='dual': the margin's change to first order exactly, what is beyond it bounded and weighted by adjoints. MATH.md section 7.
+"""method='dual': the margin's change to first order exactly, what is beyond it bounded and weighted by adjoints. docs/theory.md, section 8.
 
     margin' − margin = ⟨g⁰, δ⟩ + Σ_l ⟨g^{l+1}, R_l⟩        (robustlip.local.base)
 

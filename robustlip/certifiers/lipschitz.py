@@ -1,4 +1,4 @@
-"""method='global': the enforced bounds of the weights, followed layer by layer and rival by rival. MATH.md sections 4, 5, 8 and 9.
+"""method='global': the enforced bounds of the weights, followed layer by layer and rival by rival. docs/theory.md, sections 1, 3 and 4.
 
 Of the sample enter its label, its margins and the norms of its clean activations (they shrink the domain on which attention is bounded, and
 the rounding allowance), so a batch costs little more than its forward pass.
@@ -40,7 +40,7 @@ def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Ten
 
 
 def first_state(inside: Tensor, norm: Tensor, threat: Threat, radius: Tensor) -> State:
-    """Bounds in front of the first layer behind the threat: the domain is the clean norm enlarged by the perturbation (MATH.md section 1)."""
+    """Bounds in front of the first layer behind the threat: the domain is the clean norm enlarged by the perturbation (docs/theory.md, section 1)."""
     shape = inside.shape[1:]
     if not inside.is_floating_point():
         tokens, width, whole = shape[-1], 1, None

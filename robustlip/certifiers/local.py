@@ -1,4 +1,4 @@
-"""method='local': radii carried through the clean activations of the sample. MATH.md section 6.
+"""method='local': radii carried through the clean activations of the sample. docs/theory.md, section 7.
 
 Every bound is taken where the sample is, not over the whole domain: slopes of activations on the interval that each neuron can reach, softmax
 weights that can only move so far, layer norms on the ball around each token. The perturbation and the rounding of execution travel together in

@@ -1,4 +1,4 @@
-"""What every certifier needs first: checked inputs, and margins over all rivals. MATH.md section 5."""
+"""What every certifier needs first: checked inputs, and margins over all rivals. docs/theory.md, section 4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every next-token prediction of a sequence certified in one go: T positions from one clean pass. MATH.md sections 6 and 7.
+"""Every next-token prediction of a sequence certified in one go: T positions from one clean pass. docs/theory.md, sections 7 and 8.
 
 Position t predicts token t + 1 from tokens 0 … t; a causal model computes all of these at once, and its clean activations serve all of them.
 Two threats of each prefix have proofs that positions can share:

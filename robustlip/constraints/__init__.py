@@ -1,11 +1,11 @@
-"""Weight constraints that act after every optimiser step. MATH.md section 10; Newhouse et al. 2025, section 3.
+"""Weight constraints that act after every optimiser step. docs/theory.md, section 12; Newhouse et al. 2025, section 3.
 
     constraint = Constraint(targets_of(model, 1.0), "soft-cap")
     constraint.project()
     constraint.attach(optimizer)
 
 Each method maps the singular values of the RMS-scaled matrix M = W·sqrt(fan_in/fan_out). Heads of attention are constrained
-one by one (`per_head`): the published cap of the stacked matrix lets one head hold all of the norm (MATH.md section 4).
+one by one (`per_head`): the published cap of the stacked matrix lets one head hold all of the norm (docs/theory.md, section 5).
 What a method promises is its `guarantee`; a certificate never trusts it and measures the weights it is given.
 """
 

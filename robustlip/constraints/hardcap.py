@@ -12,7 +12,7 @@ from robustlip.constraints.method import Guarantee, Method, StepTaken
 from robustlip.constraints.norms import fast_norm_bound, gram_of, times
 from robustlip.muon import POLYNOMIALS, even_part, odd_quintics, orthogonalize
 
-# Odd quintics that together approximate min(1, x) on [0, 3] from above and below, at most 1.0109 (MATH.md section 10).
+# Odd quintics that together approximate min(1, x) on [0, 3] from above and below, at most 1.0109 (docs/theory.md, section 12).
 _QUINTICS = (
     (0.805032, 0.206361, -0.019763),
     (0.649867, 0.162935, -0.011150),

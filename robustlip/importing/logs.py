@@ -112,7 +112,7 @@ def _mlp(log: Log) -> float:
 
 
 def newhouse_june(log: Log) -> float:
-    """The constant as published (since 12 June 2025), ∞-RMS, one-hot characters in: MATH.md section 4 with its mistakes."""
+    """The constant as published (since 12 June 2025), ∞-RMS, one-hot characters in: docs/theory.md, section 5, with its mistakes."""
     if log.parameters.get("data") == "cifar":
         return _mlp(log)
     blocks, scale = count(log.parameters, "num_blocks"), real(log.parameters, "softmax_scale")

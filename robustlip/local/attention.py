@@ -1,16 +1,17 @@
-"""Attention on balls around the clean tokens, head by head. MATH.md sections 6 and 7, with the adjoint inside the head.
+"""Attention on balls around the clean tokens, head by head. docs/theory.md, sections 7 and 8, with the adjoint inside the head.
 
 Clean q, k, v (rotated), logits S, p = softmax(S), o = pv; a change of the tokens changes logit ij by η_ij, of which a shift common to row i does
 nothing. With Δq, Δk, Δv ≤ ρ (norms) and centred keys k_j − k̄_i, k̄_i = Σ_j p_ij k_j,
     |η_ij − shift_i| ≤ b_ij = s(‖q_i‖ρk_j + ρq_i‖k_j − k̄_i‖ + ρq_iρk_j)/d + rounding,
-so p' lies between p^L_ij and p^U_ij (MATH.md section 6), |p' − p| ≤ dev, and ‖o'_i − o_i‖ ≤ Σ_j dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
+so p' lies between p^L_ij and p^U_ij (docs/theory.md, section 7), |p' − p| ≤ dev, and ‖o'_i − o_i‖ ≤ Σ_j dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
 
 Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, where Σ_j p_ijω_ij = 0, exactly
     ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.
 The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. In the third, on the path p^τ = softmax(S + τη) the second derivative is
 Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, which `SoftmaxBall.second_order` integrates; its square lowers the margin only where ω_ij < 0, the variance both
 ways (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij). In Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
-Against MATH.md section 7 this has |⟨γ_i, v_j − o_i⟩| in the place of ‖γ_i‖‖W_o‖‖v_j − o_i‖, and the mean of the bilinear part drops out.
+The usual form, with the adjoint outside the head, has ‖γ_i‖‖W_o‖‖v_j − o_i‖ where this has |⟨γ_i, v_j − o_i⟩|, and the mean of the bilinear part
+drops out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm on the ball around a token, where they are far from their worst point. MATH.md section 3.
+"""LayerNorm and RMSNorm on the ball around a token, where they are far from their worst point. docs/theory.md, section 3.
 
 y = γ·c/s (+ β), c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity. On the ball ‖c‖ ≥ ‖c₀‖ − r, so s ≥ s_min, and there
     ‖dy‖ ≤ ‖γ‖_∞‖dc‖/s_min,      ‖d²y[u, u]‖ ≤ ‖γ‖_∞ · C‖u‖²/(√D s_min²),  C = 2/√3.

@@ -1,4 +1,4 @@
-"""Matrices and tables: y = (W + E)x + b. docs/theory.md, sections 2 and 3."""
+"""Matrices and tables: y = (W + E)x + b. docs/theory.md, section 3."""
 
 from __future__ import annotations
 

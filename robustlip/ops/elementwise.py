@@ -1,4 +1,4 @@
-"""Elementwise operations: what is true of a function φ of one number. docs/theory.md, section 2.
+"""Elementwise operations: what is true of a function φ of one number. docs/theory.md, section 3.
 
 All bounds of a domain (global constants, expansions, linear relaxations, quadratic constraints) follow from the facts below, so a new operation
 is its facts and one call of `register_elementwise`:

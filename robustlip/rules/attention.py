@@ -1,11 +1,11 @@
-"""Attention, head by head. MATH.md sections 4 (bound), 8 (weights) and 9 (rounding).
+"""Attention, head by head. docs/theory.md, section 3.
 
 For one head on a path through the domain, with logits s·q·k/d + constant:
     dp_ij = p_ij (η_ij − η̄_i),   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|,
 so with ‖x_t‖ ≤ a everywhere on the path and changes r of the tokens,  Σ_j|p'_ij − p_ij| ≤ min(2, 2·s σ_q σ_k a r/d), and from
     o'_i − o_i = Σ_j p'_ij (v'_j − v_j) + Σ_j (p'_ij − p_ij) v_j,   ‖o'_i − o_i‖ ≤ σ_v r + σ_v a·min(2, 2·s σ_q σ_k a r/d).
 A bias by distance is a constant and drops out.
-Rotary positions are orthogonal and change no norm. The published formula uses norms of the stacked matrices instead; see MATH.md section 4.
+Rotary positions are orthogonal and change no norm. The published formula uses norms of the stacked matrices instead; see docs/theory.md, section 5.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rule is: how far a bounded change can travel through one kind of layer. MATH.md sections 1, 4, 8 and 9.
+"""What a rule is: how far a bounded change can travel through one kind of layer. docs/theory.md, sections 1 and 3.
 
 A rule never sees a sample. It sees a `State`: bounds that hold for every perturbed input at once, as float64 tensors of any common
 shape (one entry per sample and radius tried), and returns the state behind its layer. What it needs of the weights it asks

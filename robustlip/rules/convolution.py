@@ -1,4 +1,4 @@
-"""Convolution and pooling of images. MATH.md sections 2, 8 and 9.
+"""Convolution and pooling of images. docs/theory.md, sections 1, 2 and 3.
 
 All are the same three maps in a row. Padding copies numbers: with a number copied at most m times, ‖pad(x)‖₂ ≤ √m‖x‖₂. Windows copy numbers:
 with a number read by at most c windows and taps (padding included), ‖patches(x)‖_F ≤ √c‖x‖₂. Then a matrix, a mean or a maximum acts on each

@@ -1,4 +1,4 @@
-"""Elementwise layers. MATH.md sections 3 and 9. Their gain holds in ℓ1, ℓ2 and ℓ∞ alike, so the space passes through."""
+"""Elementwise layers. docs/theory.md, sections 1 and 3. Their gain holds in ℓ1, ℓ2 and ℓ∞ alike, so the space passes through."""
 
 from __future__ import annotations
 

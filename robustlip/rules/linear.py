@@ -1,4 +1,4 @@
-"""Linear layers and embeddings: (W + E)(x + Δ) − Wx = WΔ + E(x + Δ). MATH.md sections 1, 8 and 9."""
+"""Linear layers and embeddings: (W + E)(x + Δ) − Wx = WΔ + E(x + Δ). docs/theory.md, sections 1 and 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisation. MATH.md section 3: the global constant of LayerNorm and RMSNorm is ‖γ‖_∞/√eps, however large that is; batch norm in eval
+"""Normalisation. docs/theory.md, section 3: the global constant of LayerNorm and RMSNorm is ‖γ‖_∞/√eps, however large that is; batch norm in eval
 mode is affine."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sorting and reflecting activations. MATH.md section 3."""
+"""Sorting and reflecting activations. docs/theory.md, section 3."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training on certified margins: the logits that a Lipschitz bound still allows a rival, inside the loss.
 
 With L ≥ the ℓ2 Lipschitz constant from the raw input to the last hidden state and rows u of the last layer, f_y − f_j falls by at most
-ε·L·‖u_y − u_j‖₂ in the ℓ2 ball of radius ε (MATH.md section 5). So the worst margin is m_j = f_y − f_j − ε·L·‖u_y − u_j‖₂, and the loss is
+ε·L·‖u_y − u_j‖₂ in the ℓ2 ball of radius ε (docs/theory.md, section 4). So the worst margin is m_j = f_y − f_j − ε·L·‖u_y − u_j‖₂, and the loss is
 the cross entropy of logits −s·m_j (own label: 0). Plain cross entropy is ε = 0. It pays for margins in units of the radius that they certify, so
 scaling the logits no longer helps, and a sample whose margin is far above ε costs nothing.
 
