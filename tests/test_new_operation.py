@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,3 +67,46 @@ def test_a_tenth_of_its_slope_would_be_false(softsign) -> None:
         model[2].weight.copy_(torch.tensor([[1.0], [-1.0]]))
     x = torch.full((1, 1), 0.05)
     assert robustlip.certify(model, x, torch.zeros(1, dtype=torch.int64), InputBall("l2"), "global").radius[0] > 0.06
+
+
+PACKAGE = {
+    "softsigned.py": """
+import torch.nn.functional as F
+from torch import nn
+from robustlip.ops import Elementwise, register_elementwise
+from robustlip.ops.elementwise import ulps
+
+def register():
+    register_elementwise(nn.Softsign, lambda layer: Elementwise(
+        value=F.softsign, derivative=lambda z: (1 + z.abs()).square().reciprocal(), slope=(0.0, 1.0), curvature=2.0, executed=ulps(4)))
+""",
+    "softsigned-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: softsigned\nVersion: 1.0\n",
+    "softsigned-1.0.dist-info/entry_points.txt": "[robustlip.ops]\nsoftsign = softsigned:register\n",
+}
+CERTIFIES = """
+import torch, robustlip
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 12), nn.Softsign(), nn.Linear(12, 3)).eval()
+x = torch.randn(4, 6)
+print((robustlip.certify(model, x, model(x).argmax(-1), robustlip.InputBall("l2"), "dual").radius > 0).all())
+"""
+
+
+def run_with(folder, code: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own that finds the package in the folder, as an installed one."""
+    path = os.pathsep.join([str(folder), str(Path(robustlip.__file__).parents[1])])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_installed_package_adds_an_operation_by_an_entry_point(tmp_path, broken) -> None:
+    for name, text in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text.replace("def register", "raise OSError('no disk')\ndef register") if broken else text, encoding="utf-8")
+    done = run_with(tmp_path, CERTIFIES)
+    if broken:
+        assert "expected the entry point 'softsign' of robustlip.ops in softsigned to load, got OSError: no disk" in done.stderr
+    else:
+        assert done.stdout.strip() == "True", done.stderr

@@ -10,6 +10,7 @@ tests/test_ops.py checks every registered operation against 50 digits: extremes 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers.activations import ScaledGELU
 from robustlip.numerics.arithmetic import Arithmetic
+from robustlip.plugins import plugins
 
 # How many units in the last place (of |x|, not of the result) an elementwise function of torch may be off in any dtype. Its vectorised
 # erf, tanh and exp are good to 1 to 20 ulp (SLEEF and the flash kernel's exp_u20); 64 leaves room for both and for the products around.
@@ -206,15 +208,26 @@ _FACTS: dict[type[nn.Module], Callable[[Any], Elementwise]] = {}
 def register_elementwise(layer: type[nn.Module], facts: Callable[[Any], Elementwise]) -> None:
     """From now on, layers of exactly this class (not of subclasses, whose forward may differ) are the operation whose facts `facts(layer)` gives.
 
-    The facts are the whole proof: bounds of every domain rest on them. Entry points of the group 'robustlip.ops' are called with no arguments when
-    robustlip first looks for an operation, so a package of yours can register its own. Raises BadInput for a class that has facts already.
+    The facts are the whole proof: bounds of every domain rest on them. A package of yours registers its own by an entry point (`robustlip.plugins`).
+    Raises BadInput for a class that has facts already.
     """
     if layer in _FACTS:
         raise BadInput(f"expected a layer class without facts, got {layer.__name__}, which has some; register another class")
     _FACTS[layer] = facts
 
 
+@functools.cache
+def _load_plugins() -> None:
+    """Calls the entry points of 'robustlip.ops', once, when an operation is first looked for that is not ours."""
+    for register in plugins("robustlip.ops").values():
+        register()
+
+
 def is_elementwise(layer: nn.Module) -> bool:
+    """Whether the facts of a layer's class are registered."""
+    if type(layer) in _FACTS:
+        return True
+    _load_plugins()
     return type(layer) in _FACTS
 
 
@@ -228,6 +241,7 @@ def elementwise_of(layer: nn.Module) -> Elementwise:
 
 def elementwise_layers() -> tuple[type[nn.Module], ...]:
     """The classes with facts, in the order in which they were registered."""
+    _load_plugins()
     return tuple(_FACTS)
 
 
