@@ -22,6 +22,7 @@ from robustlip.certifiers.samples import (
     batches,
     check_arithmetic,
     check_entry,
+    check_in_place,
     check_labels,
     check_model,
     check_samples,
@@ -84,6 +85,7 @@ def certify(
         if covers != own:
             chain = copy.deepcopy(chain).to(covers)
         check_arithmetic(chain, covers)
+        check_in_place(chain, x)
         training = train_mode_reason(chain)
         with evaluated(chain):
             return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training)

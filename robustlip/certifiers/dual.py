@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robustlip.certifiers.local import Reference, local_applies, reference_of, search
 from robustlip.certifiers.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, Chain, Normalize, Residual
+from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Sum
 from robustlip.local import Group, JacobianChain, Pair, loss, picked, vanished
 from robustlip.local.sorting import REFLECTIONS
 from robustlip.ops import is_elementwise
@@ -116,7 +116,8 @@ class Rivals:
 
 # Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
 _BY_TOKEN = (
-    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, nn.Sequential, nn.Identity,
+    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, Sum, Concatenate, Channels,
+    nn.Sequential, nn.Identity,
     *DROPOUTS, *REFLECTIONS,
 )  # fmt: skip
 

@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from robustlip.checks import check_fit
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_program, check_weights, execution_of, lower_precision
 from robustlip.layers import Chain
+from robustlip.modes import in_eval_mode, out_of_place
 from robustlip.rounding import UNIT
 from robustlip.rules import rule_for
 from robustlip.threats import InputBall, Threat
@@ -59,6 +60,21 @@ def train_mode_reason(model: nn.Module) -> str | None:
     """Why no sample can be certified in the mode the model is in, or None: dropout is random, batch norm lets samples change each other."""
     active = (isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0) for m in model.modules() if m.training)
     return "the model is in train mode; call model.eval()" if any(active) else None
+
+
+def check_in_place(model: Chain, x: Tensor) -> None:
+    """Raises UnsupportedLayer where a layer in place changes what the model computes: its input is read again, and the layer's rule is of another
+    program. Compared on at most 64 of the samples x, in the dtype and on the device of the model."""
+    if not any(getattr(m, "inplace", False) is True for m in model.modules()):
+        return
+    first = next(model.parameters())
+    some = x[:64].to(first.device, first.dtype if x.is_floating_point() else None)
+    with torch.no_grad(), in_eval_mode(model):
+        executed = model.scores(some.clone())
+        with out_of_place(model):
+            separate = model.scores(some.clone())
+    if not torch.equal(executed.nan_to_num(), separate.nan_to_num()):
+        raise UnsupportedLayer("expected layers in place whose input nobody reads again, got logits that differ without inplace=True; leave it out")
 
 
 def outside_range(model: Chain, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.layers import Chain, Residual
+from robustlip.layers.joins import Branching
 from robustlip.ops import is_elementwise
 from robustlip.rounding import quick_norm_up
 from robustlip.rules import rule_for
@@ -51,4 +52,6 @@ def _with_states(model: nn.Module) -> list[nn.Module]:
             found += _with_states(child.branch)[:-1] if type(child.branch) is nn.Sequential else []
         elif type(child) is nn.Sequential:
             found += _with_states(child)
+        elif isinstance(child, Branching):
+            found += [layer for branch in child.branches if type(branch) is nn.Sequential for layer in _with_states(branch)]
     return list(dict.fromkeys(found))

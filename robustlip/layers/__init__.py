@@ -3,11 +3,27 @@
 from robustlip.layers.activations import ScaledGELU
 from robustlip.layers.attention import Attention
 from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
+from robustlip.layers.joins import Channels, Concatenate, Sum
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
 from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify
 
 __all__ = [
-    "AddPositions", "Attention", "Chain", "GroupSort", "Householder", "MaxMin", "MeanTokens", "NextTokenChain", "Normalize", "Patchify",
-    "Residual", "ScaledGELU", "as_chain", "chain_or_module",
-]  # fmt: skip
+    "AddPositions",
+    "Attention",
+    "Chain",
+    "Channels",
+    "Concatenate",
+    "GroupSort",
+    "Householder",
+    "MaxMin",
+    "MeanTokens",
+    "NextTokenChain",
+    "Normalize",
+    "Patchify",
+    "Residual",
+    "ScaledGELU",
+    "Sum",
+    "as_chain",
+    "chain_or_module",
+]

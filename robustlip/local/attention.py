@@ -3,7 +3,8 @@
 Clean q, k, v (rotated), logits S, p = softmax(S), o = pv; a change of the tokens changes logit ij by η_ij, of which a shift common to row i does
 nothing. With Δq, Δk, Δv ≤ ρ (norms) and centred keys k_j − k̄_i, k̄_i = Σ_j p_ij k_j,
     |η_ij − shift_i| ≤ b_ij = s(‖q_i‖ρk_j + ρq_i‖k_j − k̄_i‖ + ρq_iρk_j)/d + rounding,
-so p' lies between p^L_ij and p^U_ij (docs/theory.md, section 7), |p' − p| ≤ dev, and ‖o'_i − o_i‖ ≤ Σ_j dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
+so p' lies between p^L_ij and p^U_ij (docs/theory.md, section 7), |p' − p| ≤ dev, and
+‖o'_i − o_i‖ ≤ Σ_j dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
 
 Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, where Σ_j p_ijω_ij = 0, exactly
     ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.

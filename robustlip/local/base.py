@@ -1,4 +1,6 @@
-"""A layer at its clean activations: what a change in front of it does behind it, to first order exactly, the rest bounded. docs/theory.md, sections 7 and 8.
+"""A layer at its clean activations: what a change in front of it does behind it, to first order exactly, the rest bounded.
+
+docs/theory.md, sections 7 and 8.
 
 Two trajectories are compared. The *reference*: the activations X_l of the clean input as this module computed them in float64. And any
 *executed* one: X'_l of a perturbed input, rounded as the covered dtype rounds. With `radius` ≥ ‖X'_t − X_t‖₂ for each token t in front of a

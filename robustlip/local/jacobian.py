@@ -1,4 +1,6 @@
-"""Radii of a single token through exact Jacobians: ‖J_{l−1}…J_0‖ε and what remainders add, in the place of a product of norms. docs/theory.md, section 8.
+"""Radii of a single token through exact Jacobians: ‖J_{l−1}…J_0‖ε and what remainders add, in the place of a product of norms.
+
+docs/theory.md, section 8.
 
 With one token moving, a layer's Jacobian is one D×D block, and all blocks and their products are affordable. The change in front of part l is
     Δ_l = M_{l←0}δ + Σ_{k<l} M_{l←k+1}R_k,      M_{l←k} = J_{l−1}…J_k,

@@ -193,7 +193,7 @@ class ResidualExpansion(Expansion):
         inner, inner_error = self.branch.advance(radius, error, bounds)
         skip, weight = abs(self.skip), abs(self.weight)
         sizes = (self.norm + radius, self.branch_norm + inner)
-        fresh, norm = weighted_sum_error((skip, weight), *sizes, self.clean.shape[-1], self.scope)
+        fresh, norm = weighted_sum_error((skip, weight), sizes, self.clean.shape[-1], self.scope)
         fresh = self.scope.fits(up(fresh), norm)
         if bounds is not None:
             bounds += [fresh, radius.amax(-1, keepdim=True)]

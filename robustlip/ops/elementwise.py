@@ -111,11 +111,11 @@ def exact(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
     return torch.zeros_like(norm) + root * arithmetic.flushed
 
 
-def ulps(count: float) -> Executed:
-    """Of a function whose result is off by at most `count` units in the last place of |x|, or by one underflow."""
+def ulps(count: float, underflows: int = 1) -> Executed:
+    """Of a function whose result is off by at most `count` units in the last place of |x|, or by so many underflows on its way."""
 
     def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-        return count * arithmetic.unit * norm + root * arithmetic.tiny
+        return count * arithmetic.unit * norm + underflows * root * arithmetic.tiny
 
     return executed
 
@@ -195,7 +195,7 @@ def _gelu(layer: nn.GELU | ScaledGELU) -> Elementwise:
         growth=1.0,  # |gelu x| ≤ |x|
         lowest=(-0.7517916, -0.1699713) if plain else (-0.7524614, -0.1700410),
         bend=_gelu_bend if plain else None,
-        executed=ulps(FUNCTION_ULPS + 2),
+        executed=ulps(FUNCTION_ULPS + 2, underflows=2),  # half of x, and its product with 1 + erf or 1 + tanh
         # The tanh form cubes its argument.
         largest=None if plain else lambda norm: torch.maximum(norm, norm**3),
         divisor=layer.divisor if isinstance(layer, ScaledGELU) else 1.0,

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from robustlip.numerics.arithmetic import Rounds
+from robustlip.rounding import norm_up
 
 
-def weighted_sum_error(scalars: tuple[float, float], first: Tensor, second: Tensor, width: int, arithmetic: Rounds) -> tuple[Tensor, Tensor]:
-    """(‖fl(y) − y‖₂, ‖y‖₂) at most, for y = a·u + b·v with ‖u‖₂ ≤ first, ‖v‖₂ ≤ second, (|a|, |b|) = scalars, of `width` numbers.
+def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width: int, arithmetic: Rounds) -> tuple[Tensor, Tensor]:
+    """(‖fl(y) − y‖₂, ‖y‖₂) at most, for y = Σ_i a_i·u_i with ‖u_i‖₂ ≤ norms[i], |a_i| = scalars[i], of `width` numbers.
 
-    The two scalars, two products and the sum round once each.
+    In every term the scalar, the product and the sums round: k terms, k + 2 roundings each, with what they multiply to.
     """
-    a, b = scalars
-    norm = a * first + b * second
-    root = math.sqrt(width)
-    fresh = 4 * arithmetic.unit * norm + 3 * root * arithmetic.tiny
-    return fresh + (root * (a + b) + first + second) * arithmetic.flushed, norm  # subnormal operands
+    norm = sum((a * n for a, n in zip(scalars, norms, strict=True)), start=0 * norms[0])
+    terms, root = len(norms), math.sqrt(width)
+    fresh = (terms + 2) * arithmetic.unit * norm + (terms + 1) * root * arithmetic.tiny
+    for a, n in zip(scalars, norms, strict=True):
+        fresh = fresh + (root * a + n) * arithmetic.flushed  # subnormal operands
+    return fresh, norm
+
+
+def root_of_squares(norms: Sequence[Tensor]) -> Tensor:
+    """‖(u_1, u_2, …)‖₂ of vectors side by side, ‖u_i‖₂ ≤ norms[i], rounded up."""
+    return norm_up(torch.stack(list(norms), -1))
 
 
 def mean_error(norm: Tensor, tokens: int, width: int, arithmetic: Rounds) -> Tensor:

@@ -101,7 +101,7 @@ class ResidualRule(Rule):
                 f"from {state.whole or (state.tokens, state.width)}; match the widths"
             )
         skip, weight = abs(layer.skip), abs(layer.weight)
-        fresh, norm = weighted_sum_error((skip, weight), state.norm, branch.norm, state.width, context)
+        fresh, norm = weighted_sum_error((skip, weight), (state.norm, branch.norm), state.width, context)
         behind = replace(
             state,
             norm=norm + fresh,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.mlp.curves import RELU, Curve, Relu, curve_of
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, Residual
+from robustlip.layers import Chain, Channels, Concatenate, GroupSort, MaxMin, Normalize, Residual, Sum
 from robustlip.ops import is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.rounding import U64, gamma, norm_up, up
@@ -311,6 +311,44 @@ class _Builder:
         self.combine(join)
         self.held = h
 
+    def join(self, layer: Sum | Concatenate) -> None:
+        """Branches one after the other; rows are held ones, what finished branches put out, the input while another branch will read it, the branch."""
+        h, n, shape = self.held, len(self.matrix) - self.held, self.shape
+        shapes: list[tuple[int, ...]] = []
+        done = 0  # rows of finished branches
+        for i, branch in enumerate(layer.branches):
+            eye = torch.eye(len(self.matrix), dtype=torch.float64, device=self.device)
+            finished, source = eye[: h + done], eye[h + done : h + done + n]
+            put = eye[h + done + n :]  # what the branch before put out, none in front of the first
+            again = i + 1 < len(layer.branches)
+            self.combine(torch.cat([finished, put, *([source, source] if again else [source])]))
+            done += len(put)
+            self.held, self.shape = h + done + n * again, shape
+            self.layers([branch])
+            shapes.append(self.shape)
+        eye = torch.eye(len(self.matrix), dtype=torch.float64, device=self.device)
+        outs = eye[h:].split([math.prod(s) for s in shapes])
+        if isinstance(layer, Sum):
+            if len(set(shapes)) > 1:
+                raise UnsupportedLayer(f"expected branches that put out one shape, got {sorted(set(shapes))}; match the widths")
+            joined = sum((w * out for w, out in zip(layer.weights, outs, strict=True)), start=torch.zeros_like(outs[0]))
+            self.shape = shapes[0]
+        else:
+            if len({s[1:] for s in shapes}) > 1 or any(len(s) == 2 for s in shapes):
+                raise UnsupportedLayer(f"expected images or vectors that differ in channels alone, got {shapes}; match the other dimensions")
+            joined = torch.cat(outs)
+            self.shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+        self.combine(torch.cat([eye[:h], joined]))
+        self.held = h
+
+    def channels(self, layer: Channels) -> None:
+        if len(self.shape) == 2 or layer.stop > self.shape[0]:
+            raise UnsupportedLayer(f"expected at least {layer.stop} channels of images or vectors, got {self.shape}; change the slice")
+        h, inner = self.held, math.prod(self.shape[1:])
+        eye = torch.eye(len(self.matrix), dtype=torch.float64, device=self.device)
+        self.combine(torch.cat([eye[:h], eye[h + layer.start * inner : h + layer.stop * inner]]))
+        self.shape = (layer.stop - layer.start, *self.shape[1:])
+
     def layers(self, layers: list[nn.Module]) -> None:
         for layer in layers:
             if type(layer) is nn.Sequential:
@@ -325,6 +363,10 @@ class _Builder:
                 self.sort(layer)
             elif type(layer) is Residual:
                 self.residual(layer)
+            elif isinstance(layer, (Sum, Concatenate)) and type(layer) in (Sum, Concatenate):
+                self.join(layer)
+            elif type(layer) is Channels:
+                self.channels(layer)
             elif type(layer) not in _NOTHING:  # these are the identity in eval mode
                 raise UnsupportedLayer(f"expected layers that have a dense matrix or a curve, got {type(layer).__name__}; use method 'global'")
 
@@ -334,10 +376,11 @@ class _Builder:
 
 
 _LINEAR = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
-_KNOWN = (*_LINEAR, nn.Sequential, nn.Flatten, MaxMin, GroupSort, Residual)
+_JOINS = (Residual, Sum, Concatenate)
+_KNOWN = (*_LINEAR, nn.Sequential, nn.Flatten, MaxMin, GroupSort, Channels, *_JOINS)
 _NOTHING = (nn.Identity, *DROPOUTS)
 # Affine whatever stands inside, or with branches that are looked at by themselves.
-AFFINE = (*_LINEAR, *_NOTHING, nn.Sequential, nn.Flatten, Residual)
+AFFINE = (*_LINEAR, *_NOTHING, nn.Sequential, nn.Flatten, Channels, *_JOINS)
 
 
 def why_not(model: Chain, threat: Threat) -> str:
@@ -349,8 +392,9 @@ def why_not(model: Chain, threat: Threat) -> str:
 
     def refused(layers: list[nn.Module]) -> str:
         for layer in layers:
-            if type(layer) is nn.Sequential or type(layer) is Residual:
-                if why := refused(list(layer.children())):
+            if type(layer) in (nn.Sequential, *_JOINS):
+                inside = layer.branches if isinstance(layer, (Sum, Concatenate)) else layer.children()
+                if why := refused(list(inside)):
                     return why
             elif type(layer) not in (*_KNOWN, *_NOTHING) and not is_elementwise(layer):
                 return f"{type(layer).__name__} has no linear relaxation here"
