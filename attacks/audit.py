@@ -25,11 +25,11 @@ from robustlip.attacks.formulas import Claim
 from robustlip.attacks.spaces import safe_divide
 from robustlip.attacks.worst_weights import worst_attention_like, worst_mlp
 from robustlip.checkpoints import load_tensors, save_tensors
+from robustlip.domains.norms import Context, State, run_rules
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Attention, Chain, ScaledGELU, as_chain
-from robustlip.rounding import U64, gamma, norm_up
-from robustlip.rules import Context, State, run_rules
+from robustlip.numerics.rounding import U64, gamma, norm_up
 
 VIOLATED, HOLDS = "violated", "not refuted"
 MOST_STARTS = 2**20  # in one batch

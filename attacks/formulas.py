@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers import lipschitz_bound
+from robustlip.domains.norms import Context, State, run_rules
 from robustlip.errors import BadInput
 from robustlip.layers import (
     AddPositions,
@@ -29,8 +30,7 @@ from robustlip.layers import (
     ScaledGELU,
     as_chain,
 )
-from robustlip.rules import Context, State, run_rules
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 
 UNITS = ("l2", "rms")
 GELU_DIVISOR = 1.1289  # of the published code

@@ -22,7 +22,7 @@ from robustlip.attacks.pgd import PGD
 from robustlip.attacks.spaces import INSIDE, Space, safe_divide
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.target import Target
 from robustlip.threats import WeightBall
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import Attention, Chain, NextTokenChain, Normalize, Residual, ScaledGELU
+from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.ops.elementwise import GELU_SLOPE
-from robustlip.spectral import spectral_norm_bound
 
 # Above this width a step normalises by warm-started power iteration; the weights that are returned are always normalised by an exact SVD.
 _EXACT_WIDTH = 128

@@ -20,11 +20,11 @@ import torch
 from reporting import finish
 
 from robustlip.certifiers import certify
-from robustlip.certifiers.sdp import Constants, eclipse_constants, lipsdp_constants, network_of, product_of_norms
-from robustlip.certifiers.sdp.eclipse import fast_multipliers
-from robustlip.certifiers.sdp.lipsdp import multipliers_for
-from robustlip.certifiers.sdp.program import least_proved, program_of
 from robustlip.data import load_data
+from robustlip.domains.quadratic import Constants, eclipse_constants, lipsdp_constants, network_of, product_of_norms
+from robustlip.domains.quadratic.eclipse import fast_multipliers
+from robustlip.domains.quadratic.lipsdp import multipliers_for
+from robustlip.domains.quadratic.program import least_proved, program_of
 from robustlip.models import LipschitzMLP, zoo
 from robustlip.threats import InputBall
 

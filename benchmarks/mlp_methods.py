@@ -21,12 +21,12 @@ from torch import nn
 
 from robustlip.attacks import by_name
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.lipschitz import global_radii
-from robustlip.certifiers.mlp import crown_radii, ibp_radii, local_lipschitz_radii, sdp_applies, sdp_radii
 from robustlip.data import load_data
+from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radii, sdp_applies, sdp_radii
+from robustlip.domains.norms import Context
+from robustlip.domains.norms.bound import global_radii
 from robustlip.layers import Chain
 from robustlip.models.zoo import load
-from robustlip.rules import Context
 from robustlip.threats import InputBall
 
 METHODS = {"global": global_radii, "ibp": ibp_radii, "crown": crown_radii, "local-lipschitz": local_lipschitz_radii, "sdp": sdp_radii}

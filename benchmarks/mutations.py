@@ -4,7 +4,7 @@
 
 Each mutation is one replacement in one file, asserted to apply exactly once, in a temporary copy of the tree; the tests named with it run there
 until the first failure. Nothing in the checkout changes. `--only` takes a regular expression that is looked for in the description, the file and the
-tests of each (`--only certifiers/mlp`). Exit code 0: all caught. 1: at least one survived.
+tests of each (`--only domains/lines`). Exit code 0: all caught. 1: at least one survived.
 """
 
 from __future__ import annotations
@@ -42,25 +42,30 @@ class Mutation(NamedTuple):
     tests: str  # pytest's arguments: files, and -k for the fast subset
 
 
-LIPSCHITZ, ATTENTION, LINEAR = "robustlip/certifiers/lipschitz.py", "robustlip/rules/attention.py", "robustlip/rules/linear.py"
-ELEMENTWISE, STRUCTURE, BASE = "robustlip/rules/elementwise.py", "robustlip/rules/structure.py", "robustlip/rules/base.py"
-SEARCH, SPECTRAL, ENTRY = "robustlip/certifiers/search.py", "robustlip/spectral.py", "robustlip/certifiers/__init__.py"
-CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/rules/normalization.py"
+LIPSCHITZ, ATTENTION, LINEAR = "robustlip/domains/norms/bound.py", "robustlip/domains/norms/attention.py", "robustlip/domains/norms/linear.py"
+ELEMENTWISE, STRUCTURE, BASE = "robustlip/domains/norms/elementwise.py", "robustlip/domains/norms/structure.py", "robustlip/domains/norms/state.py"
+SEARCH, SPECTRAL, ENTRY = "robustlip/domains/search.py", "robustlip/numerics/spectral.py", "robustlip/certifiers/__init__.py"
+CONSTANTS, NORMALIZATION = "robustlip/certifiers/constants.py", "robustlip/domains/norms/normalization.py"
 AT_ATTENTION, AT_LINEAR, AT_ELEMENTWISE, AT_NORMALIZATION, AT_STRUCTURE, AT_JACOBIAN = (
-    f"robustlip/local/{name}.py" for name in ("attention", "linear", "elementwise", "normalization", "structure", "jacobian")
+    f"robustlip/domains/expansion/{name}.py" for name in ("attention", "linear", "elementwise", "normalization", "structure", "jacobian")
 )
 OPS_ELEMENTWISE, OPS_AFFINE, OPS_ATTENTION, OPS_NORMALIZATION, OPS_JOINS = (
     f"robustlip/ops/{name}.py" for name in ("elementwise", "affine", "attention", "normalization", "joins")
 )
-AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/local/{name}.py" for name in ("base", "crossing", "sorting"))
-BY_LOCAL, BY_DUAL = "robustlip/certifiers/local.py", "robustlip/certifiers/dual.py"
+AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/domains/expansion/{name}.py" for name in ("base", "crossing", "sorting"))
+BY_LOCAL, BY_DUAL = "robustlip/domains/expansion/local.py", "robustlip/domains/expansion/dual.py"
 MLP_NETWORK, MLP_LINEAR, MLP_CURVES, MLP_DUAL, MLP_RADII, MLP_QUADRATIC, MLP_LOCAL = (
-    f"robustlip/certifiers/mlp/{name}.py" for name in ("network", "linear", "curves", "dual", "radii", "quadratic", "local")
+    f"robustlip/domains/{name}.py"
+    for name in ("lines/dense", "lines/crown", "lines/relaxations", "quadratic/multipliers", "lines/radii", "quadratic/lagrangian", "lines/secants")
 )
 SDP_PROGRAM, SDP_VERIFY, SDP_CONSTANTS, SDP_REACH, SDP_QUADRATIC, SDP_ECLIPSE, SDP_NETWORK = (
-    f"robustlip/certifiers/sdp/{name}.py" for name in ("program", "verify", "constants", "reach", "quadratic", "eclipse", "network")
+    f"robustlip/{name}.py"
+    for name in (
+        "domains/quadratic/program", "numerics/enclosures", "domains/quadratic/constants", "domains/quadratic/reach", "domains/quadratic/constraints",
+        "domains/quadratic/eclipse", "domains/quadratic/layers",
+    )
 )
-CONVOLUTION, SEQUENCE = "robustlip/rules/convolution.py", "robustlip/certifiers/sequence.py"
+CONVOLUTION, SEQUENCE = "robustlip/domains/norms/convolution.py", "robustlip/certifiers/sequence.py"
 VERIFICATION, CERTIFICATE_FILE, GATE = "robustlip/verification.py", "robustlip/certificate_file.py", "robustlip/gate.py"
 
 MUTATIONS = [
@@ -188,11 +193,11 @@ MUTATIONS = [
     Mutation("dual norm of ℓ∞ taken for ℓ2", LIPSCHITZ,
              '{"l2": 2.0, "linf": 1.0, "l1": float("inf")}[space]', '{"l2": 2.0, "linf": 2.0, "l1": 2.0}[space]', f"{CERTIFY} -k exact_radius"),
     Mutation("power iteration instead of the guaranteed norm (Linear)", OPS_AFFINE,
-             "from robustlip.spectral import spectral_norm_bound",
-             "from robustlip.spectral import spectral_norm_estimate as spectral_norm_bound", f"{MINE} -k power"),
+             "from robustlip.numerics.spectral import spectral_norm_bound",
+             "from robustlip.numerics.spectral import spectral_norm_estimate as spectral_norm_bound", f"{MINE} -k power"),
     Mutation("power iteration instead of the guaranteed norm (Attention)", ATTENTION,
-             "from robustlip.spectral import spectral_norm_bound", "from robustlip.spectral import spectral_norm_estimate as spectral_norm_bound",
-             f"{MINE} -k power"),
+             "from robustlip.numerics.spectral import spectral_norm_bound",
+             "from robustlip.numerics.spectral import spectral_norm_estimate as spectral_norm_bound", f"{MINE} -k power"),
     Mutation("ℓ∞ gain replaced by σ(W)", LINEAR,
              'gain = context.constant(layer, "linf", lambda: float(infinity_to_two_bound(layer.weight)))', "gain = matrix.sigma",
              f"{RULES} -k infinity_and_one_balls_through_the"),
@@ -373,7 +378,7 @@ MUTATIONS = [
              "k = w_max * abs(1 - decay) + update_norm", "k = w_max * (1 - decay) + update_norm", f"{CONSTRAINTS} -k 'turns_the_weights_round'"),
     Mutation("Muon in 16 bits states the step of exact arithmetic", "robustlip/muon.py",
              "POLYNOMIALS[self.polynomial].peak * self._slack", "POLYNOMIALS[self.polynomial].peak", f"{CONSTRAINTS} -k 'bfloat16_are_as_large'"),
-    # ---- certifiers/mlp
+    # ---- domains/lines, and the Lagrange dual of domains/quadratic
     Mutation("dense: a layer that nobody named is the identity", MLP_NETWORK,
              "elif type(layer) not in _NOTHING:  #", "elif False:  #", f"{WALKS} -k 'without_a_branch'"),
     Mutation("dense: a sorting layer that nobody named is GroupSort(2)", MLP_NETWORK,
@@ -503,7 +508,7 @@ MUTATIONS = [
              f"{EXACT} -k 'nothing_that_rounding'"),
     Mutation("dual of relu: what rounding takes not taken off multipliers", MLP_DUAL,
              "parts = proved_offset(dual) - plain.lost[at],", "parts = proved_offset(dual),", f"{EXACT} -k 'nothing_that_rounding'"),
-    # ---- certifiers/sdp
+    # ---- domains/quadratic
     Mutation("sdp: rounding of products dropped", SDP_VERIFY,
              "rad = gamma(k + 2, U64) * (size_a @ size_b)", "rad = 0 * (size_a @ size_b)", f"{OF_SDP} -k products_of_balls"),
     Mutation("sdp: the second factor's radius dropped", SDP_VERIFY,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from reporting import finish
 
-from robustlip.spectral import gram_iteration_bound, spectral_norm_bound, spectral_norm_estimate
+from robustlip.numerics.spectral import gram_iteration_bound, spectral_norm_bound, spectral_norm_estimate
 
 SHAPES = [(256, 256), (1024, 256), (768, 3072), (12, 64, 768)]
 

@@ -42,7 +42,7 @@ from robustlip.certifiers import RULES_VERSION, certify
 from robustlip.data import load_data
 from robustlip.layers import AddPositions, Chain, GroupSort, Householder, MaxMin, Residual, ScaledGELU
 from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer, zoo
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")

@@ -33,7 +33,7 @@ from robustlip.data.load import parse_spec
 from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
 from robustlip.names import check_line, shown
-from robustlip.rounding import NAMES
+from robustlip.numerics.rounding import NAMES
 from robustlip.threats import InputBall, Threat, parse_threat
 
 SCHEMA = "robustlip-certificate-1"

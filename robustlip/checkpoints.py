@@ -21,7 +21,7 @@ from robustlip.files import atomic, is_file
 from robustlip.hashing import weights_sha256
 from robustlip.limits import PARAMETERS, TENSORS, number
 from robustlip.modes import undrawn
-from robustlip.rounding import NAMES
+from robustlip.numerics.rounding import NAMES
 
 FORMAT = "robustlip-1"
 Build = Callable[[dict[str, Any]], nn.Module]

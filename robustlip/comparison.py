@@ -21,7 +21,7 @@ from robustlip.certificates import Certificate
 from robustlip.certifiers import METHODS, certify
 from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer
 from robustlip.layers import Chain
-from robustlip.rounding import dtype_of
+from robustlip.numerics.rounding import dtype_of
 from robustlip.threats import Threat
 
 # Minutes for the first batch of a model.

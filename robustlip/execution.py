@@ -236,7 +236,7 @@ def check_program(model: nn.Module) -> None:
     """Raises UnsupportedLayer or BadInput where something stands between `model(x)` and the arithmetic of the model's layers.
 
     It looks at the model's objects, their classes, the functions they call, torch's registered kernels, its modes and the weights. That every
-    layer has a rule is asked elsewhere (`robustlip.rules.rule_for`).
+    layer has a rule is asked elsewhere (`robustlip.domains.norms.rule_for`).
     """
     check_modes()
     for module in model.modules():

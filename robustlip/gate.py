@@ -37,7 +37,7 @@ from robustlip.execution import covered
 from robustlip.files import read_toml
 from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
 from robustlip.modes import in_eval_mode, undrawn
-from robustlip.rounding import dtype_of
+from robustlip.numerics.rounding import dtype_of
 from robustlip.target import Target
 from robustlip.threats import InputBall, Threat, parse_threat
 from robustlip.verification import BATCH, CHEAP, Advance, Budget, Verification, cast, is_training, prove, verify

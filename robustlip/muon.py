@@ -1,4 +1,6 @@
-"""Optimisers with a stated bound of their update: torch.optim.Muon, its orthogonalisation made selectable, and row momentum. docs/theory.md, section 12.
+"""Optimisers with a stated bound of their update: torch.optim.Muon, its orthogonalisation made selectable, and row momentum.
+
+docs/theory.md, section 12.
 
 torch's own always orthogonalises in bfloat16 with five fixed quintic steps. On processors without bfloat16 units that is hundreds of
 times slower than float32, and a constraint needs to know how large an update can be; both are parameters here.
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from robustlip.errors import BadInput
+from robustlip.numerics.rounding import UNIT
 from robustlip.parallel import ALONE, World, local
-from robustlip.rounding import UNIT
 
 
 @dataclass(frozen=True)

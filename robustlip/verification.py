@@ -49,7 +49,7 @@ from robustlip.errors import BadInput
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
-from robustlip.rounding import NAMES, dtype_of
+from robustlip.numerics.rounding import NAMES, dtype_of
 from robustlip.threats import Threat
 
 BATCH = 256

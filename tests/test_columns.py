@@ -62,9 +62,9 @@ def test_verbs_take_columns(capsys: pytest.CaptureFixture[str], verb: tuple[obje
     name, *rest = verb
     assert run(name, MODEL, "--data", "x.parquet", *rest, "--json", "out.json") == 2
     said = capsys.readouterr().err
-    assert "--image-column" in said and "image, right" in said or "--label-column" in said
+    assert ("--image-column" in said and "image, right" in said) or "--label-column" in said
     assert run(name, MODEL, "--data", "x.parquet", *rest, *COLUMNS, "--json", "out.json") == 0, capsys.readouterr().err
-    if rest[:1] == ["--method"] and rest[1] == "global" or name == "attack":
+    if (rest[:1] == ["--method"] and rest[1] == "global") or name == "attack":
         assert accuracy("out.json") == 1.0  # the blank images of 'image' are not what was read
     assert run(name, MODEL, "--data", "mine:test", *rest, *COLUMNS) == 2 and "--subset" in capsys.readouterr().err
     assert run(name, MODEL, "--data", "mine:test", *rest, *COLUMNS, "--subset", "b") == 0

@@ -29,7 +29,7 @@ from robustlip.constraints.stiefel import near_orthogonal
 from robustlip.errors import BadInput
 from robustlip.models import LipschitzGPT
 from robustlip.muon import POLYNOMIALS, Muon, RowMomentum
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 
 REAL = [name for name in METHODS if name != "none"]
 PROMISING = [name for name in REAL if math.isfinite(make_method(name).guarantee.factor)]

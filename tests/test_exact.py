@@ -18,28 +18,38 @@ from torch import Tensor, nn
 
 from robustlip.certifiers import certify
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.lipschitz import GlobalBound
-from robustlip.certifiers.local import Reference
-from robustlip.certifiers.mlp import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii
-from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
-from robustlip.certifiers.mlp.dual import _plain
-from robustlip.certifiers.mlp.linear import Ball, Boxes, band_of, first_box, interval_boxes, interval_margins, interval_step, linear_boxes, linear_margins
-from robustlip.certifiers.mlp.local import gains, lipschitz_margins
-from robustlip.certifiers.mlp.network import Network, Stage, network_of
-from robustlip.certifiers.mlp.quadratic import Dual, Instances, Multipliers, Scales, form_of, proved_offset
-from robustlip.certifiers.mlp.radii import Problem
-from robustlip.certifiers.sdp import constants as sdp_constants
-from robustlip.certifiers.sdp import eclipse, lipsdp
-from robustlip.certifiers.sdp import network as sdp_network
-from robustlip.certifiers.sdp import quadratic as sdp_quadratic
-from robustlip.certifiers.sdp.program import holds, program_of
-from robustlip.certifiers.sdp.reach import row_gains
-from robustlip.certifiers.sdp.verify import Ball as Enclosure
-from robustlip.certifiers.sdp.verify import Rows
 from robustlip.certifiers.sequence import sequence_radii
+from robustlip.domains.expansion.local import Reference
+from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii
+from robustlip.domains.lines.crown import (
+    Ball,
+    Boxes,
+    band_of,
+    first_box,
+    interval_boxes,
+    interval_margins,
+    interval_step,
+    linear_boxes,
+    linear_margins,
+)
+from robustlip.domains.lines.dense import Network, Stage
+from robustlip.domains.lines.radii import Problem
+from robustlip.domains.lines.relaxations import CURVES, Relu, Smooth, curve_of
+from robustlip.domains.lines.secants import gains, lipschitz_margins
+from robustlip.domains.norms import Context, State, rule_for
+from robustlip.domains.norms.bound import GlobalBound
+from robustlip.domains.quadratic import constants as sdp_constants
+from robustlip.domains.quadratic import constraints as sdp_quadratic
+from robustlip.domains.quadratic import eclipse, lipsdp
+from robustlip.domains.quadratic import layers as sdp_network
+from robustlip.domains.quadratic.lagrangian import Dual, Instances, Multipliers, Scales, form_of, proved_offset
+from robustlip.domains.quadratic.multipliers import _plain
+from robustlip.domains.quadratic.program import holds, program_of
+from robustlip.domains.quadratic.reach import row_gains
 from robustlip.layers import Chain, Normalize, ScaledGELU, as_chain
 from robustlip.models import LipschitzGPT
-from robustlip.rules import Context, State, rule_for
+from robustlip.numerics.enclosures import Ball as Enclosure
+from robustlip.numerics.enclosures import Rows
 from robustlip.threats import EmbeddingBall, InputBall
 
 NORMS = ("l2", "linf", "l1")

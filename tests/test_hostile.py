@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from robustlip.certifiers import certify, lipschitz_bound
+from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MeanTokens, Normalize, Residual, ScaledGELU, as_chain
-from robustlip.rules import Context, State, rule_for
-from robustlip.spectral import infinity_to_two_bound, one_to_two_bound
+from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound
 from robustlip.threats import InputBall, WeightBall
 
 ONE = torch.ones(1, dtype=torch.float64)

@@ -19,7 +19,7 @@ from robustlip.attacks import by_name
 from robustlip.certifiers import certify, lipschitz_bound
 from robustlip.layers import Attention, NextTokenChain, Residual
 from robustlip.models import LipschitzGPT, LipschitzMLP
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall
 
 flint = pytest.importorskip("flint", reason="needs python-flint: pip install 'robustlip[audit]'")
@@ -361,7 +361,7 @@ def test_certified_embedding_balls_in_the_plane_are_proved_by_subdivision(heads,
 
 
 def rederived_margins(model: NextTokenChain, tokens, label: int, radius: float):
-    """Lower bounds of all margins when every token moves by `radius`: docs/theory.md, section 3 in ball arithmetic, on the domain enlarged by the threat.
+    """Lower bounds of all margins when every token moves by `radius`: docs/theory.md, section 3, in ball arithmetic, on the enlarged domain.
 
     Per head Λ_h r = σ_v r + σ_v a·min(2, 2sσ_qσ_k a r/d); a ≥ the norms of all tokens on the path, which the clean activations tighten.
     """

@@ -18,7 +18,8 @@ from torch import nn
 
 from robustlip.attacks import by_name
 from robustlip.certifiers import METHODS, certify
-from robustlip.certifiers.sdp import (
+from robustlip.domains.norms import Context
+from robustlip.domains.quadratic import (
     Constants,
     eclipse_applies,
     eclipse_constants,
@@ -29,17 +30,16 @@ from robustlip.certifiers.sdp import (
     network_of,
     product_of_norms,
 )
-from robustlip.certifiers.sdp.eclipse import fast_multipliers
-from robustlip.certifiers.sdp.network import Network, pair_rows
-from robustlip.certifiers.sdp.newton import minimise
-from robustlip.certifiers.sdp.program import Program, holds, least_proved, program_of
-from robustlip.certifiers.sdp.quadratic import Quadratic, constraint_of, elementwise
-from robustlip.certifiers.sdp.reach import row_gains, through_activation, through_linear
-from robustlip.certifiers.sdp.verify import Ball, Rows, dominating, product, proved_positive, sandwich
+from robustlip.domains.quadratic.constraints import Quadratic, constraint_of, elementwise
+from robustlip.domains.quadratic.eclipse import fast_multipliers
+from robustlip.domains.quadratic.layers import Network, pair_rows
+from robustlip.domains.quadratic.newton import minimise
+from robustlip.domains.quadratic.program import Program, holds, least_proved, program_of
+from robustlip.domains.quadratic.reach import row_gains, through_activation, through_linear
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, NextTokenChain, Normalize, ScaledGELU
 from robustlip.models import LipschitzGPT, LipschitzMLP
-from robustlip.rules import Context
+from robustlip.numerics.enclosures import Ball, Rows, dominating, product, proved_positive, sandwich
 from robustlip.threats import EmbeddingBall, InputBall, parse_threat
 
 

@@ -25,21 +25,21 @@ from robustlip.attacks.minnorm import MinimumRadius
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.worst_weights import worst_attention
 from robustlip.certifiers import certify
-from robustlip.certifiers.dual import REACHES, Rivals, _longest, alone, at_positions, first_order
-from robustlip.certifiers.local import reference_of, search
+from robustlip.domains.expansion import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.domains.expansion import base as local_base
+from robustlip.domains.expansion.attention import SoftmaxBall, others
+from robustlip.domains.expansion.crossing import TOKENS, Crossing
+from robustlip.domains.expansion.dual import REACHES, Rivals, _longest, alone, at_positions, first_order
+from robustlip.domains.expansion.elementwise import ElementwiseExpansion
+from robustlip.domains.expansion.local import reference_of, search
+from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
 from robustlip.layers.sorting import GroupSort, Householder
-from robustlip.local import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
-from robustlip.local import base as local_base
-from robustlip.local.attention import SoftmaxBall, others
-from robustlip.local.crossing import TOKENS, Crossing
-from robustlip.local.elementwise import ElementwiseExpansion
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.ops import elementwise_layers, elementwise_of
 from robustlip.ops.elementwise import GELU_THIRD
 from robustlip.ops.normalization import CURVATURE
-from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
 
 D, T, H = 8, 3, 4

@@ -14,21 +14,21 @@ from torch import nn
 
 from robustlip.attacks import by_name
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.lipschitz import GlobalBound, global_radii
-from robustlip.certifiers.mlp import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii, sdp_applies, sdp_radii
-from robustlip.certifiers.mlp import dual as dual_module
-from robustlip.certifiers.mlp import network as network_module
-from robustlip.certifiers.mlp.curves import RELU, Relu, Smooth, curve_of
-from robustlip.certifiers.mlp.dual import Search, clean_gradients
-from robustlip.certifiers.mlp.linear import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
-from robustlip.certifiers.mlp.local import gains, lipschitz_margins
-from robustlip.certifiers.mlp.network import network_of
-from robustlip.certifiers.mlp.quadratic import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
-from robustlip.certifiers.mlp.radii import Problem
+from robustlip.domains.lines import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii, sdp_applies, sdp_radii
+from robustlip.domains.lines import dense as network_module
+from robustlip.domains.lines.crown import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
+from robustlip.domains.lines.dense import network_of
+from robustlip.domains.lines.radii import Problem
+from robustlip.domains.lines.relaxations import RELU, Relu, Smooth, curve_of
+from robustlip.domains.lines.secants import gains, lipschitz_margins
+from robustlip.domains.norms import Context
+from robustlip.domains.norms.bound import GlobalBound, global_radii
+from robustlip.domains.quadratic import multipliers as dual_module
+from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
+from robustlip.domains.quadratic.multipliers import Search, clean_gradients
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, Normalize, Residual, ScaledGELU, as_chain
 from robustlip.models import LipschitzGPT, LipschitzMLP
-from robustlip.rules import Context
 from robustlip.threats import EmbeddingBall, InputBall
 
 METHODS = {"ibp": ibp_radii, "crown": crown_radii, "local-lipschitz": local_lipschitz_radii, "sdp": sdp_radii}

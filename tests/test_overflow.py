@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustlip.certifiers import certify
+from robustlip.domains.expansion.base import Scope
+from robustlip.domains.expansion.structure import ChainExpansion
+from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, NextTokenChain, Normalize, Residual, ScaledGELU
-from robustlip.local.base import Scope
-from robustlip.local.structure import ChainExpansion
-from robustlip.rules import Context, State, rule_for
 from robustlip.threats import EmbeddingBall, InputBall, Threat
 
 

@@ -22,7 +22,7 @@ FOLDERS = ("attacks", "eval", "models")  # top-level in the tree, subpackages of
 
 # Imported where they are used, so that a machine without them can certify and attack.
 HEAVY = ("datasets", "sklearn", "pydantic", "typer", "rich", "matplotlib", "jinja2", "PIL", "torchattacks", "pyarrow", "ray", "cvxpy", "flint")
-CORE = ("robustlip.threats", "robustlip.layers", "robustlip.rules", "robustlip.certifiers", "robustlip.attacks", "robustlip.models")
+CORE = ("robustlip.threats", "robustlip.layers", "robustlip.domains.norms", "robustlip.certifiers", "robustlip.attacks", "robustlip.models")
 
 
 @cache  # one list for all tests: somebody may be editing the tree meanwhile

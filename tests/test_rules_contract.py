@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from robustlip.attacks.worst_weights import worst_attention
+from robustlip.domains.norms import Context, State, rule_for
+from robustlip.domains.norms import state as rules_base
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Patchify, Residual, ScaledGELU
 from robustlip.ops.elementwise import GELU_SLOPE, SILU_SLOPE
 from robustlip.ops.normalization import local_lipschitz
-from robustlip.rules import Context, State, rule_for
-from robustlip.rules import base as rules_base
 
 D, T, H = 8, 3, 4
 

@@ -12,14 +12,15 @@ from torch import nn
 
 import robustlip
 from robustlip import certifiers
-from robustlip.certifiers import certify, lipschitz
-from robustlip.certifiers.search import largest_radius
+from robustlip.certifiers import certify
+from robustlip.domains.norms import Context, State, rule_for
+from robustlip.domains.norms import bound as lipschitz
+from robustlip.domains.norms import state as rules
+from robustlip.domains.norms.attention import Heads
+from robustlip.domains.search import largest_radius
 from robustlip.layers import Attention, Normalize, ScaledGELU
 from robustlip.models import LipschitzGPT
-from robustlip.rules import Context, State, rule_for
-from robustlip.rules import base as rules
-from robustlip.rules.attention import Heads
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall
 
 ONE = torch.ones(1, dtype=torch.float64)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustlip.errors import BadInput
-from robustlip.spectral import (
+from robustlip.numerics.spectral import (
     gram_iteration_bound,
     infinity_to_two_bound,
     largest_eigenvalue_bound,

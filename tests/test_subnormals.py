@@ -10,11 +10,11 @@ import torch
 from processors import flushed
 from torch import nn
 
+from robustlip.domains.expansion.base import Scope
+from robustlip.domains.expansion.structure import ChainExpansion
+from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Residual, ScaledGELU
-from robustlip.local.base import Scope
-from robustlip.local.structure import ChainExpansion
-from robustlip.rules import Context, State, rule_for
 
 SMALL = 1e-39  # subnormal in float32 and bfloat16
 

@@ -23,7 +23,7 @@ from robustlip.hashing import weights_sha256
 from robustlip.models import LipschitzGPT, LipschitzMLP
 from robustlip.models.build import build
 from robustlip.muon import POLYNOMIALS, Muon, orthogonalize
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.training import Recipe, TrainingStopped, identity, load_recipe, train
 from robustlip.training.ibp import ibp_initialize, interval_margins
 from robustlip.training.objective import radius_at

@@ -15,14 +15,23 @@ import torch
 from torch import nn
 
 from robustlip.attacks import audit, formulas, weights, worst_weights
-from robustlip.certifiers import bounds, dual, trace
-from robustlip.certifiers.mlp import curves, linear, quadratic
-from robustlip.certifiers.mlp import dual as mlp_dual
-from robustlip.certifiers.mlp import network as mlp_network
-from robustlip.certifiers.sdp import network as sdp_network
-from robustlip.certifiers.sdp import quadratic as sdp_quadratic
+from robustlip.certifiers import bounds, trace
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.constraints.targets import targets_of
+from robustlip.domains.expansion import Scope, dual, expand, unsupported
+from robustlip.domains.expansion import base as local_base
+from robustlip.domains.expansion import elementwise as local_elementwise
+from robustlip.domains.expansion import sorting as local_sorting
+from robustlip.domains.expansion import structure as local_structure
+from robustlip.domains.lines import crown as linear
+from robustlip.domains.lines import dense as mlp_network
+from robustlip.domains.lines import relaxations as curves
+from robustlip.domains.norms import Context, State, normalization, rule_for
+from robustlip.domains.norms import state as rules_base
+from robustlip.domains.quadratic import constraints as sdp_quadratic
+from robustlip.domains.quadratic import lagrangian as quadratic
+from robustlip.domains.quadratic import layers as sdp_network
+from robustlip.domains.quadratic import multipliers as mlp_dual
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import (
     AddPositions,
@@ -39,15 +48,8 @@ from robustlip.layers import (
     ScaledGELU,
     as_chain,
 )
-from robustlip.local import Scope, expand, unsupported
-from robustlip.local import base as local_base
-from robustlip.local import elementwise as local_elementwise
-from robustlip.local import sorting as local_sorting
-from robustlip.local import structure as local_structure
 from robustlip.ops import elementwise_of
 from robustlip.ops import normalization as ops_normalization
-from robustlip.rules import Context, State, normalization, rule_for
-from robustlip.rules import base as rules_base
 from robustlip.threats import InputBall
 from robustlip.training import ibp, losses, reparametrize
 

@@ -32,13 +32,13 @@ from robustlip.certifiers.samples import (
 )  # fmt: skip
 from robustlip.certifiers.trace import traced_scores
 from robustlip.checks import check_logits
+from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
-from robustlip.rounding import NAMES, down, dtype_of, up
-from robustlip.rules import Context
+from robustlip.numerics.rounding import NAMES, down, dtype_of, up
 from robustlip.samples import as_request
 from robustlip.threats import InputBall, Threat
 

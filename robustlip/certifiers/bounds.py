@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.lipschitz import entry, first_state
 from robustlip.certifiers.samples import batches, check_entry, check_model, kind_of
+from robustlip.domains.norms import Context, State, run_rules
+from robustlip.domains.norms.bound import entry, first_state
 from robustlip.errors import BadInput
 from robustlip.execution import proving
 from robustlip.layers import Chain, Patchify, as_chain
 from robustlip.modes import evaluated
-from robustlip.rounding import norm_up, up
-from robustlip.rules import Context, State, run_rules
+from robustlip.numerics.rounding import norm_up, up
 from robustlip.threats import WeightBall
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustlip.certifiers.dual import dual_applies, dual_radii
-from robustlip.certifiers.lipschitz import global_radii
-from robustlip.certifiers.local import local_applies, local_radii
-from robustlip.certifiers.mlp import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii, sdp_applies, sdp_radii
-from robustlip.certifiers.sdp import eclipse_applies, eclipse_radii, lipsdp_applies, lipsdp_radii
+from robustlip.domains.expansion.dual import dual_applies, dual_radii
+from robustlip.domains.expansion.local import local_applies, local_radii
+from robustlip.domains.lines import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii
+from robustlip.domains.norms import Context
+from robustlip.domains.norms.bound import global_radii
+from robustlip.domains.quadratic import eclipse_applies, eclipse_radii, lipsdp_applies, lipsdp_radii, sdp_applies, sdp_radii
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Chain
-from robustlip.rules import Context
 from robustlip.threats import Threat
 
 Radii = Callable[[Chain, Tensor, Tensor, Tensor, Threat, Context], tuple[Tensor, Tensor]]

@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from robustlip.checks import check_fit
+from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_program, check_weights, execution_of, lower_precision
 from robustlip.layers import Chain
 from robustlip.modes import in_eval_mode, out_of_place
-from robustlip.rounding import UNIT
-from robustlip.rules import rule_for
+from robustlip.numerics.rounding import UNIT
 from robustlip.threats import InputBall, Threat
 
 
@@ -124,16 +124,3 @@ def check_labels(y: Tensor, classes: int) -> None:
 def batches(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def head_of(model: Chain) -> nn.Linear | None:
-    """The last layer when it is Linear, so that rivals can be compared pair by pair."""
-    last = model[len(model) - 1]
-    return last if type(last) is nn.Linear else None
-
-
-def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """m[i, j] = logits[i, y_i] − logits[i, j] in float64 (N, C), exact for float32 logits and rounded once for float64; m[i, y_i] = +inf."""
-    logits = logits.to(torch.float64)
-    m = logits.gather(1, y[:, None]) - logits
-    return m.scatter(1, y[:, None], torch.inf)

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.dual import alone, at_positions, dual_applies, is_causal
-from robustlip.certifiers.local import Reference, double_copy, reference_of
-from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, head_of, margins, train_mode_reason
+from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, train_mode_reason
+from robustlip.domains.expansion.dual import alone, at_positions, dual_applies, is_causal
+from robustlip.domains.expansion.local import Reference, double_copy, reference_of
+from robustlip.domains.margins import head_of, margins
+from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import proving
 from robustlip.layers import as_chain
 from robustlip.modes import evaluated
-from robustlip.rounding import norm_up, up
-from robustlip.rules import Context
+from robustlip.numerics.rounding import norm_up, up
 from robustlip.threats import EmbeddingBall
 
 LAST = EmbeddingBall(tokens=(-1,))

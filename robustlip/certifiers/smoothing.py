@@ -36,7 +36,7 @@ from robustlip.execution import covered, lower_precision
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import chain_or_module
 from robustlip.modes import in_eval_mode, undrawn
-from robustlip.rounding import NAMES
+from robustlip.numerics.rounding import NAMES
 from robustlip.samples import as_request, as_samples
 from robustlip.target import Target
 from robustlip.threats import InputBall

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from robustlip.domains.norms import rule_for
 from robustlip.layers import Chain, Residual
 from robustlip.layers.joins import Branching
+from robustlip.numerics.rounding import quick_norm_up
 from robustlip.ops import is_elementwise
-from robustlip.rounding import quick_norm_up
-from robustlip.rules import rule_for
 
 
 def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool, Tensor]]]:

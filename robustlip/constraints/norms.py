@@ -10,7 +10,7 @@ def fast_norm_bound(matrix: Tensor, iterations: int = 8) -> Tensor:
     """An upper bound of ‖M‖₂ of matrices (..., m, n) in their own dtype, for use while training: Gram iteration (Delattre et al. 2023).
 
     Over-estimates by at most n^(1/2^(iterations + 2)), 0.6 % for n = 512. Inflated by 10⁻⁵ for float32 rounding, which is a margin
-    and not a proof: certificates use robustlip.spectral instead.
+    and not a proof: certificates use robustlip.numerics.spectral instead.
     """
     # The largest entry is 1: squares of what training produces do not vanish, and powers of them do not overflow.
     largest = largest_entry(matrix, (-2, -1))

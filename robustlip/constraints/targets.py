@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput
 from robustlip.layers import AddPositions, Attention
-from robustlip.rounding import UNIT
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.rounding import UNIT
+from robustlip.numerics.spectral import spectral_norm_bound
 
 
 @dataclass(frozen=True)

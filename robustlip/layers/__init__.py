@@ -1,4 +1,4 @@
-"""The layers that robustlip models are made of; each has its rule of the same subject in `robustlip.rules`."""
+"""The layers that robustlip models are made of; each has its rule of the same subject in `robustlip.domains.norms`."""
 
 from robustlip.layers.activations import ScaledGELU
 from robustlip.layers.attention import Attention

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from robustlip.rounding import FLUSHED, TINY, UNIT, gamma
+from robustlip.numerics.rounding import FLUSHED, TINY, UNIT, gamma
 
 
 class Rounds(Protocol):
-    """What a bound of an executed error asks of an arithmetic; also of two arithmetics at once, whose errors add (robustlip.local.base.Scope)."""
+    """What a bound of an executed error asks of an arithmetic; also of two at once, whose errors add (`domains.expansion.base.Scope`)."""
 
     @property
     def unit(self) -> float: ...

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustlip.numerics.arithmetic import Rounds
-from robustlip.rounding import norm_up
-from robustlip.spectral import spectral_norm_bound
+from robustlip.numerics.rounding import norm_up
+from robustlip.numerics.spectral import spectral_norm_bound
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlip.numerics.arithmetic import Rounds
-from robustlip.rounding import norm_up
+from robustlip.numerics.rounding import norm_up
 
 
 def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width: int, arithmetic: Rounds) -> tuple[Tensor, Tensor]:

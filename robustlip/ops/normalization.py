@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.numerics.arithmetic import Rounds
-from robustlip.rounding import TINY, U64, gamma, norm_up, up
+from robustlip.numerics.rounding import TINY, U64, gamma, norm_up, up
 
 # ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√D s²), C = 2/√3 = 1.1547005… rounded up.
 CURVATURE = 1.15471

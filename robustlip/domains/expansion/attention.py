@@ -1,0 +1,474 @@
+"""Attention on balls around the clean tokens, head by head. docs/theory.md, sections 7 and 8, with the adjoint inside the head.
+
+Clean q, k, v (rotated), logits S, p = softmax(S), o = pv; a change of the tokens changes logit ij by η_ij, of which a shift common to row i does
+nothing. With Δq, Δk, Δv ≤ ρ (norms) and centred keys k_j − k̄_i, k̄_i = Σ_j p_ij k_j,
+    |η_ij − shift_i| ≤ b_ij = s(‖q_i‖ρk_j + ρq_i‖k_j − k̄_i‖ + ρq_iρk_j)/d + rounding,
+so p' lies between p^L_ij and p^U_ij (docs/theory.md, section 7), |p' − p| ≤ dev, and
+‖o'_i − o_i‖ ≤ Σ_j dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
+
+Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, where Σ_j p_ijω_ij = 0, exactly
+    ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.
+The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. In the third, on the path p^τ = softmax(S + τη) the second derivative is
+Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, which `SoftmaxBall.second_order` integrates; its square lowers the margin only where ω_ij < 0, the variance both
+ways (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij). In Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
+The usual form, with the adjoint outside the head, has ‖γ_i‖‖W_o‖‖v_j − o_i‖ where this has |⟨γ_i, v_j − o_i⟩|, and the mean of the bilinear part
+drops out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
+from robustlip.domains.norms.attention import Heads, check_projections, join_heads
+from robustlip.errors import BadInput
+from robustlip.layers import Attention
+from robustlip.layers.attention import rotary
+from robustlip.numerics.rounding import norm_up, up
+from robustlip.numerics.spectral import spectral_norm_bound, spectral_norm_quick
+from robustlip.ops.attention import (
+    largest_in_kernel,
+    logit_error,
+    mixing_error,
+    mixing_underflow,
+    projection_error,
+    rotation_error,
+    scaled_error,
+    shifted,
+)
+
+# Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
+_LARGEST_LOGIT_CHANGE = 50.0
+# From here on the moments of e^{τx} are computed by parts without losing more than nine digits.
+_SMALLEST_GROWTH = 0.05
+# Keys of a head whose logits are followed back to the input, each by an adjoint of its own.
+ASKED_KEYS = 16
+
+
+def cancelled(length: int) -> float:
+    """What subtracting nearly equal float64 numbers of size 1 can lose, each a sum over `length` tokens, four times over."""
+    return 2.0**-44 * max(1.0, length / 2**7)
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """x (A, N, H, R, m) @ y (N, H, m, n). torch would copy y for every adjoint; here the adjoints are further rows of x."""
+    rows = x.permute(1, 2, 0, 3, 4)
+    return (rows.flatten(2, 3) @ y).unflatten(2, rows.shape[2:4]).permute(2, 0, 1, 3, 4)
+
+
+def by_heads(x: Tensor, y: Tensor) -> Tensor:
+    """x (A, N, H, R, m) @ y (H, m, n), likewise."""
+    rows = x.permute(2, 0, 1, 3, 4)
+    return (rows.flatten(1, 3) @ y).unflatten(1, rows.shape[1:4]).permute(1, 2, 0, 3, 4)
+
+
+def others(x: Tensor) -> Tensor:
+    """Σ_{m≠j} x_m for every j, x ≥ 0: taking the largest off the sum of all could leave nothing of the rest, so it never enters."""
+    largest, at = x.max(-1, keepdim=True)
+    rest = x.scatter(-1, at, 0.0).sum(-1, keepdim=True)
+    return (rest + (largest - x)).scatter(-1, at, rest)
+
+
+class SoftmaxBall:
+    """Softmax weights p (…, R, T) whose logits change by η, |η_j| ≤ b_j and |Σ_j p_jη_j| ≤ μ = Σ_j p_j·other_j. seen: what a row may attend to.
+
+    upper, dev: p'_j ≤ upper_j and |p'_j − p_j| ≤ dev_j, also all along the path p^τ = softmax(S + τη).
+    """
+
+    def __init__(self, p: Tensor, b: Tensor, other: Tensor, seen: Tensor) -> None:
+        self.p, self.b = p, b
+        lost = cancelled(p.shape[-1])
+        # Where a change could be huge (or overflowed), the weights may be anything: b enters remainders as it is, exponentials clamped.
+        self.lost = ~(b.amax(-1, keepdim=True) <= _LARGEST_LOGIT_CHANGE)
+        clamped = b.clamp_max(_LARGEST_LOGIT_CHANGE)
+        grow = clamped.exp()
+        high, low = p * grow, p / grow
+        upper = high / (high + others(low) + 1e-300)
+        lower = low / (low + others(high) + 1e-300)
+        # Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
+        self.shift = (p * other).sum(-1, keepdim=True)
+        total = 1 + self.shift + (p * (torch.expm1(clamped) - b).clamp_min(0.0)).sum(-1, keepdim=True)
+        upper = torch.minimum(upper, high * self.shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
+        lower = torch.maximum(lower, low / total * (1 - lost))
+        # Lost digits of the two differences: a few 2⁻⁵³ of sums near 1, against p itself.
+        self.upper = torch.where(self.lost & seen, torch.ones_like(upper), (upper * (1 + lost)).clamp_max(1.0))
+        lower = torch.where(self.lost, torch.zeros_like(lower), lower * (1 - lost))
+        self.dev = torch.maximum(self.upper - p, p - lower).clamp_min(0.0) + lost * p
+
+    def second_order(self) -> tuple[Tensor, Tensor]:
+        """(c, c'): −Σ_j(c_j·max(−ω_j, 0) + c'_j|ω_j|) ≤ Σ_j (p'_j − p_j − p_j(η_j − Σ_k p_kη_k))ω_j for any ω with Σ_j p_jω_j = 0.
+
+        The middle is ∫(1 − τ)Σ_j p^τ_j((η_j − η̄^τ)² − Var^τ)ω_j dτ. With x = b + μ, p^τ_j ≤ p_j e^{τx_j}, and η̄ moves at the speed Var:
+            |η̄^τ| ≤ μ + τV, V = Σ_j b_j²∫p_j e^{τx_j}dτ;        |p^τ_j − p_j| ≤ τ·∫p_j e^{τx_j}(b_j + μ + τV)dτ
+        (averages of increasing functions over [0, τ] are at most those over [0, 1]). Moments are exact, so nothing is taken at its end point.
+        """
+        p, b, upper = self.p, self.b, self.upper
+        x = (b + self.shift).clamp(_SMALLEST_GROWTH, 2 * _LARGEST_LOGIT_CHANGE)  # the shift is at most the row's largest b
+        # J_k = ∫τᵏe^{τx}dτ over [0, 1] by parts: stable from _SMALLEST_GROWTH on, and increasing in x.
+        grown = x.exp()
+        j0 = torch.expm1(x) / x
+        j1 = (grown - j0) / x
+        j2 = (grown - 2 * j1) / x
+        j3 = (grown - 3 * j2) / x
+        turn = torch.minimum(p * (j1 - j2), upper / 6)  # ≥ ∫(1 − τ)τ p^τ dτ
+        reach, square = torch.minimum(p * j0, upper), b.square()
+        speed = (reach * square).sum(-1, keepdim=True)
+        start = b + self.shift
+        spread = torch.minimum(p * (j0 - j1), upper / 2) * start.square()
+        spread = spread + speed * (2 * turn * start + torch.minimum(p * (j2 - j3), upper / 12) * speed)
+        drawn = (turn * square).sum(-1, keepdim=True) * (reach * start + torch.minimum(p * j1, upper / 2) * speed)
+        # What holds for any p^τ ≤ upper, and in rows that are lost, where x was cut off, is all that holds.
+        plain = 0.5 * upper * (b + b.amax(-1, keepdim=True)).square()
+        loose = 0.5 * (upper * square).sum(-1, keepdim=True) * self.dev
+        spread = torch.where(self.lost, plain, torch.minimum(spread, plain))
+        drawn = torch.where(self.lost, loose, torch.minimum(drawn, loose))
+        return spread * (1 + 1e-8), drawn * (1 + 1e-8)
+
+
+@register(Attention)
+class AttentionExpansion(Expansion):
+    def __init__(self, layer: Attention, clean: Tensor, scope: Scope) -> None:
+        check_projections(layer)
+        if clean.shape[-1] != layer.width:
+            raise BadInput(f"expected tokens of width {layer.width} in front of Attention, got {clean.shape[-1]}; match them")
+        self.layer, self.scope = layer, scope
+        self.heads: Heads = scope.context.constant(layer, "heads", lambda: Heads.of(layer))
+        self.length = clean.shape[1]
+        self.s = abs(layer.scale) / layer.head_width
+        self.factor = layer.output_scale
+        device = clean.device
+        self.sigma = {n: getattr(self.heads, n).to(device) for n in ("query", "key", "value", "output")}
+        self.frobenius = {n: f.to(device) for n, f in self.heads.frobenius.items()}
+        self.matrices = {n: getattr(layer, n).weight.detach().double() for n in ("query", "key", "value", "output")}
+        q, k, v = (layer.split(clean @ self.matrices[n].T) for n in ("query", "key", "value"))
+        position = torch.arange(self.length, device=device)
+        self.position = position
+        if layer.rope:
+            q, k = rotary(q), rotary(k)
+        self.q, self.k, self.v = q, k, v  # (N, H, T, d)
+        logits = (layer.scale / layer.head_width) * (q @ k.mT)
+        everything = torch.ones(self.length, self.length, dtype=torch.bool, device=device)
+        self.seen = everything.tril() if layer.causal else everything
+        bias = None if layer.distance_bias is None else layer.distance_bias.detach().double()
+        if bias is not None:
+            distance = (position[:, None] - position[None, :]).abs().clamp_max(bias.shape[1] - 1)
+            logits = logits + bias[:, distance]
+        self.p = logits.masked_fill(~self.seen, -torch.inf).softmax(-1)  # (N, H, T, T)
+        self.o = self.p @ v
+        self.clean = (self.o.transpose(1, 2).flatten(-2) @ self.matrices["output"].T) * layer.output_scale
+
+        self.norm = norm_up(clean)
+        self.nq, self.nk, self.nv = norm_up(q), norm_up(k), norm_up(v)  # (N, H, T)
+        self.key_distance = self._distances(k, self.p @ k, self.nk)  # ‖k_j − k̄_i‖ (N, H, T, T)
+        self.value_distance = self._distances(v, self.o, self.nv)
+        self.top_value = self._top(self.nv)  # largest ‖v_j‖ that token i sees (N, H, T)
+        self.key_norm = self.norm
+        # ‖J‖ of one token's output for changes of all tokens by at most 1 each, nothing cancelled (N, 1).
+        logits = 2 * self.s * (self.sigma["query"] * self.nk.amax(-1) + self.sigma["key"] * self.nq.amax(-1))
+        by_head = self.sigma["value"] + self.top_value.amax(-1) * logits
+        self.gain = up(abs(self.factor) * (self.sigma["output"] * by_head).sum(-1, keepdim=True))
+
+    def _distances(self, x: Tensor, centre: Tensor, norm: Tensor) -> Tensor:
+        """‖x_j − c_i‖ (N, H, i, j) rounded up, without a tensor of all differences."""
+        size = norm.square()
+        squares = size.unsqueeze(-2) + centre.square().sum(-1).unsqueeze(-1) - 2 * (centre @ x.mT)
+        lost = cancelled(self.length) * x.shape[-1] * (size.unsqueeze(-2) + size.amax(-1, keepdim=True).unsqueeze(-1))
+        return (squares + lost).clamp_min(0.0).sqrt()
+
+    def _top(self, x: Tensor) -> Tensor:
+        """max over the keys that each query sees of x (…, N, H, T keys) → (…, N, H, T)."""
+        return x.cummax(-1).values if self.layer.causal else x.amax(-1, keepdim=True).expand_as(x)
+
+    def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """(radii that are a linear function's argument, radii of tokens whose whole effect counts as remainder), by key, (…, N, 1, T)."""
+        self.arrived = radius
+        return radius.unsqueeze(-2), torch.zeros_like(radius).unsqueeze(-2)
+
+    def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
+        """Bound of s·ΔqᵢW·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R); radius (…, N, 1, R)."""
+        return self.s * moved.unsqueeze(-1) * self.key_distance
+
+    def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
+        """Bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
+        return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)
+
+    def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
+        """σr, or less where more is known of the way to this layer (…, N, H, ·)."""
+        return moved
+
+    def _both(self, product: Tensor, radius: Tensor) -> Tensor:
+        """Bound of s·Δq_i·Δk_j/d (…, N, H, R, T) for the linear parts, given the product of their norms."""
+        return product
+
+    def _weight_changes(self) -> dict[str, Tensor | float]:
+        """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
+        out: dict[str, Tensor | float] = {}
+        for name in self.matrices:
+            change = self.scope.context.weight_change(self.heads.whole[name])
+            out[name] = change[..., None, None] if isinstance(change, Tensor) else change
+        return out
+
+    def lipschitz(self) -> Tensor | float:
+        return self.gain[:, 0]
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        return AttentionRow(self, sample, position)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        layer = self.layer
+        d, width, length = layer.head_width, layer.width, self.length
+        e = self._weight_changes()
+        # Queries are the tokens of this expansion, (…, N, 1, R); keys are all tokens, (…, N, 1, T).
+        r_q = radius.unsqueeze(-2)
+        r_k, background = self._key_radii(radius)
+        norm_q, norm_k = self.norm.unsqueeze(-2) + r_q, self.key_norm.unsqueeze(-2) + r_k + background
+
+        def column(values: Tensor) -> Tensor:
+            return values.unsqueeze(-1)  # (H,) → (H, 1) against tokens
+
+        def projected(name: str, clean: Tensor, r: Tensor, norm: Tensor, other: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+            """(σ r, the rest) for queries, keys or values (…, N, H, ·): the first is W_hΔx, the second rounding, weight changes and background."""
+            sigma, change = column(self.sigma[name]), e[name]
+            frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
+            fresh = projection_error(frobenius, norm, width, d, self.scope) + change * norm + sigma * other
+            moved = self._moved(name, sigma * r, error)
+            if layer.rope and name != "value":
+                fresh = fresh + rotation_error(clean + moved + fresh, d, self.scope)
+            return up(moved), up(fresh)
+
+        q_moved, q_fresh = projected("query", self.nq, r_q, norm_q)
+        k_moved, k_fresh = projected("key", self.nk, r_k, norm_k, background)
+        v_moved, v_fresh = projected("value", self.nv, r_k, norm_k, background)
+        rho_q, rho_k, rho_v = q_moved + q_fresh, k_moved + k_fresh, v_moved + v_fresh
+        q_size, k_size = self.nq + rho_q, self.nk + rho_k
+
+        top_k = self._top(k_size)
+        logit = self.s * q_size * top_k
+        lost = logit_error(logit, q_size, top_k, self.s, d, self.scope)
+        rounding = up(shifted(lost, logit, self.heads.bias, self.scope))  # (…, N, H, T)
+
+        def pairs(query: Tensor, key: Tensor) -> Tensor:
+            """query_i·key_j (…, N, H, T, T)."""
+            return query.unsqueeze(-1) * key.unsqueeze(-2)
+
+        # What a change does to logit ij, apart from a shift of row i: through the query (centred), through the key, the rest not linear.
+        by_query = self._by_query(q_moved, r_q, error)
+        by_key = self._by_key(k_moved, r_k)
+        both = self._both(self.s * pairs(q_moved, k_moved), radius)
+        bilinear = self.s * (
+            q_fresh.unsqueeze(-1) * self.key_distance + pairs(self.nq, k_fresh) + pairs(q_moved, k_fresh) + pairs(q_fresh, rho_k)
+        ) + both + rounding.unsqueeze(-1)
+        zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
+        other = torch.where(self.seen, (by_key + bilinear) * (1 + 1e-12), zero)
+        b = other + torch.where(self.seen, by_query * (1 + 1e-12), zero)
+        ball = SoftmaxBall(self.p, b, other, self.seen)
+        upper, dev = ball.upper, ball.dev
+
+        mixed = torch.minimum((upper @ rho_v.unsqueeze(-1)).squeeze(-1), self._top(rho_v))
+        value_size = self.top_value + self._top(rho_v)
+        after = mixing_error(length, self.scope) * 3 * value_size + mixing_underflow(length, value_size, self.scope)
+        head = up((dev * self.value_distance).sum(-1) * (1 + 1e-12) + mixed * (1 + 1e-12)) + after  # (…, N, H, T)
+
+        by_token = head.transpose(-1, -2)  # (…, N, T, H)
+        e_o = e["output"]
+        e_o = e_o.squeeze(-1) if isinstance(e_o, Tensor) else e_o  # (…, N, 1) against tokens
+        columns = self.sigma["output"] + (e_o.unsqueeze(-1) if isinstance(e_o, Tensor) else e_o)
+        moved = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, by_token)
+        mixed_size = norm_up((self.top_value + head).transpose(-1, -2))
+        fresh = self.scope.both(lambda context: self.heads.output_matrix.rounding(mixed_size, e_o, context))
+        fresh = abs(self.factor) * (fresh + e_o * mixed_size)
+        fresh = scaled_error(fresh, self.factor, (self.heads.whole["output"] + e_o) * mixed_size, width, self.scope)
+        queries = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
+        keys, values = (self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k) for name in ("key", "value"))
+        largest = torch.stack(
+            [
+                (q_size * top_k).amax(-2) * (self.s + 1) + self.heads.bias,
+                largest_in_kernel(torch.maximum(queries, torch.maximum(keys, values)), values, self.s, length, self.scope.context.dtype),
+                mixed_size * (self.heads.output_matrix.frobenius + math.sqrt(width) * e_o) * max(1.0, abs(self.factor)),
+            ]
+        ).amax(0)
+        fresh = self.scope.divided(self.scope.fits(up(fresh), largest), self.s)  # a scale that counts for zero makes NaN of what is masked
+        if bounds is None:
+            return up(moved) + fresh, error
+
+        spread, drawn = ball.second_order()
+        curved = spread + drawn
+        # What is not first order is also at most all there is and all that is first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow as b².
+        whole = dev + self.p * b
+        rest = self.p * bilinear
+        crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
+        v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
+        bounds += [
+            Either(spread.flatten(-2), drawn.flatten(-2), up(whole * (1 + 1e-12)).flatten(-2)),
+            up(rest * (1 + 1e-12)).flatten(-3),
+            up(crossed * (1 + 1e-12)).flatten(-2),
+            (up(v_rounding * (1 + 1e-12)) + after).flatten(-2),
+            fresh,
+            radius.amax(-1, keepdim=True),
+        ]
+        bent = torch.minimum((curved * self.value_distance).sum(-1), (whole * self.value_distance).sum(-1))
+        beyond = bent + (rest * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
+        outer = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, up(beyond * (1 + 1e-12)).transpose(-1, -2))
+        return up(moved) + fresh, up(outer + self.gain * error.amax(-1, keepdim=True)) + fresh
+
+    def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
+        """The largest of sizes (…, N, H, T) over heads, and over the keys that a query sees, by token of this expansion."""
+        return (sizes if by_query else self._top(sizes)).amax(-2)
+
+    def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
+        """Adjoints of the logits (A, N, H, R, T) and of the mixed values (A, N, H, R, d) → of the tokens (A, N, R, D)."""
+        s = self.layer.scale / self.layer.head_width
+        dq, dk, dv = s * times(ds, self.k), s * times(ds.mT, self.q), times(outer.mT, self.p).mT
+        return self._join(dq, dk, dv, self.position)
+
+    def _join(self, dq: Tensor, dk: Tensor, dv: Tensor, position: Tensor) -> Tensor:
+        if self.layer.rope:
+            dq, dk = rotary(dq, position=-position), rotary(dk, position=-position)
+        parts = (("query", dq), ("key", dk), ("value", dv))
+        return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        layer = self.layer
+        outer = layer.split((self.factor * g) @ self.matrices["output"])  # γ (A, N, H, T, d)
+        # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
+        omega = times(outer, self.v.mT) - (outer * self.o).sum(-1, keepdim=True)
+        size = token_norms(outer)
+        lost = cancelled(self.length) * layer.head_width * size * 2 * self.top_value
+        weights = omega.abs() + lost.unsqueeze(-1)
+        back = self._back(self.p * omega, outer)
+        by_head = self.matrices["value"].unflatten(0, (layer.heads, -1))  # (H, d, D)
+        crossed = token_norms(by_heads(outer, by_head))
+        norms = token_norms(g)
+        slack = 4 * ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)
+        # Σ_j p^τ_j(η_j − η̄)²ω_j lowers the margin only where ω_j < 0.
+        against = (lost.unsqueeze(-1) - omega).clamp_min(0.0)
+        sizes = weights.flatten(-2)
+        either = Either(sizes if two_sided else against.flatten(-2), sizes)
+        return back, [either, weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
+
+
+def _own_form(query: Tensor, key: Tensor) -> Tensor:
+    """‖½(W_qᵀW_k + W_kᵀW_q)‖₂ by head (H,), rounded up; query, key (H, d, D)."""
+    form = query.mT @ key
+    size = torch.linalg.matrix_norm(query) * torch.linalg.matrix_norm(key)
+    return up(spectral_norm_bound((form + form.mT) / 2) + 2.0**-40 * size)
+
+
+class AttentionRow(AttentionExpansion):
+    """Attention of single tokens that have moved, among keys that have not: one query and one key of each sample move, the other keys round.
+
+    The others' radii are those that `full` last saw arrive, with nothing perturbed; all they do counts as remainder.
+    """
+
+    @property
+    def shaped(self) -> bool:
+        return True
+
+    def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor) -> None:
+        self.__dict__.update({k: v for k, v in full.__dict__.items() if k != "arrived"})
+        self.key_norm, self.background = full.norm[sample], full.arrived[sample]
+        for name in ("clean", "norm"):
+            setattr(self, name, rows_of(getattr(full, name), sample, position))
+        for name in ("q", "p", "o", "nq", "key_distance", "value_distance", "top_value"):
+            setattr(self, name, getattr(full, name)[sample, :, position].unsqueeze(2))
+        for name in ("k", "v", "nk", "nv", "gain"):
+            setattr(self, name, getattr(full, name)[sample])
+        self.mine = torch.arange(full.length, device=sample.device) == position[:, None]  # (M, T)
+        seen = full.position <= position[:, None] if full.layer.causal else torch.ones_like(self.mine)
+        self.seen, self.position = seen[:, None, None, :], position
+        self.way: tuple[Tensor, Tensor] | None = None
+        self.products: Tensor | None = None
+        # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
+        mean = self.p @ self.k
+        centred = self.k - mean
+        turn = -position[:, None, None]
+        if full.layer.rope:
+            centred, query = rotary(centred, position=turn), rotary(self.q, position=turn)
+        else:
+            query = self.q
+        self.by_head = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key", "value")}  # (H, d, D)
+        query_heads, key_heads = self.by_head["query"], self.by_head["key"]
+        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(query_heads, key_heads)).to(position.device)
+        # ‖xW‖ = ‖xRᵀ‖ for W = RᵀQᵀ, up to what QR loses: (T, d) numbers where (T, D) would do the same.
+        self.centred = centred
+        lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]
+        triangle = torch.linalg.qr(self.by_head["query"].mT).R
+        self.query_rows = (self.s * up(norm_up(centred @ triangle.mT) + lost * (norm_up(centred) + self.nk))).unsqueeze(2)
+        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + cancelled(1) * full.layer.width * self.nq * self.sigma["key"][:, None])
+
+    def _top(self, x: Tensor) -> Tensor:
+        return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)
+
+    def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
+        return torch.where(self.mine, radius, zero).unsqueeze(-2), torch.where(self.mine, zero, self.background).unsqueeze(-2)
+
+    def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
+        bound = torch.minimum(super()._by_query(moved, radius, error), radius.unsqueeze(-1) * self.query_rows)
+        if self.products is not None:
+            direct = self.products.unflatten(0, (self.layer.heads, -1)).permute(2, 0, 1)  # (M, H, J)
+            direct = up(direct + self.asked_lost * radius)
+            known = torch.full_like(bound, torch.inf).scatter(-1, self.asked.unsqueeze(2), direct.unsqueeze(2))
+            bound = torch.minimum(bound, known)
+        if self.way is None:
+            return bound
+        epsilon, beyond = self.way
+        stray = self.before.unsqueeze(-1) * beyond + error
+        return torch.minimum(bound, up(self.way_rows * epsilon[..., None, None] + self.query_rows * stray[..., None, None]))
+
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
+        self.before = before
+        self.way_gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
+        for name, matrix in self.by_head.items():
+            z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
+            self.way_gain[name] = up(spectral_norm_quick(z) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
+        forms = self.s * (self.centred @ (self.by_head["query"] @ m.unsqueeze(1)))  # (M, H, T, D₀)
+        lost = 2.0**-30 * self.s * size * torch.linalg.matrix_norm(self.by_head["query"])  # (M, H)
+        self.way_rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        self.way = (epsilon, beyond)
+
+    def functionals(self) -> Tensor:
+        # Logit ij, apart from a shift of row i, changes by s·W_qᵀRᵀ(k_j − k̄)·Δx_i; of the keys, those that the remainder hears most.
+        heard = (self.p * self.value_distance * self.query_rows.square()).squeeze(2)
+        self.asked = heard.topk(min(ASKED_KEYS, heard.shape[-1])).indices  # (M, H, J)
+        keys = self.centred.gather(2, self.asked.unsqueeze(-1).expand(-1, -1, -1, self.centred.shape[-1]))
+        size = torch.linalg.matrix_norm(self.by_head["query"])
+        self.asked_lost = 2.0**-30 * self.s * size[:, None] * (norm_up(keys) + self.nk.gather(2, self.asked))
+        return (self.s * (keys @ self.by_head["query"])).flatten(1, 2).transpose(0, 1)
+
+    def known(self, products: Tensor) -> None:
+        self.products = products
+
+    def forget(self) -> None:
+        self.way = self.products = None
+
+    def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
+        if self.way is None:
+            return moved
+        epsilon, beyond = self.way
+        stray = self.before.unsqueeze(-1) * beyond + error
+        through = up(self.way_gain[name] * epsilon.unsqueeze(-1) + self.sigma[name][:, None] * stray.unsqueeze(-1))
+        return torch.minimum(moved, through if name == "query" else torch.where(self.mine[:, None, :], through, moved))
+
+    def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
+        return torch.minimum(super()._by_key(moved, radius), (self.key_row.unsqueeze(-1) * radius.unsqueeze(-2)))
+
+    def _both(self, product: Tensor, radius: Tensor) -> Tensor:
+        # Query and key of one token turn together: Δq·Δk = Δᵀ W_qᵀW_k Δ, a form of which only the symmetric part counts.
+        own = self.s * self.own[:, None, None] * radius.square()[..., None, None]  # (…, M, 1) → (…, M, H, 1, 1)
+        return torch.where(self.mine[:, None, None, :], torch.minimum(product, own), product)
+
+    def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
+        return sizes.amax(-2) if by_query else sizes.amax((-1, -2)).unsqueeze(-1)
+
+    def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
+        s = self.layer.scale / self.layer.head_width
+        where = self.mine[:, None, None, :].expand(-1, self.p.shape[1], 1, -1)
+        mine = torch.where(where, ds, torch.zeros((), dtype=ds.dtype, device=ds.device)).sum(-1, keepdim=True)  # (A, M, H, 1, 1)
+        weight = torch.where(where, self.p, torch.zeros((), dtype=ds.dtype, device=ds.device)).sum(-1, keepdim=True)
+        return self._join(s * times(ds, self.k), s * mine * self.q, weight * outer, self.position[:, None, None])

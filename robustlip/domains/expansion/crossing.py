@@ -1,0 +1,164 @@
+"""What kinks add to a margin: Σ_n ω⁻_n R_n for numbers p_n that change by Δp = WΔ + e and are bent by |·|, of which 0 ≤ R_n ≤ 2(|Δp_n| − a_n)⁺.
+
+a_n: how far p_n is from its kink at the reference; ω⁻_n = max(−ω_n, 0), since only an adjoint ω_n < 0 lets R_n lower the margin. By number,
+R_n ≤ 2(each_n − a_n)⁺ with |Δp_n| ≤ each_n. Together, since (t − a)⁺/t grows with t,
+    Σ ω⁻_n R_n ≤ 2‖ω⁻‖·max_n (1 − a_n/each_n)⁺·‖Δp‖,
+the norm of ω⁻ over the numbers that reach their kink. And by forms: for any τ_n ≥ 2a_n, by the mean inequality, 2(t − a_n)⁺ ≤ t²/τ_n + τ_n − 2a_n, so
+    Σ ω⁻_n R_n ≤ (√λ‖Δ‖ + √max c‖e‖)² + Σ ω⁻_n(τ_n − 2a_n),      λ ≥ λ_max(Wᵀdiag(c)W), c_n = ω⁻_n/τ_n.
+Every such τ is sound. The best ones balance λ against the constants; of max_P Σ ω⁻_n·2(r√(w_nᵀPw_n) − a_n)⁺ over P ≽ 0 of trace 1, which is concave,
+a few steps of Frank and Wolfe find them: τ_n = max(2a_n, r√(w_nᵀPw_n)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustlip.domains.expansion.base import Group, room
+from robustlip.numerics.rounding import U64, gamma, norm_up, up
+from robustlip.numerics.spectral import largest_eigenvalue_bound
+
+# Steps of Frank and Wolfe, and of the power iteration in each.
+STEPS, POWERS = 6, 4
+# Far above what underflow can lose of a product or a square.
+SEEN = 2.0**-900
+# Of an adjoint's tokens, how many get forms; and what share of all that is lost they have to lose for that.
+TOKENS, LITTLE = 6, 0.02
+
+
+@dataclass(frozen=True)
+class KinkForms:
+    """What the forms of some adjoints came to: Σ ω⁻_n R_n ≤ (√λ‖Δ‖ + √peak‖e‖)² + constant at a token, each (A, N, T); λ infinite where none is."""
+
+    largest: Tensor
+    peak: Tensor
+    constant: Tensor
+
+
+@dataclass(frozen=True)
+class Crossing(Group):
+    """As a weight: falling ω⁻ (A, N, T, n), the size of ω where both signs count. As a bound: near a, each (N, T, n), whole ≥ ‖Δp‖ (N, T), and behind
+    a Linear layer and a change in ℓ2 its W (n, D), `rows`, with Δp = WΔ + e, `moved` ≥ ‖Δ‖₂ and `fresh` ≥ ‖e‖₂ (N, T).
+    """
+
+    far: ClassVar[bool] = True
+
+    falling: Tensor | None = None
+    forms: KinkForms | None = None
+    near: Tensor | None = None
+    each: Tensor | None = None
+    whole: Tensor | None = None
+    rows: Tensor | None = None
+    moved: Tensor | None = None
+    fresh: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor | None:
+        return self.rows
+
+    @cached_property
+    def crossing(self) -> Tensor:
+        """As a bound: ≥ R_n (N, T, n), number by number."""
+        assert self.near is not None and self.each is not None
+        return 2 * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
+
+    @cached_property
+    def share(self) -> Tensor:
+        """As a bound: ≥ max_n (1 − a_n/each_n)⁺ (N, T)."""
+        assert self.near is not None and self.each is not None
+        # Where the radius is not finite neither is the bound.
+        return (1 - self.near / self.each.clamp_min(1e-300)).nan_to_num(1.0, 1.0).clamp_min(0.0).amax(-1) * (1 + 1e-12)
+
+    def picked(self, chosen: Tensor) -> Crossing:
+        assert self.falling is not None
+        pick = chosen[..., None, None].expand(*chosen.shape, *self.falling.shape[2:])
+        return Crossing(self.falling.gather(0, pick))
+
+    def by_token(self, bound: Crossing) -> Tensor:
+        """What is lost at each token (A, N, T)."""
+        assert self.falling is not None and bound.whole is not None
+        crossing = bound.crossing
+        reached = (crossing > 0).to(crossing.dtype)
+        together = 2 * bound.share * bound.whole
+        parts = []
+        count = max(1, room(crossing) // max(1, self.falling[:1].numel()))
+        for falling in self.falling.split(count):
+            single = (falling * crossing).sum(-1)
+            parts.append(torch.minimum(single, norm_up(falling * reached) * together))
+        found = torch.cat(parts)
+        if self.forms is None:
+            return found
+        assert bound.moved is not None and bound.fresh is not None
+        formed = (self.forms.largest.sqrt() * bound.moved + self.forms.peak.sqrt() * bound.fresh).square() + self.forms.constant
+        return torch.fmin(found, formed)
+
+    def meet(self, bound: Crossing) -> Tensor:
+        return (1 + 1e-12) * self.by_token(bound).sum(-1)
+
+    def formed(self, bound: Crossing, chosen: Tensor, token: int, worth: Tensor | None = None) -> Crossing:
+        """See Group. Forms are made at the few tokens where most is lost, whichever these are: they hold for any bound."""
+        assert self.falling is not None and bound.near is not None and bound.rows is not None and bound.moved is not None
+        lost = replace(self, forms=None).by_token(bound)
+        values = lost.gather(0, chosen.unsqueeze(-1).expand(*chosen.shape, lost.shape[-1]))  # (K, N, T)
+        most, tokens = values.topk(min(TOKENS, values.shape[-1]), dim=-1)
+        wanted = torch.isfinite(most) & (most > LITTLE * values.sum(-1, keepdim=True))
+        if worth is not None:
+            wanted = wanted & worth.unsqueeze(-1)
+        k, n, which = wanted.nonzero(as_tuple=True)
+        a, t = chosen[k, n], tokens[k, n, which]
+        largest = torch.full_like(lost, torch.inf)
+        peak, constant = torch.zeros_like(lost), torch.zeros_like(lost)
+        w = bound.rows
+        for at in torch.arange(len(a), device=a.device).split(max(1, 16 * room(w) // w.numel())):
+            i, j, l = a[at], n[at], t[at]
+            largest[i, j, l], peak[i, j, l], constant[i, j, l] = _forms(self.falling[i, j, l], bound.near[j, l], bound.moved[j, l], w)
+        return replace(self, forms=KinkForms(largest, peak, constant))
+
+
+def _forms(weight: Tensor, near: Tensor, radius: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(λ, max c, constant) (M,) for ω⁻ and a (M, n), r (M,) and W (n, D): τ by Frank and Wolfe, then λ as it is.
+
+    Of Wᵀdiag(c)W, or where that is smaller of diag(√c)WWᵀdiag(√c), which has the same λ.
+    """
+    squares = w.square().sum(-1)
+    wide = w.shape[0] < w.shape[1]
+    gram = w @ w.mT if wide else None
+    spread = (squares / w.shape[1]).expand_as(near)  # w_nᵀPw_n for P = 1/D
+    v = torch.randn(min(w.shape), 1, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w.device).expand(len(near), -1, 1)
+    least = 1e-9 * (radius.unsqueeze(-1) * squares.amax().sqrt() + near.amax(-1, keepdim=True)) + 1e-150
+
+    def balanced(spread: Tensor) -> Tensor:
+        return torch.maximum(torch.maximum(2 * near, radius.unsqueeze(-1) * spread.sqrt()), least)
+
+    def leading(c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(a vector towards the leading one, (w_n·u)² (M, n) for the u of length 1 that it stands for)."""
+        root = c.sqrt().unsqueeze(-1)
+        for _ in range(POWERS):
+            v = root * (gram @ (root * v)) if gram is not None else w.mT @ (c.unsqueeze(-1) * (w @ v))
+            v = torch.nn.functional.normalize(v, dim=-2, eps=1e-300)
+        if gram is None:
+            return v, (w @ v).squeeze(-1).square()
+        moved = gram @ (root * v)  # W of u·‖Wᵀ√c v‖
+        return v, moved.squeeze(-1).square() / (v * root * moved).sum((-2, -1)).clamp_min(1e-300).unsqueeze(-1)
+
+    for step in range(STEPS):
+        v, along = leading(weight / balanced(spread), v)
+        spread = spread + 2 / (step + 3) * (along - spread)
+    tau = balanced(spread)
+    c = weight / tau * (1 + 1e-12)
+    if gram is None:
+        product = w.mT @ (c.unsqueeze(-1) * w)
+    else:
+        root = c.sqrt().unsqueeze(-1)
+        product = root * gram * root.mT
+    # What vanishes in c or in squares of rows is not small behind the factors that follow: no form of such numbers.
+    fits = torch.isfinite(product).all(-1).all(-1) & ((c >= SEEN) | (weight == 0)).all(-1) & ((squares >= SEEN) | (w == 0).all(-1)).all()
+    # As float64 has it the product is off by at most γ of |W|ᵀdiag(c)|W|, or of √c_i‖w_i‖·√c_j‖w_j‖: both of norm at most Σ_n c_n‖w_n‖².
+    lost = gamma(max(w.shape) + 8, U64) * (c @ squares) + w.numel() * 2.0**-1022
+    found = up(largest_eigenvalue_bound(torch.where(fits[:, None, None], product, 0.0)) + 2 * lost)
+    constant = up((weight * (tau - 2 * near)).sum(-1) * (1 + 1e-12))
+    return torch.where(fits, found, torch.inf), c.amax(-1), constant

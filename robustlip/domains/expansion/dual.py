@@ -1,0 +1,234 @@
+"""method='dual': the margin's change to first order exactly, what is beyond it bounded and weighted by adjoints. docs/theory.md, section 8.
+
+    margin' − margin = ⟨g⁰, δ⟩ + Σ_l ⟨g^{l+1}, R_l⟩        (robustlip.domains.expansion.base)
+
+The first term is at most ε times a dual norm of the gradient g⁰; the others are small where the network is nearly linear on the ball. Nothing
+multiplies norms of layers, so depth costs little. Rivals are taken a few at a time, nearest first by the local bound; one is left out only when the
+local bound at the radius that is claimed proves it harmless.
+
+Where only the last token of a causal model moves, no other token does but by rounding: then the network is one of single tokens
+(`expansion.attention.AttentionRow`), every rival is affordable, and so are exact Jacobians for the radii (`expansion.jacobian`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.expansion import Group, JacobianChain, Pair, loss, picked, vanished
+from robustlip.domains.expansion.local import Reference, local_applies, reference_of, search
+from robustlip.domains.expansion.sorting import REFLECTIONS
+from robustlip.domains.norms import Context
+from robustlip.domains.norms.elementwise import DROPOUTS
+from robustlip.domains.search import TOLERANCE
+from robustlip.errors import UnsupportedLayer
+from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Sum
+from robustlip.numerics.rounding import up
+from robustlip.ops import is_elementwise
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+
+# Rivals whose adjoints are carried at once.
+RIVALS = 4
+# Rivals whose quadratic forms are made, where forms gain percents and where they gain factors; what neurons have to take of a margin for that.
+SHARPENED, SHARPENED_FAR, WORTH = 3, 4, 0.05
+# How far beyond the radius that is known by then, and how well that is to be known (a bracket's width), round by round. A second round gains 1 %.
+Reaches = tuple[tuple[float, float], ...]
+REACHES: Reaches = ((1.25, 0.02),)
+# Of kinks, whose bounds number by number say little.
+FAR: Reaches = ((4.0, 0.05), (2.0, 0.05), (1.25, 0.02))
+
+
+def dual_applies(model: Chain, threat: Threat) -> str:
+    """'' when the method covers the model and the threat, otherwise the sentence that says why not."""
+    if isinstance(threat, WeightBall):
+        return "method 'dual' has no first order in the weights yet"
+    return local_applies(model, threat).replace("'local'", "'dual'")
+
+
+def first_order(g: Tensor, threat: Threat) -> Tensor:
+    """The largest ⟨g, δ⟩ over the unit ball of the threat: g (A, N, T, D) → (A, N), rounded up."""
+    if isinstance(threat, InputBall):
+        order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[threat.norm]
+        return up(torch.linalg.vector_norm(g.flatten(2), ord=order, dim=-1) * (1 + 1e-12))
+    assert isinstance(threat, EmbeddingBall)
+    chosen = g[..., threat.positions(g.shape[-2]), :]
+    if threat.joint:
+        return up(torch.linalg.vector_norm(chosen.flatten(2), dim=-1) * (1 + 1e-12))
+    return up(torch.linalg.vector_norm(chosen, dim=-1).sum(-1) * (1 + 1e-12))
+
+
+class Rivals:
+    """The adjoints of some rivals of every sample: their first-order terms and weights, free of the radius."""
+
+    def __init__(self, reference: Reference, y: Tensor, rivals: Tensor) -> None:
+        """rivals: (A, N) class numbers; the label itself where a sample has no further rival."""
+        if reference.rows is None:
+            eye = torch.eye(reference.margin.shape[1], dtype=torch.float64, device=y.device)
+            direction = eye[y] - eye[rivals]
+        else:
+            direction = reference.rows[y] - reference.rows[rivals]  # (A, N, D)
+        tokens = reference.body.clean.shape[1]
+        g = torch.zeros(*rivals.shape, tokens, direction.shape[-1], dtype=torch.float64, device=y.device)
+        g[:, :, reference.row] = direction
+        g, self.weights = reference.body.adjoint(g)
+        self.linear = first_order(g, reference.threat)
+        self.margin = reference.margin.gather(1, rivals.T)  # (N, A)
+
+    @property
+    def far(self) -> bool:
+        """Whether forms gain factors here."""
+        return any(isinstance(weight, Group) and weight.far for weight in self.weights)
+
+    def losses(self, reference: Reference, epsilon: Tensor) -> Tensor:
+        """What each of these margins can lose at ε (N,): (N, A)."""
+        bounds: list[Pair] = []
+        hidden = reference.hidden(epsilon, bounds)
+        total = loss(self.linear * epsilon, self.weights, bounds)
+        # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the rows times the change covers that.
+        total = total + 2.0**-50 * 2 * reference.largest_row * hidden + 2 * reference.single(hidden)
+        return up((total + vanished(bounds, epsilon + hidden)).T * (1 + 1e-9))
+
+    def contested(self, reference: Reference, epsilon: Tensor) -> Rivals:
+        """Those that may win within ε (N,), as many of each sample: the others lose there by what is proved, and so within every smaller ε."""
+        spare = torch.nan_to_num(self.margin - self.losses(reference, epsilon), nan=-torch.inf)  # (N, A)
+        most = max(1, int((~(spare > 0)).sum(-1).max()))
+        chosen = spare.topk(most, dim=-1, largest=False).indices.T
+        part = copy.copy(self)
+        part.weights, part.linear, part.margin = picked(self.weights, chosen), self.linear.gather(0, chosen), self.margin.gather(1, chosen.T)
+        return part
+
+    def sharpen(self, reference: Reference, epsilon: Tensor) -> None:
+        """Learn the quadratic forms of neurons at the token that is read, of the few that come nearest to winning at ε (N,), up to there."""
+        bounds: list[Pair] = []
+        reference.hidden(epsilon, bounds)
+        spare = torch.nan_to_num(self.margin.T - loss(self.linear * epsilon, self.weights, bounds), nan=-torch.inf)
+        count = SHARPENED_FAR if self.far else SHARPENED
+        chosen = spare.topk(min(count, len(spare)), dim=0, largest=False).indices
+        for i, (weight, bound) in enumerate(zip(self.weights, bounds, strict=True)):
+            if isinstance(weight, Group) and isinstance(bound, Group) and bound.matrix is not None:
+                share = (weight.meet(bound) / self.margin.T).gather(0, chosen)
+                self.weights[i] = weight.formed(bound, chosen, reference.row, share > WORTH)
+
+
+# Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
+_BY_TOKEN = (
+    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, Sum, Concatenate, Channels,
+    nn.Sequential, nn.Identity,
+    *DROPOUTS, *REFLECTIONS,
+)  # fmt: skip
+
+
+def is_causal(model: Chain) -> bool:
+    """Whether every logit of a next-token model depends on the tokens up to its own alone: attention has to be causal, other layers act by token."""
+    layers = [m for layer in model for m in layer.modules()]
+    return model.task == "next-token" and all(m.causal if type(m) is Attention else type(m) in _BY_TOKEN or is_elementwise(m) for m in layers)
+
+
+def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:
+    """Whether the threat is of the last token of a causal next-token model: then the other tokens move by rounding only."""
+    return isinstance(threat, EmbeddingBall) and threat.positions(tokens) == [tokens - 1] and is_causal(model)
+
+
+def at_positions(reference: Reference, sample: Tensor, position: Tensor, *, jacobians: bool = True) -> Reference:
+    """The reference of M single tokens, each the last of its own prefix: sample[m] of the batch, position[m] (M,), reading there what follows.
+
+    margin, pairs and hidden_norm are those of the batch's last tokens: a caller that reads other positions replaces what it uses of them.
+    jacobians: whether radii between layers go through exact Jacobian blocks too, where the widths allow it.
+    """
+    reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device))  # the others' rounding arrives
+    body = reference.body.at_rows(sample, position)
+    if jacobians and body.parts and all(part.clean.shape[-1] == reference.start.shape[-1] for part in body.parts):
+        body = JacobianChain(body)
+    return replace(
+        reference, body=body, start=reference.start[sample, position].unsqueeze(1), row=0, threat=EmbeddingBall(reference.threat.radius),
+        margin=reference.margin[sample], pairs=reference.pairs[sample], hidden_norm=reference.hidden_norm[sample],
+    )  # fmt: skip
+
+
+def dual_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
+    """(radius (N,), NaN: the method has no Lipschitz constant), float64 on the CPU. Signature as global_radii."""
+    if reason := dual_applies(model, threat):
+        raise UnsupportedLayer(f"expected a model and threat that the method covers, got one where {reason}; use method='best'")
+    radius = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+    todo = ((logits.argmax(-1) == y) & torch.isfinite(logits).all(-1)).nonzero()[:, 0]
+    if len(todo):
+        xs, ys = x[todo], y[todo]
+        reference = reference_of(model, xs, ys, threat, context)
+        if moves_alone(model, threat, reference.start.shape[1]):
+            every = torch.arange(len(todo), device=y.device)
+            found = alone(at_positions(reference, every, torch.full_like(every, reference.start.shape[1] - 1)), ys)
+        else:
+            found = _radii(reference, model, xs, ys, threat, context)
+        radius[todo] = torch.where((reference.margin > 0).all(-1), found, 0.0)
+    return radius.cpu(), torch.full_like(radius, torch.nan).cpu()
+
+
+def _start(reference: Reference) -> Tensor:
+    """Where the search of radii begins: far below any answer."""
+    return 1e-6 * reference.start.abs().amax((-1, -2)).clamp_min(1e-3)
+
+
+def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reaches | None = None) -> Tensor:
+    """Radii (N,) at which these rivals lose, then again a reach further with the quadratic forms of those that stood in the way, reach by reach."""
+    reaches = (FAR if rivals.far else REACHES) if reaches is None else reaches
+
+    def longest(start: Tensor, tolerance: float) -> Tensor:
+        def losses(epsilon: Tensor) -> Tensor:
+            return torch.where((epsilon <= limit)[:, None], rivals.losses(reference, epsilon), torch.inf)
+
+        return search(losses, rivals.margin, start, tolerance)[0]
+
+    limit = torch.full_like(start, torch.inf)
+    tolerances = [*(tolerance for _, tolerance in reaches), TOLERANCE]
+    radius = longest(start, tolerances[0])
+    for (reach, _), tolerance in zip(reaches, tolerances[1:], strict=True):
+        limit = torch.minimum(limit, reach * radius)
+        rivals = rivals.contested(reference, limit)
+        rivals.sharpen(reference, limit)
+        radius = torch.maximum(radius, longest(torch.where(radius > 0, radius, start), tolerance))
+    return radius
+
+
+def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
+    """Radii (N,) of single tokens, all rivals at once."""
+    order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
+    return _longest(reference, Rivals(reference, y, order.T), _start(reference), None if sharpen else ())
+
+
+def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:
+    classes = reference.margin.shape[1]
+    order = (reference.margin / reference.pairs.clamp_min(1e-300)).argsort(-1)[:, : classes - 1]  # the label, at +inf, comes last
+    start = _start(reference)
+    count = min(RIVALS, classes - 1)
+    done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True)
+    first = order[:, :count].T
+    rivals = Rivals(reference, y, first)
+    radius = _longest(reference, rivals, start)
+    done.scatter_(1, first.T, True)
+    while True:
+        hidden = reference.hidden(radius)
+        harmless = up(reference.pairs * hidden.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1) < reference.margin
+        open_ = ~harmless & ~done & (radius > 0)[:, None]
+        if not bool(open_.any()):
+            return radius
+        samples = open_.any(-1).nonzero()[:, 0]
+        part = reference if len(samples) == len(y) else reference_of(model, x[samples], y[samples], threat, context)
+        # The nearest open rivals of each; where fewer are open, one that is done already fills the place and changes nothing.
+        rank = torch.where(open_[samples], reference.margin[samples] / reference.pairs[samples].clamp_min(1e-300), torch.inf)
+        more = rank.argsort(-1)[:, :count].T
+        found = Rivals(part, y[samples], more)
+        before = radius[samples]
+        losses = found.losses(part, before)
+        kept = ((losses < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
+        if not bool(kept.all()):
+            found.sharpen(part, before)
+            kept = ((found.losses(part, before) < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
+        if not bool(kept.all()):
+            # A ball that was proved against the rivals that are done holds every smaller one.
+            shorter, _ = search(partial(found.losses, part), found.margin, start[samples])
+            radius[samples] = torch.where(kept, before, torch.minimum(before, shorter))
+        done[samples] = done[samples].scatter(1, more.T, True)

@@ -1,0 +1,110 @@
+"""Elementwise functions, with the Linear layer in front of them or alone.
+
+Slopes hold on the intervals that neurons can reach, and with −κ⁻_n ≤ f'' ≤ κ⁺_n on them the remainder of the function meets its adjoint ω as
+    −Σ_n ω_n R_n ≤ ½ Σ_n c_n Δz_n² ≤ ½ min(max_n c_n·‖Δz‖², Σ_n c_n|Δz_n|², (√λ·r + √max c·e)²),   λ ≥ λ_max(Wᵀdiag(c)W),
+c_n = κ⁺_n max(−ω_n, 0) + κ⁻_n max(ω_n, 0). See robustlip.domains.expansion.base.Curved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Curved, Expansion, Pair, Scope, register_family, token_norms
+from robustlip.domains.expansion.neurons import Neurons
+from robustlip.numerics.rounding import norm_up, up
+from robustlip.ops import elementwise_of, is_elementwise
+
+
+class ElementwiseExpansion(Neurons):
+    """f(z) for z = Wx + b, or for z = x when there is no Linear in front (every number moves by at most the token's ℓ2 radius)."""
+
+    by_token = (*Neurons.by_token, "slope", "derivative")
+
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
+        super().__init__(layer, clean, scope, linear)
+        self.reading = None if self.affine is None else self.affine.constants.weight
+        self.rows = torch.ones(1, dtype=clean.dtype, device=clean.device) if self.affine is None else self.affine.constants.rows
+        z = self.clean
+        self.facts = facts = elementwise_of(layer)
+        self.clean = facts.value(z) / facts.divisor
+        self.derivative = facts.derivative(z) / facts.divisor
+        self.steepest = facts.steepest / facts.divisor
+        # f' as float64 gives it is off by a few units of a number near its largest.
+        self.slope = self.derivative.abs() + 2.0**-45 * max(1.0, self.steepest)
+        self.distance = z.abs()
+        self.curvature = None if facts.curvature is None else facts.curvature / facts.divisor
+
+    def _curvatures(self, each: Tensor) -> tuple[Tensor, Tensor]:
+        """(κ⁺, κ⁻) (…, N, T, n) with −½κ⁻Δ² ≤ f(z + Δ) − f(z) − f'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ each."""
+        assert self.curvature is not None and self.facts.curvature is not None
+        top = self.curvature
+        if self.facts.bend is None:
+            return torch.full_like(each, top), torch.full_like(each, top)
+        scale = top / self.facts.curvature * (1 + 1e-7)
+
+        def sized(kappa: Tensor) -> Tensor:
+            return (kappa.clamp_min(0.0) * scale + 1e-15 * max(1.0, top)).clamp_max(top)
+
+        convex, concave = self.facts.bend(self.distance, each)
+        return sized(convex), sized(concave)
+
+    def _rounding(self, norm: Tensor) -> Tensor:
+        """‖fl(f(z)) − f(z)‖ for executed ‖z‖ ≤ norm, and the same of the float64 reference."""
+        root = math.sqrt(self.clean.shape[-1]) * (1 + 1e-15)
+        return up(self.scope.both(lambda arithmetic: self.facts.error(norm, root, arithmetic)))
+
+    def lipschitz(self) -> Tensor | float:
+        return self.steepest * self.sigma
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        each, whole, fresh = self.reached(radius, error)
+        if self.curvature is None:
+            slope = ((self.derivative > 0) | (each >= self.distance)).to(each.dtype)
+        else:
+            slope = (self.slope + self.curvature * each).clamp_max(self.steepest)
+        behind = torch.minimum(slope.amax(-1) * whole, norm_up(slope * each))
+        rounding = self._rounding(self.z_norm + whole)
+        behind = up(behind * (1 + 1e-12)) + rounding
+        if bounds is None:
+            return behind, error
+        curved = self._bend(radius, each, whole, fresh, bounds)
+        bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
+        steepest = self.slope.amax(-1)
+        return behind, up((steepest * (self.sigma * error + fresh) + curved) * (1 + 1e-12)) + rounding
+
+    def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
+        """The norm of f(z + Δz) − f(z) − f'(z)∘Δz (…, N, T), its bounds by neuron appended. each, whole: of Δz; fresh: of what is not WΔx."""
+        if self.curvature is None:
+            crossing = (each - self.distance).clamp_min(0.0)
+            bounds.append(crossing.flatten(-2))
+            return norm_up(crossing)
+        convex, concave = self._curvatures(each)
+        matrix = self.affine.constants.weight if self.affine is not None and self.scope.space == "l2" else None
+        bounds.append(Curved(convex, concave, each, whole, matrix, radius, fresh))
+        kappa = torch.maximum(convex, concave)
+        curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
+        if self.affine is not None and self.affine.constants.quartic is not None:
+            # ‖Δz∘Δz‖ of Δz = WΔx + e, e no longer than `fresh`.
+            squares = self.affine.constants.quartic * radius.square() + fresh * (2 * whole + fresh)
+            curved = torch.minimum(curved, 0.5 * kappa.amax(-1) * squares)
+        return curved
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        size = g.abs()
+        inner = g * self.derivative
+        norms, inner_norms = token_norms(g), token_norms(inner)
+        tail: list[Pair] = [inner_norms, norms, ADJOINT_SLACK * self.steepest * self.gain * norms.sum(-1, keepdim=True)]
+        if self.curvature is None:
+            # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
+            weights: list[Pair] = [(size if two_sided else (-g).clamp_min(0.0)).flatten(-2), *tail]
+        else:
+            weights = [Curved(size, size) if two_sided else Curved((size - g) / 2, (size + g) / 2), *tail]
+        return inner if self.affine is None else inner @ self.affine.constants.weight, weights
+
+
+@register_family(is_elementwise)
+def _elementwise_alone(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
+    return ElementwiseExpansion(layer, clean, scope)

@@ -1,0 +1,142 @@
+"""Branches of one input, joined: adjoints add exactly, radii by the triangle inequality, what is not linear branch by branch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.structure import ChainExpansion
+from robustlip.errors import BadInput
+from robustlip.layers.joins import Channels, Concatenate, Sum
+from robustlip.numerics.rounding import norm_up, up
+from robustlip.ops.joins import root_of_squares, weighted_sum_error
+
+
+class Branches(Expansion):
+    """Several chains that read the same activations. Their bounds and weights stand one after the other, in the order of the branches."""
+
+    by_token: ClassVar[tuple[str, ...]] = ("clean",)
+
+    def __init__(self, layer: Sum | Concatenate, clean: Tensor, scope: Scope) -> None:
+        self.scope = scope
+        self.branches = [ChainExpansion([branch], clean, scope) for branch in layer.branches]
+
+    @property
+    def shaped(self) -> bool:
+        return any(branch.shaped for branch in self.branches)
+
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
+        for branch in self.branches:
+            branch.learn_way(m, before)
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        for branch in self.branches:
+            branch.given(epsilon, beyond)
+
+    def forget(self) -> None:
+        for branch in self.branches:
+            branch.forget()
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        part = super().at_rows(sample, position)
+        assert isinstance(part, Branches)
+        part.branches = [branch.at_rows(sample, position) for branch in self.branches]
+        return part
+
+    def advanced(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[list[Tensor], list[Tensor]]:
+        """(radii, errors) behind the branches, each (…, N, T)."""
+        behind = [branch.advance(radius, error, bounds) for branch in self.branches]
+        return [r for r, _ in behind], [e for _, e in behind]
+
+
+@register(Sum)
+class SumExpansion(Branches):
+    """Σ_i w_i f_i(x), token by token."""
+
+    by_token = ("clean", "norms")
+
+    def __init__(self, layer: Sum, clean: Tensor, scope: Scope) -> None:
+        super().__init__(layer, clean, scope)
+        if len(shapes := {tuple(branch.clean.shape[1:]) for branch in self.branches}) > 1:
+            raise BadInput(f"expected branches that put out one shape, got {sorted(shapes)}; match the widths")
+        self.weights = layer.weights
+        self.norms = torch.stack([norm_up(branch.clean) for branch in self.branches], -1)  # (N, T, k)
+        self.clean = sum((w * b.clean for w, b in zip(self.weights, self.branches, strict=True)), start=torch.zeros_like(self.branches[0].clean))
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        radii, errors = self.advanced(radius, error, bounds)
+        sizes = [abs(w) for w in self.weights]
+        reached = [self.norms[..., i] + r for i, r in enumerate(radii)]
+        fresh, norm = weighted_sum_error(sizes, reached, self.clean.shape[-1], self.scope)
+        fresh = self.scope.fits(up(fresh), norm)
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
+
+        def total(values: list[Tensor]) -> Tensor:
+            return up(sum((w * v for w, v in zip(sizes, values, strict=True)), start=torch.zeros_like(values[0])))
+
+        return total(radii) + fresh, total(errors) + fresh
+
+    def lipschitz(self) -> Tensor | float:
+        return sum((abs(w) * b.lipschitz() for w, b in zip(self.weights, self.branches, strict=True)), start=0.0)  # type: ignore[misc]
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        through: Tensor | None = None
+        weights: list[Pair] = []
+        for w, branch in zip(self.weights, self.branches, strict=True):
+            back, its = branch.adjoint(w * g, two_sided)
+            through = back if through is None else through + back
+            weights += its
+        norms = token_norms(g)
+        assert through is not None
+        return through, [*weights, norms, ADJOINT_SLACK * sum(abs(w) for w in self.weights) * norms.sum(-1, keepdim=True)]
+
+
+@register(Concatenate)
+class ConcatenateExpansion(Branches):
+    """(f_1(x), f_2(x), …), token by token: nothing is computed."""
+
+    def __init__(self, layer: Concatenate, clean: Tensor, scope: Scope) -> None:
+        super().__init__(layer, clean, scope)
+        if len({branch.clean.shape[1] for branch in self.branches}) > 1:
+            raise BadInput(f"expected branches with one number of tokens, got {[b.clean.shape[1] for b in self.branches]}; match them")
+        self.widths = [branch.clean.shape[-1] for branch in self.branches]
+        self.clean = torch.cat([branch.clean for branch in self.branches], -1)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        radii, errors = self.advanced(radius, error, bounds)
+        return root_of_squares(radii), root_of_squares(errors)
+
+    def lipschitz(self) -> Tensor | float:
+        return sum((branch.lipschitz() for branch in self.branches), start=0.0)  # type: ignore[misc]  # more than the root of their squares
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        through: Tensor | None = None
+        weights: list[Pair] = []
+        for part, branch in zip(g.split(self.widths, -1), self.branches, strict=True):
+            back, its = branch.adjoint(part.contiguous(), two_sided)
+            through = back if through is None else through + back
+            weights += its
+        assert through is not None
+        return through, weights
+
+
+@register(Channels)
+class ChannelsExpansion(Expansion):
+    """A part of the numbers of each token."""
+
+    def __init__(self, layer: Channels, clean: Tensor, scope: Scope) -> None:
+        if layer.stop > clean.shape[-1]:
+            raise BadInput(f"expected at least {layer.stop} channels in front of Channels, got {clean.shape[-1]}; change the slice")
+        self.start, self.before = layer.start, clean.shape[-1]
+        self.clean = clean[..., layer.start : layer.stop]
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        return radius, error
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        behind = self.before - self.start - g.shape[-1]
+        return torch.nn.functional.pad(g, (self.start, behind)), []

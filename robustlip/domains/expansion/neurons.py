@@ -1,0 +1,91 @@
+"""What functions of single neurons share, whether a Linear layer in front is expanded with them or not.
+
+Together they are tighter than one after the other. Behind z = Wx + b a number p_n = ⟨c_n, x⟩ + const that a function bends moves by at most
+‖c_n‖·r + e (e: rounding), and all of z together by σ(W)·r + e.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.expansion.base import Expansion, Scope
+from robustlip.domains.expansion.linear import Affine
+from robustlip.numerics.rounding import norm_up, up
+from robustlip.numerics.spectral import spectral_norm_quick
+
+
+class Neurons(Expansion):
+    """Numbers p (N, T, n) of each token, each bent by itself, of z = Wx + b, or of z = x where there is no Linear in front (`affine` None).
+
+    reading: (n, D), the c_n as float64 has them; rows: ≥ their dual norms in the scope's space. Subclasses set both, `clean` and `z_norm`.
+    """
+
+    by_token: ClassVar[tuple[str, ...]] = ("clean", "z_norm", "distance")
+    affine: Affine | None
+    reading: Tensor | None
+    rows: Tensor
+    z_norm: Tensor
+    distance: Tensor
+    # (‖c_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `learn_way` and `given` have told.
+    _shape: tuple[Tensor, Tensor, Tensor] | None = None
+    way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None) -> None:
+        self.scope, self.layer, self.whole = scope, layer, None if linear is not None else scope.whole
+        self.affine = None if linear is None else Affine(linear, clean, scope)
+        self.clean = clean if self.affine is None else self.affine.clean  # z, until the subclass puts what is behind it there
+        self.z_norm = norm_up(self.clean)
+
+    @property
+    def shaped(self) -> bool:
+        return True
+
+    @property
+    def sigma(self) -> float:
+        """σ(W), 1 without."""
+        return 1.0 if self.affine is None else self.affine.constants.matrix.sigma
+
+    @property
+    def gain(self) -> float:
+        """As sigma, for changes in the scope's norm."""
+        return 1.0 if self.affine is None else self.affine.constants.gain
+
+    def forget(self) -> None:
+        self.way = None
+
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
+        if self.affine is not None and self.reading is not None:
+            weight = self.affine.constants.weight
+            z = weight @ m  # (N, n, D₀)
+            p = z if self.reading is weight else self.reading @ m
+            lost = 2.0**-34 * torch.linalg.matrix_norm(weight) * torch.linalg.matrix_norm(m)
+            self._shape = (up(norm_up(p) + lost.unsqueeze(-1)), up(spectral_norm_quick(z) + lost), before)
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        if self._shape is not None:
+            rows, gain, before = self._shape
+            self.way = (epsilon, beyond, rows, gain, before)
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Self:
+        part = super().at_rows(sample, position)
+        assert isinstance(part, type(self))
+        part.affine = None if self.affine is None else self.affine.at_rows(sample, position)  # type: ignore[assignment]
+        return part
+
+    def reached(self, radius: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(≥ |Δp_n| (…, N, T, n), ≥ ‖Δz‖ (…, N, T), of both what is not linear in the change of x)."""
+        if self.affine is None:
+            moved, fresh = radius, torch.zeros_like(radius)
+        else:
+            moved, fresh = self.affine.parts(radius)
+        each = self.rows * radius.unsqueeze(-1) * (1 + 1e-12)
+        if self.way is not None and self.affine is not None:
+            epsilon, beyond, way_rows, way_gain, before = self.way
+            stray = before.unsqueeze(-1) * beyond + error
+            each = torch.minimum(each, up(way_rows.unsqueeze(-2) * epsilon.unsqueeze(-1) + self.rows * stray.unsqueeze(-1)))
+            moved = torch.minimum(moved, up(way_gain.unsqueeze(-1) * epsilon + self.affine.constants.gain * stray))
+        whole = moved + fresh
+        return torch.minimum(each + fresh.unsqueeze(-1), whole.unsqueeze(-1)), whole, fresh

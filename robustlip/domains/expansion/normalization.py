@@ -1,0 +1,71 @@
+"""LayerNorm and RMSNorm on the ball around a token, where they are far from their worst point. docs/theory.md, section 3.
+
+y = γ·c/s (+ β), c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity. On the ball ‖c‖ ≥ ‖c₀‖ − r, so s ≥ s_min, and there
+    ‖dy‖ ≤ ‖γ‖_∞‖dc‖/s_min,      ‖d²y[u, u]‖ ≤ ‖γ‖_∞ · C‖u‖²/(√D s_min²),  C = 2/√3.
+Second derivative of c/s: −[2(c·u)u + c‖u‖²]/(D s³) + 3c(c·u)²/(D² s⁵). With θ = ‖c‖/(√D s) ≤ 1 and u = (u_∥, u_⊥) along and across c its part
+along c is −θ(3(1 − θ²)u_∥² + u_⊥²), across c it is −2θ u_∥u_⊥, both over √D s². The largest norm over θ in [0, 1] and unit u is 2/√3 (θ = 1,
+u_⊥² = 2/3); tests/test_local.py checks it on a grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.rounding import norm_up, up
+from robustlip.ops.normalization import CURVATURE, largest_gain, largest_shift, local_lipschitz, normalization_error, normalized
+
+
+@register(nn.LayerNorm, nn.RMSNorm)
+class NormalizationExpansion(Expansion):
+    by_token = ("clean", "input", "norm", "centred", "inverse", "at_centre")
+
+    def __init__(self, layer: nn.LayerNorm | nn.RMSNorm, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.layer = scope, layer
+        self.width, self.eps = normalized(layer, clean.shape[-1])
+        self.centres = isinstance(layer, nn.LayerNorm)
+        self.largest = scope.context.constant(layer, "scale", lambda: largest_gain(layer))
+        bias = layer.bias if isinstance(layer, nn.LayerNorm) else None
+        self.shift = largest_shift(layer)
+        self.input, self.norm = clean, norm_up(clean)
+        self.gamma = torch.ones(self.width, dtype=torch.float64, device=clean.device) if layer.weight is None else layer.weight.detach().double()
+        self.centred = clean - clean.mean(-1, keepdim=True) if self.centres else clean
+        self.inverse = torch.rsqrt(self.centred.square().mean(-1, keepdim=True) + self.eps)
+        self.clean = self.gamma * self.centred * self.inverse
+        if bias is not None:
+            self.clean = self.clean + bias.detach().double()
+        self.at_centre = local_lipschitz(layer, clean, 0.0)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
+        root = math.sqrt(self.width) * (1 + 1e-15)
+        norm = self.largest * root + self.shift
+        inverse = gain / self.largest if self.largest else torch.full_like(gain, 1 / math.sqrt(self.eps))  # 1/s_min
+
+        def one(arithmetic: Rounds) -> Tensor:
+            return normalization_error(self.layer, self.norm + radius, norm, inverse, arithmetic)
+
+        # The sum of squares, and what comes out.
+        fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square().clamp_min(norm))
+        curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()
+        if bounds is not None:
+            bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]
+        moved = torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh
+        return moved, up(self.at_centre * error + curve) + fresh
+
+    def lipschitz(self) -> Tensor | float:
+        return 4 * self.at_centre.amax(-1)
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        norms = token_norms(g)
+        slack = 4 * ADJOINT_SLACK * (self.at_centre * norms).sum(-1, keepdim=True)
+        inner = self.gamma * g
+        # d(c/s) = (I − ccᵀ/(D s²))/s·dc, symmetric.
+        inner = self.inverse * (inner - self.centred * (self.centred * inner).sum(-1, keepdim=True) * self.inverse.square() / self.width)
+        if self.centres:
+            inner = inner - inner.mean(-1, keepdim=True)
+        return inner, [norms, norms, slack]

@@ -1,0 +1,385 @@
+"""Layers that move numbers, join branches or average tokens, and chains of layers: all linear, so their adjoints are exact."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, expand, register, rows_of, token_norms
+from robustlip.domains.expansion.elementwise import ElementwiseExpansion
+from robustlip.domains.expansion.neurons import Neurons
+from robustlip.domains.expansion.sorting import REFLECTIONS, ReflectionExpansion
+from robustlip.domains.norms.elementwise import DROPOUTS
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
+from robustlip.numerics.rounding import norm_up, up
+from robustlip.ops import is_elementwise
+from robustlip.ops.affine import shift_error, standardize_error
+from robustlip.ops.joins import mean_error, weighted_sum_error
+
+# Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
+_ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
+# Layers that take a sample as one vector of all its numbers, whatever its shape.
+_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
+
+
+def _bending(layer: nn.Module | None) -> type[Neurons] | None:
+    """What expands a function of single neurons together with the Linear layer in front of it."""
+    if layer is None:
+        return None
+    return ElementwiseExpansion if is_elementwise(layer) else ReflectionExpansion if type(layer) in REFLECTIONS else None
+
+
+class ToL2(Expansion):
+    """‖·‖₂ ≤ √D‖·‖_∞ and ‖·‖₂ ≤ ‖·‖₁: a change of norm, not of the activations."""
+
+    def __init__(self, clean: Tensor, space: str) -> None:
+        self.clean = clean
+        self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == "linf" else 1.0
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        return radius * self.factor, error
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        return g, []
+
+
+class Same(Expansion):
+    """The identity."""
+
+    def __init__(self, clean: Tensor, scope: Scope) -> None:
+        self.clean, self.space, self.whole = clean, scope.space, scope.whole
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        return radius, error
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        return g, []
+
+
+@register(nn.Identity, *DROPOUTS)
+def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
+    if type(layer) not in (nn.Identity, *DROPOUTS):
+        raise UnsupportedLayer(f"expected a layer that is the identity in eval mode, got {type(layer).__name__}; use method='global'")
+    if layer.training and getattr(layer, "p", 0.0) > 0:
+        raise BadInput(f"expected {type(layer).__name__} in eval mode, got it in train mode, where it is random; call model.eval()")
+    return Same(clean, scope)
+
+
+class ChainExpansion(Expansion):
+    """Layers one after the other; a Linear and the function of its neurons behind it are expanded together."""
+
+    way_lost: Tensor | None = None
+
+    def __init__(self, layers: Iterable[nn.Module], clean: Tensor, scope: Scope) -> None:
+        self.parts: list[Expansion] = []
+        layers, i = list(layers), 0
+        space, whole = scope.space, scope.whole
+        while i < len(layers):
+            layer, following = layers[i], layers[i + 1] if i + 1 < len(layers) else None
+            if whole is not None and type(layer) not in _ANY_SHAPE and not is_elementwise(layer):
+                if len(whole) != 2:
+                    raise BadInput(
+                        f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; "
+                        f"put Flatten or Patchify in front"
+                    )
+                self.parts.append(ToTokens(clean, whole, space))
+                clean, whole = self.parts[-1].clean, None
+            if space != "l2" and type(layer) not in _ANY_SPACE:
+                self.parts.append(ToL2(clean, space))
+                space = "l2"
+            here = Scope(scope.context, space, whole)
+            bends = _bending(following)
+            if type(layer) is nn.Linear and following is not None and bends is not None:
+                expand(following, expand(layer, clean[:1], here).clean, Scope(scope.context))  # refuses hooks and unknown classes
+                part: Expansion = bends(following, clean, here, layer)
+                i += 1
+            else:
+                part = expand(layer, clean, here)
+            self.parts.append(part)
+            clean, space, whole = part.clean, part.space, part.whole
+            i += 1
+        self.clean, self.space, self.whole = clean, space, whole
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        for part in self.parts:
+            radius, error = part.advance(radius, error, bounds)
+        return radius, error
+
+    @property
+    def shaped(self) -> bool:
+        return any(part.shaped for part in self.parts)
+
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
+        self.way_lost = None
+        for i, part in enumerate(self.parts):
+            part.learn_way(m, before)
+            if not any(later.shaped for later in self.parts[i + 1 :]):
+                return
+            # What float64 lost of J·M is measured against M, the largest so far: a J may nearly annihilate it.
+            lost = 2.0**-34 * torch.linalg.matrix_norm(m)
+            self.way_lost = lost if self.way_lost is None else torch.maximum(self.way_lost, lost)
+            m, before = part.jacobian() @ m, before * part.lipschitz()
+
+    def functionals(self) -> Tensor | None:
+        return self.parts[0].functionals() if self.parts else None
+
+    def known(self, products: Tensor) -> None:
+        if self.parts:
+            self.parts[0].known(products)
+
+    def forget(self) -> None:
+        for part in self.parts:
+            part.forget()
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        for part in self.parts:
+            part.given(epsilon, beyond)
+            beyond = beyond if self.way_lost is None else beyond + self.way_lost.unsqueeze(-1) * epsilon
+
+    def then(self, part: Expansion) -> ChainExpansion:
+        """This chain with one more part behind it."""
+        chain = copy.copy(self)
+        chain.parts, chain.clean, chain.space, chain.whole = [*self.parts, part], part.clean, part.space, part.whole
+        return chain
+
+    def lipschitz(self) -> Tensor | float:
+        gain: Tensor | float = 1.0
+        for part in self.parts:
+            gain = gain * part.lipschitz()
+        return gain
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> ChainExpansion:
+        chain = copy.copy(self)
+        chain.parts = [part.at_rows(sample, position) for part in self.parts]
+        chain.clean = rows_of(self.clean, sample, position)
+        return chain
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        groups: list[list[Pair]] = []
+        for part in reversed(self.parts):
+            g, weights = part.adjoint(g, two_sided)
+            groups.append(weights)
+        return g, [w for group in reversed(groups) for w in group]
+
+
+@register(nn.Sequential)
+def _sequential(layer: nn.Sequential, clean: Tensor, scope: Scope) -> Expansion:
+    return ChainExpansion(layer, clean, scope)
+
+
+@register(Residual)
+class ResidualExpansion(Expansion):
+    """skip·x + weight·f(x), token by token."""
+
+    by_token = ("clean", "norm", "branch_norm")
+
+    def __init__(self, layer: Residual, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.skip, self.weight = scope, layer.skip, layer.weight
+        self.branch = ChainExpansion([layer.branch], clean, scope)
+        if self.branch.clean.shape != clean.shape:
+            raise BadInput(
+                f"expected a residual branch that keeps the shape, got {tuple(self.branch.clean.shape[1:])} "
+                f"from {tuple(clean.shape[1:])}; match the widths"
+            )
+        self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
+        self.clean = layer.skip * clean + layer.weight * self.branch.clean
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        inner, inner_error = self.branch.advance(radius, error, bounds)
+        skip, weight = abs(self.skip), abs(self.weight)
+        sizes = (self.norm + radius, self.branch_norm + inner)
+        fresh, norm = weighted_sum_error((skip, weight), sizes, self.clean.shape[-1], self.scope)
+        fresh = self.scope.fits(up(fresh), norm)
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
+        return up(skip * radius + weight * inner) + fresh, up(skip * error + weight * inner_error) + fresh
+
+    def learn_way(self, m: Tensor, before: Tensor) -> None:
+        self.branch.learn_way(m, before)
+
+    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
+        self.branch.given(epsilon, beyond)
+
+    def functionals(self) -> Tensor | None:
+        return self.branch.functionals()
+
+    def known(self, products: Tensor) -> None:
+        self.branch.known(products)
+
+    def forget(self) -> None:
+        self.branch.forget()
+
+    @property
+    def shaped(self) -> bool:
+        return self.branch.shaped
+
+    def lipschitz(self) -> Tensor | float:
+        return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()
+
+    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+        part = super().at_rows(sample, position)
+        assert isinstance(part, ResidualExpansion)
+        part.branch = self.branch.at_rows(sample, position)
+        return part
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        norms = token_norms(g)
+        through, weights = self.branch.adjoint(self.weight * g, two_sided)
+        slack = ADJOINT_SLACK * (abs(self.skip) + abs(self.weight)) * norms.sum(-1, keepdim=True)
+        return self.skip * g + through, [*weights, norms, slack]
+
+
+@register(AddPositions)
+class AddPositionsExpansion(Expansion):
+    """x_t + p_t: one rounding of the sum."""
+
+    by_token = ("clean", "norm")
+
+    def __init__(self, layer: AddPositions, clean: Tensor, scope: Scope) -> None:
+        self.scope = scope
+        if layer.positions.dim() != 2 or layer.positions.shape[1] != clean.shape[-1]:
+            raise BadInput(f"expected positions of width {clean.shape[-1]}, got {tuple(layer.positions.shape)}; match the tokens' width")
+        self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
+        self.norm = norm_up(self.clean)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        fresh = shift_error(self.norm + radius, self.clean.shape[-1], self.scope)
+        fresh = self.scope.fits(up(fresh), self.norm + radius)
+        if bounds is not None:
+            bounds.append(fresh)
+        return radius + fresh, error + fresh
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        return g, [token_norms(g)]
+
+
+@register(MeanTokens)
+class MeanTokensExpansion(Expansion):
+    """The mean of the tokens: it moves by at most the mean of their radii."""
+
+    def __init__(self, layer: MeanTokens, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.tokens = scope, clean.shape[1]
+        self.norm = norm_up(clean)
+        self.clean = clean.mean(1, keepdim=True)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        largest = (self.norm + radius).amax(-1, keepdim=True)
+        fresh = self.scope.fits(up(mean_error(largest, self.tokens, self.clean.shape[-1], self.scope)), largest * self.tokens)
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
+        return up(radius.mean(-1, keepdim=True)) + fresh, up(error.mean(-1, keepdim=True)) + fresh
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        norms = token_norms(g)
+        return (g / self.tokens).expand(*g.shape[:-2], self.tokens, g.shape[-1]), [norms, ADJOINT_SLACK * norms]
+
+
+@register(nn.Flatten)
+class FlattenExpansion(Expansion):
+    """All numbers of a sample become one vector: nothing to do while they are one, the norm of the tokens' radii otherwise."""
+
+    def __init__(self, layer: nn.Flatten, clean: Tensor, scope: Scope) -> None:
+        if layer.start_dim != 1 or layer.end_dim != -1:
+            raise BadInput(f"expected Flatten(1, -1), got Flatten({layer.start_dim}, {layer.end_dim}); flatten all but the batch")
+        self.space, self.shape = scope.space, clean.shape[1:]
+        self.clean = clean.flatten(1).unsqueeze(1)
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        order = {"l2": 2.0, "l1": 1.0, "linf": torch.inf}[self.space]
+        joined = up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
+        return joined, up(torch.linalg.vector_norm(error, dim=-1, keepdim=True) * (1 + 1e-12))
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        return g.squeeze(-2).unflatten(-1, self.shape), []
+
+
+class ToTokens(Expansion):
+    """One vector of all numbers (T, D) → tokens: none of them moves by more than the whole."""
+
+    def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
+        self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        shape = (*radius.shape[:-1], self.clean.shape[1])
+        return radius.expand(shape), error.expand(shape)
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        return g.flatten(-2).unsqueeze(-2), []
+
+
+@register(Patchify)
+class PatchifyExpansion(Expansion):
+    """One vector of all pixels (C, H, W) → patches; no patch moves by more than the image."""
+
+    def __init__(self, layer: Patchify, clean: Tensor, scope: Scope) -> None:
+        if scope.whole is None or len(scope.whole) != 3:
+            raise BadInput("expected images (N, C, H, W) in front of Patchify, got vectors or tokens; patchify first")
+        self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
+        self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        shape = (*radius.shape[:-1], self.clean.shape[1])
+        return radius.expand(shape), error.expand(shape)
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        (c, h, w), p = self.shape, self.patch
+        grid = g.unflatten(-1, (c, p, p)).unflatten(-4, (h // p, w // p))  # (…, H/p, W/p, C, p, p)
+        k = grid.dim()
+        order = (*range(k - 5), k - 3, k - 5, k - 2, k - 4, k - 1)
+        return grid.permute(order).reshape(*g.shape[:-2], 1, c * h * w), []
+
+
+@register(Normalize)
+class NormalizeExpansion(Expansion):
+    """(x − mean)/std by channel: the gain of each channel, the largest where all are bounded together."""
+
+    by_token = ("clean", "reach")
+
+    def __init__(self, layer: Normalize, clean: Tensor, scope: Scope) -> None:
+        self.scope, self.space, self.whole = scope, scope.space, scope.whole
+        shape = scope.whole or clean.shape[-1:]
+        channels = shape[0] if len(shape) == 3 else shape[-1]
+        mean, std = layer.mean.detach().double(), layer.std.detach().double()
+        if not bool((std != 0).all()):
+            raise BadInput(f"expected std other than 0 in {layer.std.dtype}, got {std.tolist()}; use a wider dtype, or leave constant channels at 1")
+        if sizes := {mean.numel(), std.numel()} - {1, channels}:
+            raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
+
+        def spread(v: Tensor) -> Tensor:
+            """By channel → by number of the vector in front (D,)."""
+            v = v.expand(channels)
+            v = v.repeat_interleave(shape[1] * shape[2]) if len(shape) == 3 else v
+            return v.repeat(shape[0]) if scope.whole is not None and len(shape) == 2 else v
+
+        self.scale = 1 / spread(std)
+        self.shift, self.smallest = spread(mean), float(std.abs().amin())
+        self.gain = float(self.scale.abs().amax()) * (1 + 1e-15)
+        self.clean = (clean - self.shift) * self.scale
+        self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
+        self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        reach = self.reach + self.factor * radius
+        size = self.gain * reach
+        root = math.sqrt(self.clean.shape[-1])
+        # In ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
+        fresh = standardize_error(size, self.gain, self.clean.shape[-1], self.scope)
+        # The difference has to fit before it is divided.
+        fresh = self.scope.divided(self.scope.fits(up(fresh), torch.maximum(size, reach)), self.smallest)
+        if bounds is not None:
+            bounds += [fresh, radius.amax(-1, keepdim=True)]
+        moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
+        return moved, up(self.gain * error) + fresh
+
+    def lipschitz(self) -> Tensor | float:
+        return self.gain
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        norms = token_norms(g)
+        # In ℓ∞ a unit of radius moves a linear function by ‖g‖₁ ≤ √n‖g‖₂.
+        return g * self.scale, [norms, ADJOINT_SLACK * self.gain * self.factor * norms.sum(-1, keepdim=True)]

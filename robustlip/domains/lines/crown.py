@@ -1,0 +1,189 @@
+"""Interval and linear bounds of a network on a ball around a point: IBP (Gowal et al. 2018) and CROWN (Zhang et al. 2018), batched.
+
+CROWN carries a lower bound Σ Λ_l z_l + c of the rows asked for from their stage back to the input: Λ_l W_l on h_{l−1}, then on z_{l−1} through the
+curve's lines, the lower one where a coefficient is positive and the upper one where it is negative. At the input ⟨Λ, x'⟩ ≥ ⟨Λ, x⟩ − ε‖Λ‖_*.
+
+Rounding: computed coefficients are coefficients like any others; what a step loses is |(fl(ΛW) − ΛW)h| ≤ γ‖Λ‖₂‖W‖_F‖h‖₂ and alike for
+every other product, with ‖h‖₂ and ‖z‖₂ bounded over the ball by `Network.sizes`. The sum of these is subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustlip.domains.lines.dense import Network, Stage
+from robustlip.numerics.rounding import U64, gamma, norm_up, up
+
+# Samples are taken so many at a time that the rows of all of them are at most this many numbers: what a processor's cache holds.
+CHUNK = 2**21
+
+
+@dataclass(frozen=True)
+class Ball:
+    """All x' with ‖x' − x‖ ≤ radius in the norm 'l1', 'l2' or 'linf'. x (N, n), radius (N,), float64."""
+
+    x: Tensor
+    radius: Tensor
+    norm: str
+
+    def dual(self, rows: Tensor) -> Tensor:
+        """max ⟨row, δ⟩ over ‖δ‖ ≤ 1, rounded up: the dual norm over the last dimension. Squares below 1e-300 may vanish: 1e-140 covers them."""
+        order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]
+        return torch.linalg.vector_norm(rows, ord=order, dim=-1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
+
+    def part(self, index: slice) -> Ball:
+        return Ball(self.x[index], self.radius[index], self.norm)
+
+    @property
+    def reach(self) -> Tensor:
+        """‖δ‖₂ ≤ this (N,)."""
+        return up(self.radius * (math.sqrt(self.x.shape[-1]) if self.norm == "linf" else 1.0))
+
+    @property
+    def size(self) -> Tensor:
+        """‖x'‖₂ ≤ this (N,)."""
+        return up(norm_up(self.x) + self.reach)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """low ≤ z_l ≤ high on the whole ball, for every hidden stage, each (N, m_l)."""
+
+    low: tuple[Tensor, ...]
+    high: tuple[Tensor, ...]
+
+    def part(self, index: slice) -> Boxes:
+        return Boxes(tuple(t[index] for t in self.low), tuple(t[index] for t in self.high))
+
+
+def lines_of(stage: Stage, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert stage.curve is not None
+    lower, below, upper, above = stage.curve.lines(low, high)
+    one, zero = torch.ones_like(low), torch.zeros_like(low)
+    keep = stage.linear
+    return torch.where(keep, one, lower), torch.where(keep, zero, below), torch.where(keep, one, upper), torch.where(keep, zero, above)
+
+
+def interval_step(stage: Stage, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of z = W h + b for low ≤ h ≤ high."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    loss = gamma(stage.weight.shape[1] + 8, U64)
+    size = middle.abs() + half
+    centre = middle @ stage.weight.mT + stage.bias
+    spread = (half + 4 * loss * size) @ stage.weight.abs().mT * (1 + loss) + 4 * loss * stage.bias.abs()
+    return centre - spread, centre + spread
+
+
+def first_box(stage: Stage, ball: Ball) -> tuple[Tensor, Tensor]:
+    """Bounds of z_1 on the ball, exact up to rounding."""
+    centre = ball.x @ stage.weight.mT + stage.bias
+    slack = gamma(stage.weight.shape[1] + 8, U64) * 2 * (ball.x.abs() @ stage.weight.abs().mT + stage.bias.abs())
+    spread = ball.radius[:, None] * ball.dual(stage.weight) * (1 + 8 * U64) + slack
+    return centre - spread, centre + spread
+
+
+def band_of(stage: Stage, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of h for low ≤ z ≤ high."""
+    assert stage.curve is not None
+    below, above = stage.curve.band(low, high)
+    return torch.where(stage.linear, low, below), torch.where(stage.linear, high, above)
+
+
+def interval_boxes(network: Network, ball: Ball) -> Boxes:
+    """IBP; the first stage takes the ball's own norm."""
+    lows: list[Tensor] = []
+    highs: list[Tensor] = []
+    for i, stage in enumerate(network.hidden):
+        low, high = first_box(stage, ball) if i == 0 else interval_step(stage, *band_of(network.stages[i - 1], lows[-1], highs[-1]))
+        lows.append(low)
+        highs.append(high)
+    return Boxes(tuple(lows), tuple(highs))
+
+
+def backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tensor) -> Tensor:
+    """Lower bounds (N, r) of rows·z_stage on the ball. rows (N or 1, r, m). Boxes of the stages in front are read."""
+    count = max(1, CHUNK // (rows.shape[1] * max(s.weight.shape[1] for s in network.stages[: stage + 1])))
+    if count >= len(ball.x):
+        return _backward(network, ball, boxes, stage, rows)
+    parts = [slice(start, start + count) for start in range(0, len(ball.x), count)]
+    return torch.cat([_backward(network, ball.part(p), boxes.part(p), stage, rows if len(rows) == 1 else rows[p]) for p in parts])
+
+
+def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tensor) -> Tensor:
+    sizes = network.sizes(ball.size)
+    constant = slack = torch.zeros(len(ball.x), rows.shape[1], dtype=torch.float64, device=ball.x.device)
+    for i in range(stage, -1, -1):
+        here = network.stages[i]
+        m, n = here.weight.shape
+        loss = gamma(m + n + 32, U64)
+        previous = network.stages[i - 1] if i else None
+        size = sizes[0]
+        if previous is not None and previous.curve is not None:
+            size = previous.slope * sizes[i] + abs(previous.curve.at_zero) * math.sqrt(n)
+        constant = constant + rows @ here.bias
+        slack = slack + 2 * loss * torch.linalg.vector_norm(rows, dim=-1) * (here.frobenius * size + here.shift)[:, None]
+        rows = rows @ here.weight
+        if previous is None:
+            break
+        lower, below, upper, above = lines_of(previous, boxes.low[i - 1], boxes.high[i - 1])
+        # Each coefficient meets the intercept of its own line.
+        constant = constant + (rows.clamp_min(0.0) @ below[..., None] + rows.clamp_max(0.0) @ above[..., None])[..., 0]
+        slope = torch.maximum(lower.abs(), upper.abs()).amax(-1, keepdim=True)
+        offset = torch.linalg.vector_norm(torch.maximum(below.abs(), above.abs()), dim=-1, keepdim=True)
+        slack = slack + 2 * loss * torch.linalg.vector_norm(rows, dim=-1) * (slope * sizes[i][:, None] + offset)
+        rows = rows * torch.where(rows >= 0, lower[:, None], upper[:, None])
+    value = (rows @ ball.x[..., None])[..., 0] + constant
+    slack = slack + 4 * gamma(rows.shape[-1] + 32, U64) * (value.abs() + constant.abs() + torch.linalg.vector_norm(rows, dim=-1) * sizes[0][:, None])
+    return value - ball.radius[:, None] * ball.dual(rows) * (1 + 8 * U64) - slack
+
+
+def linear_boxes(network: Network, ball: Ball) -> Boxes:
+    """CROWN on every hidden stage, met with the intervals that follow from the stage in front."""
+    lows: list[Tensor] = []
+    highs: list[Tensor] = []
+    for i, stage in enumerate(network.hidden):
+        if i == 0:
+            low, high = first_box(stage, ball)
+        else:
+            low, high = interval_step(stage, *band_of(network.stages[i - 1], lows[-1], highs[-1]))
+            boxes = Boxes(tuple(lows), tuple(highs))
+            eye = torch.eye(len(stage.bias), dtype=torch.float64, device=ball.x.device)[None]
+            low = torch.maximum(low, backward(network, ball, boxes, i, eye))
+            high = torch.minimum(high, -backward(network, ball, boxes, i, -eye))
+        lows.append(low)
+        highs.append(high)
+    return Boxes(tuple(lows), tuple(highs))
+
+
+def rival_rows(y: Tensor, classes: int) -> Tensor:
+    """(N, C, C): e_y − e_j for every rival j; the row of y itself is 0."""
+    eye = torch.eye(classes, dtype=torch.float64, device=y.device)
+    return eye[y][:, None] - eye
+
+
+def interval_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Tensor:
+    """Lower bounds (N, C) of all margins from the last boxes alone, the head joined with the rival."""
+    head = network.stages[-1]
+    rows = rival_rows(y, len(head.bias))
+    weight, bias = rows @ head.weight, rows @ head.bias
+    if not boxes.low:
+        return backward(network, ball, boxes, len(network.stages) - 1, rows)
+    low, high = band_of(network.stages[-2], boxes.low[-1], boxes.high[-1])
+    middle, half = (low + high) / 2, (high - low) / 2
+    # The joined row is a difference of two that were rounded once: twice |W| bounds what both were.
+    loss = 8 * gamma(head.weight.shape[1] + 16, U64)
+    whole = head.weight.abs()
+    size = (middle.abs() + half) @ whole.mT + head.bias.abs()
+    slack = loss * (size.gather(1, y[:, None]) + size)
+    return torch.einsum("ncm,nm->nc", weight, middle) + bias - torch.einsum("ncm,nm->nc", weight.abs(), half) - slack
+
+
+def linear_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Tensor:
+    """Lower bounds (N, C) of all margins: the larger of CROWN's and the interval's."""
+    rows = rival_rows(y, len(network.stages[-1].bias))
+    lower = backward(network, ball, boxes, len(network.stages) - 1, rows)
+    return torch.maximum(lower, interval_margins(network, ball, boxes, y))

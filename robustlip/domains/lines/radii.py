@@ -1,0 +1,132 @@
+"""Certified radii of networks of matrices and curves: methods 'ibp', 'crown' and 'local-lipschitz'.
+
+A method gives lower bounds of every margin of the float64 matrices on a ball, in exact arithmetic. From a bound v_j for rival j the executed
+model has a margin of at least v_j − √2·drift − c_j·rounding − 2·single > 0 at every point of the ball: drift for what the matrices differ from the
+layers (`Network.drift`), rounding of the last hidden state times the norm c_j of u_y − u_j, and the head's own rounding of two logits
+(`GlobalBound.at`). Only the perturbed pass is executed here: the clean margin is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.lines.crown import Ball, interval_boxes, interval_margins, linear_boxes, linear_margins
+from robustlip.domains.lines.dense import Network, network_of, why_not
+from robustlip.domains.lines.secants import gains, lipschitz_margins
+from robustlip.domains.margins import margins
+from robustlip.domains.norms import Context
+from robustlip.domains.norms.bound import GlobalBound, entry
+from robustlip.domains.search import LARGEST
+from robustlip.errors import BadInput
+from robustlip.layers import Chain
+from robustlip.numerics.rounding import up
+from robustlip.threats import InputBall, Threat
+
+
+class Problem:
+    """One batch: the network, the clean points in float64, and what rounding may take from each margin."""
+
+    def __init__(self, model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> None:
+        if why := why_not(model, threat):
+            raise BadInput(f"expected a model and threat that linear relaxations are proved for, but {why}; use method 'global'")
+        assert isinstance(threat, InputBall)
+        self.model, self.threat, self.context = model, threat, context
+        self.network: Network = network_of(model, tuple(x.shape[1:]), context)
+        self.x, self.y = x.detach().double().flatten(1), y
+        layers, inside, self.norm = entry(model, x, threat)
+        self.bound = GlobalBound(model, layers, inside, self.norm, threat, y.cpu(), context)
+        self.margin = margins(logits.detach().cpu(), y.cpu())
+        self.correct = self.margin.amin(-1) > 0
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+    def ball(self, radius: Tensor) -> Ball:
+        return Ball(self.x, radius.to(self.x.device), self.threat.norm)  # type: ignore[union-attr]
+
+    def lost(self, radius: Tensor) -> Tensor:
+        """What the margins (N, C) of the executed, perturbed model can be below those of the float64 matrices; radius (N,) on the CPU."""
+        state, _, single = self.bound.at(radius)
+        factor = torch.full_like(self.margin, 2**0.5 * (1 + 1e-15)) if self.bound.head is None else self.bound.pairs("l2")[self.y.cpu()]
+        size = self.ball(radius).size
+        drift = self.network.drift(size).cpu()
+        # Underflow loses 2⁻¹⁰²² a product, times what follows: far less than 1e-120 while no bound of any size exceeds 1e60.
+        drift = torch.where(torch.stack(self.network.sizes(size)).amax(0).cpu() < 1e60, drift + 1e-120, torch.full_like(drift, torch.inf))
+        return up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * drift[:, None])
+
+
+Margins = Callable[[Problem, Tensor], Tensor]
+
+
+def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float = 4e-3) -> tuple[Tensor, Tensor]:
+    """(radius (N,), NaN (N,)): the largest radius tried at which `lower` leaves every margin positive, rounding included.
+
+    The share of the margin that is used up grows like a power of the radius, which the last two trials tell; the next trial aims just below
+    all of it, or halves the bracket where that aim falls outside. What is returned was evaluated as feasible.
+    """
+    own = problem.y.cpu()[:, None]
+    best, high = torch.zeros_like(problem.norm), torch.full_like(problem.norm, torch.inf)
+    trial, power = 0.01 * problem.norm.clamp_min(1e-3), torch.ones_like(problem.norm)
+    before: tuple[Tensor, Tensor] | None = None
+    live = problem.correct.clone()
+    for _ in range(steps):
+        value, lost = lower(problem, trial).cpu(), problem.lost(trial)
+        # The row of the label itself is 0 − 0: it is no rival.
+        feasible = ((value - lost).scatter(1, own, torch.inf) > 0).all(-1) & live
+        used = ((problem.margin - value) / (problem.margin - lost).clamp_min(1e-300)).scatter(1, own, 0.0).amax(-1).nan_to_num(1e6).clamp(1e-12, 1e6)
+        best = torch.where(feasible, torch.maximum(best, trial), best)
+        high = torch.where(live & ~feasible, torch.minimum(high, trial), high)
+        live = live & ~(feasible & (used > 1 - tolerance)) & (best < high * (1 - tolerance)) & (trial < LARGEST)
+        if not bool(live.any()):
+            break
+        if before is not None:
+            slope = (used / before[1]).log() / (trial / before[0]).log()
+            power = torch.where(slope.isfinite(), slope.clamp(0.8, 8.0), power)
+        before = trial, used
+        aim = trial * ((1 - tolerance / 2) / used).log().div(power).clamp(-20, 20).exp()
+        middle = torch.where(best > 0, (best * high).sqrt(), high / 2)
+        outside = ~((aim > best) & (aim < high))
+        aim = torch.where(outside, torch.where(high < torch.inf, middle, 2 * trial), aim)
+        # A sample that is done goes on with what it has, so that nothing in the batch is out of range.
+        trial = torch.where(live, aim.clamp_max(LARGEST), torch.where(best > 0, best, trial))
+    return best, torch.full_like(best, torch.nan)
+
+
+def _ibp(problem: Problem, radius: Tensor) -> Tensor:
+    ball = problem.ball(radius)
+    return interval_margins(problem.network, ball, interval_boxes(problem.network, ball), problem.y)
+
+
+def _crown(problem: Problem, radius: Tensor) -> Tensor:
+    ball = problem.ball(radius)
+    return linear_margins(problem.network, ball, linear_boxes(problem.network, ball), problem.y)
+
+
+def _local(problem: Problem, radius: Tensor) -> Tensor:
+    ball = problem.ball(radius)
+    gain = gains(problem.network, ball.norm, problem.context, problem.model)
+    return lipschitz_margins(problem.network, ball, linear_boxes(problem.network, ball), problem.y, gain)[0]
+
+
+def ibp_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
+    """(radius (N,), NaN (N,)), float64 on the CPU, from interval arithmetic behind the first layer."""
+    return search(Problem(model, x, y, logits, threat, context), _ibp)
+
+
+def crown_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
+    """(radius (N,), NaN (N,)), float64 on the CPU, from linear bounds carried back through the network."""
+    return search(Problem(model, x, y, logits, threat, context), _crown)
+
+
+def local_lipschitz_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
+    """(radius (N,), NaN (N,)), float64 on the CPU, from the slopes that the activations have on the ball."""
+    return search(Problem(model, x, y, logits, threat, context), _local)
+
+
+def linear_applies(model: nn.Module, threat: Threat) -> str:
+    """'' where 'ibp', 'crown' and 'local-lipschitz' apply, else why not, in one sentence."""
+    assert isinstance(model, Chain)
+    return why_not(model, threat)

@@ -1,0 +1,73 @@
+"""method='local-lipschitz': how far each margin can move on the ball, with the activations' own slopes there (after Huang et al. 2021).
+
+On the ball h_l(x') − h_l(x) = S_l Δz_l exactly, S_l diagonal, its entries secant slopes of the curve from the clean point: within [a, b] known from
+boxes, 0 for neurons that stay inactive and 1 for those that stay active. With the centres C_l of these intervals and their halfwidths H_l,
+
+    Δm_j = ⟨g_j, δ⟩ + Σ_l ⟨a_{l,j}, E_l Δz_l⟩,   |E_l| ≤ H_l,
+
+g_j the gradient of the network with slopes C, a_{l,j} that network's derivative by h_l: the recursion of the error is linear, so this is an identity.
+Hence |Δm_j| ≤ ε‖g_j‖_* + Σ_l ‖H_l a_{l,j}‖₂ D_l with D_l ≥ ‖Δz_l‖₂ on the ball: D_1 = ‖W_1‖_{p→2}ε, D_{l+1} = σ(W_{l+1}) max|slope| D_l. Also
+|Δm_j| ≤ ‖u_y − u_j‖₂ max|slope| D_L; the smaller counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustlip.domains.lines.crown import Ball, Boxes, rival_rows
+from robustlip.domains.lines.dense import Network
+from robustlip.domains.norms import Context
+from robustlip.numerics.rounding import U64, gamma, norm_up, up
+from robustlip.numerics.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
+
+
+def gains(network: Network, norm: str, context: Context, owner: torch.nn.Module) -> list[float]:
+    """‖W_1‖ from the threat's norm to ℓ2, σ(W_2), …, rounded up, remembered."""
+
+    def compute() -> list[float]:
+        entry = {"l2": spectral_norm_bound, "linf": infinity_to_two_bound, "l1": one_to_two_bound}[norm]
+        sigma = spectral_norm_bound if network.stages[0].weight.shape[0] <= 1024 else gram_iteration_bound
+        return [float((entry if i == 0 else sigma)(s.weight.cpu())) for i, s in enumerate(network.stages)]
+
+    return context.constant(owner, f"gains-{norm}-{tuple(network.stages[0].weight.shape)}", compute)
+
+
+def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gain: list[float]) -> tuple[Tensor, Tensor]:
+    """(lower bounds (N, C) of all margins on the ball, upper bounds (N, C) of how far each moves)."""
+    clean = network.forward(ball.x)
+    errors = network.forward_errors(ball.size)
+    rows = rival_rows(y, clean[-1].shape[-1]) @ network.stages[-1].weight
+    reach = ball.radius * gain[0]
+    reaches, halves, centres, steepest = [], [], [], []
+    for i, stage in enumerate(network.hidden):
+        assert stage.curve is not None
+        off = errors[i][:, None]
+        a, b = stage.curve.slopes((clean[i] - off, clean[i] + off), boxes.low[i], boxes.high[i])
+        one = torch.ones_like(a)
+        a, b = torch.where(stage.linear, one, a), torch.where(stage.linear, one, b)
+        centres.append((a + b) / 2)
+        halves.append((b - a).clamp_min(0.0) / 2 + 8 * U64 * (a.abs() + b.abs()))
+        steepest.append(torch.maximum(a.abs(), b.abs()).amax(-1))
+        reaches.append(reach)
+        reach = reach * steepest[-1] * gain[i + 1] if i + 1 < len(network.hidden) else reach
+    moved = torch.full_like(rows[..., 0], torch.inf)
+    if network.hidden:
+        moved = norm_up(rows) * (steepest[-1] * reaches[-1])[:, None]
+    total = torch.zeros_like(moved)
+    # Products of rounded rows lose γ‖row‖₂‖W‖_F of what meets them, at most ‖Δh‖₂ ≤ steepest·reach.
+    for i in range(len(network.hidden) - 1, -1, -1):
+        stage = network.stages[i]
+        loss = 4 * gamma(sum(stage.weight.shape) + 32, U64)
+        total = total + (norm_up(rows * halves[i][:, None]) + loss * norm_up(rows) * (1 + steepest[i])[:, None]) * reaches[i][:, None]
+        rows = rows * centres[i][:, None]
+        before = ball.reach if i == 0 else steepest[i - 1] * reaches[i - 1]
+        total = total + loss * norm_up(rows) * stage.frobenius * before[:, None]
+        rows = rows @ stage.weight
+    total = up(total + ball.radius[:, None] * ball.dual(rows))
+    # The head's rows were rounded once.
+    head = network.stages[-1]
+    last = ball.reach if not network.hidden else steepest[-1] * reaches[-1]
+    total = torch.minimum(total, moved) + (4 * U64 * 2 * head.frobenius * last)[:, None]
+    margin = clean[-1].gather(1, y[:, None]) - clean[-1]
+    return margin - total - 2 * errors[-1][:, None] - 4 * U64 * margin.abs(), total

@@ -1,0 +1,103 @@
+"""Constants of a network, pair by pair, and radii from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustlip.domains.margins import margins
+from robustlip.domains.norms import Context
+from robustlip.domains.norms.bound import GlobalBound, entry
+from robustlip.domains.quadratic.layers import Network, pair_rows
+from robustlip.domains.quadratic.reach import row_gains, whole_gain
+from robustlip.errors import BadInput
+from robustlip.layers import Chain
+from robustlip.numerics.rounding import up
+from robustlip.numerics.spectral import spectral_norm_bound
+from robustlip.threats import InputBall, Threat
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Guaranteed ℓ2 constants in exact arithmetic, rounded up.
+
+    pairs: (C, C) symmetric, |m_yj(x') − m_yj(x)| ≤ pairs[y, j]·‖x' − x‖₂ for the margin of logit y over j; 1 on the diagonal, where nothing is asked.
+    whole: ‖f(x') − f(x)‖₂ ≤ whole·‖x' − x‖₂.
+    """
+
+    pairs: Tensor
+    whole: float
+
+    def and_also(self, other: Constants) -> Constants:
+        """The smaller of both, which hold at once; a pair moves by at most √2 times what all logits do."""
+        whole = min(self.whole, other.whole)
+        limit = torch.full_like(self.pairs, whole * math.sqrt(2) * (1 + 1e-15))
+        return Constants(torch.minimum(torch.minimum(self.pairs, other.pairs), limit).fill_diagonal_(1.0), whole)
+
+
+def constants_at(network: Network, x: Tensor | None, proved: bool) -> Constants:
+    """The constants that δδᵀ ⪯ ‖x' − x‖²·X in front of the head gives; infinite where it is not proved."""
+    classes = len(network.head.mid)
+    pairs = torch.full((classes, classes), math.inf, dtype=torch.float64).fill_diagonal_(1.0)
+    if not proved:
+        return Constants(pairs, math.inf)
+    rows, first, second = pair_rows(network.head)
+    gains = row_gains(rows, x).nan_to_num(math.inf, math.inf)
+    pairs[first, second] = pairs[second, first] = gains
+    found = Constants(pairs, whole_gain(network.head, x))
+    return found.and_also(found)
+
+
+def product_of_norms(network: Network) -> Constants:
+    """The usual bound, for comparison and as the largest that any method here returns: ‖u_y − u_j‖·Π σ(W)·slope."""
+    gain = torch.ones((), dtype=torch.float64)
+    for weight, constraint in network.stages:
+        slope = (constraint.keep.coefficient[:, 0].abs() + constraint.write.coefficient[:, 0].abs()).amax()
+        # Elementwise: one coefficient a row, m + r. Sorting and reflecting mix rows and keep ℓ2.
+        factor = slope if constraint.keep.index.shape[1] == 1 else torch.ones_like(slope)
+        radius = 0.0 if weight.rad is None else torch.linalg.matrix_norm(weight.rad) * (1 + 1e-9)
+        gain = up(gain * (spectral_norm_bound(weight.mid) + radius) * factor)
+    return constants_at(network, torch.eye(network.head.mid.shape[1], dtype=torch.float64) * up(gain.square()), True)
+
+
+def constant_radii(
+    constants: Constants, model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context
+) -> tuple[Tensor, Tensor]:
+    """(radius (N,), ℓ2 constant of the rival that binds (N,)), float64 on the CPU; radius 0 and NaN where the margin or the rounding forbids.
+
+    Rival j cannot win while pairs[y, j]·‖δ‖₂ < m_j − 2‖u_y − u_j‖·rounding − 4·single: the executed logits, clean and perturbed, are each off by
+    the rounding in front of the head and by that of a single logit, both at the radius in question. ‖δ‖₂ ≤ √n‖δ‖_∞ and ‖δ‖₂ ≤ ‖δ‖₁.
+    """
+    from robustlip.domains.search import largest_radius
+
+    assert isinstance(threat, InputBall)
+    layers, inside, norm = entry(model, x, threat)
+    size = inside.shape[1:].numel()
+    first = next(layer for layer in layers if isinstance(layer, torch.nn.Linear))
+    if first.in_features != size:
+        shape = tuple(inside.shape[1:])
+        raise BadInput(f"expected samples of {first.in_features} numbers in front of the first Linear layer, got {shape}; flatten them")
+    growth = math.sqrt(size) * (1 + 1e-15) if threat.norm == "linf" else 1.0
+    y = y.cpu()
+    bound = GlobalBound(model, layers, inside, norm, threat, y, context)
+    margin = margins(logits.detach().cpu(), y)
+    table, heads = constants.pairs[y], bound.pairs("l2")[y]
+    # Rows that are equal up to rounding would divide by 0; a larger constant is still a bound.
+    table = table.clamp_min(max(1e-9 * float(constants.pairs[torch.isfinite(constants.pairs)].amax()), 1e-300))
+
+    def room(radius: Tensor) -> Tensor:
+        """(N, C): by how much ‖δ‖₂ could grow before rival j might win, if it were the only one."""
+        state, _, single = bound.at(radius)
+        lost = up(2 * heads * state.rounding[:, None] + 4 * single[:, None])
+        return ((margin * (1 - 1e-12) - lost) / table * (1 - 1e-15)).scatter(1, y[:, None], torch.inf)
+
+    def evaluate(radius: Tensor) -> tuple[Tensor, Tensor]:
+        return up(radius * growth), room(radius).amin(-1)
+
+    radius, _ = largest_radius(evaluate, 1e-9 * norm.clamp_min(1e-3))
+    radius = torch.where(margin.amin(-1) > 0, radius, torch.zeros_like(radius)).nan_to_num(0.0)
+    binding = table.gather(1, room(radius).argmin(-1, keepdim=True))[:, 0]
+    return radius, torch.where(radius > 0, binding, torch.full_like(radius, torch.nan))

@@ -1,0 +1,95 @@
+"""A chain of linear layers and activations as the certifiers of this package see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.norms import rule_for
+from robustlip.domains.norms.elementwise import DROPOUTS
+from robustlip.domains.quadratic.constraints import Quadratic, constraint_of, known
+from robustlip.layers import Chain, Normalize
+from robustlip.numerics.enclosures import Ball, product
+from robustlip.numerics.rounding import U64
+from robustlip.threats import InputBall, Threat
+
+
+@dataclass(frozen=True)
+class Network:
+    """stages: (W, activation) in order: differences δ of the activations before become v = Wδ, then what the constraint allows. head: (C, n).
+
+    Exact arithmetic of the model's weights; products of layers that follow each other directly, and divisions by a std, are enclosed.
+    """
+
+    stages: tuple[tuple[Ball, Quadratic], ...]
+    head: Ball
+
+    @property
+    def inputs(self) -> int:
+        return int((self.stages[0][0] if self.stages else self.head).mid.shape[1])
+
+
+def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
+    """'' where `network_of` reads the model, or one sentence why not. what: the method's name, to begin the sentence with; largest: neurons."""
+    if not isinstance(threat, InputBall):
+        return f"{what} is for changes of the input (l1, l2, linf), this threat is {threat.name}"
+    layers = list(model)
+    if type(layers[-1]) is not nn.Linear:
+        return f"{what} needs a Linear layer at the end, this model ends with {type(layers[-1]).__name__}"
+    mixed, width = False, 0
+    for layer in layers:
+        if type(layer) is nn.Linear:
+            mixed, width = True, width + layer.out_features
+        elif type(layer) is nn.Flatten:
+            if mixed:
+                return f"{what} is for vectors, this model flattens behind a Linear layer"
+        elif type(layer) is Normalize:
+            if mixed and layer.std.numel() > 1:
+                return f"{what} knows Normalize by channel in front of the first Linear layer only"
+        elif not mixed and type(layer) not in DROPOUTS:
+            return f"{what} needs a Linear layer in front of all others, this model begins with {type(layer).__name__}"
+        elif not known(layer) and type(layer) not in DROPOUTS:
+            return f"{what} is for chains of Linear layers and activations, this one has {type(layer).__name__}"
+    if width > largest:
+        return f"{what} is for at most {largest} neurons, this model has {width}"
+    return ""
+
+
+def _exact(layer: nn.Linear) -> Ball:
+    return Ball(layer.weight.detach().double().cpu())
+
+
+def network_of(model: Chain) -> Network:
+    """The network of a chain that `refusal` accepts. Normalize by channel is taken as its largest gain: ‖(x' − x)/std‖ ≤ ‖x' − x‖/min|std|."""
+    stages: list[tuple[Ball, Quadratic]] = []
+    linear: Ball | None = None
+    width = 0
+    gain = 1.0  # of scalings in front of the next Linear layer
+    for layer in model:
+        rule_for(layer)  # refuses hooks, which can change what a layer computes
+        if type(layer) is Normalize:
+            gain = gain / float(layer.std.double().abs().min()) * (1 + 4 * U64)
+        elif type(layer) is nn.Linear:
+            weight = _exact(layer) if gain == 1.0 else _exact(layer).scaled(gain)
+            gain = 1.0
+            linear = weight if linear is None else product(weight, linear)
+            width = layer.out_features
+        elif type(layer) is not nn.Flatten and type(layer) not in DROPOUTS:
+            constraint = constraint_of(layer, width)
+            linear = Ball(torch.eye(width, dtype=torch.float64)) if linear is None else linear
+            if gain != 1.0:
+                linear, gain = linear.scaled(gain), 1.0
+            if constraint is not None:
+                stages.append((linear, constraint))
+                linear = None
+    assert linear is not None
+    return Network(tuple(stages), linear)
+
+
+def pair_rows(head: Ball) -> tuple[Ball, Tensor, Tensor]:
+    """(u_i − u_j for all pairs i < j of logits, i, j)."""
+    first, second = torch.triu_indices(len(head.mid), len(head.mid), 1)
+    radius = head.radius()
+    return Ball(head.mid[first], radius[first]).minus(Ball(head.mid[second], radius[second])), first, second
