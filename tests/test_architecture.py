@@ -1,0 +1,77 @@
+"""Who may import whom: arrows point down, and no room imports in a circle (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up; a room imports its own row and those in front of it, never a later one. Imports inside functions count too.
+FLOORS = (
+    ("errors",),
+    ("names", "threats", "execution", "modes", "parallel", "plugins", "locks", "foreign", "limits"),
+    ("files", "numerics", "hashing", "checks", "certificates"),
+    ("layers", "data", "muon"),
+    ("ops", "target", "samples", "constraints", "checkpoints"),
+    ("domains.margins", "domains.search"),
+    ("domains.norms",),
+    ("domains.lines", "domains.expansion"),
+    ("domains.quadratic",),
+    ("certifiers",),
+    ("models", "attacks", "certificate_file"),
+    ("training", "verification", "comparison", "importing", "sweep"),
+    ("gate", "eval", "console"),
+    ("cli", "cli_audit", "cli_import", "cli_methods", "cli_smooth", "cli_sweep", "cli_trust"),
+    ("__main__",),
+)
+FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+FOLDERS = {"robustlip": "robustlip", "attacks": "robustlip.attacks", "eval": "robustlip.eval", "models": "robustlip.models"}
+# The command line's verbs share one file of options today.
+SAME_FLOOR = {("cli", "cli_audit"), ("cli", "cli_import"), ("cli", "cli_methods"), ("cli", "cli_smooth"), ("cli", "cli_sweep"), ("cli", "cli_trust")}
+
+
+def room(module: str) -> str:
+    """domains have a room each; any other package or file of robustlip is one."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[:2]) if parts[:1] == ["domains"] and len(parts) > 1 else parts[0] if parts else ""
+
+
+def arrows() -> set[tuple[str, str, str]]:
+    """(room, room that it imports, file)."""
+    found = set()
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            inner = path.relative_to(ROOT / folder)
+            if folder == "robustlip" and inner.parts[0] in ("attacks", "eval", "models"):
+                continue  # links to the folders above
+            here = room(".".join([package, *inner.with_suffix("").parts]).removesuffix(".__init__"))
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                modules = []
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("robustlip"):
+                    modules = [f"{node.module}.{alias.name}" for alias in node.names]
+                elif isinstance(node, ast.Import):
+                    modules = [alias.name for alias in node.names if alias.name.startswith("robustlip.")]
+                found |= {(here, there, str(path.relative_to(ROOT))) for module in modules if (there := room(module)) and there != here}
+    return found
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {a for a, _, _ in arrows()} - {""}
+    assert rooms - FLOOR.keys() == set()
+
+
+def test_arrows_point_down() -> None:
+    known = {(a, b, where) for a, b, where in arrows() if a in FLOOR and b in FLOOR}
+    up = sorted((a, b, where) for a, b, where in known if FLOOR[b] > FLOOR[a])
+    level = sorted((a, b, where) for a, b, where in known if FLOOR[b] == FLOOR[a] and tuple(sorted((a, b))) not in SAME_FLOOR)
+    assert up == []
+    both = {(a, b) for a, b, _ in level} & {(b, a) for a, b, _ in level}
+    assert both == set(), "a circle"
+
+
+@pytest.mark.parametrize("wrong", [("ops", "domains.norms"), ("domains.norms", "certifiers"), ("numerics", "layers"), ("certifiers", "attacks")])
+def test_the_test_would_see_an_arrow_that_points_up(wrong) -> None:
+    assert FLOOR[wrong[1]] > FLOOR[wrong[0]]
+    assert wrong not in {(a, b) for a, b, _ in arrows()}
