@@ -23,7 +23,7 @@ from robustlip.execution import covered
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_request
 from robustlip.target import Target
-from robustlip.threats import InputBall, Threat
+from robustlip.threats import InputBall, Threat, order_of
 
 # How far the rounding of inputs to the model's dtype may move them, in radii: an attack loses this much of its ball.
 MOVED = 0.01
@@ -347,7 +347,7 @@ def _check_samples(x: torch.Tensor, y: torch.Tensor, threat: Threat, dtype: torc
     if not bool(torch.isfinite(seen).all()):
         raise BadInput(f"expected inputs that {_name(dtype)} (the model's dtype) can hold, got values that overflow it; scale them")
     if threat.radius is not None:
-        moved = float((seen.double() - x.double()).flatten(1).norm(p={"l1": 1.0, "l2": 2.0, "linf": math.inf}[threat.norm], dim=1).max())
+        moved = float((seen.double() - x.double()).flatten(1).norm(p=order_of(threat.norm), dim=1).max())
         if moved > MOVED * threat.radius:
             raise BadInput(
                 f"expected inputs that {_name(dtype)} (the model's dtype) can hold exactly, or with a rounding far below the radius "

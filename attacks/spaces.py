@@ -15,7 +15,7 @@ from torch import nn
 
 from robustlip.errors import BadInput
 from robustlip.target import Target
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of, order_of
 
 # Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
 INSIDE = 1e-12
@@ -243,10 +243,10 @@ class InputSpace(Space):
         return torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
 
     def measure(self, delta: torch.Tensor) -> torch.Tensor:
-        return self._norm(delta, {"l1": 1, "l2": 2, "linf": torch.inf}[self.norm])
+        return self._norm(delta, order_of(self.norm))
 
     def dual(self, grad: torch.Tensor) -> torch.Tensor:
-        return self._norm(grad, {"l1": torch.inf, "l2": 2, "linf": 1}[self.norm])
+        return self._norm(grad, dual_order_of(self.norm))
 
     def direction(self, grad: torch.Tensor) -> torch.Tensor:
         if self.norm == "linf":

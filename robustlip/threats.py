@@ -15,8 +15,25 @@ from typing import Literal, Union
 
 from robustlip.errors import BadInput
 
-INPUT_NORMS = ("l1", "l2", "linf")
+# The p of ‖·‖_p by name.
+ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
+INPUT_NORMS = tuple(ORDERS)
 WEIGHT_NORMS = ("spectral", "frobenius")
+
+
+def order_of(norm: str) -> float:
+    """p of the norm ‖·‖_p: 1, 2 or infinity."""
+    return ORDERS[norm]
+
+
+def dual_order_of(norm: str) -> float:
+    """q of the dual norm: the largest ⟨g, δ⟩ over ‖δ‖_p ≤ 1 is ‖g‖_q, 1/p + 1/q = 1."""
+    return {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[ORDERS[norm]]
+
+
+def l2_factor(norm: str, numbers: int) -> float:
+    """‖δ‖₂ ≤ this·‖δ‖ for δ of so many numbers, rounded up: √n in ℓ∞, 1 in ℓ2 and ℓ1."""
+    return math.sqrt(numbers) * (1 + 1e-15) if ORDERS[norm] == math.inf else 1.0
 
 
 def _check_radius(radius: float | None) -> None:

@@ -40,7 +40,7 @@ from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import NAMES, down, dtype_of, up
 from robustlip.samples import as_request
-from robustlip.threats import InputBall, Threat
+from robustlip.threats import InputBall, Threat, order_of
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
 
@@ -134,8 +134,7 @@ def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tenso
     """Radii around the point that was given, when the model's dtype cannot hold it: smaller by how far the cast moved it."""
     if not isinstance(threat, InputBall) or given.dtype == cast.dtype:
         return radii
-    order = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}[threat.norm]
-    moved = torch.linalg.vector_norm((given.double() - cast.double()).flatten(1), ord=order, dim=-1).cpu()
+    moved = torch.linalg.vector_norm((given.double() - cast.double()).flatten(1), ord=order_of(threat.norm), dim=-1).cpu()
     return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)
 
 

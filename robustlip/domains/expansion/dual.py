@@ -29,7 +29,7 @@ from robustlip.errors import UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Sum
 from robustlip.numerics.rounding import up
 from robustlip.ops import is_elementwise
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of
 
 # Rivals whose adjoints are carried at once.
 RIVALS = 4
@@ -52,8 +52,7 @@ def dual_applies(model: Chain, threat: Threat) -> str:
 def first_order(g: Tensor, threat: Threat) -> Tensor:
     """The largest ⟨g, δ⟩ over the unit ball of the threat: g (A, N, T, D) → (A, N), rounded up."""
     if isinstance(threat, InputBall):
-        order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[threat.norm]
-        return up(torch.linalg.vector_norm(g.flatten(2), ord=order, dim=-1) * (1 + 1e-12))
+        return up(torch.linalg.vector_norm(g.flatten(2), ord=dual_order_of(threat.norm), dim=-1) * (1 + 1e-12))
     assert isinstance(threat, EmbeddingBall)
     chosen = g[..., threat.positions(g.shape[-2]), :]
     if threat.joint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound, quartic_bound
 from robustlip.ops.affine import Matrix
+from robustlip.threats import l2_factor
 
 
 def dual_norms(rows: Tensor, space: str) -> Tensor:
@@ -64,7 +64,7 @@ class Affine(Expansion):
         self.constants: LinearConstants = scope.context.constant(layer, f"local-{scope.space}", lambda: LinearConstants.of(layer, scope.space))
         self.norm = norm_up(clean)
         self.clean = F.linear(clean, self.constants.weight, self.constants.bias)
-        self._space_factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
+        self._space_factor = l2_factor(scope.space, clean.shape[-1])
 
     def lipschitz(self) -> Tensor | float:
         return self.constants.matrix.sigma

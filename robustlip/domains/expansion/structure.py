@@ -20,6 +20,7 @@ from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.affine import shift_error, standardize_error
 from robustlip.ops.joins import mean_error, weighted_sum_error
+from robustlip.threats import l2_factor, order_of
 
 # Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
 _ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
@@ -39,7 +40,7 @@ class ToL2(Expansion):
 
     def __init__(self, clean: Tensor, space: str) -> None:
         self.clean = clean
-        self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == "linf" else 1.0
+        self.factor = l2_factor(space, clean.shape[-1])
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         return radius * self.factor, error
@@ -290,8 +291,7 @@ class FlattenExpansion(Expansion):
         self.clean = clean.flatten(1).unsqueeze(1)
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        order = {"l2": 2.0, "l1": 1.0, "linf": torch.inf}[self.space]
-        joined = up(torch.linalg.vector_norm(radius, ord=order, dim=-1, keepdim=True) * (1 + 1e-12))
+        joined = up(torch.linalg.vector_norm(radius, ord=order_of(self.space), dim=-1, keepdim=True) * (1 + 1e-12))
         return joined, up(torch.linalg.vector_norm(error, dim=-1, keepdim=True) * (1 + 1e-12))
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
@@ -361,7 +361,7 @@ class NormalizeExpansion(Expansion):
         self.gain = float(self.scale.abs().amax()) * (1 + 1e-15)
         self.clean = (clean - self.shift) * self.scale
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
-        self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if scope.space == "linf" else 1.0
+        self.factor = l2_factor(scope.space, clean.shape[-1])
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         reach = self.reach + self.factor * radius

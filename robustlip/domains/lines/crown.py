@@ -17,6 +17,7 @@ from torch import Tensor
 
 from robustlip.domains.lines.dense import Network, Stage
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
+from robustlip.threats import dual_order_of, l2_factor
 
 # Samples are taken so many at a time that the rows of all of them are at most this many numbers: what a processor's cache holds.
 CHUNK = 2**21
@@ -32,8 +33,7 @@ class Ball:
 
     def dual(self, rows: Tensor) -> Tensor:
         """max ⟨row, δ⟩ over ‖δ‖ ≤ 1, rounded up: the dual norm over the last dimension. Squares below 1e-300 may vanish: 1e-140 covers them."""
-        order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]
-        return torch.linalg.vector_norm(rows, ord=order, dim=-1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
+        return torch.linalg.vector_norm(rows, ord=dual_order_of(self.norm), dim=-1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
 
     def part(self, index: slice) -> Ball:
         return Ball(self.x[index], self.radius[index], self.norm)
@@ -41,7 +41,7 @@ class Ball:
     @property
     def reach(self) -> Tensor:
         """‖δ‖₂ ≤ this (N,)."""
-        return up(self.radius * (math.sqrt(self.x.shape[-1]) if self.norm == "linf" else 1.0))
+        return up(self.radius * l2_factor(self.norm, self.x.shape[-1]))
 
     @property
     def size(self) -> Tensor:

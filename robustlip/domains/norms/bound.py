@@ -19,7 +19,7 @@ from robustlip.errors import BadInput
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import norm_up, quick_norm_up, up
 from robustlip.ops.affine import Matrix, row_error
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of
 
 
 def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Tensor, Tensor]:
@@ -80,7 +80,7 @@ class GlobalBound:
 
         def compute() -> Tensor:
             rows = head.weight.detach().double().cpu()
-            order = {"l2": 2.0, "linf": 1.0, "l1": float("inf")}[space]  # the dual norm
+            order = dual_order_of(space)
             # u_y − u_j rounds once per entry, the norm a few times per entry; gamma of the width covers both.
             difference = rows[:, None] - rows[None]
             if space == "l2":

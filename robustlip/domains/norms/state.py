@@ -7,7 +7,6 @@ shape (one entry per sample and radius tried), and returns the state behind its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from robustlip.execution import check_plain
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.numerics.rounding import SMALLEST, up
 from robustlip.ops import elementwise_layers
+from robustlip.threats import l2_factor
 
 # More than the few products of one rule can lose by underflow.
 VANISHED = 64 * SMALLEST
@@ -59,8 +59,7 @@ class State:
         """The same bounds with `change` in ℓ2: ‖·‖₂ ≤ ‖·‖₁ and ‖·‖₂ ≤ √width·‖·‖_∞."""
         if self.space == "l2":
             return self
-        factor = math.sqrt(self.width) * (1 + 1e-15) if self.space == "linf" else 1.0
-        return replace(self, change=self.change * factor, space="l2")
+        return replace(self, change=self.change * l2_factor(self.space, self.width), space="l2")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from robustlip.errors import BadInput
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import up
 from robustlip.numerics.spectral import spectral_norm_bound
-from robustlip.threats import InputBall, Threat
+from robustlip.threats import InputBall, Threat, l2_factor
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def constant_radii(
     if first.in_features != size:
         shape = tuple(inside.shape[1:])
         raise BadInput(f"expected samples of {first.in_features} numbers in front of the first Linear layer, got {shape}; flatten them")
-    growth = math.sqrt(size) * (1 + 1e-15) if threat.norm == "linf" else 1.0
+    growth = l2_factor(threat.norm, size)
     y = y.cpu()
     bound = GlobalBound(model, layers, inside, norm, threat, y, context)
     margin = margins(logits.detach().cpu(), y)
