@@ -305,7 +305,7 @@ MUTATIONS = [
              "fresh = (terms + 2) * arithmetic.unit * norm",
              "fresh = 0 * arithmetic.unit * norm", f"{LOCAL} -k 'rounding_as_executed and residual or rounding_as_executed and blocks'"),
     Mutation("local: √n of ℓ∞ to ℓ2 dropped", AT_STRUCTURE,
-             "self.factor = math.sqrt(clean.shape[-1]) * (1 + 1e-15) if space == \"linf\" else 1.0", "self.factor = 1.0",
+             "self.factor = l2_factor(space, clean.shape[-1])", "self.factor = 1.0",
              f"{LOCAL} -k 'promises and linf'"),
     Mutation("local: flattened tokens move as the largest of them", AT_STRUCTURE,
              "joined = up(torch.linalg.vector_norm(radius, ord=order_of(self.space)", "joined = up(torch.linalg.vector_norm(radius, ord=torch.inf", f"{LOCAL} -k 'promises and flatten'"),

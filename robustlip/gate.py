@@ -39,7 +39,7 @@ from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.numerics.rounding import dtype_of
 from robustlip.target import Target
-from robustlip.threats import InputBall, Threat, parse_threat
+from robustlip.threats import InputBall, Threat, order_of, parse_threat
 from robustlip.verification import BATCH, CHEAP, Advance, Budget, Verification, cast, is_training, prove, verify
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -396,8 +396,7 @@ def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: 
     if x.is_floating_point() and x.dtype != target.dtype(x):
         seen = x.to(target.dtype(x))
         if isinstance(ball, InputBall):  # the attack starts from the cast point; radii count from the given one
-            order = {"l1": 1.0, "l2": 2.0, "linf": math.inf}[ball.norm]
-            moved = torch.linalg.vector_norm((seen.double() - x.double()).flatten(1), ord=order, dim=1).numpy()
+            moved = torch.linalg.vector_norm((seen.double() - x.double()).flatten(1), ord=order_of(ball.norm), dim=1).numpy()
         x = seen
     generator = torch.Generator().manual_seed(seed)
     observed = attack(chain, x.to(where), data.y.to(where), ball, generator=generator, index=data.index)
