@@ -40,13 +40,13 @@ from robustlip import __version__
 from robustlip.attacks.worst_weights import newhouse_counterexample
 from robustlip.certifiers import RULES_VERSION, certify
 from robustlip.data import load_data
-from robustlip.layers import AddPositions, Chain, GroupSort, Householder, MaxMin, Residual, ScaledGELU
+from robustlip.layers import AddPositions, Chain, Channels, Concatenate, GroupSort, Householder, MaxMin, Residual, ScaledGELU, Sum
 from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer, zoo
 from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")
-MORE = ("gpt-aligned", "gpt-maxmin")  # only when named with --families
+MORE = ("gpt-aligned", "gpt-maxmin", "joined")  # only when named with --families
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Draw = torch.Generator
 
@@ -107,6 +107,30 @@ def mlp_residual(g: Draw) -> tuple[Chain, Tensor]:
         layers[f"block{i}"] = Residual(nn.Sequential(*parts), skip=pick(g, (1.0, 0.5, 0.9)), weight=pick(g, (1.0, 0.5, -0.3)))
     layers["head"] = nn.Linear(width, pick(g, (2, 6)))
     return randomised(Chain(layers), g), vectors(g, 1536, n)
+
+
+def _branch(g: Draw, before: int, behind: int, depth: int) -> nn.Module:
+    """A random graph of layers from `before` numbers to `behind`: series, sums and concatenations of branches, slices."""
+    kind = pick(g, ("series", "series", "sum", "concatenate", "slice")) if depth else "series"
+    if kind == "sum":
+        parts = [_branch(g, before, behind, depth - 1) for _ in range(pick(g, (2, 2, 3)))]
+        parts += [nn.Identity()] if before == behind and number(g, 0, 1) < 0.5 else []
+        return Sum(*parts, weights=[pick(g, (1.0, 0.5, -0.7)) for _ in parts])
+    if kind == "concatenate" and behind >= 2:
+        first = 1 + pick(g, range(behind - 1))
+        return Concatenate(_branch(g, before, first, depth - 1), _branch(g, before, behind - first, depth - 1))
+    if kind == "slice" and before >= 2:
+        start = pick(g, range(before - 1))
+        stop = start + 1 + pick(g, range(before - start))
+        return nn.Sequential(Channels(start, stop), _branch(g, stop - start, behind, depth - 1))
+    width = pick(g, (6, 10))
+    return nn.Sequential(nn.Linear(before, width), pick(g, (nn.ReLU, nn.GELU, nn.Tanh, MaxMin, nn.SiLU))(), nn.Linear(width, behind))
+
+
+def joined(g: Draw) -> tuple[Chain, Tensor]:
+    n, width = pick(g, (3, 8)), pick(g, (4, 8))
+    layers = [_branch(g, n, width, 2), pick(g, (nn.ReLU, nn.Identity))(), _branch(g, width, width, pick(g, (0, 1, 2))), nn.Linear(width, pick(g, (2, 5)))]
+    return randomised(Chain(*layers), g), vectors(g, 1024, n)
 
 
 def mlp_tight(g: Draw) -> tuple[Chain, Tensor]:
@@ -234,7 +258,7 @@ def from_zoo(g: Draw, name: str | None = None) -> tuple[Chain, Tensor]:
     return model, (image + 0.02 * torch.rand(image.shape, generator=g)).clamp(0, 1)
 
 
-BUILD = dict(zip(FAMILIES + MORE, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin), strict=True))
+BUILD = dict(zip(FAMILIES + MORE, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin, joined), strict=True))
 
 
 def threats_for(model: Chain, x: Tensor, g: Draw) -> list[Threat]:
