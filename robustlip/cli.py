@@ -460,17 +460,18 @@ def zoo_list(json: Json = None) -> None:
     out = Out(json)
     cards = {name: zoo.card(name) for name in zoo.names()}
     out.json({"models": [{"name": name, **card} for name, card in cards.items()]})
+    wide = out.console().width >= 100
     rows = [
         [
             name,
             str(card.get("data", DASH)) + (f" ({card['data_note']})" if card.get("data_note") else ""),
             percent(card.get("val_accuracy")),
             str(card.get("parameters", DASH)),
-            str(card.get("weights_sha256", DASH))[:12],
+            *([str(card.get("weights_sha256", DASH))[:12]] if wide else []),
         ]
         for name, card in cards.items()
     ]
-    out.table("zoo", ["Model", "Data", "Validation acc. (%)", "Parameters", "Weights, SHA-256"], rows)
+    out.table("zoo", ["Model", "Data", "Validation\nacc. (%)", "Parameters", *(["Weights, SHA-256"] if wide else [])], rows)
 
 
 @zoo_app.command("show")
