@@ -221,7 +221,7 @@ def check_tensor(name: str, value: Tensor) -> None:
     if value.device.type == "meta":
         raise BadInput(f"expected weights with values, got {name} on the meta device; load the weights first (to_empty and load_state_dict)")
     if value.is_inference():
-        raise BadInput(f"expected weights that can be copied and differentiated, got {name} made under torch.inference_mode(); load them outside of it")
+        raise BadInput(f"expected weights that can be copied and differentiated, got {name} made under torch.inference_mode(); load them outside")
     if value.is_neg() or value.is_conj() or torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise BadInput(f"expected plain tensors as weights, got {name} as a lazy view; assign a clone of it")
 

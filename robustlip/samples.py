@@ -127,7 +127,7 @@ def _loaded(source: Any) -> tuple[Any, Any]:
         count = len(source)
     except TypeError:
         raise BadInput(f"expected a {kind} with a length, got one without; collect a limited number of samples into tensors first") from None
-    batched = isinstance(source, DataLoader) and source.batch_size is not None or getattr(source, "batch_sampler", None) is not None
+    batched = (isinstance(source, DataLoader) and source.batch_size is not None) or getattr(source, "batch_sampler", None) is not None
     generators = {id(g): g for g in _generators(source)}
     states = [(g, g.get_state()) for g in generators.values()]
     with undrawn():

@@ -230,7 +230,8 @@ def verify(
 
     data: from `load_rows`. budget: what it may cost; a file that asks for more is not verified (finding 'work'), before anything is recomputed.
     batch_size: samples at once; None: as the budget or the file says, or 256. advance: called with (samples done, samples).
-    Ctrl-C while it recomputes ends in a Verification that is `interrupted`, and so not verified. Raises BadInput when the model cannot be certified in that way at all.
+    Ctrl-C while it recomputes ends in a Verification that is `interrupted`, and so not verified.
+    Raises BadInput when the model cannot be certified in that way at all.
     """
     if refusal := replace(budget, batch_size=batch_size or budget.batch_size).refusal(file):
         return Verification((Finding("work", refusal),))

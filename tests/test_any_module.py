@@ -209,7 +209,7 @@ def test_answers_without_plain_logits_are_refused(answer, message) -> None:  # t
 
 def test_what_is_no_module_or_has_no_values_is_refused() -> None:
     x, y = samples()
-    with pytest.raises(BadInput, match="nn.Module, got function"):
+    with pytest.raises(BadInput, match=r"nn\.Module, got function"):
         QUICK(lambda x: x, x, y, L2)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="meta device"):
         QUICK(plain().to("meta"), x, y, L2)

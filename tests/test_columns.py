@@ -55,16 +55,17 @@ def accuracy(path: str) -> float:
 
 
 @pytest.mark.parametrize("verb", [
-    ("certify", "--method", "global"), ("certify", "--method", "all"), ("attack", "--attack", "pgd", "--radius", 0.1), ("smooth", "--sigma", 0.1, "--samples", 20),
+    ("certify", "--method", "global"), ("certify", "--method", "all"), ("attack", "--attack", "pgd", "--radius", 0.1),
+    ("smooth", "--sigma", 0.1, "--samples", 20),
     ("audit", "--starts", 2, "--steps", 2),
 ])  # fmt: skip
 def test_verbs_take_columns(capsys: pytest.CaptureFixture[str], verb: tuple[object, ...]) -> None:
     name, *rest = verb
     assert run(name, MODEL, "--data", "x.parquet", *rest, "--json", "out.json") == 2
     said = capsys.readouterr().err
-    assert "--image-column" in said and "image, right" in said or "--label-column" in said
+    assert ("--image-column" in said and "image, right" in said) or "--label-column" in said
     assert run(name, MODEL, "--data", "x.parquet", *rest, *COLUMNS, "--json", "out.json") == 0, capsys.readouterr().err
-    if rest[:1] == ["--method"] and rest[1] == "global" or name == "attack":
+    if (rest[:1] == ["--method"] and rest[1] == "global") or name == "attack":
         assert accuracy("out.json") == 1.0  # the blank images of 'image' are not what was read
     assert run(name, MODEL, "--data", "mine:test", *rest, *COLUMNS) == 2 and "--subset" in capsys.readouterr().err
     assert run(name, MODEL, "--data", "mine:test", *rest, *COLUMNS, "--subset", "b") == 0
@@ -147,7 +148,8 @@ def test_text_columns_of_models_of_characters(capsys: pytest.CaptureFixture[str]
     page = Path(cli.__file__).with_name("page.txt").read_text(encoding="utf-8")
     pq.write_table(pa.table({"line": [page], "text": [page[::-1]]}), "words.parquet")
     model = "shakespeare-gpt-lipschitz"
-    arguments = (model, "--data", "words.parquet", "--text-column", "line", "--limit", 1, "--context", 8, "--threat", "embedding-l2", "--method", "global")
+    arguments = (model, "--data", "words.parquet", "--text-column", "line", "--limit", 1, "--context", 8)
+    arguments += ("--threat", "embedding-l2", "--method", "global")
     assert run("certify", *arguments, "--json", "c.json") == 0, capsys.readouterr().err
     assert read("c.json").data.text_column == "line"
     assert run("verify", "c.json", "--model", model) == 0, capsys.readouterr().err

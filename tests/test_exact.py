@@ -6,6 +6,7 @@ last place is false.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -23,9 +24,19 @@ from robustlip.certifiers.local import Reference
 from robustlip.certifiers.mlp import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii
 from robustlip.certifiers.mlp.curves import CURVES, Relu, Smooth, curve_of
 from robustlip.certifiers.mlp.dual import _plain
-from robustlip.certifiers.mlp.linear import Ball, Boxes, band_of, first_box, interval_boxes, interval_margins, interval_step, linear_boxes, linear_margins
+from robustlip.certifiers.mlp.linear import (
+    Ball,
+    Boxes,
+    band_of,
+    first_box,
+    interval_boxes,
+    interval_margins,
+    interval_step,
+    linear_boxes,
+    linear_margins,
+)  # fmt: skip
 from robustlip.certifiers.mlp.local import gains, lipschitz_margins
-from robustlip.certifiers.mlp.network import Network, Stage, network_of
+from robustlip.certifiers.mlp.network import Network, Stage
 from robustlip.certifiers.mlp.quadratic import Dual, Instances, Multipliers, Scales, form_of, proved_offset
 from robustlip.certifiers.mlp.radii import Problem
 from robustlip.certifiers.sdp import constants as sdp_constants
@@ -78,7 +89,7 @@ def run(network: Network, x: Tensor) -> list[list[Fraction]]:
 
 def relu_network(widths: list[int], seed: int, spread: float = 1.0) -> Network:
     stages = []
-    for i, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (n, m) in enumerate(itertools.pairwise(widths)):
         last = i == len(widths) - 2
         some = torch.arange(m) % 5 == 4  # neurons that pass by the activation
         weight, bias = wide(m, n, seed=10 * seed + i, spread=spread), wide(m, seed=10 * seed + i + 500, spread=spread)

@@ -79,7 +79,7 @@ def table_to_dataset(
     image = pick(table, image_column, _image_columns(table), "image", "--image-column")
     if not (is_bytes(table.types[image]) or holds_bytes(table.types[image])):
         raise BadInput(
-            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store images as the hub does: a struct with bytes"
+            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store a struct with bytes, as the hub"
         )
     if table.rows == 0:
         raise BadInput(f"expected at least one row in {name}, got none; give a file with samples")
@@ -262,7 +262,7 @@ def _opened(cell: Any, row: int, name: str) -> Iterator[Picture]:
     if not isinstance(cell, bytes):
         raise BadInput(f"expected the bytes of an image in row {row} of {name}, got none; embed the images in the file")
     if (size := _webp_size(cell)) is not None and size[0] * size[1] > MAX_PIXELS:  # its decoder takes memory for all of it when it is opened
-        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {size[0]} × {size[1]} in row {row}; make it smaller or drop it")
+        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {size[0]} × {size[1]} in row {row}; shrink it or drop it")
     try:
         with Image.open(BytesIO(cell), formats=FORMATS) as picture:
             yield picture

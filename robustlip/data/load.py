@@ -227,7 +227,7 @@ def _rows(table: Table, column: str | None) -> str:
     """The rows of a column of text, one behind the other."""
     column = pick(table, column, [c for c in table.types if c == "text"], "text", "--text-column")
     if not column_of_text(table.types[column]):
-        raise BadInput(f"expected text in the column {column!r} of {table.name}, got {str(table.types[column])[:100]}; name another with --text-column")
+        raise BadInput(f"expected text in the column {column!r} of {table.name}, got {str(table.types[column])[:100]}; name one by --text-column")
     parts: list[str] = []
     size = 0
     for row, value in enumerate(table.cells(column, np.arange(table.rows))):
@@ -235,6 +235,6 @@ def _rows(table: Table, column: str | None) -> str:
             raise BadInput(f"expected text in row {row} of {table.name}, got none; fill or drop it")
         size += len(value)
         if size > texts.MAX_TEXT:
-            raise BadInput(f"expected a text of at most {texts.MAX_TEXT} characters in {table.name}, got more; cut it, or train with streaming = true")
+            raise BadInput(f"expected a text of at most {texts.MAX_TEXT} characters in {table.name}, got more; cut it or train with streaming = true")
         parts.append(value)
     return "".join(parts)

@@ -51,7 +51,8 @@ class Parquet:
         self.rows = 0
         for at, path in enumerate(self.files):
             with _opened(path) as file, _explained(path):
-                types, features = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)), _features(file.schema_arrow.metadata, name)
+                types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+                features = _features(file.schema_arrow.metadata, name)
                 counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
                 claimed, names = file.metadata.num_rows, file.schema_arrow.names
             if min(counts, default=0) < 0 or sum(counts) != claimed:
@@ -64,7 +65,7 @@ class Parquet:
             if at == 0:
                 self.types, self.features = types, features
             elif (types, features) != (self.types, self.features):
-                raise BadInput(f"expected the columns of {self.files[0].name} in all files of {name}, got others in {path.name}; write the files again")
+                raise BadInput(f"expected the columns of {self.files[0].name} in all files of {name}, got others in {path.name}; write them again")
             self._groups += [(path, group, rows) for group, rows in enumerate(counts)]
 
     def chunks(self, column: str) -> Iterator[pa.Array]:

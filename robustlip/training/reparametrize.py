@@ -15,7 +15,6 @@ from torch.nn.utils import parametrizations, parametrize
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import AddPositions, Attention
 
-
 # Rows that are read, and numbers that are added to tokens and scores: no matrices.
 _LEFT = (nn.Embedding, AddPositions, Attention)
 
