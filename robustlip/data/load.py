@@ -80,9 +80,7 @@ def _load(
     name, split = parse_spec(spec)
     check_limit(limit)
     if is_text(name, text_column):
-        _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
-        if name.endswith(".txt") or name == "page":
-            _refuse_unused(name, columns, ("subset", "text_column"), "the text")
+        _refuse_columns(name, columns)
         text = _text(name, data_dir, subset, text_column)
         default = texts.CHARACTERS if name == "page" else None
         return texts.windows(text, split or "test", vocabulary or default, context, limit, seed)
@@ -107,6 +105,15 @@ def _refuse_unused(name: str, columns: Mapping[str, str | None], unused: tuple[s
             raise BadInput(f"expected no {option} for {what} {name!r}, got {columns[option]!r}; leave it out")
 
 
+def _refuse_columns(name: str, columns: Mapping[str, str | None]) -> None:
+    """Of a text: what it has not."""
+    _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
+    if name.endswith(".txt") or name == "page":
+        _refuse_unused(name, columns, ("subset", "text_column"), "the text")
+    elif name.endswith(".parquet"):
+        _refuse_unused(name, columns, ("subset",), "the one split")
+
+
 @undrawn()
 def load_tokens(
     spec: str, *, data_dir: str | Path | None = None, vocabulary: str | None = None, subset: str | None = None, text_column: str | None = None
@@ -118,6 +125,7 @@ def load_tokens(
     name, split = parse_spec(spec)
     if not is_text(name, text_column):
         raise BadInput(f"expected a text (tiny_shakespeare, page or a .txt file), got {name!r}; name one of them")
+    _refuse_columns(name, dict(zip(OPTIONS, (subset, None, None, text_column), strict=True)))
     text = _text(name, data_dir, subset, text_column)
     vocabulary = vocabulary or (texts.CHARACTERS if name == "page" else text.vocabulary)
     return texts.encode(text.part(split or "test"), vocabulary, text.name), vocabulary, text.note
