@@ -30,6 +30,7 @@ from robustlip.errors import BadInput, RobustlipError
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Attention, Chain, ScaledGELU, as_chain
 from robustlip.numerics.rounding import U64, gamma, norm_up
+from robustlip.samples import as_samples
 
 VIOLATED, HOLDS = "violated", "not refuted"
 MOST_STARTS = 2**20  # in one batch
@@ -432,7 +433,7 @@ def _starts(
 def audit(
     model: nn.Module,
     claim: Claim,
-    x: Tensor | None = None,
+    x: Any = None,
     *,
     starts: int = 32,
     tokens: int = 8,
@@ -445,7 +446,8 @@ def audit(
 ) -> Audit:
     """Looks for two inputs in the claim's domain between which the model moves by more than the claim allows.
 
-    claim: of `robustlip.attacks.formulas`. x: raw inputs (N, …) to start from besides random ones; without it sequences have `tokens` tokens.
+    claim: of `robustlip.attacks.formulas`. x: raw inputs (N, …), in the forms of `robustlip.samples`, to start from besides random ones; without it
+    sequences have `tokens` tokens.
     starts: searched in one batch. power_steps: of the iteration v ← steepest(Jᵀ steepest(J v)) by forward and reverse products. ascent_steps:
     of gradient ascent on the input, first of the Jacobian's norm and then of the finite difference. box: (low, high) for every coordinate
     of models without an embedding; None lets inputs range over everything, as claims without a domain do.
@@ -458,6 +460,7 @@ def audit(
         raise BadInput(f"expected starts, tokens and power_steps of at least 1 and ascent_steps of at least 0, got {given}; raise them")
     if starts > MOST_STARTS or not 0 <= seed < 2**63:
         raise BadInput(f"expected at most {MOST_STARTS} starts and a seed from 0 to 2^63 - 1, got {starts} and {seed}; choose others")
+    x = None if x is None else as_samples(x)[0]
     chain = as_chain(model)
     if box is not None and (chain.embedding_depth or not box[0] < box[1]):
         raise BadInput(f"expected box=(low, high) with low < high and a model without an embedding, got {box}; leave it out")

@@ -5,8 +5,8 @@
     python benchmarks/identity.py --against REV [--certificates 2000]                 # the code of a git revision and this one, in one run
 
 A certificate here is one call of `certify` by one method: a model of a family of the violation search (MLPs, residual and tight ones, GPTs with
-smooth and with sorting activations, patch transformers, convolutions, optimised attention, the zoo), one dtype, one threat, a few samples. Radii depend on
-the kernels of processor and torch, which the record names: compare where it was made, or use --against. A file keeps every radius exactly.
+smooth and with sorting activations, patch transformers, convolutions, optimised attention, the zoo), one dtype, one threat, a few samples. Radii
+depend on the kernels of processor and torch, which the record names: compare where it was made, or use --against. A file keeps every radius exactly.
 Exit code 0: all radii are the same to the last bit (or within the relative --tolerance). 1: some differ; they are listed.
 """
 

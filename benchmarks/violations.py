@@ -129,7 +129,8 @@ def _branch(g: Draw, before: int, behind: int, depth: int) -> nn.Module:
 
 def joined(g: Draw) -> tuple[Chain, Tensor]:
     n, width = pick(g, (3, 8)), pick(g, (4, 8))
-    layers = [_branch(g, n, width, 2), pick(g, (nn.ReLU, nn.Identity))(), _branch(g, width, width, pick(g, (0, 1, 2))), nn.Linear(width, pick(g, (2, 5)))]
+    layers = [_branch(g, n, width, 2), pick(g, (nn.ReLU, nn.Identity))(), _branch(g, width, width, pick(g, (0, 1, 2)))]
+    layers.append(nn.Linear(width, pick(g, (2, 5))))
     return randomised(Chain(*layers), g), vectors(g, 1024, n)
 
 
@@ -258,7 +259,11 @@ def from_zoo(g: Draw, name: str | None = None) -> tuple[Chain, Tensor]:
     return model, (image + 0.02 * torch.rand(image.shape, generator=g)).clamp(0, 1)
 
 
-BUILD = dict(zip(FAMILIES + MORE, (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin, joined), strict=True))
+BUILD = dict(zip(
+    FAMILIES + MORE,
+    (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin, joined),
+    strict=True,
+))
 
 
 def threats_for(model: Chain, x: Tensor, g: Draw) -> list[Threat]:

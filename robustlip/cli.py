@@ -18,6 +18,7 @@ from robustlip.foreign import errors_of
 # torch, pandas, rich and all of ours that need them are imported where they are used: `robustlip --help` must not wait for them.
 if TYPE_CHECKING:
     from robustlip.certificates import Certificate
+    from robustlip.comparison import Comparison
     from robustlip.console import Out
     from robustlip.data import Dataset
     from robustlip.eval.runner import Run
@@ -254,12 +255,12 @@ def gather(results: Iterable[Part]) -> tuple[list[Part], BaseException | None]:
     return parts, None
 
 
-def end(stopped: BaseException | None, done: int, total: int) -> None:
-    """The end of a command whose batches were stopped, after all that was done has been shown."""
+def end(stopped: BaseException | None, done: int, total: int, by: str = "") -> None:
+    """The end of a command whose batches were stopped, after all that was done has been shown. by: what had finished them, where several do."""
     if stopped is None:
         return
     cause = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "stopped by an error"
-    print(f"robustlip: {cause} after {done} of {total} samples; what was found for them is above", file=sys.stderr)
+    print(f"robustlip: {cause} after {done} of {total} samples{by}; what was found for them is above", file=sys.stderr)
     if isinstance(stopped, KeyboardInterrupt):
         raise typer.Exit(130)
     raise stopped
@@ -286,16 +287,26 @@ def _compare(
     from robustlip.comparison import compare
     from robustlip.console import Progress
 
+    kept: list[Comparison] = []
+    stopped: BaseException | None = None
     with Progress() as progress:
 
         def batches(label: str) -> Any:
             return _batches(samples, batch_size, where, progress, f"{model} · {ball.name} · {label}")
 
-        with _attackable():
-            done = compare(chain, batches, ball, dtype=dtype, slow=slow, attack=by_name("min") if attack else None, seed=seed)
+        method = by_name("min") if attack else None
+        try:
+            with _attackable():
+                kept.append(compare(chain, batches, ball, dtype=dtype, slow=slow, attack=method, seed=seed, kept=kept.append))
+        except (KeyboardInterrupt, Exception) as error:
+            if not kept:
+                raise
+            stopped = error
+    (done,) = kept
     about = {"model": model, "data": samples.name, "split": samples.split, "data_note": samples.note, "seed": seed}
     out.json({**about, **done.to_json_dict()})
     show(out, model, done)
+    end(stopped, len(done.label), len(samples.index), f" by {len(done.radius)} method{'s' if len(done.radius) > 1 else ''}")
 
 
 @app.command()
@@ -449,17 +460,18 @@ def zoo_list(json: Json = None) -> None:
     out = Out(json)
     cards = {name: zoo.card(name) for name in zoo.names()}
     out.json({"models": [{"name": name, **card} for name, card in cards.items()]})
+    wide = out.console().width >= 100
     rows = [
         [
             name,
             str(card.get("data", DASH)) + (f" ({card['data_note']})" if card.get("data_note") else ""),
             percent(card.get("val_accuracy")),
             str(card.get("parameters", DASH)),
-            str(card.get("weights_sha256", DASH))[:12],
+            *([str(card.get("weights_sha256", DASH))[:12]] if wide else []),
         ]
         for name, card in cards.items()
     ]
-    out.table("zoo", ["Model", "Data", "Validation acc. (%)", "Parameters", "Weights, SHA-256"], rows)
+    out.table("zoo", ["Model", "Data", "Validation\nacc. (%)", "Parameters", *(["Weights, SHA-256"] if wide else [])], rows)
 
 
 @zoo_app.command("show")

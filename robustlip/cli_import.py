@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from robustlip import __version__
-from robustlip.cli import DataDir, Json, Limit, app
+from robustlip.cli import DataDir, ImageColumn, Json, LabelColumn, Limit, Subset, TextColumn, app
 from robustlip.errors import BadInput
 from robustlip.names import shown
 
@@ -31,6 +31,7 @@ def import_(
     vocabulary: Annotated[Optional[Path], typer.Option("--vocabulary", help="text file with the characters of token ids 0, 1, …")] = None,
     data: Annotated[Optional[str], typer.Option("--data", help="also measure loss and accuracy, e.g. on tiny_shakespeare:test")] = None,
     json: Json = None, limit: Limit = None, data_dir: DataDir = None,
+    subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None, text_column: TextColumn = None,
 ) -> None:  # fmt: skip
     """Turn a published checkpoint into a model, without running anything in it, and prove its bound; or recompute the bound of a log."""
     from robustlip.console import Out, Progress
@@ -40,6 +41,11 @@ def import_(
     out = Out(json, file, vocabulary)
     if limit is not None and data is None:
         raise BadInput("expected --limit with --data, got it without, where nothing is measured; name the data, or leave it out")
+    options = {"subset": subset, "image_column": image_column, "label_column": label_column, "text_column": text_column}
+    columns = {option: value for option, value in options.items() if value is not None}
+    if columns and data is None:
+        named = ", ".join(f"--{option.replace('_', '-')}" for option in columns)
+        raise BadInput(f"expected {named} with --data, got it without, where nothing is measured; name the data, or leave it out")
     if not file.is_file():
         raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which is not there; check the path")
     with file.open("rb") as stream:
@@ -60,7 +66,7 @@ def import_(
         made = convert(read, None if vocabulary is None else _characters(vocabulary))
         card = _card(file, read, made)
         progress(f"measuring on {data}" if data else "measuring", 2, 3)
-        measured = measure(made.model, data, read.log.parameters, data_dir=data_dir, limit=limit) if data else None
+        measured = measure(made.model, data, read.log.parameters, data_dir=data_dir, limit=limit, columns=columns) if data else None
     _save(file, name, out_folder, made, card, measured, out)
 
 

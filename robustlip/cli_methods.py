@@ -45,8 +45,10 @@ def show(out: Out, model: str, done: Comparison) -> None:
         rows.append(cells(observed, DASH, number(done.median(done.attacked), "none")))
     headings = ["method", "median radius", *(f"acc. (%) at {r:g}" for r in radii)]
     headings += ([] if done.attacked is None else ["certified / attacked"]) + ["largest on", "seconds"]
-    out.table(f"{model}: methods against {done.threat.name}, the same {len(done.label)} samples", headings, rows, left=1)
-    notes = [f"{name} left out: {reason.rstrip('.')}." for name, reason in done.left_out.items()]
+    partial = "PARTIAL: " if done.stopped else ""
+    out.table(f"{partial}{model}: methods against {done.threat.name}, the same {len(done.label)} samples", headings, rows, left=1)
+    notes = [f"This table is partial: {done.stopped.rstrip('.')}."] if done.stopped else []
+    notes += [f"{name} left out: {reason.rstrip('.')}." for name, reason in done.left_out.items()]
     right = int(np.sum(done.correct))
     at = "" if done.threat.radius is not None or not radii else ", shown at the quartiles of the best radii"
     notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -10,6 +11,14 @@ import typer
 from robustlip.cli import DataDir, Device, Json, Model, app
 from robustlip.errors import BadInput, CertificateViolation, RobustlipError
 from robustlip.limits import VERIFIED_ROWS, VERIFIED_SECONDS
+
+
+def _end(interrupted: bool, sentence: str) -> None:
+    """Exit code 130 and its sentence for what Ctrl-C ended, after all that was done has been shown."""
+    if interrupted:
+        print(f"robustlip: {sentence}", file=sys.stderr)
+        raise typer.Exit(130)
+
 
 FileBatchSize = Annotated[Optional[int], typer.Option("--batch-size", min=1, help="samples at once  [default: as the certificate says, or 256]")]
 
@@ -25,7 +34,8 @@ def verify(
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of certificate files and stop")] = False,
     json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """Compute a certificate again. Exit code 0 verified, 1 not (and what differs), 2 bad input, 3 it claims more than can be proved."""
+    """Compute a certificate again. Exit code 0 verified, 1 not (and what differs), 2 bad input, 3 it claims more than can be proved,
+    130 interrupted (and how far it came)."""
     from robustlip import certificate_file
     from robustlip.console import Out, Progress, choose_device, print_json
     from robustlip.eval.runner import load_model
@@ -64,6 +74,7 @@ def verify(
     out.table(f"{certificate.name}: checked against {model}", ["", ""], told)
     if result.exit_code == 3:
         raise CertificateViolation(f"{certificate.name} is unsound: {result.sentence()}")
+    _end(result.interrupted, f"{certificate.name} is not verified: {result.sentence()}")
     if result.exit_code:
         raise RobustlipError(f"{certificate.name} is not verified: {result.sentence()}")
 
@@ -75,7 +86,8 @@ def gate(
     certificate: Annotated[Optional[list[Path]], typer.Option("--certificate", help="count this file; repeatable  [default: certify now]")] = None,
     json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """Yes or no by a policy. Exit code 0 pass, 1 below it or no usable certificate, 2 bad input, 3 a certificate that is not true."""
+    """Yes or no by a policy. Exit code 0 pass, 1 below it or no usable certificate, 2 bad input, 3 a certificate that is not true, 130 interrupted,
+    with what was measured until then."""
     from robustlip import certificate_file
     from robustlip.attacks import by_name
     from robustlip.console import Out, Progress, choose_device
@@ -112,5 +124,6 @@ def gate(
     out.say(f"{report.verdict.upper()}: {report.sentence()}")
     if report.exit_code == 3:
         raise CertificateViolation(report.sentence())
+    _end(report.interrupted, f"{model} does not pass {policy.name}: {report.sentence()}")
     if report.exit_code:
         raise RobustlipError(f"{model} does not pass {policy.name}: {report.sentence()}")

@@ -19,13 +19,14 @@ from robustlip.attacks import Attack
 from robustlip.attacks.base import box_of
 from robustlip.certificates import Certificate
 from robustlip.certifiers import METHODS, certify
-from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer
+from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer, first_line
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import dtype_of
 from robustlip.threats import Threat
 
 # Minutes for the first batch of a model.
 SLOW = ("lipsdp",)
+INTERRUPTED = "interrupted"
 
 Batches = Callable[[str], Iterable[tuple[Tensor, Tensor, Any]]]
 
@@ -38,6 +39,7 @@ class Comparison:
     that an earlier pass computed for the same weights are not computed again. left_out: name → one sentence why it did not run.
     label, prediction: int64 (N,). attacked: float64 (N,), inf where the attack found nothing; None without an attack.
     failed: bool (N,), samples with logits that are not finite (see `Observation`): they count as not withstanding the attack.
+    stopped: '', or what stopped it before its end ('interrupted', or an error in one sentence); what is there holds nevertheless.
     """
 
     threat: Threat
@@ -53,6 +55,7 @@ class Comparison:
     attack_seconds: float = 0.0
     failed: np.ndarray | None = None
     attack_settings: Mapping[str, Any] = field(default_factory=dict)
+    stopped: str = ""
 
     @property
     def correct(self) -> np.ndarray:
@@ -105,7 +108,8 @@ class Comparison:
             attack["settings"] = dict(self.attack_settings)
             attack["not_finite"] = 0 if self.failed is None else int(self.failed.sum())
         return {
-            "kind": "comparison of methods", "certificate": False,
+            "kind": "comparison of methods", "certificate": False, "partial": bool(self.stopped), "stopped": self.stopped or None,
+            "interrupted": self.stopped == INTERRUPTED,
             "note": "not a certificate file: robustlip verify does not take it; certify with one method, or best, to write one",
             "threat": self.threat.name, "units": self.threat.units, "clip": box_of(self.threat),
             "requested_radius": self.threat.radius, "dtype": self.dtype,
@@ -117,57 +121,115 @@ class Comparison:
 
 
 def compare(
-    chain: Chain, batches: Batches, threat: Threat, *, dtype: str | None = None, slow: bool = False, attack: Attack | None = None, seed: int = 0
-) -> Comparison:
+    chain: Chain, batches: Batches, threat: Threat, *, dtype: str | None = None, slow: bool = False, attack: Attack | None = None, seed: int = 0,
+    kept: Callable[[Comparison], None] | None = None,
+) -> Comparison:  # fmt: skip
     """Runs every method that applies, then the attack once.
 
     batches: label → the same (x, y, index) every time, on the model's device. slow: run SLOW too. attack: one that needs no radius.
+    kept: called with what was done, if anything was, before an error or Ctrl-C is passed on. Where that comes in the middle of the first method,
+    the samples are those that it had finished; a later one that did not finish is left out.
     Raises BadInput or UnsupportedLayer for what no method takes, CertificateViolation where the attack succeeds inside any method's radius.
     """
-    free = replace(threat, radius=None)
-    radius: dict[str, np.ndarray] = {}
-    seconds: dict[str, float] = {}
-    left_out: dict[str, str] = {}
-    certificates: list[Certificate] = []
+    running = _Running(threat)
+    try:
+        return _run(running, chain, batches, dtype, slow, attack, seed)
+    except BaseException as error:
+        done = running.comparison(INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"stopped by an error: {first_line(error)}")
+        if kept is not None and done is not None:
+            kept(done)
+        raise
+
+
+@dataclass
+class _Running:
+    """What has been done so far. now: what runs. parts: of the certificates or observations that it has finished."""
+
+    threat: Threat
+    radius: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    certificates: list[Certificate] = field(default_factory=list)
+    now: str = ""
+    parts: list[Any] = field(default_factory=list)
+    started: float = 0.0
+    attacked: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        self.now, self.parts, self.started = name, [], time.perf_counter()
+
+    def finish(self) -> None:
+        """The certificates of the method that runs are all there."""
+        self.seconds[self.now] = time.perf_counter() - self.started
+        self.radius[self.now] = np.concatenate([c.radius for c in self.parts])
+        self.certificates = self.certificates or self.parts
+        self.now = ""
+
+    def comparison(self, stopped: str = "") -> Comparison | None:
+        """What there is; None where no sample was finished."""
+        if stopped and self.now:
+            if not self.certificates and self.parts:
+                self.finish()
+            else:
+                count, every = sum(len(part) for part in self.parts), sum(len(c) for c in self.certificates)
+                self.left_out[self.now] = f"{stopped} after {count} of {every} samples"
+        if not self.certificates:
+            return None
+        first = self.certificates[0]
+        label, prediction = (np.concatenate([getattr(c, column) for c in self.certificates]) for column in ("label", "prediction"))
+        return Comparison(
+            self.threat, first.dtype, first.weights_sha256, label, prediction, self.radius, self.seconds, self.left_out, stopped=stopped,
+            **self.attacked,
+        )  # fmt: skip
+
+
+def _run(
+    running: _Running, chain: Chain, batches: Batches, dtype: str | None, slow: bool, attack: Attack | None, seed: int
+) -> Comparison:
+    free = replace(running.threat, radius=None)
     for name, method in METHODS.items():
         if reason := method.applies(chain, free):
-            left_out[name] = reason
+            running.left_out[name] = reason
         elif name in SLOW and not slow:
-            left_out[name] = "takes minutes; --slow runs it too"
+            running.left_out[name] = "takes minutes; --slow runs it too"
         else:
-            start = time.perf_counter()
+            running.start(name)
             try:
-                found = [certify(chain, x, y, free, name, dtype=dtype, index=index) for x, y, index in batches(name)]
+                for x, y, index in batches(name):
+                    running.parts.append(certify(chain, x, y, free, name, dtype=dtype, index=index))
             except (BadInput, UnsupportedLayer) as error:
-                if not certificates:
+                if not running.certificates:
                     raise  # the first method takes every model and threat: what it refuses is the input's fault
-                left_out[name] = str(error)
+                running.left_out[name], running.now = str(error), ""
                 continue
-            seconds[name] = time.perf_counter() - start
-            radius[name] = np.concatenate([c.radius for c in found])
-            certificates = certificates or found
-    done = Comparison(
-        threat, certificates[0].dtype, certificates[0].weights_sha256,
-        np.concatenate([c.label for c in certificates]), np.concatenate([c.prediction for c in certificates]), radius, seconds, left_out,
-    )  # fmt: skip
-    if attack is None:
-        return done
-    # What is attacked is the arithmetic that is covered; float64 stands in for exact arithmetic.
-    attacked = chain if dtype is None else copy.deepcopy(chain).to(torch.float64 if dtype == "real" else dtype_of(dtype))
-    generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
-    observations = [attack(attacked, x, y, free, generator=generator, index=index) for x, y, index in batches(attack.name)]
-    nearest = np.concatenate([o.radius for o in observations])
-    failed = np.concatenate([o.failed for o in observations])
-    spent = time.perf_counter() - start
-    done = replace(done, attack=attack.name, attacked=nearest, attack_seconds=spent, failed=failed, attack_settings=attack.settings)
-    if dtype != "real":
-        _check(done, nearest)
+            running.finish()
+    if attack is not None:
+        # What is attacked is the arithmetic that is covered; float64 stands in for exact arithmetic.
+        attacked = chain if dtype is None else copy.deepcopy(chain).to(torch.float64 if dtype == "real" else dtype_of(dtype))
+        generator = torch.Generator().manual_seed(seed)
+        running.start(f"attack {attack.name}")
+        try:
+            for x, y, index in batches(attack.name):
+                running.parts.append(attack(attacked, x, y, free, generator=generator, index=index))
+            running.attacked = {
+                "attack": attack.name, "attacked": np.concatenate([o.radius for o in running.parts]),
+                "attack_seconds": time.perf_counter() - running.started,
+                "failed": np.concatenate([o.failed for o in running.parts]), "attack_settings": attack.settings,
+            }  # fmt: skip
+            running.now = ""
+        finally:
+            # An attack that is stopped has still refuted what it has refuted.
+            if dtype != "real" and running.parts:
+                _check(running.radius, np.concatenate([o.radius for o in running.parts]))
+    done = running.comparison()
+    assert done is not None
     return done
 
 
-def _check(done: Comparison, nearest: np.ndarray) -> None:
-    for name, proved in done.radius.items():
-        wrong = (~(proved <= nearest)).nonzero()[0]
+def _check(radius: Mapping[str, np.ndarray], nearest: np.ndarray) -> None:
+    """Raises CertificateViolation where the attack succeeds on one of the first samples nearer than any method's radius."""
+    for name, proved in radius.items():
+        wrong = (~(proved[: len(nearest)] <= nearest)).nonzero()[0]
         if len(wrong):
             i = int(wrong[0])
             raise CertificateViolation(

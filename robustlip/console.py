@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import sys
 import threading
@@ -90,9 +91,11 @@ class Out:
     def console(self) -> Console:
         from rich.console import Console
 
-        # Piped text has no width of its own: 120 columns hold every table.
+        # Piped text has no width of its own, unless COLUMNS says one: 120 columns hold every table.
         stream = sys.stderr if self.json_to == STDOUT else sys.stdout
-        return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False, soft_wrap=False)
+        asked = os.environ.get("COLUMNS", "")
+        said = stream.isatty() or (len(asked) < 5 and asked.isdecimal() and int(asked) >= 20)
+        return Console(file=stream, width=None if said else WIDTH, highlight=False, soft_wrap=False)
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr if self.json_to == STDOUT else sys.stdout, flush=True)

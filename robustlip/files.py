@@ -40,7 +40,10 @@ def read_limited(path: Path, what: str, limit: int, remedy: str) -> bytes:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The table of a TOML file, in UTF-8 with or without a byte-order mark. what: e.g. 'a policy'. Raises BadInput when it cannot be read or does not parse."""
+    """The table of a TOML file, in UTF-8 with or without a byte-order mark. what: e.g. 'a policy'.
+
+    Raises BadInput when it cannot be read or does not parse.
+    """
     text = read_limited(path, f"{what} file", TOML_LIMIT, f"name {what} file")
     try:
         table = tomllib.loads(text.decode("utf-8-sig"))

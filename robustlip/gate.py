@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +40,10 @@ from robustlip.modes import in_eval_mode, undrawn
 from robustlip.numerics.rounding import dtype_of
 from robustlip.target import Target
 from robustlip.threats import InputBall, Threat, order_of, parse_threat
-from robustlip.verification import BATCH, CHEAP, Advance, Budget, Verification, cast, is_training, prove, verify
+from robustlip.verification import BATCH, CHEAP, Advance, Budget, Interrupted, Verification, cast, is_training, prove, verify
+
+CERTIFIED, ATTACKED = "certified", "attacked"
+NOT_MEASURED = "interrupted"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -144,24 +147,30 @@ class Requirement:
 
 @dataclass(frozen=True)
 class GateReport:
-    """requirements: in the order of the policy. refusals: certificate files that cannot be used, and why. violations: proved, and yet broken."""
+    """requirements: in the order of the policy. refusals: certificate files that cannot be used, and why. violations: proved, and yet broken.
+
+    interrupted: by Ctrl-C; what was not measured until then is not passed.
+    """
 
     requirements: tuple[Requirement, ...]
     refusals: tuple[str, ...] = ()
     violations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     on_training_data: bool = False
+    interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
         if self.violations:
             return 3
+        if self.interrupted:
+            return 130
         passed = bool(self.requirements) and all(r.passed for r in self.requirements) and not self.refusals
         return 0 if passed else 1
 
     @property
     def verdict(self) -> str:
-        return {0: "pass", 1: "fail", 3: "unsound"}[self.exit_code] + (" on training data" if self.on_training_data else "")
+        return {0: "pass", 1: "fail", 3: "unsound", 130: "interrupted"}[self.exit_code] + (" on training data" if self.on_training_data else "")
 
     @property
     def worst(self) -> Requirement | None:
@@ -171,6 +180,9 @@ class GateReport:
 
     def sentence(self) -> str:
         """Why the gate does not pass, or what is closest to failing."""
+        if self.interrupted and not self.violations:
+            left = sum(r.got is None for r in self.requirements)
+            return f"interrupted: {left} of {len(self.requirements)} requirements were not measured, and so are not met; run the gate again"
         if self.violations or self.refusals:
             reasons = self.violations or self.refusals
             return reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
@@ -188,6 +200,7 @@ class GateReport:
         return {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
+            "interrupted": self.interrupted,
             "requirements": [asdict(r) for r in self.requirements],
             "worst": None if worst is None else worst.what,
             "refusals": list(self.refusals),
@@ -229,73 +242,128 @@ def gate(
     batch_size: samples at once; None: what each certificate says, or 256.
     attack: an Attack (see robustlip.attacks), needed exactly where the policy requires one; the core knows none by itself.
     A model that cannot be certified as the policy asks has no certified sample, with the reason in the remark: it fails where one is required.
-    Raises BadInput for data that is not the model's.
+    Ctrl-C ends in a report that is `interrupted`, with what was measured until then. Raises BadInput for data that is not the model's.
     """
     if policy.require_attack and attack is None:
         raise BadInput(f"expected the attack {policy.attack!r} that the policy requires, got none; pass attack=")
     chain, refusal = _as_asked(model, policy.dtype)
-    rows = list(range(len(data)))
-    labels = data.y.numpy()
-    refusals: list[str] = []
-    violations: list[str] = []
-    notes: list[str] = []
-    usable: list[tuple[CertificateFile, Verification]] = []
-    for name, file in certificates or ():
-        if refusal:
-            refusals.append(f"{name}: {refusal}")
-            continue
-        try:
-            checked = _usable(name, file, policy, model, data, batch_size, advance)
-        except UnsupportedLayer as error:
-            refusals.append(f"{name}: {error}")
-            continue
-        notes += [f"{name}: {note}" for note in checked.notes]
-        if checked.exit_code == 0:
-            usable.append((file, checked))
-        else:
-            (violations if checked.exit_code == 3 else refusals).append(f"{name}: {checked.sentence()}")
-
-    # Every verified file has the same rows, model and dtype, hence the same predictions.
-    prediction = _in_order(usable[0][0], usable[0][1].prediction, data) if usable else None
-    lines: list[Requirement] = []
-    for wanted in policy.threat:
-        ball, what = wanted.ball(), f"certified accuracy against {wanted.name} at {wanted.radius:g}"
-        remark = ""
-        if certificates is None:
-            proof, remark = _proof(chain, data, rows, ball, wanted.method or "best", policy.dtype, batch_size or policy.batch_size or BATCH, advance)
-            if proof is None:
-                radius = np.zeros(len(data))
-                prediction = _predictions(chain, data, batch_size or BATCH) if prediction is None else prediction
-            else:
-                radius, prediction = proof.radius, proof.prediction
-        else:
-            matching = [pair for pair in usable if _covers(pair[0], wanted)]
-            if not matching:
-                lines.append(Requirement(what, wanted.min_certified_accuracy, None, False, remark="no usable certificate of this threat"))
-                continue
-            file, checked = max(matching, key=lambda pair: float(np.mean(_counted(pair[0], pair[1], data) >= wanted.radius)))
-            radius = _counted(file, checked, data)
-            assert prediction is not None
-        right = prediction == labels
-        lines.append(replace(_share(what, wanted.min_certified_accuracy, right & (radius >= wanted.radius)), remark=remark))
-        if attack is not None and policy.require_attack:
-            broken = _broken(attack, chain, data, ball, radius, policy.seed)
-            lines.append(
-                Requirement(
-                    f"share that withstands {attack.name} inside its proved radius, {wanted.name}", 1.0, 1 - len(broken) / len(data), not broken
-                )
-            )
-            violations += broken
-    if prediction is None:
-        clean = Requirement("clean accuracy", policy.min_clean_accuracy, None, False, remark="no usable certificate")
+    found = _Found()
+    try:
+        usable = _verified(found, policy, model, data, certificates or (), refusal, batch_size, advance)
+        for at, wanted in enumerate(policy.threat):
+            _measure(found, at, wanted, policy, chain, data, None if certificates is None else usable, attack, batch_size, advance)
+    except KeyboardInterrupt:
+        found.interrupted = True
+    lines = list(found.lines.values())
+    if found.interrupted:
+        named = None if attack is None or not policy.require_attack else attack.name
+        planned = [line for at, wanted in enumerate(policy.threat) for line in _planned(at, wanted, named)]
+        lines = [found.lines.get(key) or Requirement(what, required, None, False, remark=NOT_MEASURED) for key, what, required in planned]
+    if found.prediction is None:
+        remark = NOT_MEASURED if found.interrupted else "no usable certificate"
+        clean = Requirement("clean accuracy", policy.min_clean_accuracy, None, False, remark=remark)
     else:
-        clean = _share("clean accuracy", policy.min_clean_accuracy, prediction == labels)
+        clean = _share("clean accuracy", policy.min_clean_accuracy, found.prediction == data.y.numpy())
     count = Requirement("samples", policy.min_samples, len(data), len(data) >= policy.min_samples)
+    notes = list(found.notes)
     if is_training(data):
         notes.append("the policy's rows are training data, which say little of other data")
     if data.note:
         notes.append(f"data: {data.note}")
-    return GateReport((count, clean, *lines), tuple(refusals), tuple(violations), tuple(notes), is_training(data))
+    return GateReport(
+        (count, clean, *lines), tuple(found.refusals), tuple(found.violations), tuple(notes), is_training(data), interrupted=found.interrupted
+    )
+
+
+@dataclass
+class _Found:
+    """What a gate has measured so far. lines: by (number of the threat, which line of it). prediction: (N,), in the order of the data."""
+
+    lines: dict[tuple[int, str], Requirement] = field(default_factory=dict)
+    prediction: np.ndarray | None = None
+    refusals: list[str] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def _planned(at: int, wanted: ThreatRequirement, attack: str | None) -> list[tuple[tuple[int, str], str, float]]:
+    """(key, what, required) of each line that a threat has."""
+    lines = [((at, CERTIFIED), f"certified accuracy against {wanted.name} at {wanted.radius:g}", wanted.min_certified_accuracy)]
+    if attack is not None:
+        lines.append(((at, ATTACKED), f"share that withstands {attack} inside its proved radius, {wanted.name}", 1.0))
+    return lines
+
+
+def _verified(
+    found: _Found, policy: Policy, model: nn.Module, data: Dataset, certificates: Sequence[tuple[str, CertificateFile]], refusal: str,
+    batch_size: int | None, advance: Advance | None,
+) -> list[tuple[CertificateFile, Verification]]:  # fmt: skip
+    """The files that can be used."""
+    usable: list[tuple[CertificateFile, Verification]] = []
+    for name, file in certificates:
+        if refusal:
+            found.refusals.append(f"{name}: {refusal}")
+            continue
+        try:
+            checked = _usable(name, file, policy, model, data, batch_size, advance)
+        except UnsupportedLayer as error:
+            found.refusals.append(f"{name}: {error}")
+            continue
+        found.notes += [f"{name}: {note}" for note in checked.notes]
+        if checked.exit_code == 0:
+            usable.append((file, checked))
+            # Every verified file has the same rows, model and dtype, hence the same predictions.
+            found.prediction = _in_order(file, checked.prediction, data)
+        else:
+            (found.violations if checked.exit_code == 3 else found.refusals).append(f"{name}: {checked.sentence()}")
+        if checked.interrupted:
+            raise KeyboardInterrupt
+    return usable
+
+
+def _measure(
+    found: _Found, at: int, wanted: ThreatRequirement, policy: Policy, chain: nn.Module, data: Dataset,
+    usable: list[tuple[CertificateFile, Verification]] | None, attack: Any, batch_size: int | None, advance: Advance | None,
+) -> None:  # fmt: skip
+    """The lines of one threat. usable: verified files; None: certify here."""
+    ball, remark = wanted.ball(), ""
+    (key, what, required), *after = _planned(at, wanted, None if attack is None or not policy.require_attack else attack.name)
+    if usable is None:
+        at_once = batch_size or policy.batch_size or BATCH
+        try:
+            proof, remark = _proof(chain, data, list(range(len(data))), ball, wanted.method or "best", policy.dtype, at_once, advance)
+        except Interrupted as stopped:
+            found.lines[key] = Requirement(what, required, None, False, remark=_so_far(stopped, data, wanted.radius))
+            raise
+        if proof is None:
+            radius = np.zeros(len(data))
+            found.prediction = _predictions(chain, data, batch_size or BATCH) if found.prediction is None else found.prediction
+        else:
+            radius, found.prediction = proof.radius, proof.prediction
+    else:
+        matching = [pair for pair in usable if _covers(pair[0], wanted)]
+        if not matching:
+            found.lines[key] = Requirement(what, required, None, False, remark="no usable certificate of this threat")
+            return
+        file, checked = max(matching, key=lambda pair: float(np.mean(_counted(pair[0], pair[1], data) >= wanted.radius)))
+        radius = _counted(file, checked, data)
+    assert found.prediction is not None
+    right = found.prediction == data.y.numpy()
+    found.lines[key] = replace(_share(what, required, right & (radius >= wanted.radius)), remark=remark)
+    for key, what, required in after:
+        broken = _broken(attack, chain, data, ball, radius, policy.seed)
+        found.lines[key] = Requirement(what, required, 1 - len(broken) / len(data), not broken)
+        found.violations += broken
+
+
+def _so_far(stopped: Interrupted, data: Dataset, radius: float) -> str:
+    """What an interrupted certification had proved."""
+    if stopped.proof is None:
+        return f"{NOT_MEASURED} after 0 of {stopped.total} samples"
+    right = stopped.proof.prediction == data.y.numpy()[: stopped.done]
+    certified = int(np.sum(right & (stopped.proof.radius >= radius)))
+    return f"{NOT_MEASURED} after {stopped.done} of {stopped.total} samples, {certified} of them certified"
 
 
 def _as_asked(model: nn.Module, dtype: str) -> tuple[nn.Module, str]:

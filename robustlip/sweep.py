@@ -286,7 +286,8 @@ def _known(run: Run, folder: Path) -> Row:
     row = Row(run.recipe.name, dict(run.varied), run.sha256, of_steps=run.recipe.run.steps)
     if (place / "row.json").is_file() and (place / f"{run.recipe.name}.safetensors").is_file():
         try:
-            kept = TypeAdapter(Row).validate_json(read_limited(place / "row.json", "a row", TOML_LIMIT, "remove it").removeprefix(BOM_UTF8), strict=True)
+            text = read_limited(place / "row.json", "a row", TOML_LIMIT, "remove it").removeprefix(BOM_UTF8)
+            kept = TypeAdapter(Row).validate_json(text, strict=True)
         except (ValueError, RecursionError):
             raise BadInput(f"expected a row that this version wrote in {place / 'row.json'}, got another; remove that file") from None
         if kept.recipe_sha256 == run.sha256 and kept.status == FINISHED:

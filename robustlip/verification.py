@@ -96,6 +96,15 @@ class TooDear(BadInput):
     """A recomputation that would take longer than its budget."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while rows were proved. proof: of the first `done` of `total` rows; None where done is 0."""
+
+    def __init__(self, parts: Sequence[Certificate], total: int) -> None:
+        self.proof = concatenate(parts) if parts else None
+        self.done, self.total = 0 if self.proof is None else len(self.proof), total
+        super().__init__(f"interrupted after {self.done} of {total} samples")
+
+
 def _timed(seconds: float, advance: Advance | None) -> Advance:
     """`advance`, and TooDear as soon as the pace until then foretells more than so many seconds."""
     started = time.monotonic()
@@ -115,7 +124,7 @@ def _timed(seconds: float, advance: Advance | None) -> Advance:
 class Finding:
     """One difference, or why nothing was compared.
 
-    kind: work, weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial.
+    kind: work, interrupted, weights, architecture, dtype, rules, data, row, label, prediction, radius, bound, partial.
     sample: its index, or None."""
 
     kind: str
@@ -128,21 +137,23 @@ class Finding:
 class Verification:
     """findings: empty exactly when the file is verified. notes: what a reader should know anyway.
 
-    radius, prediction: recomputed, in the order of the file's samples (N,); None where nothing was recomputed.
+    radius, prediction: recomputed, in the order of the file's samples (N,); None where nothing, or not everything, was recomputed.
+    interrupted: by Ctrl-C; findings then say how far it came, and what differs until there.
     """
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
     radius: np.ndarray | None = field(default=None)
     prediction: np.ndarray | None = field(default=None)
+    interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
-        return 3 if any(f.unsound for f in self.findings) else 1 if self.findings else 0
+        return 3 if any(f.unsound for f in self.findings) else 130 if self.interrupted else 1 if self.findings else 0
 
     @property
     def verdict(self) -> str:
-        return {0: "verified", 1: "not verified", 3: "unsound"}[self.exit_code]
+        return {0: "verified", 1: "not verified", 3: "unsound", 130: "not verified, interrupted"}[self.exit_code]
 
     def sentence(self) -> str:
         """Everything that differs, in one sentence; long lists are cut."""
@@ -154,6 +165,7 @@ class Verification:
         return {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
+            "interrupted": self.interrupted,
             "findings": [{"kind": f.kind, "sample": f.sample, "unsound": f.unsound, "sentence": f.sentence} for f in self.findings],
             "notes": list(self.notes),
         }
@@ -192,14 +204,20 @@ def cast(model: nn.Module, dtype: str) -> Chain:
 def prove(
     model: nn.Module, data: Dataset, rows: Sequence[int], threat: Threat, method: str, dtype: str, batch_size: int, advance: Advance | None = None
 ) -> Certificate:
-    """The certificate of `rows` of the data, `batch_size` at a time, as `robustlip certify` makes it; model: already cast to dtype."""
-    parts = []
+    """The certificate of `rows` of the data, `batch_size` at a time, as `robustlip certify` makes it; model: already cast to dtype.
+
+    Ctrl-C ends it with Interrupted, which has what was proved until then.
+    """
+    parts: list[Certificate] = []
     chosen = torch.as_tensor(rows, dtype=torch.int64)
-    for start in range(0, len(rows), batch_size):
-        if advance is not None:
-            advance(start, len(rows))
-        part = chosen[start : start + batch_size]
-        parts.append(certifiers.certify(model, data.x[part], data.y[part], threat, method, dtype=dtype, index=data.index[part]))
+    try:
+        for start in range(0, len(rows), batch_size):
+            if advance is not None:
+                advance(start, len(rows))
+            part = chosen[start : start + batch_size]
+            parts.append(certifiers.certify(model, data.x[part], data.y[part], threat, method, dtype=dtype, index=data.index[part]))
+    except KeyboardInterrupt:
+        raise Interrupted(parts, len(rows)) from None
     return concatenate(parts)
 
 
@@ -212,6 +230,7 @@ def verify(
 
     data: from `load_rows`. budget: what it may cost; a file that asks for more is not verified (finding 'work'), before anything is recomputed.
     batch_size: samples at once; None: as the budget or the file says, or 256. advance: called with (samples done, samples).
+    Ctrl-C while it recomputes ends in a Verification that is `interrupted`, and so not verified.
     Raises BadInput when the model cannot be certified in that way at all.
     """
     if refusal := replace(budget, batch_size=batch_size or budget.batch_size).refusal(file):
@@ -231,13 +250,32 @@ def verify(
         proof = prove(chain, data, rows, file.ball(), file.method, file.dtype, at_once, _timed(budget.max_seconds, advance))
     except TooDear as error:
         return Verification((*stale, Finding("work", str(error))), notes)
+    except Interrupted as stopped:
+        told = f"expected a recomputation of all {stopped.total} samples, got {stopped.done}: it was interrupted"
+        differ = _until(file, stopped, chain, data, rows)
+        return Verification((*stale, *differ, Finding("interrupted", f"{told}; verify again")), notes, interrupted=True)
     radius, prediction = proof.radius, proof.prediction
-    differ, close = _compare(file, radius, prediction, chain, data, rows)
+    try:
+        differ, close = _compare(file, radius, prediction, chain, data, rows)
+    except KeyboardInterrupt:
+        told = "expected a comparison of all claims with what was recomputed, got interrupted in it"
+        return Verification((*stale, Finding("interrupted", f"{told}; verify again")), notes, interrupted=True)
     differ += _bounds_differ(file, proof)
     if close:
         largest = max(excess for _, excess in close)
         notes += (f"{len(close)} of {len(rows)} radii are reproduced within rounding only: claims exceed them by up to a relative {largest:.1e}",)
     return Verification((*stale, *differ), notes, radius, prediction)
+
+
+def _until(file: CertificateFile, stopped: Interrupted, chain: Chain, data: Dataset, rows: list[int]) -> list[Finding]:
+    """What differs among the samples that were recomputed before an interruption."""
+    if stopped.proof is None:
+        return []
+    part = file.model_copy(update={"samples": file.samples[: stopped.done]})
+    try:
+        return _compare(part, stopped.proof.radius, stopped.proof.prediction, chain, data, rows[: stopped.done])[0]
+    except KeyboardInterrupt:  # once more: it is not verified anyway
+        return []
 
 
 def _model_differs(file: CertificateFile, model: nn.Module, chain: Chain) -> list[Finding]:

@@ -209,7 +209,7 @@ def test_answers_without_plain_logits_are_refused(answer, message) -> None:  # t
 
 def test_what_is_no_module_or_has_no_values_is_refused() -> None:
     x, y = samples()
-    with pytest.raises(BadInput, match="nn.Module, got function"):
+    with pytest.raises(BadInput, match=r"nn\.Module, got function"):
         QUICK(lambda x: x, x, y, L2)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="meta device"):
         QUICK(plain().to("meta"), x, y, L2)
@@ -540,3 +540,29 @@ def test_verbs_that_need_a_forward_only_take_any_module(foreign, capsys) -> None
             main(["certify", model, *common])
         assert ended.value.code == 2
         assert "can still be attacked" in capsys.readouterr().err
+
+
+def test_the_bound_of_weights_and_the_audit_take_samples_in_every_form() -> None:
+    import pandas as pd
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from robustlip.attacks.audit import audit
+    from robustlip.attacks.formulas import stated
+    from robustlip.certifiers import weight_sensitivity_bound
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4)
+    threat, claim = WeightBall("spectral", 0.01), stated(model, 100.0)
+    wanted = weight_sensitivity_bound(model, x, threat)
+    found = audit(model, claim, x, starts=4, ascent_steps=2).found
+    pairs = TensorDataset(x, torch.zeros(6, dtype=torch.int64))
+    for form in (x.numpy(), x.tolist(), pd.DataFrame(x.numpy()), pairs, DataLoader(pairs, batch_size=4)):
+        assert np.allclose(weight_sensitivity_bound(model, form, threat), wanted, rtol=1e-6)
+        assert audit(model, claim, form, starts=4, ascent_steps=2).found == pytest.approx(found, rel=1e-6)
+    for bad in (x.to(torch.uint8), [["a"]], torch.zeros(0, 4), torch.zeros(4)):
+        with pytest.raises(BadInput, match="expected inputs"):
+            weight_sensitivity_bound(model, bad, threat)
+        with pytest.raises(BadInput, match="expected inputs"):
+            audit(model, claim, bad)
+    with pytest.raises(BadInput, match="expected a weight threat"):
+        weight_sensitivity_bound(model, x, InputBall("l2", 0.1))  # type: ignore[arg-type]

@@ -405,7 +405,8 @@ HOSTILE = {
     "status flipped to misclassified": (lambda t: t.first.update(status="misclassified"), "misclassified"),
     "label alone": (lambda t: t.first.update(label=t.first["label"] + 1), "label"),
     "a misclassified sample with a radius": (
-        lambda t: t.first.update(status="misclassified", prediction=(t.first["label"] + 1) % 10, reason="the prediction is not the label"), "radius 0",
+        lambda t: t.first.update(status="misclassified", prediction=(t.first["label"] + 1) % 10, reason="the prediction is not the label"),
+        "radius 0",
     ),
     "certified at 0": (lambda t: t.first.update(radius=0.0), "above 0"),
     "a negative radius": (lambda t: t.first.update(radius=-0.5), "greater than or equal to 0"),

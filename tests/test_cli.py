@@ -210,6 +210,20 @@ def test_a_model_of_a_subset_says_so_in_the_list(capsys) -> None:
     assert "mnist (subset)" in lines["mnist-mlp-lipschitz"] and "subset" not in lines["digits-mlp-lipschitz"]
 
 
+def test_the_list_of_the_zoo_fits_the_terminal(capsys, monkeypatch) -> None:
+    from robustlip.models import zoo
+
+    for columns in (80, 100, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert run("zoo", "list") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(len(line.rstrip()) for line in lines) <= columns
+        rows = {line.split()[0]: line for line in lines if line.strip()}
+        for name in zoo.names():  # each on one line, with its figures
+            assert str(zoo.card(name)["parameters"]) in rows[name]
+            assert (str(zoo.card(name)["weights_sha256"])[:12] in rows[name]) == (columns >= 100)
+
+
 def test_json_without_a_file_is_stdout(capsys):
     """At the end, and before another option."""
     assert run("zoo", "show", "digits-mlp-lipschitz", "--json") == 0

@@ -55,7 +55,8 @@ def accuracy(path: str) -> float:
 
 
 @pytest.mark.parametrize("verb", [
-    ("certify", "--method", "global"), ("certify", "--method", "all"), ("attack", "--attack", "pgd", "--radius", 0.1), ("smooth", "--sigma", 0.1, "--samples", 20),
+    ("certify", "--method", "global"), ("certify", "--method", "all"), ("attack", "--attack", "pgd", "--radius", 0.1),
+    ("smooth", "--sigma", 0.1, "--samples", 20),
     ("audit", "--starts", 2, "--steps", 2),
 ])  # fmt: skip
 def test_verbs_take_columns(capsys: pytest.CaptureFixture[str], verb: tuple[object, ...]) -> None:
@@ -147,7 +148,8 @@ def test_text_columns_of_models_of_characters(capsys: pytest.CaptureFixture[str]
     page = Path(cli.__file__).with_name("page.txt").read_text(encoding="utf-8")
     pq.write_table(pa.table({"line": [page], "text": [page[::-1]]}), "words.parquet")
     model = "shakespeare-gpt-lipschitz"
-    arguments = (model, "--data", "words.parquet", "--text-column", "line", "--limit", 1, "--context", 8, "--threat", "embedding-l2", "--method", "global")
+    arguments = (model, "--data", "words.parquet", "--text-column", "line", "--limit", 1, "--context", 8)
+    arguments += ("--threat", "embedding-l2", "--method", "global")
     assert run("certify", *arguments, "--json", "c.json") == 0, capsys.readouterr().err
     assert read("c.json").data.text_column == "line"
     assert run("verify", "c.json", "--model", model) == 0, capsys.readouterr().err

@@ -116,7 +116,8 @@ def test_the_layouts_of_the_hub(tmp_path: Path, files: list[str]) -> None:
     folder = (tmp_path / "mine" / files[0]).parent
     beside = folder if "0000.parquet" not in files[0] else folder.parent
     for name in (
-        "test-old.parquet", "test-1.parquet", "test2.parquet", "test.parquet.bak", "test-00000-of-00001-copy.parquet", "mytest.parquet", "Test.parquet",
+        "test-old.parquet", "test-1.parquet", "test2.parquet", "test.parquet.bak", "test-00000-of-00001-copy.parquet", "mytest.parquet",
+        "Test.parquet",
         "test-old-00000-of-00001.parquet", "train.parquet", "partial-test/0000.parquet", ".hidden/test.parquet", "test (1).parquet",
     ):  # fmt: skip
         put(beside / name, 200)

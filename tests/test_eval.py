@@ -311,7 +311,8 @@ def world(monkeypatch):
 
     def attack(model, x, y, threat, *, generator, index, weights_sha256=""):
         n = len(x)
-        return SimpleNamespace(index=np.asarray(index), radius=np.full(n, state.attacked), adversarial=x + 0.25, group=np.arange(n), failure=("",) * n)
+        radius = np.full(n, state.attacked)
+        return SimpleNamespace(index=np.asarray(index), radius=radius, adversarial=x + 0.25, group=np.arange(n), failure=("",) * n)
 
     def sensitivity(n, radius):
         return SimpleNamespace(ratio=np.full(n, 2.0), change=np.full(n, 2.0 * radius), distance=np.full(n, radius), witness=torch.zeros(n, 3))

@@ -6,6 +6,7 @@ last place is false.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -20,7 +21,7 @@ from robustlip.certifiers import certify
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.domains.expansion.local import Reference
-from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii
+from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radii
 from robustlip.domains.lines.crown import (
     Ball,
     Boxes,
@@ -31,16 +32,16 @@ from robustlip.domains.lines.crown import (
     interval_step,
     linear_boxes,
     linear_margins,
-)
+)  # fmt: skip
 from robustlip.domains.lines.dense import Network, Stage
 from robustlip.domains.lines.radii import Problem
-from robustlip.domains.lines.relaxations import CURVES, Relu, Smooth, curve_of
+from robustlip.domains.lines.relaxations import Relu, Smooth, curve_of
 from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.domains.norms.bound import GlobalBound
 from robustlip.domains.quadratic import constants as sdp_constants
 from robustlip.domains.quadratic import constraints as sdp_quadratic
-from robustlip.domains.quadratic import eclipse, lipsdp
+from robustlip.domains.quadratic import eclipse, lipsdp, sdp_radii
 from robustlip.domains.quadratic import layers as sdp_network
 from robustlip.domains.quadratic.lagrangian import Dual, Instances, Multipliers, Scales, form_of, proved_offset
 from robustlip.domains.quadratic.multipliers import _plain
@@ -53,6 +54,12 @@ from robustlip.numerics.enclosures import Rows
 from robustlip.threats import EmbeddingBall, InputBall
 
 NORMS = ("l2", "linf", "l1")
+CURVES = {
+    name: curve_of(layer)
+    for name, layer in {
+        "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "silu": nn.SiLU(), "gelu-none": nn.GELU(), "gelu-tanh": nn.GELU("tanh"),
+    }.items()
+}  # fmt: skip
 
 
 def exact(t: Tensor) -> list[Fraction]:
@@ -88,7 +95,7 @@ def run(network: Network, x: Tensor) -> list[list[Fraction]]:
 
 def relu_network(widths: list[int], seed: int, spread: float = 1.0) -> Network:
     stages = []
-    for i, (n, m) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (n, m) in enumerate(itertools.pairwise(widths)):
         last = i == len(widths) - 2
         some = torch.arange(m) % 5 == 4  # neurons that pass by the activation
         weight, bias = wide(m, n, seed=10 * seed + i, spread=spread), wide(m, seed=10 * seed + i + 500, spread=spread)

@@ -897,6 +897,15 @@ def test_the_command_saves_a_model_that_loads_and_a_card(tmp_path, capsys) -> No
     ids = torch.randint(0, 65, (2, 8))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).double().numpy(), published_gpt(ids.numpy(), GPT, weights), rtol=1e-4, atol=1e-4)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"words": ["To be, or not to be: that is the question. "] * 40, "text": ["?"] * 40}), tmp_path / "held.parquet")
+    named = ("import", path, "--out", tmp_path / "p", "--json", report, "--data", tmp_path / "held.parquet")
+    assert run(*named, "--text-column", "words") == 0
+    assert json.loads(report.read_text())["card"]["measured"]["loss"] == pytest.approx(card["measured"]["loss"])
+    for more in (("--text-column", "nothing"), ("--text-column", "words", "--subset", "s"), ("--text-column", "words", "--image-column", "words")):
+        assert run(*named, *more) == 2
 
 
 def test_the_command_reads_logs(tmp_path, capsys) -> None:
@@ -916,6 +925,7 @@ def test_the_command_reads_logs(tmp_path, capsys) -> None:
         ("x.json", b"{}", (), "parameters"),
         ("x.json", b'{"parameters": {}, "results": {}}', ("--data", "digits"), "leave them out"),
         ("x.json", b'{"parameters": {}, "results": {}}', ("--limit", "3"), "--limit with --data"),
+        ("x.json", b'{"parameters": {}, "results": {}}', ("--image-column", "i", "--subset", "s"), "--subset, --image-column with --data"),
     ],
 )
 def test_bad_input_is_one_sentence(name, content, more, sentence, tmp_path, capsys) -> None:

@@ -34,7 +34,21 @@ from robustlip.domains.expansion.elementwise import ElementwiseExpansion
 from robustlip.domains.expansion.local import reference_of, search
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, Chain, MaxMin, MeanTokens, NextTokenChain, Normalize, Patchify, Residual, ScaledGELU
+from robustlip.layers import (
+    AddPositions,
+    Attention,
+    Chain,
+    Channels,
+    Concatenate,
+    MaxMin,
+    MeanTokens,
+    NextTokenChain,
+    Normalize,
+    Patchify,
+    Residual,
+    ScaledGELU,
+    Sum,
+)
 from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.ops import elementwise_layers, elementwise_of
@@ -116,6 +130,11 @@ CASES = {
     "layernorm-plain": Case(lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), size=0.3),
     "rmsnorm": Case(lambda: drawn(nn.RMSNorm(D, eps=1e-3)), size=0.3),
     "residual-mlp": Case(lambda: Residual(nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)), skip=-0.5, weight=1.5)),
+    "sum": Case(lambda: Sum(nn.Linear(D, 5), nn.Sequential(nn.Linear(D, 9), nn.GELU(), nn.Linear(9, 5)), weights=(0.7, -1.5))),
+    "sum-attention": Case(lambda: Sum(nn.Identity(), attention(), nn.Linear(D, D), weights=(1.0, 0.5, 2.0))),
+    "sum-relu": vector(lambda: Sum(nn.Sequential(nn.Linear(D, 9), nn.ReLU(), nn.Linear(9, 5)), nn.Linear(D, 5)), "l1"),
+    "concatenate": Case(lambda: Concatenate(nn.Linear(D, 5), nn.Identity(), nn.Sequential(nn.Linear(D, 3), nn.Tanh()))),
+    "channels": Case(lambda: nn.Sequential(Channels(1, 4), nn.Linear(3, 5), nn.GELU())),
     "residual-identity": Case(lambda: Residual(nn.Identity(), skip=1 / 3, weight=0.7)),
     "residual-attention": Case(lambda: Residual(attention(), skip=0.5, weight=-1.5)),
     "flatten": Case(nn.Flatten), "flatten-linear": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(T * D, 5), nn.ReLU())),

@@ -14,7 +14,7 @@ from torch import nn
 
 from robustlip.attacks import by_name
 from robustlip.certifiers.constants import constants_of
-from robustlip.domains.lines import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii, sdp_applies, sdp_radii
+from robustlip.domains.lines import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii
 from robustlip.domains.lines import dense as network_module
 from robustlip.domains.lines.crown import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
 from robustlip.domains.lines.dense import network_of
@@ -24,10 +24,11 @@ from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import GlobalBound, global_radii
 from robustlip.domains.quadratic import multipliers as dual_module
+from robustlip.domains.quadratic import sdp_applies, sdp_radii
 from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
 from robustlip.domains.quadratic.multipliers import Search, clean_gradients
 from robustlip.errors import BadInput
-from robustlip.layers import Chain, GroupSort, Householder, MaxMin, Normalize, Residual, ScaledGELU, as_chain
+from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Householder, MaxMin, Normalize, Residual, ScaledGELU, Sum, as_chain
 from robustlip.models import LipschitzGPT, LipschitzMLP
 from robustlip.threats import EmbeddingBall, InputBall
 
@@ -76,6 +77,17 @@ MODELS = {
         lambda: nn.Sequential(nn.Linear(6, 9), Residual.convex(nn.Sequential(nn.Linear(9, 14), nn.ReLU(), nn.Linear(14, 9)), 0.4), nn.Linear(9, 4)),
         (6,),
         2.0,
+    ),
+    "sum": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 9),
+            Sum(nn.Sequential(nn.ReLU(), nn.Linear(9, 7)), nn.Linear(9, 7), nn.Sequential(Channels(1, 8), nn.ReLU()), weights=(0.5, -1, 1)),
+            nn.ReLU(), nn.Linear(7, 4),
+        ), (6,), 2.0,
+    ),
+    "concatenate": (
+        lambda: nn.Sequential(Concatenate(nn.Sequential(nn.Linear(6, 9), nn.ReLU()), nn.Linear(6, 4)), nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 4)),
+        (6,), 2.0,
     ),
     "batchnorm": (batch_normed, (6,), 1.0),
     "conv": (mixed, (1, 6, 6), 1.5),

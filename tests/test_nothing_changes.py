@@ -130,7 +130,7 @@ def _eval(s: Scene) -> object:
 
 def _audit(s: Scene) -> object:
     chain = as_chain(s.model)
-    return audit(chain, stated(chain, 1e9, "l2", None), s.x if s.words else s.x, starts=2, power_steps=2, ascent_steps=2)
+    return audit(chain, stated(chain, 1e9, "l2", None), s.x, starts=2, power_steps=2, ascent_steps=2)
 
 
 FUNCTIONS: dict[str, Callable[[Scene], object]] = {

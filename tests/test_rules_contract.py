@@ -19,7 +19,21 @@ from robustlip.attacks.worst_weights import worst_attention
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.domains.norms import state as rules_base
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Patchify, Residual, ScaledGELU
+from robustlip.layers import (
+    AddPositions,
+    Attention,
+    Channels,
+    Concatenate,
+    GroupSort,
+    Householder,
+    MaxMin,
+    MeanTokens,
+    Normalize,
+    Patchify,
+    Residual,
+    ScaledGELU,
+    Sum,
+)
 from robustlip.ops.elementwise import GELU_SLOPE, SILU_SLOPE
 from robustlip.ops.normalization import local_lipschitz
 
@@ -145,6 +159,13 @@ CASES = {
     "image-maxpool-overlap": (lambda: nn.MaxPool2d(3, stride=1, padding=1), 3.0),
     "residual-mlp": (lambda: Residual.convex(nn.Sequential(nn.Linear(D, 12), ScaledGELU(), nn.Linear(12, D)), 0.3), 3.0),
     "residual-attention": (lambda: Residual(attention(), skip=0.5, weight=-1.5), 2.0),
+    "sum": (lambda: Sum(nn.Linear(D, 5), nn.Sequential(nn.Linear(D, 7), nn.GELU(), nn.Linear(7, 5)), weights=(0.7, -1.5)), 3.0),
+    "sum-attention": (lambda: Sum(nn.Identity(), attention(), nn.Linear(D, D), weights=(1.0, 0.5, 2.0)), 2.0),
+    "image-sum": (lambda: Sum(nn.Conv2d(4, 3, 3, padding=1), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 3, 1))), 3.0),
+    "concatenate": (lambda: Concatenate(nn.Linear(D, 5), nn.Identity(), nn.Sequential(nn.Linear(D, 3), nn.Tanh())), 3.0),
+    "image-concatenate": (lambda: Concatenate(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU()), 3.0),
+    "channels": (lambda: Channels(1, 3), 3.0),
+    "image-channels": (lambda: Channels(2, 4), 3.0),
 }
 
 

@@ -605,7 +605,7 @@ def test_model_files_round_trip_and_lies_are_refused(tmp_path) -> None:
 
     tensors, header = load_tensors(path)
     save_tensors(tmp_path / "surplus.safetensors", {**tensors, "more": torch.zeros(2)}, header)
-    with pytest.raises(BadInput, match="more"):
+    with pytest.raises(BadInput, match="6 of them, got 7"):
         load_into(tmp_path / "surplus.safetensors", build)
     save_tensors(tmp_path / "nan.safetensors", {**tensors, "linear1.bias": torch.full((6,), torch.nan)}, header)
     with pytest.raises(BadInput, match="NaN"):

@@ -37,6 +37,8 @@ from robustlip.layers import (
     AddPositions,
     Attention,
     Chain,
+    Channels,
+    Concatenate,
     GroupSort,
     Householder,
     MaxMin,
@@ -46,6 +48,7 @@ from robustlip.layers import (
     Patchify,
     Residual,
     ScaledGELU,
+    Sum,
     as_chain,
 )
 from robustlip.ops import elementwise_of
@@ -280,7 +283,8 @@ def small(layer: type[nn.Module]) -> nn.Module:
     options: dict[type, tuple] = {
         nn.Linear: (8, 8), nn.LayerNorm: (8,), nn.RMSNorm: (8, 1e-3), nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,), nn.Embedding: (8, 8),
         nn.Conv2d: (8, 8, 1), nn.AvgPool2d: (1,), nn.MaxPool2d: (1,), nn.AdaptiveAvgPool2d: (1,), Householder: (8,), Attention: (8, 2),
-        AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Normalize: ([0.0], [1.0]),
+        AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
+        Normalize: ([0.0], [1.0]),
     }  # fmt: skip
     return layer(*options.get(layer, ()))
 
@@ -307,7 +311,7 @@ def test_every_activation_with_a_constraint_has_a_case() -> None:
 
 
 def test_a_constraint_does_not_hold_a_matrix_that_is_used_otherwise() -> None:
-    with pytest.raises(BadInput, match="1.weight"):
+    with pytest.raises(BadInput, match=r"1\.weight"):
         targets_of(nn.Sequential(nn.Linear(6, 8), OtherLinear(8, 8)), 1.0)
-    with pytest.raises(BadInput, match="0.weight"):
+    with pytest.raises(BadInput, match=r"0\.weight"):
         targets_of(nn.Sequential(other(nn.Embedding)(6, 8)), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from robustlip.execution import proving
 from robustlip.layers import Chain, Patchify, as_chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import norm_up, up
+from robustlip.samples import as_samples
 from robustlip.threats import WeightBall
 
 
@@ -77,13 +79,16 @@ def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tenso
 
 
 @torch.no_grad()
-def weight_sensitivity_bound(model: nn.Module, x: Tensor, threat: WeightBall, batch_size: int = 256) -> np.ndarray:
+def weight_sensitivity_bound(model: nn.Module, x: Any, threat: WeightBall, batch_size: int = 256) -> np.ndarray:
     """Upper bounds (N,) of ‖f_{W+E}(x) − f_W(x)‖₂ over all E in the ball (logits of the prediction), exact arithmetic. docs/theory.md, section 3.
 
+    x: in the forms of `robustlip.samples`; numbers are rounded to the dtype of the weights, and the bound is of the rounded input.
     threat.radius must be set. A Frobenius ball lies inside the spectral ball of its radius, so the same bound serves both.
     """
-    if threat.radius is None:
-        raise BadInput("expected a weight threat with a radius, got none; give one, e.g. WeightBall('spectral', 0.01)")
+    if not isinstance(threat, WeightBall) or threat.radius is None:
+        got = "none" if isinstance(threat, WeightBall) else f"{threat!r}"
+        raise BadInput(f"expected a weight threat with a radius, got {got}; give one, e.g. WeightBall('spectral', 0.01)")
+    x = as_samples(x)[0]
     chain = as_chain(model)
     dtype = check_model(chain)
     check_entry(chain, x, threat)

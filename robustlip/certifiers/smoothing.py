@@ -241,9 +241,9 @@ def certify_smoothed(
     threat: InputBall('l2'); with a radius, samples certified for less are abstained. n0, n: draws to choose a class and to bound its probability.
     seed, index: the draws of a sample depend on these two alone. Raises BadInput.
     """
-    x, y, threat = as_request(x, y, threat or InputBall("l2"))
-    if not isinstance(threat, InputBall) or threat.norm != "l2":
-        raise BadInput(f"expected the threat l2, which normal noise certifies, got {threat.name}; use InputBall('l2')")
+    x, y, ball = as_request(x, y, threat or InputBall("l2"))
+    if not isinstance(ball, InputBall) or ball.norm != "l2":
+        raise BadInput(f"expected the threat l2, which normal noise certifies, got {ball.name}; use InputBall('l2')")
     target, dtype = _check(model, x, sigma, alpha, seed, {"n0": n0, "n": n})
     numbers = _numbers(index, len(x))
     prediction = np.full(len(x), NO_CLASS, dtype=np.int64)
@@ -265,13 +265,13 @@ def certify_smoothed(
             # The quantile is good to a few units in the last place.
             proved = sigma * float(stats.norm.ppf(probability[i])) * (1 - 1e-12)
             radius[i] = proved
-            if proved > 0 and proved >= (threat.radius or 0.0):
+            if proved > 0 and proved >= (ball.radius or 0.0):
                 status[i] = SMOOTHED
     from robustlip import __version__
 
     named = chain_or_module(model)
     return SmoothedCertificate(
-        threat=threat,
+        threat=ball,
         confidence=1 - alpha,
         sigma=float(sigma),
         selection=n0,

@@ -110,7 +110,7 @@ class Split:
             numbers = [number for _, number in self.parts]
             if sorted(numbers) != list(range(len(numbers))):
                 missing = min(set(range(max(numbers) + 1)) - set(numbers), default=0)
-                raise BadInput(f"expected the files of the {name} numbered from 0000 in {parents[0]}, got none with {missing:04d}; copy the missing ones")
+                raise BadInput(f"expected the files of the {name} numbered from 0000 in {parents[0]}, got none with {missing:04d}; copy it")
             return [path for path, _ in sorted(self.parts, key=lambda part: part[1])]
         totals = {total for _, _, total, _ in self.shards}
         if len(totals) > 1 or len({hashed for *_, hashed in self.shards}) > 1:
@@ -179,6 +179,6 @@ def splits_of(folder: Path, subset: str | None = None, split: str | None = None,
 
 
 def split_files(folder: Path, split: str, subset: str | None = None) -> list[Path]:
-    """The parquet files of one split under `folder`, in order; [] when there is none. Raises BadInput as `splits_of`, and for one that is not whole."""
+    """The parquet files of one split under `folder`, in order; [] without any. Raises BadInput as `splits_of`, and for one that is not whole."""
     files = splits_of(folder, subset, split).get(split)
     return files.files(f"split {split!r}") if files else []

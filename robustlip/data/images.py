@@ -31,6 +31,10 @@ DIGITS_TRAIN = 1437  # of 1797: four fifths
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever started
 MAX_PIXELS = 2**26  # of one image
 MAX_VALUES = 2**28  # pixels × channels of all images that are loaded: 1 GiB as float32
+MAX_EXTRA, MAX_BYTES_A_PIXEL = 2**22, 16  # bytes of one encoded image: so many, and so many more for each pixel
+MAX_SCANS = 200  # of a JPEG
+MAX_SCANNED = 2**32  # scans × pixels of all images that are loaded
+MAX_PROSE = 2**20  # bytes that the texts in a PNG may unpack to
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "P": 3, "RGB": 3, "RGBA": 3}
 _DEEP = ("I;16", "I;16B", "I;16L", "I")  # of them, those with 16 bits; see _deep
 _WAYS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
@@ -79,7 +83,7 @@ def table_to_dataset(
     image = pick(table, image_column, _image_columns(table), "image", "--image-column")
     if not (is_bytes(table.types[image]) or holds_bytes(table.types[image])):
         raise BadInput(
-            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store images as the hub does: a struct with bytes"
+            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store a struct with bytes, as the hub"
         )
     if table.rows == 0:
         raise BadInput(f"expected at least one row in {name}, got none; give a file with samples")
@@ -196,10 +200,14 @@ def _plain(chunk: pa.Array) -> pa.Array:
 def _pixels(cells: Iterable[tuple[int, Any]], count: int, name: str, shape: tuple[int, int, int] | None, mode: str | None) -> Tensor:
     """float32 (N, C, H, W) in [0, 1] from `count` (row, encoded image), all of one shape (C, H, W). Sizes are known before anything is decoded."""
     x: Tensor | None = None
+    scanned = 0
     with _strictly():
         for i, (row, cell) in enumerate(cells):
             with _opened(cell, row, name) as picture:
                 _check_size(picture, count, row, name, shape)
+                scanned += _scans(picture, cell, row, name) * picture.size[0] * picture.size[1]
+                if scanned > MAX_SCANNED:
+                    raise BadInput(f"expected JPEG images of some scans in {name}, got many of large ones up to row {row}; write them again")
                 pixels = _decoded(picture, row, name)  # (C, H, W) in [0, 1]
             if mode is not None:  # the hub's library converts to it
                 if mode not in ("L", "RGB") or (mode == "L" and len(pixels) == 3):
@@ -237,19 +245,33 @@ def _check_size(picture: Picture, count: int, row: int, name: str, shape: tuple[
         )
 
 
+def _scans(picture: Picture, cell: bytes, row: int, name: str) -> int:
+    """Of a JPEG: how often a decoder goes over all its pixels. 1 for other formats. Raises BadInput for more bytes or scans than an image takes."""
+    most = MAX_EXTRA + MAX_BYTES_A_PIXEL * picture.size[0] * picture.size[1]
+    if len(cell) > most:
+        raise BadInput(f"expected at most {most} bytes for an image of its size in {name}, got {len(cell)} in row {row}; write it again")
+    if cell[:2] != b"\xff\xd8":
+        return 1
+    # In the data of a scan 0xFF has another byte behind it; elsewhere, as in a profile of colours, the pair stands once in 65,536 by chance.
+    scans = cell.count(b"\xff\xda")
+    if scans > MAX_SCANS + len(cell) // 2**15:
+        raise BadInput(f"expected a JPEG of at most {MAX_SCANS} scans in {name}, got {scans} in row {row}; write it again")
+    return max(1, scans)
+
+
 @contextmanager
 def _strictly() -> Iterator[None]:
     """Pillow's settings of its own making: no image that is cut off is filled with grey, and warnings do not go to the terminal."""
-    from PIL import ImageFile
+    from PIL import ImageFile, PngImagePlugin
 
-    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    lenient, prose = ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_MEMORY
+    ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_MEMORY = False, min(prose, MAX_PROSE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_MEMORY = lenient, prose
 
 
 @contextmanager
@@ -262,7 +284,7 @@ def _opened(cell: Any, row: int, name: str) -> Iterator[Picture]:
     if not isinstance(cell, bytes):
         raise BadInput(f"expected the bytes of an image in row {row} of {name}, got none; embed the images in the file")
     if (size := _webp_size(cell)) is not None and size[0] * size[1] > MAX_PIXELS:  # its decoder takes memory for all of it when it is opened
-        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {size[0]} × {size[1]} in row {row}; make it smaller or drop it")
+        raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {size[0]} × {size[1]} in row {row}; shrink it or drop it")
     try:
         with Image.open(BytesIO(cell), formats=FORMATS) as picture:
             yield picture

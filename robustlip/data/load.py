@@ -80,9 +80,7 @@ def _load(
     name, split = parse_spec(spec)
     check_limit(limit)
     if is_text(name, text_column):
-        _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
-        if name.endswith(".txt") or name == "page":
-            _refuse_unused(name, columns, ("subset", "text_column"), "the text")
+        _refuse_columns(name, columns)
         text = _text(name, data_dir, subset, text_column)
         default = texts.CHARACTERS if name == "page" else None
         return texts.windows(text, split or "test", vocabulary or default, context, limit, seed)
@@ -107,6 +105,15 @@ def _refuse_unused(name: str, columns: Mapping[str, str | None], unused: tuple[s
             raise BadInput(f"expected no {option} for {what} {name!r}, got {columns[option]!r}; leave it out")
 
 
+def _refuse_columns(name: str, columns: Mapping[str, str | None]) -> None:
+    """Of a text: what it has not."""
+    _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
+    if name.endswith(".txt") or name == "page":
+        _refuse_unused(name, columns, ("subset", "text_column"), "the text")
+    elif name.endswith(".parquet"):
+        _refuse_unused(name, columns, ("subset",), "the one split")
+
+
 @undrawn()
 def load_tokens(
     spec: str, *, data_dir: str | Path | None = None, vocabulary: str | None = None, subset: str | None = None, text_column: str | None = None
@@ -118,6 +125,7 @@ def load_tokens(
     name, split = parse_spec(spec)
     if not is_text(name, text_column):
         raise BadInput(f"expected a text (tiny_shakespeare, page or a .txt file), got {name!r}; name one of them")
+    _refuse_columns(name, dict(zip(OPTIONS, (subset, None, None, text_column), strict=True)))
     text = _text(name, data_dir, subset, text_column)
     vocabulary = vocabulary or (texts.CHARACTERS if name == "page" else text.vocabulary)
     return texts.encode(text.part(split or "test"), vocabulary, text.name), vocabulary, text.note
@@ -227,7 +235,7 @@ def _rows(table: Table, column: str | None) -> str:
     """The rows of a column of text, one behind the other."""
     column = pick(table, column, [c for c in table.types if c == "text"], "text", "--text-column")
     if not column_of_text(table.types[column]):
-        raise BadInput(f"expected text in the column {column!r} of {table.name}, got {str(table.types[column])[:100]}; name another with --text-column")
+        raise BadInput(f"expected text in the column {column!r} of {table.name}, got {str(table.types[column])[:100]}; name one by --text-column")
     parts: list[str] = []
     size = 0
     for row, value in enumerate(table.cells(column, np.arange(table.rows))):
@@ -235,6 +243,6 @@ def _rows(table: Table, column: str | None) -> str:
             raise BadInput(f"expected text in row {row} of {table.name}, got none; fill or drop it")
         size += len(value)
         if size > texts.MAX_TEXT:
-            raise BadInput(f"expected a text of at most {texts.MAX_TEXT} characters in {table.name}, got more; cut it, or train with streaming = true")
+            raise BadInput(f"expected a text of at most {texts.MAX_TEXT} characters in {table.name}, got more; cut it or train with streaming = true")
         parts.append(value)
     return "".join(parts)

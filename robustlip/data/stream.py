@@ -135,7 +135,7 @@ class _Files:
                         raise ValueError("no object")
                 except (ValueError, RecursionError) as error:
                     raise BadInput(
-                        f"expected a JSON object in UTF-8 in line {number} of {path.name}, got something else ({first_line(error, 80)}); mend that line"
+                        f"expected a JSON object in UTF-8 in line {number} of {path.name}, got another thing ({first_line(error, 80)}); mend the line"
                     ) from None
                 yield (at, number), document if whole else document.get(self.column)
 
@@ -201,7 +201,7 @@ class Documents:
             files, self.note = local
             self._source, self._start = _Files(files, name, column), {"file": 0, "row": 0}
         if self._source.columns is not None and column not in self._source.columns:
-            raise BadInput(f"expected a column {column!r} in {name}, got {', '.join(self._source.columns)[:300] or 'none'}; name one of them as text_column")
+            raise BadInput(f"expected a column {column!r} in {name}, got {', '.join(self._source.columns)[:300] or 'none'}; name one as text_column")
         self._at: Any = self._start
         self._rows: Iterator[tuple[Any, Any]] | None = None
 

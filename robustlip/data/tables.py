@@ -1,7 +1,7 @@
 """Tables of one split: parquet files, or what the hub's library brought. Rows are read as they are needed, and never before they are counted.
 
-A file from outside is hostile. What it says of itself (rows, columns, sizes) is read first and bounded; then one row group after the other, of
-the columns that are asked for. A path is opened as it is spelled, whatever characters it has.
+A file from outside is hostile. What it says of itself (rows, columns, sizes, and the sizes of every page that is to be unpacked) is read first and
+bounded; then one row group after the other, of the columns that are asked for. A path is opened as it is spelled, whatever characters it has.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from robustlip.data.pages import Pages, Untrue, check_footer, walk_pages
 from robustlip.errors import BadInput, first_line
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 10_000_000  # of a split
 MAX_EXPANSION = 20  # a column may take so many times its size in the file, for encoded images do not compress,
-MAX_COLUMN = 2**28  # … or so many bytes a row group
+MAX_COLUMN = 2**28  # … or so many bytes a row group,
+MAX_UNPACKED = 2**31  # … or so many a file
+MAX_FEATURES = 2**22  # bytes of the hub's description of columns
 _CELLS, _VALUES = 256, 65_536  # rows read at once: of images or texts, and of labels
+_COPIED = 2**32  # bytes of a dictionary that are copied for one row group: once for the rows that are read at once
+_DENSE = 2**26  # bytes of values of one width that are held at once
 
 
 class Table(Protocol):
@@ -48,10 +53,15 @@ class Parquet:
     def __init__(self, files: Sequence[Path], name: str) -> None:
         self.name, self.files = name, list(files)
         self._groups: list[tuple[Path, int, int]] = []  # file, row group in it, rows
+        self._footers: dict[Path, Any] = {}  # pyarrow's FileMetaData: read once, for what was checked is what is used
+        self._places: dict[tuple[Path, str], int] = {}  # the number of a leaf among the columns
+        self._counted: dict[tuple[Path, str], dict[int, tuple[Pages, int]]] = {}  # row group → its pages, and their bytes in the file
         self.rows = 0
         for at, path in enumerate(self.files):
             with _opened(path) as file, _explained(path):
-                types, features = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True)), _features(file.schema_arrow.metadata, name)
+                self._footers[path] = file.metadata
+                types = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+                features = _features(file.schema_arrow.metadata, name)
                 counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
                 claimed, names = file.metadata.num_rows, file.schema_arrow.names
             if min(counts, default=0) < 0 or sum(counts) != claimed:
@@ -64,7 +74,7 @@ class Parquet:
             if at == 0:
                 self.types, self.features = types, features
             elif (types, features) != (self.types, self.features):
-                raise BadInput(f"expected the columns of {self.files[0].name} in all files of {name}, got others in {path.name}; write the files again")
+                raise BadInput(f"expected the columns of {self.files[0].name} in all files of {name}, got others in {path.name}; write them again")
             self._groups += [(path, group, rows) for group, rows in enumerate(counts)]
 
     def chunks(self, column: str) -> Iterator[pa.Array]:
@@ -90,18 +100,21 @@ class Parquet:
     def _read(self, path: Path, group: int, column: str, size: int) -> Iterator[pa.Array]:
         """The column of one row group, in batches; texts and images that repeat are held once."""
         leaf = _leaf(column, self.types[column])
-        with _opened(path) as file, _explained(path):
-            part = next((c for c in map(file.metadata.row_group(group).column, range(file.metadata.num_columns)) if c.path_in_schema == leaf), None)
-            if part is None:
-                raise BadInput(f"expected single values in the column {column!r} of {self.name}, got {self.types[column]}; name another column")
+        footer = self._footers[path]
+        with _explained(path), open(path, "rb") as stream:
+            place = self._place(path, column, leaf)
+            part, rows = footer.row_group(group).column(place), footer.row_group(group).num_rows
             limit = max(MAX_COLUMN, MAX_EXPANSION * min(part.total_compressed_size, path.stat().st_size))
-            if part.total_uncompressed_size > limit:
+            width = max(1, footer.schema.column(place).length) if part.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0
+            if (most := max(part.total_uncompressed_size, rows * width)) > limit:
                 raise BadInput(
-                    f"expected at most {limit} bytes in a row group of the column {column!r} of {self.name}, got {part.total_uncompressed_size}; "
+                    f"expected at most {limit} bytes in a row group of the column {column!r} of {self.name}, got {most}; "
                     f"write the file in smaller row groups"
                 )
+            pages = self._pages(stream, path, leaf, group, part, rows, limit)
+            size = min(size, max(1, _DENSE // width)) if width else max(size, -(-rows * pages.dictionary // _COPIED))
             repeated = [leaf] if part.physical_type == "BYTE_ARRAY" else []
-        with _opened(path, repeated) as file:
+        with _opened(path, repeated, footer) as file:
             batches = file.iter_batches(batch_size=size, row_groups=[group], columns=[leaf], use_threads=False)
             while True:
                 with _explained(path):
@@ -111,6 +124,36 @@ class Parquet:
                     values = batch.column(column)
                     values.validate(full=True)  # that text is UTF-8, for one
                 yield values
+
+    def _place(self, path: Path, column: str, leaf: str) -> int:
+        """The number of the one leaf that pyarrow reads for this name. Raises BadInput for lists and structures."""
+        if (path, leaf) not in self._places:
+            schema = self._footers[path].schema
+            leaves = [schema.column(at) for at in range(len(schema))]
+            found = [at for at, one in enumerate(leaves) if one.path == leaf or one.path.startswith(f"{leaf}.")]
+            if len(found) != 1 or leaves[found[0]].path != leaf or leaves[found[0]].max_repetition_level:
+                raise BadInput(
+                    f"expected single values in the column {column!r} of {self.name}, got {str(self.types[column])[:100]}; name another column"
+                )
+            self._places[path, leaf] = found[0]
+        return self._places[path, leaf]
+
+    def _pages(self, stream: IO[bytes], path: Path, leaf: str, group: int, part: Any, rows: int, limit: int) -> Pages:
+        """The pages of a column in a row group, counted: they hold its rows, and with those counted before they are within what a file may take."""
+        counted = self._counted.setdefault((path, leaf), {})
+        if group not in counted:
+            start, dictionary = part.data_page_offset, part.dictionary_page_offset
+            if dictionary is not None and 0 < dictionary < start:
+                start = dictionary
+            if part.num_values != rows:
+                raise Untrue("a column has not as many values as rows")
+            counted[group] = walk_pages(stream, start, part.total_compressed_size, rows, limit), part.total_compressed_size
+            size = path.stat().st_size
+            if sum(packed for _, packed in counted.values()) > size:
+                raise Untrue("its row groups lie upon each other")
+            if (total := sum(pages.unpacked for pages, _ in counted.values())) > max(MAX_UNPACKED, MAX_EXPANSION * size):
+                raise Untrue(f"a column unpacks to {total} bytes or more", "write it in several files")
+        return counted[group][0]
 
 
 class Held:
@@ -191,6 +234,8 @@ def _features(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, di
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return {}
+    if len(text) > MAX_FEATURES:
+        raise BadInput(f"expected at most {MAX_FEATURES} bytes of the hub's description of columns in {name}, got {len(text)}; write the file again")
     try:
         features = json.loads(text.decode("utf-8-sig"))["info"]["features"]
         return {str(column): kind for column, kind in features.items() if isinstance(kind, dict)}
@@ -199,14 +244,18 @@ def _features(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, di
 
 
 @contextmanager
-def _opened(path: Path, repeated: Sequence[str] = ()) -> Iterator[Any]:
+def _opened(path: Path, repeated: Sequence[str] = (), footer: Any = None) -> Iterator[Any]:
+    """footer: as it was read and checked before."""
     import pyarrow.parquet as pq
 
     with _explained(path):
         stream = open(path, "rb")
     with stream:
         with _explained(path):
-            file = pq.ParquetFile(stream, read_dictionary=list(repeated))
+            if footer is None:
+                check_footer(stream)
+                stream.seek(0)
+            file = pq.ParquetFile(stream, metadata=footer, read_dictionary=list(repeated))
         yield file
 
 
@@ -217,9 +266,11 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (BadInput, GeneratorExit):
         raise
+    except Untrue as error:
+        raise _unreadable(path, str(error), error.remedy) from None
     except Exception as error:
         raise _unreadable(path, first_line(error, 120)) from None
 
 
-def _unreadable(path: Path, reason: str) -> BadInput:
-    return BadInput(f"expected a whole parquet file, got {str(path)[:200]!r} that cannot be read ({reason}); copy it again")
+def _unreadable(path: Path, reason: str, remedy: str = "copy it again") -> BadInput:
+    return BadInput(f"expected a whole parquet file, got {str(path)[:200]!r} that cannot be read ({reason}); {remedy}")

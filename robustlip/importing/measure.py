@@ -32,14 +32,21 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: Chain, data: str, options: Mapping[str, Any], *, data_dir: str | None = None, limit: int | None = None) -> Measured:
+def measure(
+    model: Chain, data: str, options: Mapping[str, Any], *, data_dir: str | None = None, limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Measured:  # fmt: skip
     """Loss and accuracy of an imported model on data that is named as everywhere, with :test. limit: samples or windows.
 
-    options: of the run; text takes its windows from them as the code does. Raises BadInput for data that does not fit the model.
+    options: of the run; text takes its windows from them as the code does. columns: as load_data and load_tokens take them.
+    Raises BadInput for data that does not fit the model.
     """
     device = next(model.parameters()).device
+    columns = columns or {}
     if model.task == "next-token":
-        tokens, _, note = load_tokens(data, data_dir=data_dir, vocabulary=model.vocabulary)
+        if pictures := [option for option in ("image_column", "label_column") if option in columns]:
+            raise BadInput(f"expected no {pictures[0]} for a model of text, got {columns[pictures[0]]!r}; leave it out")
+        tokens, _, note = load_tokens(data, data_dir=data_dir, vocabulary=model.vocabulary, **columns)
         length, starts = (_option(options, key, default) for key, default in (("seq_len", 256), ("batch_size", 64)))
         starts = min(starts * _option(options, "val_iters", 20), len(tokens) - length)
         if starts < 1:
@@ -49,7 +56,7 @@ def measure(model: Chain, data: str, options: Mapping[str, Any], *, data_dir: st
         parts = [(part[:, :-1], part[:, 1:]) for part in windows.split(BATCH)]
         of = f"{len(kept)} windows of {length} characters, starting in the first {starts} of {data}"
     else:
-        samples = load_data(data, data_dir=data_dir, limit=limit)
+        samples = load_data(data, data_dir=data_dir, limit=limit, **columns)
         parts = list(zip(samples.x.split(1000), samples.y.split(1000), strict=True))
         note, of = samples.note, f"{len(samples.y)} samples of {data}"
     right = loss = count = 0.0

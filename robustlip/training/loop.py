@@ -137,7 +137,8 @@ def train(
     """Train a recipe in the folder `out`; returns the model file out/NAME.safetensors, with its card out/NAME.toml beside it.
 
     Interrupted runs, killed ones included, continue from out/NAME.state.safetensors when `resume`, and end with the same weights on the same machine;
-    a state of another recipe is refused, and so is to write over one or over a model without a state. One run at a time in a folder: a second is refused.
+    a state of another recipe is refused, and so is to write over one or over a model without a state. One run at a time in a folder:
+    a second is refused.
     Started by torchrun, all processes make one run: each takes its rows of every batch, the matrix work is shared, rank 0 writes. parallel: 'ddp',
     whole weights in each process, or 'fsdp', shards (robustlip.parallel). Weights are those of one process up to rounding, and states can be
     resumed by another number of processes; `out` must be a folder that all of them see.

@@ -35,7 +35,8 @@ class DataPart(_Strict):
     a folder in the folder; text_column, image_column, label_column: as in load_data.
 
     streaming: text that is read as it is needed (robustlip.data.stream): a hub name, a folder or file of .parquet or .jsonl documents, or
-    a name that --data-dir or ROBUSTLIP_DATA has a folder for. Then also: split of it; held_out, how many documents at its start are kept for evaluation; tokenizer, 'bytes' or 'gpt2', and
+    a name that --data-dir or ROBUSTLIP_DATA has a folder for. Then also: split of it; held_out, how many documents at its start are kept for
+    evaluation; tokenizer, 'bytes' or 'gpt2', and
     tokenizer_file, its vocabulary where it is not to be fetched (see robustlip.data.tokenizers). The model says its vocabulary_size.
     """
 
