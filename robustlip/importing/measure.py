@@ -56,8 +56,10 @@ def measure(
         parts = [(part[:, :-1], part[:, 1:]) for part in windows.split(BATCH)]
         of = f"{len(kept)} windows of {length} characters, starting in the first {starts} of {data}"
     else:
-        image, label = columns.get("image_column"), columns.get("label_column")
-        samples = load_data(data, data_dir=data_dir, limit=limit, image_column=image, label_column=label, subset=columns.get("subset"))
+        samples = load_data(
+            data, data_dir=data_dir, limit=limit, subset=columns.get("subset"), image_column=columns.get("image_column"),
+            label_column=columns.get("label_column"), text_column=columns.get("text_column"),
+        )  # fmt: skip
         parts = list(zip(samples.x.split(1000), samples.y.split(1000), strict=True))
         note, of = samples.note, f"{len(samples.y)} samples of {data}"
     right = loss = count = 0.0
