@@ -15,6 +15,8 @@ from robustlip.attacks.spaces import Space, per_sample
 from robustlip.attacks.weights import WeightSpace, group_count, shared_ladder
 from robustlip.errors import BadInput
 
+BELOW = 0.985  # of the best radius: where the last attacks are run
+
 
 @dataclass(frozen=True)
 class MinimumRadius(Attack):
@@ -25,6 +27,7 @@ class MinimumRadius(Attack):
     ranked by their first-order distance, of which the nearest `targets` are attacked by name. groups: for weight threats, the number
     of shared perturbations (see WeightAttack); shared ones are tried on a ladder of radii instead.
     polish: steps along the boundary from the best point, at the end, 0 to leave them out.
+    rounds: at the very end, how often `last`, of many random starts, is run a little below the best radius, while it succeeds; 0 leaves it out.
     A threat with a radius limits the search to it; without one it is unlimited.
     Sources: Pintor et al. 2021 (FMN: a radius that follows the boundary) and Rony et al. 2019 (DDN) for the direct attack.
     """
@@ -36,6 +39,8 @@ class MinimumRadius(Attack):
     targets: int = 3
     groups: int | None = None
     polish: int = 30
+    last: PGD = field(default_factory=lambda: PGD(steps=30, restarts=10, size=0.5))
+    rounds: int = 4
 
     name: ClassVar[str] = "min"
     needs_radius: ClassVar[bool] = False
@@ -48,6 +53,8 @@ class MinimumRadius(Attack):
             )
         if self.polish < 0:
             raise BadInput(f"expected polish of at least 0, got {self.polish}; 0 leaves it out")
+        if self.rounds < 0:
+            raise BadInput(f"expected rounds of at least 0, got {self.rounds}; 0 leaves the last attacks out")
         if self.groups is not None and self.groups < 1:
             raise BadInput(f"expected at least 1 group, got {self.groups}; leave it out for one per sample")
 
@@ -68,14 +75,29 @@ class MinimumRadius(Attack):
             best, high = self._descend_to(space, labels, targets, guess)
         best, high = self._grow(space, labels, guess, cap, best, high, generator)
         best, high = self._bisect(space, labels, best, high, generator)
-        if self.polish and not isinstance(space, WeightSpace):
-            rows = (high < torch.inf).nonzero().flatten()
-            if len(rows):
-                part = space.take(rows)
-                nearer, reach = along_the_boundary(part, labels[rows], best[rows].to(space.work), high[rows], self.polish)
-                shorter, length = self._keep(part, labels[rows], nearer, reach < high[rows], best[rows], high[rows])
-                best[rows], high[rows] = shorter, length
+        rows = (high < torch.inf).nonzero().flatten()
+        best, high = self._polish(space, labels, rows, best, high)
+        for _ in range(self.rounds):
+            if len(rows) == 0 or isinstance(space, WeightSpace):
+                break
+            before = high
+            best, high = self._try(space, labels, rows, BELOW * high, best, high, generator, warm=True, attack=self.last)
+            rows = rows[high[rows] < before[rows]]  # who was moved may be moved again, from where it is now
+            best, high = self._polish(space, labels, rows, best, high)
         return best
+
+    def _polish(
+        self, space: Space, labels: torch.Tensor, rows: torch.Tensor, best: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps along the boundary from the best points of `rows`, kept where they are shorter."""
+        if not self.polish or len(rows) == 0 or isinstance(space, WeightSpace):
+            return best, high
+        part = space.take(rows)
+        nearer, reach = along_the_boundary(part, labels[rows], best[rows].to(space.work), high[rows], self.polish)
+        shorter, length = self._keep(part, labels[rows], nearer, reach < high[rows], best[rows], high[rows])
+        best, high = best.clone(), high.clone()
+        best[rows], high[rows] = shorter, length
+        return best, high
 
     # ---- where to begin
 
@@ -149,11 +171,12 @@ class MinimumRadius(Attack):
         high: torch.Tensor,
         generator: torch.Generator,
         warm: bool = False,
+        attack: PGD | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attacks the samples `todo` at their radii and keeps what is shorter. warm: from the best so far, not from the clean point."""
         part = space.take(todo)
         start = best[todo] if warm else None
-        delta, value = self.attack.search(part, labels[todo], radius[todo], generator, start)
+        delta, value = (attack or self.attack).search(part, labels[todo], radius[todo], generator, start)
         shorter, reach = self._keep(part, labels[todo], delta, value > 0, best[todo], high[todo])
         best, high = best.clone(), high.clone()
         best[todo], high[todo] = shorter, reach
