@@ -15,8 +15,9 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """One thread (two workers share the machine) and one seed; the generator comes back as it was."""
+    """One thread (two workers share the machine), one seed and no width of a terminal; the generator comes back as it was."""
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)
     state = torch.get_rng_state()
     torch.manual_seed(0)
     yield

@@ -119,7 +119,8 @@ def test_signs_of_scales_make_no_bound_negative() -> None:
         step(layer, state(1.0, 1.0, 1, 2))
     gelu, attention = ScaledGELU(), Attention(4, 2)
     gelu.divisor, attention.scale = -1.1289, -4.0
-    assert float(step(gelu, state(1.0, 1.0, 3, 4)).change) >= 1
+    with pytest.raises(BadInput, match="divisor above 0"):
+        step(gelu, state(1.0, 1.0, 3, 4))
     bound = float(step(attention, state(1.0, 1e-3, 3, 4)).change)
     attention.scale = 4.0
     assert bound == float(step(attention, state(1.0, 1e-3, 3, 4)).change) > 0

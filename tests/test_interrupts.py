@@ -185,7 +185,11 @@ def test_a_real_signal(arguments, told: str) -> None:
     source = str(Path(certifiers.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "PYTHONUTF8": "1"}
     command = [sys.executable, "-c", SLOW, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment,
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     seen = ""
     while "SECOND BATCH" not in seen:
