@@ -18,16 +18,19 @@ LINT_READY := $(READY)-lint
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint clean certificates
+.PHONY: help demo test test-all setup lint clean certificates
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
 demo: $(READY)  ## the whole story on the embedded data: table and report
 	$(BIN)/robustlip demo $(ARGS)
 
 # One thread per worker: two workers with a thread pool each are slower than with none.
-test: $(READY)  ## all tests
+test: $(READY)  ## all tests but those marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
+
+test-all: $(READY)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 setup: $(READY)  ## the virtual environment alone

@@ -285,6 +285,7 @@ def test_worst_weights_keep_the_norms_they_were_given() -> None:
 # ------------------------------------------------------------------------------------------------ witnesses
 
 
+@pytest.mark.slow
 def test_a_witness_measures_the_same_in_a_fresh_process(violation, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_witness(path, violation)

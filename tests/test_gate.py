@@ -139,6 +139,7 @@ def test_wilson():
     assert abs(wilson_lower(8, 10, 1.96) - 0.4902) < 1e-3  # the two-sided 95 % interval of 8 in 10 is [0.490, 0.943]
 
 
+@pytest.mark.slow
 def test_the_example_policy_tells_the_constrained_model_from_its_baseline(capsys):
     if not {"digits-mlp-lipschitz", "digits-mlp-baseline"} <= set(zoo.names()):
         pytest.skip("needs the digits models of the zoo")

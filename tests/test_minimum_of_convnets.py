@@ -14,6 +14,7 @@ from robustlip.threats import InputBall
 torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_strong_pgd_finds_next_to_nothing_one_percent_below() -> None:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(1)

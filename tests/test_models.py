@@ -56,7 +56,7 @@ def test_only_what_differs_is_written_down() -> None:
         ({"activation": "relu"}, "an activation among gelu, maxmin"),
         ({"distance_peaks": 2.0, "distance_bias": 0}, "with a distance_bias"),
         ({"distance_peaks": -1.0}, "at least 0"),
-        ({"distance_peaks": float("nan")}, "a finite distance_peaks"),
+        ({"distance_peaks": float("nan")}, "at least 0|a finite distance_peaks"),
         ({"mlp_hidden": 0}, "an MLP width of at least 1"),
         ({"mlp_hidden": 16.0}, "an MLP width of at least 1"),
         ({"mlp_hidden": 15, "activation": "maxmin"}, "even for maxmin"),

@@ -89,6 +89,7 @@ RECIPE = """name = "r"\n[data]\nname = "digits"\n[model]\nkind = "mlp"\nwidths =
 GRID = """name = "g"\nbase = "recipe.toml"\n[grid]\noptimizer.lr = [0.01]\n"""
 
 
+@pytest.mark.slow
 def test_a_byte_order_mark_in_toml_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Policy, suite, recipe, grid: all of which Windows editors save with one."""
     monkeypatch.chdir(tmp_path)
