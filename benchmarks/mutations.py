@@ -68,7 +68,50 @@ SDP_PROGRAM, SDP_VERIFY, SDP_CONSTANTS, SDP_REACH, SDP_QUADRATIC, SDP_ECLIPSE, S
 CONVOLUTION, SEQUENCE = "robustlip/domains/norms/convolution.py", "robustlip/certifiers/sequence.py"
 VERIFICATION, CERTIFICATE_FILE, GATE = "robustlip/verification.py", "robustlip/certificate_file.py", "robustlip/gate.py"
 
+NORMS_JOINS, AT_JOINS, LAYERS_JOINS, EXECUTION = (
+    "robustlip/domains/norms/joins.py", "robustlip/domains/expansion/joins.py", "robustlip/layers/joins.py", "robustlip/execution.py",
+)
+JOINS, IN_PLACE = "tests/test_joins.py", "tests/test_execution.py"
+
 MUTATIONS = [
+    # ---- joins
+    Mutation("sums: weights of branches counted as 1", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = [1.0 for w in layer.weights]",
+             f"{JOINS} -k attain"),
+    Mutation("sums: the sign of a weight lets bounds cancel", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = list(layer.weights)",
+             f"{RULES} -k 'change and sum'"),
+    Mutation("concatenations: the largest branch for all", NORMS_JOINS, "change=root_of_squares([s.change for s in behind])",
+             "change=torch.stack([s.change for s in behind]).amax(0)", f"{JOINS} -k attain"),
+    Mutation("sums: what branches rounded is forgotten", NORMS_JOINS, "rounding=rounding + fresh", "rounding=fresh",
+             f"{JOINS} -k 'rounded_arrives'"),
+    Mutation("local: a sum moves as its last branch", AT_JOINS, "return total(radii) + fresh, total(errors) + fresh",
+             "return total(radii[-1:] * len(radii)) + fresh, total(errors) + fresh", f"{JOINS} -k 'however_small and local'"),
+    Mutation("local: errors of a sum's branches dropped", AT_JOINS, "return total(radii) + fresh, total(errors) + fresh",
+             "return total(radii) + fresh, fresh",
+             f"{LOCAL} -k 'promises and sum'"),
+    Mutation("local: adjoints of branches without their weight", AT_JOINS, "branch.adjoint(w * g, two_sided)", "branch.adjoint(g, two_sided)",
+             f"{LOCAL} -k sum"),
+    Mutation("local: one branch of a concatenation for all", AT_JOINS, "return root_of_squares(radii), root_of_squares(errors)",
+             "return radii[0], root_of_squares(errors)", f"{LOCAL} -k 'promises and concatenate'"),
+    Mutation("dense: weights of a sum dropped", MLP_NETWORK, "sum((w * out for w, out in zip(layer.weights, outs, strict=True))",
+             "sum((out for w, out in zip(layer.weights, outs, strict=True))", f"{JOINS} -k 'exact_radius and crown'"),
+    Mutation("dense: the last branch of a sum left out", MLP_NETWORK, "sum((w * out for w, out in zip(layer.weights, outs, strict=True))",
+             "sum((w * out for w, out in zip(layer.weights[:-1], outs[:-1], strict=True))", f"{JOINS} -k 'exact_radius and crown'"),
+    Mutation("dense: a slice begins one channel early", MLP_NETWORK, "h + layer.start * inner : h + layer.stop * inner",
+             "h + max(0, layer.start - 1) * inner : h + max(1, layer.stop - 1) * inner", f"{JOINS} -k 'split and crown'"),
+    Mutation("branches that work in place are evaluated", LAYERS_JOINS,
+             "if any(getattr(module, \"inplace\", False) is True for module in self.modules()):", "if False:", f"{IN_PLACE} -k read_again"),
+    # ---- the program that runs
+    Mutation("hooks for all modules are not seen", EXECUTION, "if globally._global_forward_hooks or globally._global_forward_pre_hooks:", "if False:",
+             f"{IN_PLACE} -k hooks_for_all"),
+    Mutation("a compiled call is not seen", EXECUTION, "if own.get(\"_compiled_call_impl\") is not None:", "if False:", f"{IN_PLACE} -k compiled"),
+    Mutation("a weight hidden by an attribute is not seen", EXECUTION,
+             "if value is not None and getattr(module, key, None) is not value:", "if False:",
+             f"{IN_PLACE} -k property"),
+    Mutation("weights of another class are not seen", EXECUTION, "if type(value) not in (Tensor, nn.Parameter, nn.Buffer):", "if False:",
+             f"{IN_PLACE} -k _subclass"),
+    Mutation("modes of torch functions are not seen", EXECUTION,
+             "foreign = [type(mode).__name__ for mode in functions if type(mode) is not DeviceContext]",
+             "foreign = []", f"{IN_PLACE} -k rewrite_operations"),
     Mutation("the difference in front of a division not seen to overflow", ELEMENTWISE,
              "context.finite(behind, reach)", "context.finite(behind)", f"{OVERFLOW} -k 'way_is_seen and normalize'"),
     Mutation("the difference in front of a division not seen to overflow (local)", AT_STRUCTURE,

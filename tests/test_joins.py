@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import robustlip
 from robustlip.attacks import MinimumRadius
 from robustlip.certifiers import lipschitz_bound
+from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Chain, Channels, Concatenate, MaxMin, NextTokenChain, Residual, Sum
 from robustlip.layers.attention import Attention
@@ -120,6 +121,30 @@ def test_global_sums_and_concatenations_attain_their_bounds() -> None:
             layer.weight.copy_(gain * torch.outer(u, u))
     assert lipschitz_bound(nn.Sequential(Sum(*layers, weights=(0.5, -1.0)), nn.Identity()))["l2"] == pytest.approx(4.0, rel=1e-6)
     assert lipschitz_bound(nn.Sequential(Concatenate(*layers), nn.Identity()))["l2"] == pytest.approx(13**0.5, rel=1e-6)
+
+
+def test_what_branches_rounded_arrives_behind_a_sum() -> None:
+    """Twice and three times the same numbers: an error in front is five times as large behind."""
+    one = torch.ones(1, dtype=torch.float64)
+    front = State(one, 0 * one, 1e-3 * one, "l2", 1, 4)
+    behind = rule_for(Sum(nn.Identity())).step(Sum(nn.Identity(), nn.Identity(), weights=(2.0, -3.0)), front, Context(torch.float64, {}))
+    assert 5e-3 <= float(behind.rounding) <= 5e-3 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_branch_counts_however_small_the_others_are(method, swapped) -> None:
+    """One branch is 10⁻⁶ of the other: the exact radius is that of the larger one."""
+    large, small = drawn(nn.Linear(5, 6), 1), drawn(nn.Linear(5, 6), 2, scale=1e-6)
+    model = drawn(nn.Sequential(nn.Identity(), nn.Linear(6, 3)), 3)
+    model[0] = Sum(small, large) if swapped else Sum(large, small)
+    model, x = model.double(), points().double()
+    y = model(x).argmax(-1)
+    rows, logits = torch.func.jacrev(model)(x[0]), model(x)
+    size = (rows[y][:, None] - rows[None]).norm(dim=-1)
+    exact = torch.where(size > 0, (logits.gather(1, y[:, None]) - logits) / size, torch.inf).amin(-1).numpy()
+    radius = robustlip.certify(model, x, y, InputBall("l2"), method).radius
+    assert (radius <= exact * (1 + 1e-9)).all() and (radius >= 0.1 * exact).mean() > 0.5
 
 
 @pytest.mark.parametrize("method", ["global", "ibp", "crown", "local-lipschitz"])
