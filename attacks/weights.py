@@ -110,10 +110,10 @@ class WeightSpace(Space):
         def one(row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             return self.shared_logits(row, x[None])[0]
 
-        if self.batched is None:
-            self.batched = self._takes_vmap(one, point)
         # The plain kernel: the fused ones have no batching rule for vmap and would run sample by sample.
         with sdpa_kernel(SDPBackend.MATH):
+            if self.batched is None:
+                self.batched = self._takes_vmap(one, point)
             if self.batched:
                 return vmap(one, randomness="different")(point, self.x)
             return torch.stack([one(row, x) for row, x in zip(point, self.x, strict=True)])
