@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import run
 from PIL import Image
 
 from robustlip import cli
@@ -39,14 +40,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table if "/a/" not in path else table.slice(0, 2), path)
     return tmp_path
-
-
-def run(*arguments: object) -> int:
-    try:
-        cli.main([str(a) for a in arguments])
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
-    return 0
 
 
 def accuracy(path: str) -> float:

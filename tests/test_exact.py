@@ -15,6 +15,7 @@ from itertools import product
 import mpmath
 import pytest
 import torch
+from curves import CURVES
 from torch import Tensor, nn
 
 from robustlip.certifiers import certify
@@ -54,12 +55,6 @@ from robustlip.numerics.enclosures import Rows
 from robustlip.threats import EmbeddingBall, InputBall
 
 NORMS = ("l2", "linf", "l1")
-CURVES = {
-    name: curve_of(layer)
-    for name, layer in {
-        "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "silu": nn.SiLU(), "gelu-none": nn.GELU(), "gelu-tanh": nn.GELU("tanh"),
-    }.items()
-}  # fmt: skip
 
 
 def exact(t: Tensor) -> list[Fraction]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import mpmath
 import pytest
 import torch
+from curves import CURVES
 from torch import nn
 
 from robustlip.attacks import by_name
@@ -434,12 +435,6 @@ def in_digits(name: str, z: float) -> mpmath.mpf:
     return z / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf(0.044715) * z**3)))
 
 
-CURVES = {
-    name: curve_of(layer)
-    for name, layer in {
-        "relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "silu": nn.SiLU(), "gelu-none": nn.GELU(), "gelu-tanh": nn.GELU("tanh"),
-    }.items()
-}  # fmt: skip
 INTERVALS = [(-0.3, 0.4), (-3.0, 2.0), (0.1, 0.2), (-1.5, -1.2), (-9.0, 11.0), (-0.7517, -0.7516), (1.0, 1.0), (-2.0, -0.5), (-40.0, 0.01)]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 
 import robustlip
-from robustlip import cli
 from robustlip.checkpoints import load_into
 from robustlip.data import load_text_or_page, load_tokens
 from robustlip.errors import BadInput
@@ -73,14 +73,6 @@ def test_a_model_that_is_loaded_between_two_draws_changes_nothing() -> None:
     torch.manual_seed(0)
     robustlip.load("digits-mlp-lipschitz")
     assert torch.equal(first, torch.rand(3))
-
-
-def run(*arguments: object) -> int:
-    try:
-        cli.main([str(a) for a in arguments])
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
-    return 0
 
 
 SUITE = """name = "s"\n[[pair]]\nname = "p"\ndata = "digits:test"\nlimit = 2\nlipschitz = "digits-mlp-lipschitz"

@@ -460,6 +460,24 @@ def test_infinity_and_one_balls_through_every_layer(name, space) -> None:
     assert float(behind.change) / 60 < found <= float(behind.change) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("size", [0.01, 100.0])
+@pytest.mark.parametrize(("kind", "shift"), [(nn.LayerNorm, 3.0), (nn.RMSNorm, 0.0)])
+def test_sizes_behind_normalisation(kind, shift, size) -> None:
+    """A token along β, with the gain the same everywhere: ‖y‖ = ‖γ‖_∞‖c/s‖ + ‖β‖, which the bound reaches where √eps is small beside the token."""
+    layer = kind(D, eps=1e-2).double()
+    along = torch.zeros(D, dtype=torch.float64)
+    along[0], along[1] = math.sqrt(0.5), -math.sqrt(0.5)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+        if kind is nn.LayerNorm:
+            layer.bias.copy_(shift * along)
+        reached = float(layer(size * along).norm())
+    bound = float(rule_for(layer).step(layer, state(size, 0.0), context()).norm)
+    assert reached <= bound
+    if size > 1 or kind is nn.RMSNorm:
+        assert bound <= 1.001 * reached
+
+
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
 @pytest.mark.parametrize("radius", [0.01, 0.3, 2.0])
 def test_local_constants_of_normalisation(kind, radius) -> None:

@@ -196,7 +196,7 @@ def test_rules_of_normalisation_are_of_two_layers() -> None:
     with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
         ops_normalization.local_lipschitz(strange, X, 0.1)
     with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
-        normalization.LayerNormRule().step(strange, State(torch.ones(1), torch.ones(1), torch.zeros(1), "l2", 1, 6), context())
+        normalization.NormalizationRule().step(strange, State(torch.ones(1), torch.ones(1), torch.zeros(1), "l2", 1, 6), context())
 
 
 def test_curves_and_constraints_are_of_named_layers() -> None:

@@ -78,10 +78,6 @@ class Elementwise:
         """sup|φ'|, without the divisor."""
         return max(abs(self.slope[0]), abs(self.slope[1]))
 
-    @property
-    def piecewise_linear(self) -> bool:
-        return self.curvature is None
-
     def size(self, norm: Tensor, root: float) -> Tensor:
         """‖φ(x)‖₂ ≤ this for n numbers of ‖x‖₂ ≤ norm, root = √n; without the divisor."""
         growth = self.steepest if self.growth is None else self.growth

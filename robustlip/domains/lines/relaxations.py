@@ -40,7 +40,6 @@ class Curve:
 
     lipschitz: float
     at_zero: float
-    piecewise_linear: bool
 
     def value(self, z: Tensor) -> Tensor:
         raise NotImplementedError
@@ -133,7 +132,7 @@ class Smooth(Curve):
         return (values.amin(0) - slack).clamp_min(-self.lipschitz), (values.amax(0) + slack).clamp_max(self.lipschitz)
 
 
-RELU = Relu(1.0, 0.0, True)
+RELU = Relu(1.0, 0.0)
 
 
 def curve_of(layer: nn.Module) -> Curve:
@@ -143,10 +142,10 @@ def curve_of(layer: nn.Module) -> Curve:
         return RELU
     by = facts.divisor
     if by == 1.0:
-        return Smooth(facts.steepest, facts.at_zero, False, facts.value, facts.derivative, facts.curvature, facts.lowest)
+        return Smooth(facts.steepest, facts.at_zero, facts.value, facts.derivative, facts.curvature, facts.lowest)
     more = (1 + 1e-12) / by  # the quotients round
     lowest = None if facts.lowest is None else (facts.lowest[0], facts.lowest[1] / by * (1 + 1e-12))
     return Smooth(
-        facts.steepest * more, facts.at_zero / by, False, lambda z: facts.value(z) / by, lambda z: facts.derivative(z) / by,
+        facts.steepest * more, facts.at_zero / by, lambda z: facts.value(z) / by, lambda z: facts.derivative(z) / by,
         facts.curvature * more, lowest,
     )  # fmt: skip

@@ -15,32 +15,22 @@ from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.normalization import largest_gain, largest_shift, normalization_error, normalized
 
 
-@register(nn.LayerNorm)
-class LayerNormRule(Rule):
-    """y = γ·c/s + β with c = Px, s = sqrt(‖c‖²/D + eps). Its Jacobian in c is (I − ccᵀ/(D s²))/s, of norm at most 1/s ≤ 1/√eps."""
+@register(nn.LayerNorm, nn.RMSNorm)
+class NormalizationRule(Rule):
+    """y = γ·c/s + β with c = Px, s = sqrt(‖c‖²/D + eps), P centring (LayerNorm) or the identity (RMSNorm, without β).
 
-    def step(self, layer: nn.LayerNorm, state: State, context: Context) -> State:
+    The Jacobian in c is (I − ccᵀ/(D s²))/s, of norm at most 1/s ≤ 1/√eps, and ‖c/s‖ ≤ √D. Without β y(0) = 0, so ‖y‖ ≤ ‖γ‖_∞‖x‖/√eps too.
+    """
+
+    def step(self, layer: nn.LayerNorm | nn.RMSNorm, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
         width, eps = normalized(layer, state.width)
         scale = context.constant(layer, "scale", lambda: largest_gain(layer))
         shift = context.constant(layer, "shift", lambda: largest_shift(layer))
         gain = scale / math.sqrt(eps) * (1 + 1e-15)
-        norm = state.norm * 0 + scale * math.sqrt(width) * (1 + 1e-15) + shift
-        fresh = normalization_error(layer, state.norm, norm, 1 / math.sqrt(eps), context)
-        behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
-        return context.finite(behind, state.norm**2)
-
-
-@register(nn.RMSNorm)
-class RMSNormRule(Rule):
-    """y = γ·x/s, s = sqrt(‖x‖²/D + eps): as LayerNorm without the centring, so the variance is a sum of squares and nothing cancels."""
-
-    def step(self, layer: nn.RMSNorm, state: State, context: Context) -> State:
-        state = state.by_token(layer).in_l2()
-        width, eps = normalized(layer, state.width)
-        scale = context.constant(layer, "scale", lambda: largest_gain(layer))
-        gain = scale / math.sqrt(eps) * (1 + 1e-15)
-        norm = torch.minimum(gain * state.norm, torch.full_like(state.norm, scale * math.sqrt(width) * (1 + 1e-15)))
+        norm = torch.full_like(state.norm, scale * math.sqrt(width) * (1 + 1e-15)) + shift
+        if isinstance(layer, nn.RMSNorm):
+            norm = torch.minimum(gain * state.norm, norm)
         fresh = normalization_error(layer, state.norm, norm, 1 / math.sqrt(eps), context)
         behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.finite(behind, state.norm**2)
