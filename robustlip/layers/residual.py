@@ -1,18 +1,33 @@
-"""Residual connections, convex (the paper) or plain."""
+"""Residual connections, convex (the paper) or plain: the sum of the input and one branch."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from robustlip.layers.joins import Sum
 
-class Residual(nn.Module):
-    """x → skip·x + weight·branch(x), same shape. The paper: skip = 1 − α, weight = α; the usual residual: 1 and 1."""
+_SKIP = nn.Identity()
+
+
+class Residual(Sum):
+    """x → skip·x + weight·branch(x), same shape: a Sum whose first branch is the input. The paper: skip = 1 − α, weight = α; the usual residual: 1 and 1.
+
+    Bounds treat it as that Sum. It has a class of its own because checkpoints name its parameters `branch.…`.
+    """
 
     def __init__(self, branch: nn.Module, *, skip: float = 1.0, weight: float = 1.0) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.branch = branch
         self.skip, self.weight = float(skip), float(weight)
+
+    @property
+    def branches(self) -> tuple[nn.Module, ...]:
+        return (_SKIP, self.branch)
+
+    @property
+    def weights(self) -> tuple[float, ...]:  # type: ignore[override]
+        return (self.skip, self.weight)
 
     @classmethod
     def convex(cls, branch: nn.Module, alpha: float) -> Residual:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustlip.domains.norms.state import Context, Rule, State, apply_rule, register
 from robustlip.errors import BadInput
-from robustlip.layers.joins import Channels, Concatenate, Sum
+from robustlip.layers import Channels, Concatenate, Residual, Sum
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
 
@@ -21,7 +21,7 @@ def _branches(layer: Sum | Concatenate, state: State, context: Context) -> tuple
     return [s.in_l2() for s in behind], state
 
 
-@register(Sum)
+@register(Sum, Residual)
 class SumRule(Rule):
     """Σ_i w_i f_i(x): each bound is the weighted sum of the branches' bounds."""
 

@@ -1,4 +1,4 @@
-"""Layers that move numbers, join branches or average tokens, and chains of layers."""
+"""Layers that move numbers or average tokens, and chains of layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from robustlip.domains.norms.state import Context, Rule, State, apply_rule, register, run_rules
+from robustlip.domains.norms.state import Context, Rule, State, register, run_rules
 from robustlip.errors import BadInput
-from robustlip.layers import AddPositions, MeanTokens, Patchify, Residual
+from robustlip.layers import AddPositions, MeanTokens, Patchify
 from robustlip.numerics.rounding import norm_up
 from robustlip.ops.affine import shift_error
-from robustlip.ops.joins import mean_error, weighted_sum_error
+from robustlip.ops.joins import mean_error
 
 
 @register(nn.Identity)
@@ -83,29 +83,3 @@ class MeanTokensRule(Rule):
         fresh = mean_error(state.norm, state.tokens, state.width, context)
         behind = replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh, tokens=1)
         return context.finite(behind, state.norm * state.tokens)
-
-
-@register(Residual)
-class ResidualRule(Rule):
-    """skip·x + weight·f(x): the triangle inequality on every bound. Tokens by token, images as a whole."""
-
-    def step(self, layer: Residual, state: State, context: Context) -> State:
-        if state.whole is None or len(state.whole) != 3:
-            state = state.by_token(layer)
-        state = state.in_l2()
-        branch = apply_rule(layer.branch, state, context)
-        if (branch.tokens, branch.width, branch.whole) != (state.tokens, state.width, state.whole):
-            # torch would broadcast the sum, and every copy has its own share of the change.
-            raise BadInput(
-                f"expected a residual branch that keeps the shape, got {branch.whole or (branch.tokens, branch.width)} "
-                f"from {state.whole or (state.tokens, state.width)}; match the widths"
-            )
-        skip, weight = abs(layer.skip), abs(layer.weight)
-        fresh, norm = weighted_sum_error((skip, weight), (state.norm, branch.norm), state.width, context)
-        behind = replace(
-            state,
-            norm=norm + fresh,
-            change=skip * state.change + weight * branch.change,
-            rounding=skip * state.rounding + weight * branch.rounding + fresh,
-        )
-        return context.finite(behind)
