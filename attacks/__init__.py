@@ -12,6 +12,7 @@ from robustlip.attacks.sensitivity import Sensitivity, observed_sensitivity
 from robustlip.attacks.torchattacks_adapter import TorchAttack
 from robustlip.attacks.weights import WeightAttack
 from robustlip.errors import BadInput
+from robustlip.plugins import added
 
 _TABLE: dict[str, Callable[..., Attack]] = {
     "pgd": PGD,
@@ -24,17 +25,26 @@ _TABLE: dict[str, Callable[..., Attack]] = {
 NAMES = tuple(_TABLE)
 
 
+def attacks() -> dict[str, Callable[..., Attack]]:
+    """What makes an attack, by its name: ours, and those of other packages (`robustlip.plugins`)."""
+    return {**_TABLE, **added("robustlip.attacks", _TABLE, callable, "a callable that gives an Attack")}
+
+
 def by_name(name: str, **options: Any) -> Attack:
     """The attack of that name with its options. 'pgd' and 'min' take every threat; 'weights' only weight threats.
 
     Raises BadInput for an unknown name or option.
     """
-    if name not in _TABLE:
-        raise BadInput(f"expected an attack among {', '.join(NAMES)}, got {name!r}; name one of them")
+    table = attacks()
+    if name not in table:
+        raise BadInput(f"expected an attack among {', '.join(table)}, got {name!r}; name one of them")
     try:
-        return _TABLE[name](**options)
+        attack = table[name](**options)
     except TypeError as error:
         raise BadInput(f"expected options that the attack {name!r} has, got {options}; see its docstring ({error})") from None
+    if not isinstance(attack, Attack):  # whose final call projects, measures and judges again
+        raise BadInput(f"expected the entry point {name!r} to give a robustlip.attacks.base.Attack, got {type(attack).__name__}; mend that package")
+    return attack
 
 
 __all__ = [
@@ -46,6 +56,7 @@ __all__ = [
     "Sensitivity",
     "TorchAttack",
     "WeightAttack",
+    "attacks",
     "by_name",
     "observed_sensitivity",
 ]

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor
 
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
-from robustlip.certifiers import METHODS
+from robustlip.certifiers import methods
 from robustlip.data import Dataset
 from robustlip.data.load import parse_spec
 from robustlip.errors import BadInput
@@ -92,8 +92,8 @@ class Sample(Strict):
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if method and method not in METHODS:
-            raise ValueError(f"expected a method among {', '.join(METHODS)}, got {method!r}; {REMEDY}")
+        if method and method not in methods():
+            raise ValueError(f"expected a method among {', '.join(methods())}, got {method!r}; {REMEDY}")
         return method
 
     @model_validator(mode="after")

@@ -23,8 +23,9 @@ class Certificate:
     radius ('best' asks several), empty where none is.
     dtype: the arithmetic that is covered: 'float32' and the like mean the model as executed there, 'real' exact arithmetic only.
     bound: lipschitz_to_last_hidden, the largest constant used (input to the state in front of the last layer, at the radius proved), and the
-    model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules and torch. execution: the kernels by which the model
-    runs in that arithmetic, as `robustlip.execution` names them; other kernels (a compiled model, TF32, flash attention on CUDA) are not covered.
+    model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules, torch, and packages that add operations or methods.
+    execution: the kernels by which the model runs in that arithmetic, as `robustlip.execution` names them; other kernels (a compiled model,
+    TF32, flash attention on CUDA) are not covered.
     """
 
     threat: Threat

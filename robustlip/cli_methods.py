@@ -17,11 +17,11 @@ class CertifyCommand(TyperCommand):
     """Lists the methods below its options; they are imported only when the help is asked for."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        from robustlip.certifiers import METHODS
+        from robustlip.certifiers import methods
 
         with formatter.section("Methods"):
             rows = [("best", "the largest radius of those that apply, sample by sample"), (ALL, "compare them in a table; no certificate")]
-            formatter.write_dl(rows + [(name, method.what) for name, method in METHODS.items()])
+            formatter.write_dl(rows + [(name, method.what) for name, method in methods().items()])
 
 
 def show(out: Out, model: str, done: Comparison) -> None:

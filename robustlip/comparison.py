@@ -18,7 +18,7 @@ from torch import Tensor
 from robustlip.attacks import Attack
 from robustlip.attacks.base import box_of
 from robustlip.certificates import Certificate
-from robustlip.certifiers import METHODS, certify
+from robustlip.certifiers import certify, methods
 from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer, first_line
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import dtype_of
@@ -101,7 +101,7 @@ class Comparison:
 
     def to_json_dict(self) -> dict[str, Any]:
         wins = self.wins()
-        rows = [self.row(name, r, self.seconds[name]) | {"what": METHODS[name].what, "largest_on": wins[name]} for name, r in self.radius.items()]
+        rows = [self.row(name, r, self.seconds[name]) | {"what": methods()[name].what, "largest_on": wins[name]} for name, r in self.radius.items()]
         attack = None
         if self.attacked is not None:
             attack = {key: value for key, value in self.row(self.attack, self.attacked, self.attack_seconds).items() if key != "fraction_of_attack"}
@@ -187,7 +187,7 @@ def _run(
     running: _Running, chain: Chain, batches: Batches, dtype: str | None, slow: bool, attack: Attack | None, seed: int
 ) -> Comparison:
     free = replace(running.threat, radius=None)
-    for name, method in METHODS.items():
+    for name, method in methods().items():
         if reason := method.applies(chain, free):
             running.left_out[name] = reason
         elif name in SLOW and not slow:

@@ -4,8 +4,8 @@
     softsign = "their_package.robustness:register"
 
     [project.entry-points."robustlip.methods"]    # name = a robustlip.certifiers.methods.Method
-    [project.entry-points."robustlip.attacks"]    # name = a callable of options that gives a robustlip.attacks.Attack
-    [project.entry-points."robustlip.data"]       # name = a callable (split, data_dir) that gives a robustlip.data.Dataset
+    [project.entry-points."robustlip.attacks"]    # name = a callable of options that gives a robustlip.attacks.base.Attack
+    [project.entry-points."robustlip.data"]       # name = a callable (split, data_dir) that gives a robustlip.data.Dataset: all of the split
 
 An entry point is code that its package runs in this process, as any import of that package does; what it registers is trusted as our own files are.
 """
@@ -13,12 +13,16 @@ An entry point is code that its package runs in this process, as any import of t
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
 from robustlip.errors import BadInput, first_line
 
 GROUPS = ("robustlip.ops", "robustlip.methods", "robustlip.attacks", "robustlip.data")
+# What a name may be made of: it is typed on a command line and written into certificates and tables.
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 @functools.cache
@@ -36,4 +40,26 @@ def plugins(group: str) -> dict[str, Any]:
                 f"expected the entry point {point.name!r} of {group} in {owner} to load, got {type(error).__name__}: {first_line(error)}; "
                 f"mend or uninstall {owner}"
             ) from error
+    return found
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of those that add operations or methods: a certificate rests on their proofs too."""
+    points = [point for group in ("robustlip.ops", "robustlip.methods") for point in entry_points(group=group)]
+    return {point.dist.name: point.dist.version for point in points if point.dist is not None}
+
+
+def added(group: str, ours: Iterable[str], check: Callable[[Any], bool], what: str) -> dict[str, Any]:
+    """`plugins(group)` beside names of ours. Raises BadInput for a name that is taken or odd, and for an object that `check` refuses.
+
+    what: the object that is expected, for the message.
+    """
+    found, taken = plugins(group), {*ours, "best"}
+    for name, value in found.items():
+        if not _NAME.fullmatch(name):
+            raise BadInput(f"expected small letters, digits, - and _ in the names of {group}, got {name[:80]!r}; rename that entry point")
+        if name in taken:
+            raise BadInput(f"expected names of {group} that are free, got {name!r}, which robustlip has; rename that entry point")
+        if not check(value):
+            raise BadInput(f"expected {what} as the entry point {name!r} of {group}, got {type(value).__name__}; mend that package")
     return found

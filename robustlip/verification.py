@@ -40,6 +40,7 @@ import torch
 from torch import nn
 
 import robustlip.certifiers as certifiers
+from robustlip import plugins
 from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
 from robustlip.certificates import Certificate, concatenate
 from robustlip.certifiers.methods import check_method
@@ -388,6 +389,11 @@ def _notes(file: CertificateFile, data: Dataset) -> tuple[str, ...]:
     for name, now in (("robustlip", __version__), ("torch", torch.__version__)):
         if file.versions[name] != str(now):
             notes.append(f"certified with {name} {file.versions[name]}, recomputed with {now}")
+    added = plugins.versions()
+    for name in sorted((added.keys() | file.versions.keys()) - {"robustlip", "torch", "rules"}):
+        then, now = file.versions.get(name, "absent"), added.get(name, "absent")
+        if then != now:
+            notes.append(f"certified with the package {name} {then}, recomputed with it {now}")
     return tuple(notes)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustlip import plugins
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.methods import METHODS, check_method, radii_by
+from robustlip.certifiers.methods import METHODS, check_method, methods, radii_by
 from robustlip.certifiers.samples import (
     batches,
     check_arithmetic,
@@ -42,7 +43,7 @@ from robustlip.numerics.rounding import NAMES, down, dtype_of, up
 from robustlip.samples import as_request
 from robustlip.threats import InputBall, Threat, order_of
 
-__all__ = ["METHODS", "certify", "lipschitz_bound", "weight_sensitivity_bound"]
+__all__ = ["METHODS", "certify", "lipschitz_bound", "methods", "weight_sensitivity_bound"]
 
 RULES_VERSION = "9"
 
@@ -63,7 +64,7 @@ def certify(
 
     model: a Chain or an nn.Sequential of layers with rules. x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
     y: labels (N,), for next-token models the token after the window. x, y and threat: in the forms of `robustlip.samples`: tensors, arrays, columns,
-    lists, a loader in place of both, a name for a threat. method: a key of METHODS, or 'best': the largest radius of those that
+    lists, a loader in place of both, a name for a threat. method: a key of `methods()`, or 'best': the largest radius of those that
     apply, sample by sample, and which method gave it; with threat.radius set, dearer methods see only samples that it is not yet proved for.
     dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
     (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
@@ -186,6 +187,6 @@ def _assemble(
         reason=tuple(reason),
         methods=tuple(name if r > 0 else "" for name, r in zip(winners, radius.tolist(), strict=True)),
         bound=constants,
-        versions={"robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
+        versions={**plugins.versions(), "robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
         execution=EXACT if dtype == "real" else execution_of(kind_of(chain)),
     )

@@ -16,6 +16,7 @@ from robustlip.domains.norms.bound import global_radii
 from robustlip.domains.quadratic import eclipse_applies, eclipse_radii, lipsdp_applies, lipsdp_radii, sdp_applies, sdp_radii
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Chain
+from robustlip.plugins import added
 from robustlip.threats import Threat
 
 Radii = Callable[[Chain, Tensor, Tensor, Tensor, Threat, Context], tuple[Tensor, Tensor]]
@@ -36,7 +37,7 @@ class Method:
 
 
 def _without_constant(radii: Radii) -> Radii:
-    """A method whose second value is a constant of something else than the way to the last hidden state."""
+    """Report NaN: this method's constant is not the one from the input to the last hidden state."""
 
     def call(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
         radius, _ = radii(model, x, y, logits, threat, context)
@@ -45,7 +46,7 @@ def _without_constant(radii: Radii) -> Radii:
     return call
 
 
-# In the order in which 'best' tries them: cheap ones first, so that a requested radius is often proved before the dear ones are asked.
+# Ours, in the order in which 'best' tries them: cheap ones first, so that a requested radius is often proved before the dear ones are asked.
 METHODS: dict[str, Method] = {
     "global": Method(global_radii, lambda model, threat: "", "enforced bounds of the weights, rival by rival"),
     "local": Method(local_radii, local_applies, "radii through the clean activations"),
@@ -61,10 +62,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+def methods() -> dict[str, Method]:
+    """METHODS, and behind them those of other packages (`robustlip.plugins`): 'best' tries them last, where their `in_best` says so."""
+    return {**METHODS, **added("robustlip.methods", METHODS, lambda value: isinstance(value, Method), "a robustlip.certifiers.methods.Method")}
+
+
 def check_method(name: str) -> None:
-    """Raises BadInput for anything but 'best' and the keys of METHODS."""
-    if name != "best" and name not in METHODS:
-        raise BadInput(f"expected a method among best, {', '.join(METHODS)}, got {name!r}; name one of them")
+    """Raises BadInput for anything but 'best' and the keys of `methods()`."""
+    if name != "best" and name not in methods():
+        raise BadInput(f"expected a method among best, {', '.join(methods())}, got {name!r}; name one of them")
 
 
 def radii_by(
@@ -72,7 +78,7 @@ def radii_by(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """(radius (N,), constant (N,), the method that proved each). Raises UnsupportedLayer where a named method does not apply."""
     if name != "best":
-        method = METHODS[name]
+        method = methods()[name]
         if reason := method.applies(chain, threat):
             raise UnsupportedLayer(f"expected a model and threat that method {name!r} covers: {reason.rstrip('.')}; use method='best'")
         radius, constant = method.radii(chain, x, y, logits, threat, context)
@@ -82,7 +88,7 @@ def radii_by(
 
 def _best(chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor, list[str]]:
     """The largest radius of any method per sample. With threat.radius set, a sample that is proved for it is done."""
-    names = [name for name, method in METHODS.items() if method.in_best and not method.applies(chain, threat)]
+    names = [name for name, method in methods().items() if method.in_best and not method.applies(chain, threat)]
     radius, constant = METHODS[names[0]].radii(chain, x, y, logits, threat, context)
     winner = [names[0]] * len(y)
     right = ((logits.argmax(-1) == y) & torch.isfinite(logits).all(-1)).cpu()
@@ -94,7 +100,7 @@ def _best(chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, co
         at = part.to(y.device)
         clean = {layer: (by_token, norm[part]) for layer, (by_token, norm) in context.clean.items()}
         try:
-            found, its_constant = METHODS[name].radii(chain, x[at], y[at], logits[at], threat, replace(context, clean=clean))
+            found, its_constant = methods()[name].radii(chain, x[at], y[at], logits[at], threat, replace(context, clean=clean))
         except (BadInput, UnsupportedLayer):
             continue  # sizes that a method refuses are known only once it looks; the other methods' proofs stand
         found = found.nan_to_num(0.0)

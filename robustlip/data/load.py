@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from robustlip.data import text as texts
-from robustlip.data.dataset import Dataset, check_limit
+from robustlip.data.dataset import Dataset, as_index, check_limit, choose_rows
 from robustlip.data.folders import Split, local_copies, split_files, splits_of
 from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
@@ -21,6 +21,7 @@ from robustlip.data.tables import is_text as column_of_text
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.files import is_file
 from robustlip.modes import undrawn
+from robustlip.plugins import added
 
 _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a path to a .parquet or .txt file"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
@@ -72,6 +73,19 @@ def chosen(source: Any) -> dict[str, str]:
     return {option: value for option in OPTIONS if (value := getattr(source, option)) is not None}
 
 
+def sources() -> dict[str, Callable[..., Dataset]]:
+    """Data sets of other packages by name (`robustlip.plugins`): callables (split, data_dir) → all samples of that split."""
+    return added("robustlip.data", (*HUB_NAMES, *_TEXTS, "digits"), callable, "a callable (split, data_dir) that gives a Dataset")
+
+
+def _of_others(name: str, split: str, data_dir: str | Path | None, limit: int | None, seed: int) -> Dataset:
+    data = sources()[name](split, data_dir)
+    if not isinstance(data, Dataset):
+        raise BadInput(f"expected the entry point {name!r} to give a robustlip.data.Dataset, got {type(data).__name__}; mend that package")
+    rows = as_index(choose_rows(len(data), limit, seed))
+    return replace(data, name=name, split=split, x=data.x[rows], y=data.y[rows], index=data.index[rows])
+
+
 def _load(
     spec: str, data_dir: str | Path | None, limit: int | None, seed: int, context: int | None, vocabulary: str | None,
     columns: Mapping[str, str | None],
@@ -79,6 +93,9 @@ def _load(
     subset, image_column, label_column, text_column = (columns[option] for option in OPTIONS)
     name, split = parse_spec(spec)
     check_limit(limit)
+    if name in sources():
+        _refuse_unused(name, columns, OPTIONS, "the data set of another package,")
+        return _of_others(name, split or "test", data_dir, limit, seed)
     if is_text(name, text_column):
         _refuse_columns(name, columns)
         text = _text(name, data_dir, subset, text_column)

@@ -11,7 +11,9 @@ _SKIP = nn.Identity()
 
 
 class Residual(Sum):
-    """x → skip·x + weight·branch(x), same shape: a Sum whose first branch is the input. The paper: skip = 1 − α, weight = α; the usual residual: 1 and 1.
+    """x → skip·x + weight·branch(x), same shape: a Sum whose first branch is the input.
+
+    The paper: skip = 1 − α, weight = α; the usual residual: 1 and 1.
 
     Bounds treat it as that Sum. It has a class of its own because checkpoints name its parameters `branch.…`.
     """
