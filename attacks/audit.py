@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from robustlip.attacks import formulas
 from robustlip.attacks.formulas import Claim
-from robustlip.attacks.spaces import safe_divide
 from robustlip.attacks.worst_weights import worst_attention_like, worst_mlp
 from robustlip.checkpoints import load_tensors, save_tensors
 from robustlip.domains.norms import Context, State, run_rules
 from robustlip.errors import BadInput, RobustlipError
+from robustlip.geometry import safe_divide
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Attention, Chain, ScaledGELU, as_chain
 from robustlip.numerics.rounding import U64, gamma, norm_up

@@ -20,10 +20,11 @@ from robustlip.attacks.spaces import InputSpace, Space, round_down, space_of
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.execution import covered
+from robustlip.geometry import length
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_request
 from robustlip.target import Target
-from robustlip.threats import InputBall, Threat, order_of
+from robustlip.threats import InputBall, Threat
 
 # How far the rounding of inputs to the model's dtype may move them, in radii: an attack loses this much of its ball.
 MOVED = 0.01
@@ -108,7 +109,7 @@ class Observation:
 
 def box_of(threat: Threat) -> list[float] | None:
     """[low, high] of an input threat with a box, for JSON."""
-    return list(threat.clip) if isinstance(threat, InputBall) and threat.clip is not None else None
+    return None if threat.box is None else list(threat.box)
 
 
 class Proposal(NamedTuple):
@@ -347,7 +348,7 @@ def _check_samples(x: torch.Tensor, y: torch.Tensor, threat: Threat, dtype: torc
     if not bool(torch.isfinite(seen).all()):
         raise BadInput(f"expected inputs that {_name(dtype)} (the model's dtype) can hold, got values that overflow it; scale them")
     if threat.radius is not None:
-        moved = float((seen.double() - x.double()).flatten(1).norm(p=order_of(threat.norm), dim=1).max())
+        moved = float(length(seen.double() - x.double(), threat.norm).max())
         if moved > MOVED * threat.radius:
             raise BadInput(
                 f"expected inputs that {_name(dtype)} (the model's dtype) can hold exactly, or with a rounding far below the radius "

@@ -11,9 +11,10 @@ import torch
 from robustlip.attacks.base import Attack, Proposal
 from robustlip.attacks.losses import excess, rivals_by_logit, targeted, violation
 from robustlip.attacks.pgd import PGD
-from robustlip.attacks.spaces import Space, per_sample
+from robustlip.attacks.spaces import Space
 from robustlip.attacks.weights import WeightSpace, group_count, shared_ladder
 from robustlip.errors import BadInput
+from robustlip.geometry import per_sample
 
 BELOW = 0.985  # of the best radius: where the last attacks are run
 

@@ -10,8 +10,9 @@ import torch
 
 from robustlip.attacks.base import Attack
 from robustlip.attacks.losses import cross_entropy, excess, rivals_by_logit, targeted, violation
-from robustlip.attacks.spaces import Space, per_sample, safe_divide
+from robustlip.attacks.spaces import Space
 from robustlip.errors import BadInput
+from robustlip.geometry import per_sample, safe_divide
 
 LOSSES = ("margin", "targeted", "ce")
 SCHEDULES = ("cosine", "linear", "constant")

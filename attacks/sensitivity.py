@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustlip.attacks.spaces import Space, per_sample, safe_divide, space_of
+from robustlip.attacks.spaces import Space, space_of
 from robustlip.checks import check_fit
 from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.execution import covered
+from robustlip.geometry import per_sample, safe_divide
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_samples, as_threat
 from robustlip.target import Target

@@ -14,21 +14,12 @@ import torch
 from torch import nn
 
 from robustlip.errors import BadInput
+from robustlip.geometry import dual_length, length, per_sample, project, safe_divide, steepest, within
 from robustlip.target import Target
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of, order_of
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
 INSIDE = 1e-12
-
-
-def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N,) → (N, 1, …, 1), to be broadcast against `like` (N, …)."""
-    return values.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def safe_divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """numerator/denominator, and 0 where the denominator is 0 (a gradient that vanishes gives no direction, not NaN)."""
-    return torch.where(denominator > 0, numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny), 0.0)
 
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -237,40 +228,21 @@ class InputSpace(Space):
     def executed(self, point: torch.Tensor) -> torch.Tensor:
         return self.model.scores(point)
 
-    def _norm(self, values: torch.Tensor, order: float) -> torch.Tensor:
-        if order == torch.inf:  # vector_norm is an order of magnitude slower here
-            return values.flatten(1).abs().amax(1)
-        return torch.linalg.vector_norm(values.flatten(1), ord=order, dim=1)
-
     def measure(self, delta: torch.Tensor) -> torch.Tensor:
-        return self._norm(delta, order_of(self.norm))
+        return length(delta, self.norm)
 
     def dual(self, grad: torch.Tensor) -> torch.Tensor:
-        return self._norm(grad, dual_order_of(self.norm))
+        return dual_length(grad, self.norm)
 
     def direction(self, grad: torch.Tensor) -> torch.Tensor:
-        if self.norm == "linf":
-            return grad.sign()
-        if self.norm == "l2":
-            size = self._norm(grad, 2)
-            return grad * per_sample(safe_divide(torch.ones_like(size), size), grad)
-        flat = grad.flatten(1)
-        top = flat.abs().argmax(1, keepdim=True)
-        return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).view_as(grad)
+        return steepest(grad, self.norm)
 
     def project(self, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-        r = per_sample(radius, delta)
-        if self.norm == "linf":
-            delta = torch.minimum(torch.maximum(delta, -r), r)  # three times as fast as clamp with tensors
-        elif self.norm == "l2":
-            delta = delta * per_sample(safe_divide(radius, self._norm(delta, 2)).clamp(max=1.0), delta)
-        else:
-            delta = project_l1(delta, radius)
-        return self._within_box(delta)
+        return self._within_box(project(delta, radius, self.norm))
 
     def advance(self, delta: torch.Tensor, grad: torch.Tensor, radius: torch.Tensor, rate: float) -> torch.Tensor:
         if self.norm == "l2":  # as in Space, in two passes over the data instead of four
-            step = safe_divide(rate * radius, self._norm(grad, 2))
+            step = safe_divide(rate * radius, length(grad, "l2"))
             return self.project(torch.addcmul(delta, per_sample(step, delta), grad), radius)
         if self.norm == "linf":
             return self.project(torch.addcmul(delta, per_sample(rate * radius, delta), grad.sign()), radius)
@@ -292,11 +264,7 @@ class InputSpace(Space):
         return torch.zeros_like(step).scatter(1, order, step).view_as(grad)
 
     def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
-        if self.clip is None:
-            return delta
-        # The box in terms of the change: exact in float64, and 0 where the clean point sits on the border.
-        clean = self.clean.to(delta.dtype)
-        return delta.clamp(self.clip[0] - clean, self.clip[1] - clean)
+        return within(delta, self.clean, self.clip)
 
     def _back_into_box(self, point: torch.Tensor) -> torch.Tensor:
         if self.clip is None:
@@ -353,20 +321,6 @@ class EmbeddingSpace(Space):
             return spend_room(self.clean, inward, nearest, delta, radius, 2)
         clean, low, near, target = (t.flatten(0, 1) for t in (self.clean, inward, nearest, delta))
         return spend_room(clean, low, near, target, radius.repeat_interleave(delta.shape[1]), 2).view_as(inward)
-
-
-def project_l1(delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """The nearest point (l2) of the l1 ball: delta (N, …), radius (N,). Source: Duchi et al. 2008, figure 1."""
-    flat = delta.flatten(1)
-    size = flat.abs()
-    ordered = size.sort(dim=1, descending=True).values
-    excess = ordered.cumsum(1) - radius[:, None]
-    count = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
-    last = ((ordered - excess / count) > 0).sum(1, keepdim=True).clamp_min(1)
-    threshold = excess.gather(1, last - 1) / last
-    inside = size.sum(1, keepdim=True) <= radius[:, None]
-    shrunk = flat.sign() * (size - threshold.clamp_min(0)).clamp_min(0)
-    return torch.where(inside, flat, shrunk).view_as(delta)
 
 
 def spend_room(

@@ -15,7 +15,7 @@ from robustlip.attacks.base import Attack
 from robustlip.attacks.spaces import InputSpace, Space
 from robustlip.errors import BadInput
 from robustlip.target import Target
-from robustlip.threats import InputBall, Threat
+from robustlip.threats import Threat
 
 KINDS = ("PGD", "PGDL2", "AutoAttack")
 
@@ -45,8 +45,8 @@ class TorchAttack(Attack):
         return {"library": "torchattacks", **own, **self.options}
 
     def check_threat(self, threat: Threat) -> None:
-        if isinstance(threat, InputBall) and threat.clip != (0.0, 1.0):
-            got = "no box" if threat.clip is None else f"the box [{threat.clip[0]:g}, {threat.clip[1]:g}]"
+        if threat.place == "input" and threat.box != (0.0, 1.0):
+            got = "no box" if threat.box is None else f"the box [{threat.box[0]:g}, {threat.box[1]:g}]"
             raise BadInput(
                 f"expected a threat with the box [0, 1] for {self.name!r}, whose points never leave it, got {got}; "
                 f"give --clip 0,1 (in Python InputBall(…, clip=(0, 1)), in a suite clip = [0, 1]), or use 'pgd'"

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from robustlip.attacks.base import Attack, Proposal
 from robustlip.attacks.losses import excess, violation
 from robustlip.attacks.pgd import PGD
-from robustlip.attacks.spaces import INSIDE, Space, safe_divide
+from robustlip.attacks.spaces import INSIDE, Space
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.geometry import safe_divide
 from robustlip.layers import AddPositions, Attention
 from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.target import Target

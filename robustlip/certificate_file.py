@@ -34,7 +34,7 @@ from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
 from robustlip.names import check_line, shown
 from robustlip.numerics.rounding import NAMES
-from robustlip.threats import InputBall, Threat, parse_threat
+from robustlip.threats import Threat, parse_threat
 
 SCHEMA = "robustlip-certificate-1"
 SIZE_LIMIT = 128 * 2**20  # bytes: about 400 000 samples
@@ -220,7 +220,7 @@ def from_certificate(
     at = [position[int(i)] for i in certificate.index]
     hashes = row_hashes(data.x[at], data.y[at])
     threat = certificate.threat
-    clip = list(threat.clip) if isinstance(threat, InputBall) and threat.clip is not None else None
+    clip = None if threat.box is None else list(threat.box)
     columns = zip(
         certificate.index, certificate.label, certificate.prediction, certificate.radius, certificate.status, certificate.reason,
         certificate.methods or [""] * len(certificate), hashes, strict=True,

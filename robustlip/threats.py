@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Union
+from typing import ClassVar, Literal, Union
 
 from robustlip.errors import BadInput
 
@@ -55,6 +55,7 @@ class InputBall:
     Raises BadInput for an unknown norm, a radius ≤ 0 or an empty box.
     """
 
+    place: ClassVar = "input"  # what is changed
     norm: Literal["l1", "l2", "linf"] = "l2"
     radius: float | None = None
     clip: tuple[float, float] | None = None
@@ -71,6 +72,16 @@ class InputBall:
         return self.norm
 
     @property
+    def space(self) -> str:
+        """The norm in which the change in front of the first layer is bounded."""
+        return self.norm
+
+    @property
+    def box(self) -> tuple[float, float] | None:
+        """What a perturbed input stays in, None for anything."""
+        return self.clip
+
+    @property
     def units(self) -> str:
         return f"{self.norm} distance in raw input units"
 
@@ -83,6 +94,7 @@ class EmbeddingBall:
     joint: False bounds each token by the radius; True bounds the Frobenius norm of the whole change.
     """
 
+    place: ClassVar = "embedding"  # what is changed
     radius: float | None = None
     tokens: tuple[int, ...] | None = None
     joint: bool = False
@@ -100,6 +112,14 @@ class EmbeddingBall:
     def name(self) -> str:
         base = "embedding-fro" if self.joint else "embedding-l2"
         return base if self.tokens is None else f"{base}@{','.join(map(str, self.tokens))}"
+
+    @property
+    def space(self) -> str:
+        return "l2"
+
+    @property
+    def box(self) -> None:
+        return None
 
     @property
     def units(self) -> str:
@@ -126,6 +146,7 @@ class WeightBall:
     Matrices are those of Linear, Embedding, Conv2d and attention layers; biases and gains stay as they are.
     """
 
+    place: ClassVar = "weights"  # what is changed
     norm: Literal["spectral", "frobenius"] = "spectral"
     radius: float | None = None
     relative: bool = True
@@ -138,6 +159,14 @@ class WeightBall:
     @property
     def name(self) -> str:
         return f"weights-{self.norm}" if self.relative else f"weights-{self.norm}-absolute"
+
+    @property
+    def space(self) -> str:
+        return "l2"
+
+    @property
+    def box(self) -> None:
+        return None
 
     @property
     def units(self) -> str:
@@ -155,9 +184,9 @@ def with_radius(threat: Threat, radius: float | None) -> Threat:
 
 def units_and_box(threat: Threat) -> str:
     """The units of the threat and, of an input threat, the box that perturbed inputs stay in: what tables and terminals show."""
-    if not isinstance(threat, InputBall):
+    if threat.place != "input":
         return threat.units
-    return f"{threat.units}, {'no box' if threat.clip is None else f'inputs within [{threat.clip[0]:g}, {threat.clip[1]:g}]'}"
+    return f"{threat.units}, {'no box' if threat.box is None else f'inputs within [{threat.box[0]:g}, {threat.box[1]:g}]'}"
 
 
 def parse_clip(text: str | None, threat: str) -> tuple[float, float] | None:

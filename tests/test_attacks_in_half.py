@@ -138,7 +138,7 @@ def lipschitz() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return load_model("digits-mlp-lipschitz", "cpu"), torch.as_tensor(data.x), torch.as_tensor(data.y)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [HALVES[0], pytest.param(HALVES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("norm", "radius"), [("l2", 0.4), ("linf", 0.06), ("l1", 1.0)])
 def test_half_precision_is_attacked_as_well_as_float32(lipschitz: tuple, dtype: torch.dtype, norm: str, radius: float) -> None:
     model, x, y = lipschitz

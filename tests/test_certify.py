@@ -259,7 +259,7 @@ def active_mlp() -> nn.Sequential:
 ROUNDED = {"linear": lambda: nn.Sequential(nn.Linear(64, 2)), "mlp": active_mlp}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_rounding_attack_breaks_the_real_certificate_and_not_the_executed_one(kind, dtype) -> None:
     """Jin et al. 2022: inside the radius that exact arithmetic proves, the program executed in 16 bits answers otherwise.

@@ -540,7 +540,7 @@ def pick(radius: np.ndarray) -> int:
     return int(np.argsort(radius)[len(radius) // 2])
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.slow)])
 def test_certified_radii_are_never_above_the_exact_ones(norm) -> None:
     """For 60 nets, the middle sample or the one that is furthest from failing: certified ≤ exact, where the exact distance comes from all
     activation patterns; and certificates are not idle."""

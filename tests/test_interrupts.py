@@ -180,7 +180,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
-@pytest.mark.parametrize(("arguments", "told"), [(GATE, "INTERRUPTED"), (ALL, "PARTIAL")])
+@pytest.mark.parametrize(("arguments", "told"), [(GATE, "INTERRUPTED"), pytest.param(ALL, "PARTIAL", marks=pytest.mark.slow)])
 def test_a_real_signal(arguments, told: str) -> None:
     source = str(Path(certifiers.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "PYTHONUTF8": "1"}

@@ -27,7 +27,13 @@ from robustlip.training import Recipe, train
 
 ROOT = Path(__file__).parent.parent
 MODES = ("ddp", "fsdp")
-processes = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
+NEEDS_GLOO = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo")
+
+
+def processes(test: Any) -> Any:
+    """Of a test that looks at what two processes trained, which takes minutes."""
+    return pytest.mark.slow(NEEDS_GLOO(test))
+
 
 MLP: dict[str, Any] = {
     "name": "tiny",

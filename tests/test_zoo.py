@@ -92,7 +92,12 @@ def test_the_accuracy_of_pairs_whose_data_does_not_ship(family, role, real_data)
     assert accuracy == pytest.approx(known["val_accuracy"], abs=1e-6)
 
 
-@pytest.mark.parametrize("path", CERTIFICATES, ids=lambda path: path.stem)
+# Ten seconds each, of one kind: a GPT certified by `dual`. One of them runs every time.
+SAME_KIND = tuple(f"shakespeare-gpt-{name}" for name in ("robust", "published", "per-head", "sound", "lipschitz-wide"))
+MARKED = [pytest.param(p, marks=pytest.mark.slow) if p.stem.startswith(SAME_KIND) else p for p in CERTIFICATES]
+
+
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
 def test_certificates_verify_from_their_files(path) -> None:
     file = read(path)
     model = load(path.name.split(".")[0])

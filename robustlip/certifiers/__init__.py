@@ -36,12 +36,13 @@ from robustlip.checks import check_logits
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
+from robustlip.geometry import length
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import NAMES, down, dtype_of, up
 from robustlip.samples import as_request
-from robustlip.threats import InputBall, Threat, order_of
+from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "methods", "weight_sensitivity_bound"]
 
@@ -135,7 +136,7 @@ def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tenso
     """Radii around the point that was given, when the model's dtype cannot hold it: smaller by how far the cast moved it."""
     if not isinstance(threat, InputBall) or given.dtype == cast.dtype:
         return radii
-    moved = torch.linalg.vector_norm((given.double() - cast.double()).flatten(1), ord=order_of(threat.norm), dim=-1).cpu()
+    moved = length(given.double() - cast.double(), threat.norm).cpu()
     return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)
 
 

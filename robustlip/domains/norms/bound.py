@@ -16,10 +16,11 @@ from robustlip.domains.margins import head_of, margins
 from robustlip.domains.norms import Context, State, run_rules
 from robustlip.domains.search import largest_radius
 from robustlip.errors import BadInput
+from robustlip.geometry import dual_length
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import norm_up, quick_norm_up, up
 from robustlip.ops.affine import Matrix, row_error
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 
 def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Tensor, Tensor]:
@@ -54,9 +55,8 @@ def first_state(inside: Tensor, norm: Tensor, threat: Threat, radius: Tensor) ->
     zero = torch.zeros_like(radius)
     if isinstance(threat, WeightBall):
         return State(norm, zero, zero, "l2", tokens, width, whole)
-    space = threat.norm if isinstance(threat, InputBall) else "l2"
     # ‖Δ‖₂ in the units of the domain: √n·ε for ℓ∞, ε for ℓ1, ℓ2 and embedding balls (a token's share of a joint ball is at most the ball).
-    state = State(norm, radius, zero, space, tokens, width, whole)
+    state = State(norm, radius, zero, threat.space, tokens, width, whole)
     return replace(state, norm=up(norm + state.in_l2().change))
 
 
@@ -80,12 +80,11 @@ class GlobalBound:
 
         def compute() -> Tensor:
             rows = head.weight.detach().double().cpu()
-            order = dual_order_of(space)
             # u_y − u_j rounds once per entry, the norm a few times per entry; gamma of the width covers both.
             difference = rows[:, None] - rows[None]
             if space == "l2":
                 return up(norm_up(difference))  # scaled: squares of tiny rows do not vanish
-            return up(torch.linalg.vector_norm(difference, ord=order, dim=-1) * (1 + 1e-12 * rows.shape[1] ** 0.5))
+            return up(dual_length(difference, space, 2) * (1 + 1e-12 * rows.shape[1] ** 0.5))
 
         return self.context.constant(head, f"pairs-{space}", compute)
 
@@ -119,8 +118,7 @@ class GlobalBound:
 
     def space(self) -> str:
         """The norm in which the change of the last hidden state comes out: the threat's own, unless a layer mixed coordinates."""
-        start = self.threat.norm if isinstance(self.threat, InputBall) else "l2"
-        if self.head is None or start == "l2":
+        if self.head is None or self.threat.space == "l2":
             return "l2"
         one = torch.ones(1, dtype=torch.float64)
         state = first_state(self.inside, self.norm[:1], self.threat, one)
