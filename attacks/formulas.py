@@ -247,6 +247,19 @@ def product(model: nn.Module) -> Claim:
     )  # fmt: skip
 
 
+def published(model: Chain) -> tuple[float | None, str]:
+    """What the published formula makes of the weights in use, ∞-RMS, from embeddings (transformers) or inputs (MLPs); or None, and why."""
+    config = model.config or {}
+    try:
+        if model.embedding_depth:
+            return newhouse2025(model).value, ""
+        if config.get("kind") == "mlp" and config.get("activation") == "relu":
+            return product(model).in_units("rms").value, ""
+    except BadInput as error:
+        return None, str(error)
+    return None, "the published formula speaks of transformers and of MLPs with ReLU"
+
+
 def ours(model: nn.Module) -> Claim:
     """`robustlip.certifiers.lipschitz_bound`: guaranteed, in ℓ2, on the domain of the model's own embeddings."""
     bound = lipschitz_bound(model)

@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from robustlip.cli import main
-from robustlip.console import never_fail_to_encode
+from robustlip.cli.console import never_fail_to_encode
 
 
 def _close_output() -> None:

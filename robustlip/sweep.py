@@ -20,7 +20,6 @@ training state is, and another order of the grid, or a longer one, trains nothin
 
 from __future__ import annotations
 
-import decimal
 import itertools
 import math
 import re
@@ -34,9 +33,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from robustlip.errors import BadInput, DataUnavailable, RobustlipError, first_line
+from robustlip.figures import figure, upward
 from robustlip.files import TOML_LIMIT, atomic, read_limited, read_toml, strictly, write_json, write_text
 from robustlip.hashing import weights_sha256
-from robustlip.layers import Chain
 from robustlip.locks import sole_writer
 from robustlip.training import Recipe, identity, load_recipe
 from robustlip.training.state import make_folder
@@ -45,7 +44,6 @@ MAX_RUNS = 10_000
 PENDING, PARTIAL, FINISHED, FAILED = "pending", "partial", "finished", "failed"
 _TOLD = {"name": "run", "description": "", "paper": "", "caveats": ""}  # said of a recipe, not part of what is computed
 
-Published = Callable[[Chain], tuple[float | None, str]]
 Advance = Callable[[str, int, int], None]
 
 
@@ -234,7 +232,6 @@ def run_sweep(
     runs: Sequence[Run],
     folder: Path,
     *,
-    published: Published,
     device: str = "cpu",
     data_dir: str | None = None,
     limit: int | None = None,
@@ -242,7 +239,7 @@ def run_sweep(
 ) -> Sweep:
     """Train what is not finished in `folder`, at most `limit` of it now, and write results.json and the tables after every run.
 
-    published: the formula to set beside the proved bound. advance(label, done, total) counts steps of the run.
+    advance(label, done, total) counts steps of the run.
     A run that training stops (a loss that is not finite, a cap that does not hold, no memory) is marked failed, and the next one starts.
     Raises BadInput for input that training cannot use.
     """
@@ -255,7 +252,7 @@ def run_sweep(
                 if sweep.rows[i].status == FINISHED or left <= 0:
                     continue
                 left -= 1
-                sweep.rows[i] = _train(run, sweep, f"{i + 1} of {len(runs)}", published, device, data_dir, advance)
+                sweep.rows[i] = _train(run, sweep, f"{i + 1} of {len(runs)}", device, data_dir, advance)
                 _write(sweep)
         except KeyboardInterrupt:
             sweep.interrupted = True
@@ -306,7 +303,8 @@ def _known(run: Run, folder: Path) -> Row:
     )
 
 
-def _train(run: Run, sweep: Sweep, which: str, published: Published, device: str, data_dir: str | None, advance: Advance | None) -> Row:
+def _train(run: Run, sweep: Sweep, which: str, device: str, data_dir: str | None, advance: Advance | None) -> Row:
+    from robustlip.attacks import formulas
     from robustlip.models.zoo import load
     from robustlip.training import train
 
@@ -323,7 +321,7 @@ def _train(run: Run, sweep: Sweep, which: str, published: Published, device: str
     except (RobustlipError, RuntimeError) as error:
         return replace(_known(run, sweep.folder), status=FAILED, note=first_line(error, 300))
     card = read_toml(path.with_suffix(".toml"), "a card")
-    formula, why_not = published(load(path))
+    formula, why_not = formulas.published(load(path))
     row = Row(
         run.recipe.name, dict(run.varied), run.sha256, FINISHED, card["val_accuracy"], card["val_loss"], float(card["bound"]["rms"]),
         float(card["bound"]["l2"]), formula, why_not, card["train_seconds"], card["steps"], card["steps"], card["parameters"],
@@ -351,19 +349,6 @@ LEGEND = (
 
 _COLUMNS_OF_KEYS = 3
 _END = re.compile(r'"[^"]*"|[^."]+')  # the parts of a dotted key, which may be quoted
-
-
-def figure(value: float | None, digits: int = 4) -> str:
-    """A number for people, – for none."""
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def upward(value: float | None, digits: int = 4) -> str:
-    """A bound for people, rounded up: a bound that is shown too small is no bound. – for none."""
-    if value is None or not math.isfinite(value):
-        return figure(value, digits)
-    rounded = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING).create_decimal_from_float(value)
-    return f"{rounded:g}" if 1e-4 <= abs(value) < 10**digits or value == 0 else f"{rounded:.{digits - 1}e}"
 
 
 def _cells(row: Row, keys: Sequence[str]) -> list[str]:

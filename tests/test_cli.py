@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from robustlip import console
-from robustlip.cli import main
+from robustlip.cli import console, main
 from robustlip.hashing import weights_sha256
 from robustlip.models import zoo
 

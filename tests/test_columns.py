@@ -13,7 +13,7 @@ import pytest
 from command_line import run
 from PIL import Image
 
-from robustlip import cli
+import robustlip
 from robustlip.certificate_file import read
 from robustlip.data import load_data
 
@@ -138,7 +138,7 @@ def test_training_refuses_classes_that_are_numbered_differently(capsys: pytest.C
 
 
 def test_text_columns_of_models_of_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    page = Path(cli.__file__).with_name("page.txt").read_text(encoding="utf-8")
+    page = Path(robustlip.__file__).with_name("page.txt").read_text(encoding="utf-8")
     pq.write_table(pa.table({"line": [page], "text": [page[::-1]]}), "words.parquet")
     model = "shakespeare-gpt-lipschitz"
     arguments = (model, "--data", "words.parquet", "--text-column", "line", "--limit", 1, "--context", 8)

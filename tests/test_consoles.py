@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from robustlip.__main__ import run
-from robustlip.console import _STANDS_FOR, Progress, never_fail_to_encode, print_json
+from robustlip.cli.console import _STANDS_FOR, Progress, never_fail_to_encode, print_json
 from robustlip.files import ascii_json, json_text
 
 SUITE = """name = "tiny"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import robustlip.certifiers
-import robustlip.cli_smooth
+import robustlip.cli.smooth
 from robustlip.attacks import PGD
 from robustlip.attacks.audit import audit, save_witness
 from robustlip.attacks.formulas import stated
@@ -207,7 +207,7 @@ def test_what_was_found_before_the_end_is_kept(capsys: pytest.CaptureFixture[str
         return real(*arguments, **options)
 
     monkeypatch.setattr(module, name, stopping)
-    monkeypatch.setattr(robustlip.cli_smooth, "_CHUNK", 1)
+    monkeypatch.setattr(robustlip.cli.smooth, "_CHUNK", 1)
     wanted = {
         "certify": ("--batch-size", 1, "--method", "global"), "attack": ("--batch-size", 1, "--attack", "pgd", "--radius", 0.1),
         "smooth": ("--sigma", 0.1, "--samples", 50),

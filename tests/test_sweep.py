@@ -12,10 +12,10 @@ import pytest
 import robustlip.training
 from robustlip.certifiers import lipschitz_bound
 from robustlip.cli import main
-from robustlip.cli_import import published_formula
 from robustlip.errors import BadInput, DataUnavailable
+from robustlip.figures import upward
 from robustlip.models.zoo import load
-from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Row, Sweep, _labels, draw, load_grid, markdown, run_sweep, upward
+from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Row, Sweep, _labels, draw, load_grid, markdown, run_sweep
 
 RECIPE = """
 name = "tiny"
@@ -56,7 +56,7 @@ def grid_file(folder: Path, text: str = GRID, recipe: str = RECIPE) -> Path:
 
 def sweep(path: Path, out: Path, **options) -> Sweep:
     grid, runs = load_grid(path)
-    return run_sweep(grid, runs, out, published=published_formula, **options)
+    return run_sweep(grid, runs, out, **options)
 
 
 def run(*arguments) -> int:

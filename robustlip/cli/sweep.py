@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from robustlip.cli import DataDir, Device, Json, app
+from robustlip.cli.batches import end_interrupted
+from robustlip.cli.options import DataDir, Device, Json
 from robustlip.errors import RobustlipError
 
 
-@app.command()
 def sweep(
     grid: Annotated[Path, typer.Argument(metavar="GRID", help="a grid file (TOML): a base recipe and lists of changes")],
     out_folder: Annotated[Optional[Path], typer.Option("--out", help="folder of the sweep  [default: runs/NAME]")] = None,
@@ -20,8 +19,7 @@ def sweep(
     json: Json = None, device: Device = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
     """Train every recipe of a grid, and draw accuracy against the proved bound. Started again, it goes on where it was stopped."""
-    from robustlip.cli_import import published_formula
-    from robustlip.console import Out, Progress, choose_device
+    from robustlip.cli.console import Out, Progress, choose_device
     from robustlip.sweep import draw, load_grid, run_sweep, table
 
     out = Out(json, grid)
@@ -29,7 +27,7 @@ def sweep(
     folder = out_folder or Path("runs") / wanted.name
     where = choose_device(device, out)
     with Progress() as progress:
-        done = run_sweep(wanted, runs, folder, published=published_formula, device=where, data_dir=data_dir, limit=limit, advance=progress)
+        done = run_sweep(wanted, runs, folder, device=where, data_dir=data_dir, limit=limit, advance=progress)
     pictures = draw(done)
     out.json({"sweep": str(folder), **done.document(), "plots": [str(path) for path in pictures]})
     headings, rows = table(done)
@@ -38,9 +36,7 @@ def sweep(
     out.say(f"results: {folder / 'results.json'}\ntables:  {folder / 'table.md'} (also .csv)")
     if pictures:
         out.say(f"plot:    {pictures[0]} (also .svg)")
-    if done.interrupted:
-        left = sum(row.status != "finished" for row in done.rows)
-        print(f"robustlip: interrupted with {left} of {len(done.rows)} runs to go; start it again to go on", file=sys.stderr)
-        raise typer.Exit(130)
+    left = sum(row.status != "finished" for row in done.rows)
+    end_interrupted(done.interrupted, f"interrupted with {left} of {len(done.rows)} runs to go; start it again to go on")
     if done.failed:
         raise RobustlipError(f"{len(done.failed)} of {len(done.rows)} runs failed; first {done.failed[0].name}: {done.failed[0].note}")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from robustlip.cli import DataDir, DataSpec, Device, ImageColumn, Json, LabelColumn, Limit, Model, Seed, Subset, app
+from robustlip.cli.batches import batches, end, gather, open_samples
+from robustlip.cli.options import DataDir, DataSpec, Device, ImageColumn, Json, LabelColumn, Limit, Model, Seed, Subset
 from robustlip.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ STATEMENT = (
 )
 
 
-@app.command()
 def smooth(
     model: Model, data: DataSpec,
     sigma: Annotated[float, typer.Option("--sigma", help="standard deviation of the noise, in raw input units")],
@@ -38,22 +38,21 @@ def smooth(
 
     from robustlip.certificates import ABSTAINED, MISCLASSIFIED
     from robustlip.certifiers.smoothing import NO_CLASS, SMOOTHED, certify_smoothed
-    from robustlip.cli import _batches, _open, end, gather
-    from robustlip.console import Out, Progress, choose_device, radius_summary
+    from robustlip.cli.console import Out, Progress, choose_device, radius_summary
     from robustlip.threats import InputBall
 
     if not 0 < confidence < 1:
         raise BadInput(f"expected a confidence between 0 and 1, got {confidence}; 0.999 is usual")
     out = Out(json, model, data)
     where = choose_device(device, out)
-    chain, rows = _open(model, data, where, None, data_dir, limit, seed, (subset, image_column, label_column, None))
+    chain, rows = open_samples(model, data, where, None, data_dir, limit, seed, (subset, image_column, label_column, None))
     if not torch.as_tensor(rows.x).is_floating_point():
         raise BadInput(f"expected images or vectors, got token ids from {data}; noise cannot be added to them")
     ball = InputBall("l2", radius)
     with Progress() as progress:
         parts, stopped = gather(
             certify_smoothed(chain, x, y, sigma=sigma, threat=ball, n0=selection, n=samples, alpha=1 - confidence, seed=seed, index=np.asarray(index))
-            for x, y, index in _batches(rows, _CHUNK, where, progress, f"{model} · smoothing")
+            for x, y, index in batches(rows, _CHUNK, where, progress, f"{model} · smoothing")
         )
     done = _joined(parts)
     about = {"model": model, "data": rows.name, "split": rows.split, "data_note": rows.note, "certificate": False, "statement": STATEMENT}

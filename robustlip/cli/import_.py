@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from robustlip import __version__
-from robustlip.cli import DataDir, ImageColumn, Json, LabelColumn, Limit, Subset, TextColumn, app
+from robustlip.cli.options import DataDir, ImageColumn, Json, LabelColumn, Limit, Subset, TextColumn
 from robustlip.errors import BadInput
 from robustlip.names import shown
 
 if TYPE_CHECKING:
-    from robustlip.console import Out
+    from robustlip.cli.console import Out
     from robustlip.importing import Checkpoint, Converted, Log
     from robustlip.importing.measure import Measured
-    from robustlip.layers import Chain
 
 SOURCE = "Newhouse et al. 2025, arXiv 2507.13338"
 
 
-@app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint (.npz) or log (.json) of the published code")],
     out_folder: Annotated[Path, typer.Option("--out", help="folder of the model file and its card")] = Path("runs/import"),
@@ -34,7 +32,7 @@ def import_(
     subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None, text_column: TextColumn = None,
 ) -> None:  # fmt: skip
     """Turn a published checkpoint into a model, without running anything in it, and prove its bound; or recompute the bound of a log."""
-    from robustlip.console import Out, Progress
+    from robustlip.cli.console import Out, Progress
     from robustlip.importing import convert, read_checkpoint, read_log
     from robustlip.importing.measure import measure
 
@@ -114,36 +112,24 @@ def _show_log(file: Path, log: Log, out: Out) -> None:
 
 
 def _log_rows(log: Log, values: dict[str, float | str], said: str) -> list[tuple[str, str]]:
-    rows = [("claimed in the file", "–" if log.claimed is None else f"{log.claimed:.6g}")]
+    from robustlip.figures import figure
+
+    rows = [("claimed in the file", figure(log.claimed, 6))]
     rows += [(f"formula as {name}, norms of the log", f"{value:.6g}" if isinstance(value, float) else value) for name, value in values.items()]
     rows += [("so", said)]
     rows += [(f"{key} in the file", f"{value:.4f}") for key, value in (("accuracy", log.accuracy), ("loss", log.loss)) if value is not None]
     return rows
 
 
-def published_formula(model: Chain) -> tuple[float | None, str]:
-    """What the published formula makes of the weights in use, ∞-RMS, from embeddings (transformers) or inputs (MLPs); or None, and why."""
-    from robustlip.attacks import formulas
-
-    config = model.config or {}
-    try:
-        if model.embedding_depth:
-            return formulas.newhouse2025(model).value, ""
-        if config.get("kind") == "mlp" and config.get("activation") == "relu":
-            return formulas.product(model).in_units("rms").value, ""
-    except BadInput as error:
-        return None, str(error)
-    return None, "the published formula speaks of transformers and of MLPs with ReLU"
-
-
 def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
     import torch
 
+    from robustlip.attacks.formulas import published
     from robustlip.certifiers import lipschitz_bound
     from robustlip.hashing import weights_sha256
 
     log, bound = read.log, lipschitz_bound(made.model)
-    weights_formula, why_not = published_formula(made.model)
+    weights_formula, why_not = published(made.model)
     embed = log.norms.get("embed", 1.0) if made.model.embedding_depth else 1.0
     claimed = log.claimed / embed if log.claimed is not None and embed > 0 else None
     notes = [*made.notes, *([f"members of the file that were not read: {', '.join(read.left_out)}"] if read.left_out else [])]
@@ -194,8 +180,8 @@ def _same_source(card: Path, sha256: str) -> bool:
 
 def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dict[str, Any], measured: Measured | None, out: Out) -> None:
     from robustlip.checkpoints import save_model, toml_text
+    from robustlip.figures import figure, upward
     from robustlip.files import write_text
-    from robustlip.sweep import upward
 
     stem = name or "".join(c if (c.isalnum() and c.isascii()) or c in ".-_" else "-" for c in file.stem)
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", stem):
@@ -214,19 +200,16 @@ def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dic
     out.json({"model": str(path), "card": card})
     claim, bound = card["claim"], card["bound"]
 
-    def figure(value: float | None) -> str:
-        return "–" if value is None else f"{value:.6g}"
-
     rows = [
-        ("claimed in the file", figure(claim["claimed"])),
-        *((f"formula as {key}, norms of the log", figure(value)) for key, value in claim["formula_of_logged_norms"].items()),
+        ("claimed in the file", figure(claim["claimed"], 6)),
+        *((f"formula as {key}, norms of the log", figure(value, 6)) for key, value in claim["formula_of_logged_norms"].items()),
         ("so", claim["explained"]),
-        ("claimed, from the embeddings", figure(claim["claimed_from_embeddings"])),
-        ("formula as published, norms of the weights", figure(claim["formula_of_weights"]) + (f" ({claim['formula_of_weights_why_not']})"
+        ("claimed, from the embeddings", figure(claim["claimed_from_embeddings"], 6)),
+        ("formula as published, norms of the weights", figure(claim["formula_of_weights"], 6) + (f" ({claim['formula_of_weights_why_not']})"
                                                                                               if claim["formula_of_weights_why_not"] else "")),
         ("proved, RMS", upward(bound["rms"], 6)),
         ("proved, ℓ2", upward(bound["l2"], 6) + (f", token norms up to {bound['domain']:.6g}" if made.model.embedding_depth else "")),
-        ("proved over claimed", figure(claim["proved_over_claimed"])),
+        ("proved over claimed", figure(claim["proved_over_claimed"], 6)),
         ("order of the weights", made.confirmed),
         *(("note", note) for note in made.notes),
         *((f"{key} in the file", f"{card[f'reported_{key}']:.4f}") for key in ("accuracy", "loss") if card[f"reported_{key}"] is not None),

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from robustlip.cli import Context, DataDir, Device, ImageColumn, Json, LabelColumn, Model, Seed, Subset, TextColumn, app
+from robustlip.cli.batches import samples_for
+from robustlip.cli.options import Context, DataDir, Device, ImageColumn, Json, LabelColumn, Model, Seed, Subset, TextColumn
 from robustlip.errors import BadInput, CertificateViolation
 
 if TYPE_CHECKING:
-    import torch
-
     from robustlip.attacks.audit import Audit
-    from robustlip.console import Out
-    from robustlip.layers import Chain
+    from robustlip.cli.console import Out
 
 
-@app.command()
 def audit(
     model: Model,
     formula: Annotated[Optional[str], typer.Option("--formula", help="newhouse2025, product or ours  [default: ours]")] = None,
@@ -37,10 +34,12 @@ def audit(
     image_column: ImageColumn = None, label_column: LabelColumn = None, text_column: TextColumn = None,
 ) -> None:  # fmt: skip
     """Try to break a claimed Lipschitz constant: find two inputs between which the model moves by more. Exit code 3 when it does."""
+    import torch
+
     from robustlip.attacks import formulas
     from robustlip.attacks.audit import audit as run
     from robustlip.attacks.audit import recheck, save_witness, save_worst
-    from robustlip.console import Out, Progress, choose_device
+    from robustlip.cli.console import Out, Progress, choose_device
     from robustlip.eval.runner import load_model
     from robustlip.layers import as_chain
 
@@ -62,7 +61,7 @@ def audit(
     else:
         said = formulas.claim_of(chain, formula or "ours")
         said = said.in_units(units) if units else said
-    x = _samples(chain, data, limit or 16, seed, context, data_dir, columns) if data else None
+    x = torch.as_tensor(samples_for(chain, data, context, data_dir, limit or 16, seed, columns).x) if data else None
     with Progress() as progress:
         result = run(
             chain, said, x, starts=starts, tokens=tokens or 8, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
@@ -102,20 +101,6 @@ def _check_lengths(data: str | None, limit: int | None, context: int | None, tok
         raise BadInput("expected --context with --data, got it without; --tokens is the length of sequences that are drawn")
     if data is not None and tokens is not None:
         raise BadInput("expected --tokens without --data, got it with data, whose sequences have a length; use --context")
-
-
-def _samples(
-    chain: Chain, data: str, limit: int, seed: int, context: int | None, data_dir: str | None, columns: tuple[str | None, ...]
-) -> torch.Tensor:  # fmt: skip
-    import torch
-
-    from robustlip.data import load_data
-    from robustlip.data.load import OPTIONS
-
-    words = getattr(chain, "vocabulary", None)
-    options: Any = dict(zip(OPTIONS, columns, strict=True))
-    samples = load_data(data, data_dir=data_dir, limit=limit, seed=seed, context=context, vocabulary=words, **options)
-    return torch.as_tensor(samples.x)
 
 
 def _safe(text: str) -> str:
