@@ -53,7 +53,7 @@ class Claim:
 
     value: in `units`, 'l2' (per-token ℓ2 in, ℓ2 out) or 'rms' (∞-RMS in, RMS out; the paper's). domain: the largest token norm ‖x_t‖₂ (ℓ2,
     whatever the units) for which it is claimed, None for all inputs. fan_in, fan_out: numbers per input and output token, for conversion.
-    layers: (name, constant of the layer alone, in the same units). assumes: what the formula takes for granted, in a sentence.
+    layers: (name, constant of the layer alone, in the same units).
     """
 
     formula: str
@@ -63,7 +63,6 @@ class Claim:
     fan_in: int
     fan_out: int
     layers: tuple[tuple[str, float], ...] = ()
-    assumes: str = ""
 
     def __post_init__(self) -> None:
         if self.units not in UNITS:
@@ -200,10 +199,7 @@ def newhouse2025(model: nn.Module, repair: Collection[int] = ()) -> Claim:
         rows.append((name, own))
         constant, norm = constant * own, norm * growth
     fan_in, fan_out = widths(chain)
-    return Claim(
-        "newhouse2025", constant, "rms", math.sqrt(fan_in), fan_in, fan_out, tuple(rows),
-        "norms of whole matrices bound every head, 1.1289 is divided out a second time, the scale belongs to the value term",
-    )  # fmt: skip
+    return Claim("newhouse2025", constant, "rms", math.sqrt(fan_in), fan_in, fan_out, tuple(rows))
 
 
 _TAKEN_AS_ONE = (
@@ -241,10 +237,7 @@ def product(model: nn.Module) -> Claim:
     """
     chain = as_chain(model)
     rows = [(name, _product(layer)) for name, layer in list(chain.named_children())[chain.embedding_depth :]]
-    return Claim(
-        "product", math.prod(v for _, v in rows), "l2", own_domain(chain), *widths(chain), tuple(rows),
-        "activations and normalisation have slope at most 1 and attention weights do not move",
-    )  # fmt: skip
+    return Claim("product", math.prod(v for _, v in rows), "l2", own_domain(chain), *widths(chain), tuple(rows))
 
 
 def published(model: Chain) -> tuple[float | None, str]:
@@ -264,7 +257,7 @@ def ours(model: nn.Module) -> Claim:
     """`robustlip.certifiers.lipschitz_bound`: guaranteed, in ℓ2, on the domain of the model's own embeddings."""
     bound = lipschitz_bound(model)
     domain = bound["domain"]
-    return Claim("ours", float(bound["l2"]), "l2", None if isinstance(domain, str) else domain, *widths(as_chain(model)), (), "nothing unproved")
+    return Claim("ours", float(bound["l2"]), "l2", None if isinstance(domain, str) else domain, *widths(as_chain(model)))
 
 
 def own_domain(chain: Chain) -> float | None:
@@ -278,7 +271,7 @@ def own_domain(chain: Chain) -> float | None:
 def stated(model: nn.Module, value: float, units: str = "l2", domain: float | None = None) -> Claim:
     """Somebody's number. domain: the largest token norm (ℓ2) for which it is claimed; for transformers that of their own embeddings unless given."""
     chain = as_chain(model)
-    return Claim("claim", value, units, own_domain(chain) if domain is None else domain, *widths(chain), (), "what was claimed")
+    return Claim("claim", value, units, own_domain(chain) if domain is None else domain, *widths(chain))
 
 
 FORMULAS: dict[str, Callable[[nn.Module], Claim]] = {"newhouse2025": newhouse2025, "product": product, "ours": ours}

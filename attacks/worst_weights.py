@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput
 from robustlip.layers import Attention, Chain, NextTokenChain, Normalize, Residual, ScaledGELU
 from robustlip.numerics.spectral import spectral_norm_bound
-from robustlip.ops.elementwise import GELU_SLOPE
 
 # Above this width a step normalises by warm-started power iteration; the weights that are returned are always normalised by an exact SVD.
 _EXACT_WIDTH = 128
@@ -200,19 +199,6 @@ def _steepest(layer: nn.Module) -> float:
     if type(layer) in (nn.Linear, nn.Tanh, nn.Flatten, nn.Identity):
         return 0.0
     raise BadInput(f"expected Linear and elementwise layers in an MLP, got {type(layer).__name__}; its worst weights are not known")
-
-
-def mlp_supremum(layers: nn.Sequential) -> float:
-    """Πσ(W)·Πslopes, the Lipschitz constant (ℓ2) that `worst_mlp` aims at."""
-    value = 1.0
-    for layer in layers:
-        if type(layer) is nn.Linear:
-            value *= float(spectral_norm_bound(layer.weight))
-        elif type(layer) in (nn.GELU, ScaledGELU):
-            value *= GELU_SLOPE[layer.approximate] / (layer.divisor if type(layer) is ScaledGELU else 1.0)  # type: ignore[index]
-        elif type(layer) not in (nn.ReLU, nn.Tanh, nn.Flatten, nn.Identity):  # slope 1
-            raise BadInput(f"expected Linear and elementwise layers in an MLP, got {type(layer).__name__}; its worst weights are not known")
-    return value
 
 
 def newhouse_counterexample(*, width: int = 16, heads: int = 4, tokens: int = 3, steps: int = 250, seed: int = 0) -> Chain:

@@ -252,21 +252,6 @@ def _cards(suite: Suite) -> dict[str, Any]:
     return cards
 
 
-def load_model(name: str, device: str) -> nn.Module:
-    """A zoo model, one of our files, or package.module:callable, in eval mode: a Chain where it is one, else the module.
-
-    Raises BadInput, also for NaN in the weights.
-    """
-    from robustlip.checks import check_finite_weights
-    from robustlip.models import zoo
-    from robustlip.target import Target
-
-    model = zoo.load(name, device=device)
-    model = Target(model).module.eval()
-    check_finite_weights(model, name)
-    return model
-
-
 def _content(data: Dataset) -> str:
     """SHA-256 of the samples: another file under the same name is another run."""
     digest = hashlib.sha256(np.asarray(data.index).tobytes())
@@ -280,8 +265,9 @@ def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tu
     from robustlip.data import load_data, load_text_or_page
     from robustlip.data.load import chosen
     from robustlip.hashing import weights_sha256
+    from robustlip.models import zoo
 
-    chain = load_model(model, settings.device)
+    chain = zoo.load(model, device=settings.device)
     limit = max(_limit(pair, threat, settings) for threat in pair.threats)
     seed = _seed(suite, settings)
     loader = load_text_or_page if pair.page_fallback else load_data
@@ -500,10 +486,3 @@ def interrupted_sentence(run: Run) -> str:
     """What a person who pressed Ctrl-C wants to know."""
     done, missing = len(run.manifest.get("parts", [])), len(run.manifest.get("missing", []))
     return f"interrupted: {done} parts are kept in {run.folder}, {missing} are missing; the same command goes on from there"
-
-
-def default_device() -> str:
-    """'cuda' where torch finds a GPU, else 'cpu'."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from robustlip.checkpoints import load_into
-from robustlip.checks import check_weights_are_there
+from robustlip.checks import check_finite_weights, check_weights_are_there
 from robustlip.errors import BadInput, first_line
 from robustlip.files import read_toml
 from robustlip.foreign import place, told
 from robustlip.layers import as_chain, chain_or_module
 from robustlip.models.build import build
 from robustlip.modes import undrawn
+from robustlip.target import check_values
 
 FOLDER = Path(__file__).parent / "zoo"
 CARD_AGREEMENT = 1e-9  # relative: another machine's order of sums moves the last digits of a bound, nothing moves more
@@ -100,7 +101,8 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
     The global random states of torch, numpy and Python are left as they are.
     name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; or 'package.module:callable', a function that
     returns a module or a module itself, which is imported and run, so only name code you trust. A Chain, but for modules that are none: those can
-    be attacked and not certified (typed Any for that). Raises BadInput when there is no such model, or its weights do not fit their card or hash.
+    be attacked and not certified (typed Any for that). Raises BadInput when there is no such model, its weights do not fit their card or hash, or are
+    not finite.
     """
     text = str(name)
     if text.endswith(".safetensors"):
@@ -108,6 +110,8 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
     if ":" in text:
         model = chain_or_module(_from_callable(text)).to(device)
         model.eval()
+        check_values(model)
+        check_finite_weights(model, text)  # of our files `load_into` has checked it
         return model
     known = card(text)
     model = as_chain(load_into(FOLDER / f"{text}.safetensors", build))

@@ -33,13 +33,11 @@ from robustlip.data.load import parse_spec
 from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
 from robustlip.names import check_line, shown
-from robustlip.numerics.rounding import NAMES
 from robustlip.threats import Threat, parse_threat
 
 SCHEMA = "robustlip-certificate-1"
 SIZE_LIMIT = 128 * 2**20  # bytes: about 400 000 samples
 REMEDY = "make it again with `robustlip certify --json`"
-DTYPES = (*NAMES, "real")
 
 # What a file says is shown in terminals: one line, and nothing in it that cannot be seen. The pattern is what a JSON schema can say of that.
 Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$"), AfterValidator(check_line)]

@@ -51,28 +51,6 @@ class Certificate:
         """The fraction of samples that are classified correctly and proved robust at `radius` (same units as the threat)."""
         return float(np.mean(self.radius >= radius)) if len(self) else float("nan")
 
-    def to_json_dict(self) -> dict[str, Any]:
-        """The certificate file: plain JSON types only."""
-        samples = [
-            {"index": int(i), "label": int(y), "prediction": int(p), "radius": float(r), "status": s, "reason": why, "method": how}
-            for i, y, p, r, s, why, how in zip(
-                self.index, self.label, self.prediction, self.radius, self.status, self.reason, self.methods or [""] * len(self), strict=True
-            )
-        ]
-        return {
-            "threat": self.threat.name,
-            "norm": self.threat.norm,
-            "dtype": self.dtype,
-            "method": self.method,
-            "weights_sha256": self.weights_sha256,
-            "architecture_sha256": self.architecture_sha256,
-            "requested_radius": self.threat.radius,
-            "bound": self.bound,
-            "versions": self.versions,
-            "execution": self.execution,
-            "samples": samples,
-        }
-
 
 def concatenate(certificates: Sequence[Certificate]) -> Certificate:
     """Certificates of consecutive batches of one model under one threat as one. bound: the largest of each constant."""

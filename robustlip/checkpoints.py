@@ -83,7 +83,7 @@ def _read(path: Path, tensors_of: Callable[[Any], dict[str, Tensor]]) -> tuple[d
 
 
 def save_model(path: Path, model: nn.Module) -> None:
-    """A model with a `config` to one file that `load_model` reads. Raises BadInput for a model that cannot be built from a config."""
+    """A model with a `config` to one file that `robustlip.load` reads. Raises BadInput for a model that cannot be built from a config."""
     config = getattr(model, "config", None)
     if config is None:
         raise BadInput(f"expected a model with a config, got {type(model).__name__}; build it with robustlip.models.build")

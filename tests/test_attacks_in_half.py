@@ -16,8 +16,8 @@ from torch import nn
 from robustlip.attacks import PGD, by_name
 from robustlip.attacks.losses import excess, violation
 from robustlip.attacks.spaces import EmbeddingSpace, InputSpace, next_toward, round_down, round_nearest, round_toward
-from robustlip.eval.runner import load_model
 from robustlip.layers import Chain, Patchify
+from robustlip.models.zoo import load
 from robustlip.threats import EmbeddingBall, InputBall
 
 torch.set_num_threads(1)
@@ -135,7 +135,7 @@ def lipschitz() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     from robustlip.data import load_data
 
     data = load_data("digits:test", limit=80)
-    return load_model("digits-mlp-lipschitz", "cpu"), torch.as_tensor(data.x), torch.as_tensor(data.y)
+    return load("digits-mlp-lipschitz"), torch.as_tensor(data.x), torch.as_tensor(data.y)
 
 
 @pytest.mark.parametrize("dtype", [HALVES[0], pytest.param(HALVES[1], marks=pytest.mark.slow)])

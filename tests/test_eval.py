@@ -288,7 +288,7 @@ def world(monkeypatch):
     state = SimpleNamespace(calls=[], radius=0.1, attacked=0.5, models={"good": tiny(1), "other": tiny(2)}, before=lambda model, threat: None)
     x = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
-    def load_model(name, device):
+    def load(name, *, device):
         if isinstance(state.models[name], Exception):
             raise state.models[name]
         return state.models[name]
@@ -318,7 +318,7 @@ def world(monkeypatch):
         return SimpleNamespace(ratio=np.full(n, 2.0), change=np.full(n, 2.0 * radius), distance=np.full(n, radius), witness=torch.zeros(n, 3))
 
     attack.needs_radius, attack.described, attack.check_threat = False, "min", lambda threat: None
-    monkeypatch.setattr(runner, "load_model", load_model)
+    monkeypatch.setattr("robustlip.models.zoo.load", load)
     monkeypatch.setattr(runner, "_cards", lambda suite: {})
     monkeypatch.setattr("robustlip.data.load_data", load_data)
     monkeypatch.setattr("robustlip.certifiers.certify", certify)

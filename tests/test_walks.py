@@ -113,7 +113,6 @@ WALKS = {
     "margin training": lambda model: losses.body_constant(list(model)[:-1], X),
     "the product of norms": formulas.product,
     "the worst weights": lambda model: worst_weights.worst_mlp(nn.Sequential(*model)),
-    "the product of slopes": lambda model: worst_weights.mlp_supremum(nn.Sequential(*model)),
     "files of worst weights": lambda model: [audit._describe(layer) for layer in model],
 }
 

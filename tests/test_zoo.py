@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,3 +113,14 @@ def test_certificates_verify_from_their_files(path) -> None:
         pytest.skip(f"needs the {file.data.note} of {file.data.spec}, the data here is another")
     result = verify(file, model, rows)
     assert result.exit_code == 0, result.findings
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_callable_whose_weights_are_not_finite_is_refused(monkeypatch, value) -> None:
+    """By `load`, as by every command: the file of one of ours is checked in the same way."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    monkeypatch.setitem(sys.modules, "spoiled_for_this_test", SimpleNamespace(model=model))
+    assert load("spoiled_for_this_test:model") is not model
+    model[2].bias.data[1] = float(value)
+    with pytest.raises(BadInput, match="finite weights, got NaN or infinity"):
+        load("spoiled_for_this_test:model")

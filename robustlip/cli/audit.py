@@ -40,8 +40,8 @@ def audit(
     from robustlip.attacks.audit import audit as run
     from robustlip.attacks.audit import recheck, save_witness, save_worst
     from robustlip.cli.console import Out, Progress, choose_device
-    from robustlip.eval.runner import load_model
     from robustlip.layers import as_chain
+    from robustlip.models.zoo import load
 
     out = Out(json, model, data, witness)
     _check(formula, claim, domain, units, witness, worst_weights)
@@ -50,7 +50,7 @@ def audit(
     if data is None and any(value is not None for value in columns):
         raise BadInput("expected --subset and the names of columns with --data, got them without; name the data")
     where = choose_device(device, out)
-    chain = as_chain(load_model(model, where))
+    chain = as_chain(load(model, device=where))
     if witness is not None:
         _show(model, recheck(witness, chain), [witness], out, "measured again")
         return

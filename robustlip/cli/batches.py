@@ -20,9 +20,9 @@ def open_samples(
     model: str, data: str, device: str, context: int | None, data_dir: str | None, limit: int | None, seed: int, columns: Sequence[str | None]
 ) -> tuple[Any, Dataset]:  # fmt: skip
     """A model and its samples (see `samples_for`)."""
-    from robustlip.eval.runner import load_model
+    from robustlip.models.zoo import load
 
-    chain = load_model(model, device)
+    chain = load(model, device=device)
     return chain, samples_for(chain, data, context, data_dir, limit, seed, columns)
 
 

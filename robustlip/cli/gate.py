@@ -23,15 +23,15 @@ def gate(
     from robustlip import certificate_file
     from robustlip.attacks import by_name
     from robustlip.cli.console import Out, Progress, choose_device
-    from robustlip.eval.runner import load_model
     from robustlip.figures import figure
     from robustlip.gate import gate as hold
     from robustlip.gate import load_policy, policy_rows
+    from robustlip.models.zoo import load
 
     out = Out(json, policy, model, *(certificate or ()))
     wanted = load_policy(policy)
     files = [(path.name, certificate_file.read(path)) for path in certificate] if certificate else None
-    chain = load_model(model, choose_device(device, out))
+    chain = load(model, device=choose_device(device, out))
     rows = policy_rows(wanted, data_dir, getattr(chain, "vocabulary", None))
     attack = by_name(wanted.attack) if wanted.require_attack else None
     with Progress() as progress:

@@ -27,7 +27,7 @@ def verify(
     130 interrupted (and how far it came)."""
     from robustlip import certificate_file
     from robustlip.cli.console import Out, Progress, choose_device, print_json
-    from robustlip.eval.runner import load_model
+    from robustlip.models.zoo import load
     from robustlip.verification import CHEAP, Budget, load_rows
     from robustlip.verification import verify as recompute
 
@@ -43,7 +43,7 @@ def verify(
     budget = Budget(tuple(methods) if methods else CHEAP, max_samples, max_seconds, batch_size)
     if refusal := budget.refusal(file):  # before its rows are loaded
         raise RobustlipError(f"{certificate.name} is not verified: {refusal}")
-    chain = load_model(model, choose_device(device, out))
+    chain = load(model, device=choose_device(device, out))
     rows = load_rows(file.data, data_dir, getattr(chain, "vocabulary", None), spec=data)
     with Progress() as progress:
         result = recompute(

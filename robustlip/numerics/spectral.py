@@ -6,8 +6,6 @@ Power iteration converges from below, so nothing that a certificate uses may com
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -151,38 +149,6 @@ def spectral_norm_estimate(weight: Tensor, iterations: int = 100) -> Tensor:
     norm = torch.linalg.vector_norm(a @ v, dim=(-2, -1)) / torch.linalg.vector_norm(v, dim=(-2, -1)).clamp_min(1e-300)
     half = exponent // 2
     return torch.ldexp(torch.ldexp(norm, half), exponent - half)
-
-
-@dataclass(frozen=True)
-class SpectralNorm:
-    """One matrix: a guaranteed upper bound of ‖W‖₂, a lower estimate, and how far apart they are relative to the bound."""
-
-    bound: float
-    estimate: float
-
-    @property
-    def gap(self) -> float:
-        return 1 - self.estimate / self.bound if self.bound > 0 else 0.0
-
-
-def spectral_norms(weights: Mapping[str, Tensor], iterations: int = 100) -> dict[str, SpectralNorm]:
-    """Bound and estimate of every matrix, those of one shape in one batch. weights: by name, (m, n) or stacks (…, m, n), whose entries are
-    named name[0], name[1], … (heads, say). Only `bound` may reach a certificate."""
-    shapes: dict[tuple[torch.Size, torch.device], list[tuple[str, Tensor]]] = {}
-    for name, weight in weights.items():
-        if weight.dim() < 2:
-            raise BadInput(f"expected matrices (..., m, n), got shape {tuple(weight.shape)} for {name}; leave vectors out")
-        stack = weight.detach().double().reshape(-1, *weight.shape[-2:])
-        names = [name] if weight.dim() == 2 else [f"{name}[{i}]" for i in range(len(stack))]
-        shapes.setdefault((stack.shape[1:], stack.device), []).extend(zip(names, stack, strict=True))
-    found: dict[str, SpectralNorm] = {}
-    for members in shapes.values():
-        batch = torch.stack([matrix for _, matrix in members])
-        # Eigensolvers run one matrix after another on a GPU; products run all at once.
-        bounds = gram_iteration_bound(batch, 12) if batch.is_cuda else spectral_norm_bound(batch)
-        for (name, _), bound, estimate in zip(members, bounds.tolist(), spectral_norm_estimate(batch, iterations).tolist(), strict=True):
-            found[name] = SpectralNorm(bound, estimate)
-    return {name: found[name] for name in sorted(found)}
 
 
 def quartic_bound(weight: Tensor) -> float:
