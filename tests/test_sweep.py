@@ -15,7 +15,8 @@ from robustlip.cli import main
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.figures import upward
 from robustlip.models.zoo import load
-from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Row, Sweep, _labels, draw, load_grid, markdown, run_sweep
+from robustlip.sweep import FAILED, FINISHED, PARTIAL, PENDING, Row, Sweep, draw, load_grid, markdown, run_sweep
+from robustlip.sweep.picture import _labels
 
 RECIPE = """
 name = "tiny"
