@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustlip.attacks import audit, formulas, weights, worst_weights
+from robustlip.attacks import formulas, weights, worst_weights
+from robustlip.attacks.audit import witness
 from robustlip.certifiers import bounds, trace
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.constraints.targets import targets_of
@@ -113,7 +114,7 @@ WALKS = {
     "margin training": lambda model: losses.body_constant(list(model)[:-1], X),
     "the product of norms": formulas.product,
     "the worst weights": lambda model: worst_weights.worst_mlp(nn.Sequential(*model)),
-    "files of worst weights": lambda model: [audit._describe(layer) for layer in model],
+    "files of worst weights": lambda model: [witness._describe(layer) for layer in model],
 }
 
 
