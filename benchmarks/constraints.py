@@ -19,11 +19,12 @@ from typing import Any
 from reporting import finish
 
 from robustlip.certifiers import certify
-from robustlip.checkpoints import load_into, toml_text
+from robustlip.checkpoints import load_into
 from robustlip.constraints import make_method
 from robustlip.data import load_data
 from robustlip.models.build import build
 from robustlip.threats import InputBall
+from robustlip.toml import toml_text
 from robustlip.training import Recipe, train
 
 GRID = Path(__file__).parent / "grids" / "constraints.toml"

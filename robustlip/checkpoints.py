@@ -143,31 +143,3 @@ def load_into(path: Path, build: Build) -> nn.Module:
         said = str(header.get("weights_sha256"))[:12]
         raise BadInput(f"expected weights with SHA-256 {said}… in {path.name}, got others; the file was altered")
     return model.eval()
-
-
-def toml_text(data: dict[str, Any]) -> str:
-    """A dictionary of strings, numbers, booleans, lists and tables as TOML (the standard library only reads it). None is left out."""
-
-    def value(v: Any) -> str:
-        if isinstance(v, bool):
-            return "true" if v else "false"
-        if isinstance(v, str):
-            return json.dumps(v)
-        if isinstance(v, (int, float)):
-            return {float("inf"): "inf", float("-inf"): "-inf"}.get(v, "nan" if v != v else repr(v))
-        if isinstance(v, (list, tuple)):
-            return "[" + ", ".join(value(x) for x in v) + "]"
-        raise BadInput(f"expected a TOML value, got {type(v).__name__}; use strings, numbers, booleans, lists and tables")
-
-    def key(k: str) -> str:
-        return k if k.replace("_", "").replace("-", "").isalnum() and k.isascii() else json.dumps(k)
-
-    def table(d: dict[str, Any], path: str) -> list[str]:
-        plain = [f"{key(k)} = {value(v)}" for k, v in d.items() if v is not None and not isinstance(v, dict)]
-        out = ([f"[{path}]"] if path and plain else []) + plain + ([""] if plain else [])
-        for k, v in d.items():
-            if isinstance(v, dict):
-                out += table(v, f"{path}.{key(k)}" if path else key(k))
-        return out
-
-    return "\n".join(table(data, "")).rstrip() + "\n"

@@ -407,10 +407,10 @@ def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray
 
 def wilson_lower(count: int, total: int, z: float = 1.6449) -> float:
     """Lower end of the one-sided Wilson interval of a share (95 % for z = 1.6449). Wilson 1927."""
-    share = count / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, (centre - spread) / (1 + z * z / total))
+    from scipy.special import ndtr
+    from scipy.stats import binomtest
+
+    return float(binomtest(count, total, alternative="greater").proportion_ci(float(ndtr(z)), method="wilson").low)
 
 
 def _share(what: str, required: float, hits: np.ndarray) -> Requirement:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("errors",),
     ("names", "threats", "execution", "modes", "parallel", "plugins", "locks", "foreign", "limits", "figures"),
-    ("files", "numerics", "geometry", "hashing", "checks", "certificates"),
+    ("files", "toml", "numerics", "geometry", "hashing", "checks", "certificates"),
     ("layers", "data", "muon"),
     ("ops", "target", "samples", "constraints", "checkpoints"),
     ("domains.margins", "domains.search"),

@@ -137,6 +137,10 @@ def test_an_accuracy_in_decimals_is_met_by_that_count():
 def test_wilson():
     assert wilson_lower(0, 10) == 0.0 and 0.78 < wilson_lower(10, 10) < 0.79 and wilson_lower(950, 1000) < 0.95
     assert abs(wilson_lower(8, 10, 1.96) - 0.4902) < 1e-3  # the two-sided 95 % interval of 8 in 10 is [0.490, 0.943]
+    for count, total, z in ((0, 7, 1.6449), (1, 1, 1.6449), (342, 360, 1.6449), (3, 2000, 1.0), (999, 1000, 2.5)):
+        share, spread = count / total, z * math.sqrt(count * (total - count) / total**3 + z * z / (4 * total * total))
+        formula = (share + z * z / (2 * total) - spread) / (1 + z * z / total)
+        assert wilson_lower(count, total, z) == pytest.approx(max(0.0, formula), rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.slow

@@ -21,12 +21,13 @@ from robustlip.attacks.audit import audit, save_witness
 from robustlip.attacks.formulas import stated
 from robustlip.certificate_file import read
 from robustlip.certifiers import smoothing
-from robustlip.checkpoints import FORMAT, load_tensors, save_model, save_tensors, toml_text
+from robustlip.checkpoints import FORMAT, load_tensors, save_model, save_tensors
 from robustlip.cli import main
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.files import write_text
 from robustlip.models import build
 from robustlip.models.zoo import load
+from robustlip.toml import toml_text
 
 MODEL = "m.safetensors"
 POLICY = {
@@ -47,22 +48,6 @@ GRID = {"name": "g", "base": "recipe.toml", "grid": {"optimizer": {"lr": [0.01]}
 EXITS = "import sys\ndef model():\n    sys.exit(0)\n"
 
 
-def tables(tables_of: dict[str, object]) -> str:
-    """TOML; lists of tables too, which `toml_text` does not write."""
-    plain = {k: v for k, v in tables_of.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))}
-    text = toml_text(plain)
-    for key, entries in tables_of.items():
-        for entry in entries if key not in plain else ():
-            inner = {k: v for k, v in entry.items() if k != "threat" or not isinstance(v, list)}
-            text += f"[[{key}]]\n{toml_text({k: v for k, v in inner.items() if not isinstance(v, dict)})}"
-            for threat in entry.get("threat", []) if isinstance(entry.get("threat"), list) else []:
-                attacks = threat.get("attacks")
-                text += f"[[{key}.threat]]\n{toml_text({k: v for k, v in threat.items() if k != 'attacks'})}"
-                for attack in attacks or []:
-                    text += f"[[{key}.threat.attacks]]\nname = \"{attack['name']}\"\n[{key}.threat.attacks.options]\n{toml_text(attack['options'])}"
-    return text
-
-
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     save_model(tmp_path / MODEL, build({"kind": "mlp", "widths": [64, 8, 10]}))
     for name, content in (("policy", POLICY), ("suite", SUITE), ("recipe", RECIPE), ("grid", GRID)):
-        (tmp_path / f"{name}.toml").write_text(tables(content))
+        (tmp_path / f"{name}.toml").write_text(toml_text(content))
     return tmp_path
 
 
@@ -251,7 +236,7 @@ def test_a_full_output_is_one_sentence(arguments: tuple[str, ...]) -> None:
 )
 def test_settings_of_another_kind(capsys: pytest.CaptureFixture[str], kind: str, change: dict[str, object], words: str) -> None:
     good = {"suite": SUITE, "recipe": RECIPE, "policy": POLICY}[kind]
-    Path("bad.toml").write_text(tables({**good, **change}))
+    Path("bad.toml").write_text(toml_text({**good, **change}))
     assert words in refused(capsys, *READERS[kind]("bad.toml"))
 
 

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("attacks", "eval", "models")  # top-level in the tree, subpackages of robustlip in the wheel
 
 # Imported where they are used, so that a machine without them can certify and attack.
-HEAVY = ("datasets", "sklearn", "pydantic", "typer", "rich", "matplotlib", "jinja2", "PIL", "torchattacks", "pyarrow", "ray", "cvxpy", "flint")
+HEAVY = (
+    "datasets", "sklearn", "pydantic", "typer", "rich", "matplotlib", "jinja2", "PIL", "torchattacks", "pyarrow", "ray", "cvxpy", "flint", "tomli_w",
+)  # fmt: skip
 CORE = ("robustlip.threats", "robustlip.layers", "robustlip.domains.norms", "robustlip.certifiers", "robustlip.attacks", "robustlip.models")
 
 

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from robustlip.checkpoints import load_into, load_tensors, toml_text
+from robustlip.checkpoints import load_into, load_tensors
 from robustlip.constraints import METHODS
 from robustlip.errors import BadInput
 from robustlip.models.build import build
 from robustlip.parallel import ALONE, World, joined, launched
+from robustlip.toml import toml_text
 from robustlip.training import Recipe, train
 
 ROOT = Path(__file__).parent.parent

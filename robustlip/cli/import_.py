@@ -179,9 +179,10 @@ def _same_source(card: Path, sha256: str) -> bool:
 
 
 def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dict[str, Any], measured: Measured | None, out: Out) -> None:
-    from robustlip.checkpoints import save_model, toml_text
+    from robustlip.checkpoints import save_model
     from robustlip.figures import figure, upward
     from robustlip.files import write_text
+    from robustlip.toml import toml_text
 
     stem = name or "".join(c if (c.isalnum() and c.isascii()) or c in ".-_" else "-" for c in file.stem)
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", stem):

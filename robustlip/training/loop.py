@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.checkpoints import planned, save_model, toml_text
+from robustlip.checkpoints import planned, save_model
 from robustlip.constraints import Constraint
 from robustlip.errors import BadInput
 from robustlip.files import write_text
@@ -22,6 +22,7 @@ from robustlip.hashing import weights_sha256
 from robustlip.layers import Chain, Residual
 from robustlip.locks import sole_writer
 from robustlip.parallel import ALONE, World, joined
+from robustlip.toml import toml_text
 from robustlip.training.adversarial import adversarial_loss
 from robustlip.training.compute import Forward
 from robustlip.training.ibp import ibp_initialize, ibp_loss, verified_accuracy
