@@ -13,10 +13,10 @@ from torch import nn
 from robustlip.attacks import by_name
 from robustlip.certifiers import certify
 from robustlip.domains.norms import Context, State, rule_for
-from robustlip.domains.norms.convolution import Convolution
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, Residual
 from robustlip.numerics.spectral import symbol_bound
+from robustlip.ops.convolution import Convolution
 from robustlip.threats import InputBall, WeightBall, parse_threat
 
 

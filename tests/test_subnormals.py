@@ -70,9 +70,11 @@ def biased(value: float) -> nn.Linear:
     return layer
 
 
-def convolution(value: float) -> nn.Conv2d:
-    layer = nn.Conv2d(1, 1, 1, bias=False)
+def convolution(value: float, bias: float | None = None) -> nn.Conv2d:
+    layer = nn.Conv2d(1, 1, 1, bias=bias is not None)
     nn.init.constant_(layer.weight, value)
+    if bias is not None:
+        nn.init.constant_(layer.bias, bias)
     return layer
 
 
@@ -117,6 +119,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "vector-batchnorm-variance": (lambda: batchnorm(1.0, SMALL, SMALL), 1e-25),
     "image-conv-input": (lambda: convolution(BIG), SMALL),
     "image-conv-weight": (lambda: convolution(SMALL), BIG),
+    "image-conv-bias": (lambda: convolution(2.0**-60, 0.98 * LIMIT), 0.98 * 2.0**-66),
 }
 
 

@@ -52,7 +52,7 @@ from robustlip.layers import (
     Sum,
     as_chain,
 )
-from robustlip.ops import elementwise_of
+from robustlip.ops import elementwise_of, maps
 from robustlip.ops import normalization as ops_normalization
 from robustlip.threats import InputBall
 from robustlip.training import ibp, losses, reparametrize
@@ -156,23 +156,11 @@ def test_a_method_does_not_apply_to_a_layer_that_it_does_not_name(name, method) 
     assert REASONS[method](around(nn.ReLU())) == ""
 
 
-# name → (the table, as (module, name), a walk that reads it); the made-up layer is added to the table without a branch of its own.
-TABLES = {
-    "dense: known": ((mlp_network, "_KNOWN"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
-    "dense: linear": ((mlp_network, "_LINEAR"), lambda model: mlp_network.network_of(model.double(), (6,), context())),
-    "expansions: kinks": ((local_sorting, "REFLECTIONS"), lambda model: local_sorting.pairs_of(model[2], 8, X.double())),
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("made", [Tripled, other(MaxMin), lambda: OtherDropout(0.0)], ids=["made-up", "sorting", "dropout"])
-def test_a_layer_in_a_table_without_a_branch_is_refused(name, made, monkeypatch) -> None:
-    (module, table), walk = TABLES[name]
+def test_pairs_of_a_layer_that_reflects_none_are_refused(made) -> None:
     model = around(made())
-    if name != "expansions: kinks":
-        monkeypatch.setattr(module, table, (*getattr(module, table), type(model[2])))
     with pytest.raises(UnsupportedLayer, match=type(model[2]).__name__):
-        walk(model)
+        local_sorting.pairs_of(model[2], 8, X.double())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +196,7 @@ def test_curves_and_constraints_are_of_named_layers() -> None:
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
             elementwise_of(layer)
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
-            mlp_network._Linear(layer, (8,))
+            maps.map_of(layer, (8,))
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
             mlp_network._Builder((8,), torch.device("cpu")).sort(layer)
     sizes = other(GroupSort)(1)

@@ -1,11 +1,14 @@
 """LayerNorm and RMSNorm of single tokens: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity.
 
+Batch norm in eval mode is affine: y = g·x + (β − g·mean) by channel, g = γ/sqrt(var + eps) of the running statistics.
+
 docs/theory.md, section 3.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -86,3 +89,70 @@ def normalization_error(
     lost = lost + 2 * root * (gain + (1 + norm) / math.sqrt(eps)) * arithmetic.flushed  # subnormal x, γ
     # 0·inf is NaN: a bound that holds for no number.
     return (centring + (relative + 8 * arithmetic.unit) * behind + lost).nan_to_num(math.inf, math.inf)
+
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def check_batch(layer: BatchNorm) -> None:
+    """Raises where samples would change each other: BadInput in train mode, UnsupportedLayer without running statistics."""
+    name = type(layer).__name__
+    if layer.training:
+        raise BadInput(f"expected {name} in eval mode, got it in train mode, where samples change each other; call model.eval()")
+    if layer.running_mean is None or layer.running_var is None:
+        raise UnsupportedLayer(f"expected {name} with running statistics, got none: samples change each other; track them")
+
+
+def batch_positions(layer: BatchNorm, whole: tuple[int, ...] | None, tokens: int, width: int) -> int:
+    """How many numbers a channel has: those of an image, or 1 of a vector. Raises BadInput for other samples than the layer is for."""
+    images = isinstance(layer, nn.BatchNorm2d)
+    if images and (whole is None or len(whole) != 3):
+        raise BadInput("expected images (N, C, H, W) in front of BatchNorm2d, got vectors or tokens; put it in front of Flatten and Patchify")
+    if not images and (whole is not None or tokens != 1):
+        raise BadInput("expected vectors (N, n) in front of BatchNorm1d, got tokens or images; put Flatten in front, or use LayerNorm for tokens")
+    channels, positions = (whole[0], whole[1] * whole[2]) if images and whole else (width, 1)
+    if layer.num_features != channels:
+        raise BadInput(f"expected {channels} channels in BatchNorm, got {layer.num_features}; match them")
+    return positions
+
+
+@dataclass(frozen=True)
+class BatchScale:
+    """gain: max|g|; shift: ‖β‖ + ‖g·mean‖ over channels; mean: max|mean|, all rounded up; variance: the smallest var + eps, rounded down."""
+
+    gain: float
+    shift: float
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, layer: BatchNorm) -> BatchScale:
+        """Raises as `check_batch` does, and BadInput for variances that are not above 0."""
+        check_batch(layer)
+        assert layer.running_mean is not None and layer.running_var is not None
+        variance = layer.running_var.double() + layer.eps
+        if not bool((variance > 0).all()):
+            raise BadInput(f"expected running variances + eps above 0, got {float(variance.min())}; retrain the layer")
+        gains = up(1 / variance.sqrt()) if layer.weight is None else up(layer.weight.detach().double().abs() / variance.sqrt())
+        shift = norm_up(gains * layer.running_mean.double().abs(), 0)
+        beta = 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0))
+        return cls(float(gains.amax()), float(up(shift)) + beta, float(layer.running_mean.abs().amax()), float(variance.min()) * (1 - 1e-12))
+
+    def reach(self, norm: Tensor, positions: int) -> Tensor:
+        """‖y‖₂, and of all terms of its sum, for ‖x‖₂ ≤ norm."""
+        return self.gain * norm + self.shift * math.sqrt(positions) * (1 + 1e-12)
+
+    def error(self, norm: Tensor, positions: int, width: int, arithmetic: Rounds) -> Tensor:
+        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, x of `width` numbers, `positions` a channel; infinite where nothing is known.
+
+        A handful of roundings each of γ/sqrt(var + eps), g·x, g·mean and the sums, in any order; a tiny var + eps may itself be rounded by `tiny`.
+        """
+        relative = arithmetic.gamma(16) + 2 * arithmetic.tiny / self.variance
+        relative = relative if relative < 1 else math.inf
+        fresh = relative * self.reach(norm, positions) + 4 * math.sqrt(width) * arithmetic.tiny * (1 + self.gain) * (1 + self.mean + norm)
+        fresh = fresh + math.sqrt(width) * (norm + self.mean) / math.sqrt(self.variance) * arithmetic.flushed  # a subnormal γ
+        return torch.where(fresh.isnan(), torch.full_like(fresh, math.inf), fresh)
+
+    def largest(self, norm: Tensor) -> Tensor:
+        """≥ every number on the way."""
+        return (norm + self.mean) * (1 + self.gain) / math.sqrt(min(1.0, self.variance))

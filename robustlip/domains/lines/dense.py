@@ -11,21 +11,22 @@ max(a, b) = b + relu(a − b) and min(a, b) = a − relu(a − b).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.domains.lines.relaxations import RELU, Curve, Relu, curve_of
 from robustlip.domains.norms import Context
-from robustlip.domains.norms.convolution import pair
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Chain, Channels, Concatenate, GroupSort, MaxMin, Normalize, Residual, Sum
+from robustlip.layers import Chain, Channels, Concatenate, GroupSort, MaxMin, Residual, Sum
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
+from robustlip.ops.maps import MatrixMap, is_linear, map_of, unmapped
 from robustlip.threats import InputBall, Threat
 
 # Dense matrices of a layer: at most this many numbers (128 MiB).
@@ -114,85 +115,6 @@ class Network:
         return found
 
 
-class _Linear:
-    """A linear layer as a map of the columns of a matrix, with |its weights| for the rounding of that map."""
-
-    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
-        self.layer, self.shape = layer, shape
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.shift_error: Tensor | None = None
-        self.out: tuple[int, ...] = shape
-        self.relative = 0.0  # of the weights themselves
-        name = type(layer).__name__
-        if type(layer) not in _LINEAR:
-            raise UnsupportedLayer(f"expected a linear layer that has a dense matrix, got {name}; use method 'global'")
-        if isinstance(layer, nn.Linear):
-            self.weight, self.bias = layer.weight.detach().double(), layer.bias
-            if len(shape) != 1 or self.weight.shape[1] != shape[0]:
-                raise UnsupportedLayer(f"expected vectors of {self.weight.shape[1]} numbers in front of {name}, got {shape}; flatten first")
-            self.out, self.terms = (self.weight.shape[0],), self.weight.shape[1]
-        elif isinstance(layer, nn.Conv2d):
-            self.weight, self.bias = layer.weight.detach().double(), layer.bias
-            if layer.padding_mode != "zeros":
-                raise UnsupportedLayer(f"expected Conv2d padded by zeros, got padding_mode={layer.padding_mode!r}; use 'global'")
-            probe = torch.zeros(1, *shape, dtype=torch.float64, device=self.weight.device)
-            self.out, self.terms = tuple(self(probe).shape[1:]), self.weight[0].numel()
-        elif isinstance(layer, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
-            if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1), [1, 1]):
-                raise UnsupportedLayer(f"expected AdaptiveAvgPool2d(1), got output_size {layer.output_size}; use AvgPool2d for other sizes")
-            self.out = tuple(layer(torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
-            self.terms = math.prod(shape[1:]) + 2 if isinstance(layer, nn.AdaptiveAvgPool2d) else math.prod(pair(layer.kernel_size)) + 2
-        elif isinstance(layer, (Normalize, nn.BatchNorm1d, nn.BatchNorm2d)):
-            self.out, self.terms = shape, 2
-            self._by_channel(layer, shape)
-        else:
-            raise UnsupportedLayer(f"expected a linear layer that has a dense matrix, got {name}; use method 'global'")
-
-    def _by_channel(self, layer: Normalize | nn.BatchNorm1d | nn.BatchNorm2d, shape: tuple[int, ...]) -> None:
-        if isinstance(layer, Normalize):
-            gain, shift = 1 / layer.std.double(), -layer.mean.double() / layer.std.double()  # type: ignore[operator]
-            self.relative, self.shift_error = 4 * U64, 4 * U64 * shift.abs()
-        else:
-            if layer.training or layer.running_mean is None or layer.running_var is None:
-                raise UnsupportedLayer(f"expected {type(layer).__name__} in eval mode with running statistics, got none; call model.eval()")
-            gain = (layer.running_var.double() + layer.eps).rsqrt()
-            gain = gain if layer.weight is None else gain * layer.weight.detach().double()
-            moved = layer.running_mean.double() * gain
-            beta = torch.zeros_like(moved) if layer.bias is None else layer.bias.detach().double()
-            shift = beta - moved
-            self.relative, self.shift_error = 16 * U64, 16 * U64 * (beta.abs() + moved.abs())
-        view = (-1, 1, 1) if len(shape) == 3 else (-1,)
-        if gain.numel() not in (1, shape[0]) or len(shape) == 2:
-            raise UnsupportedLayer(f"expected a {type(layer).__name__} by channel of images or vectors, got samples of shape {shape}; flatten first")
-        self.weight, self.bias = gain.view(view).expand(shape), shift.view(view).expand(shape)
-        self.shift_error = self.shift_error.view(view).expand(shape)
-
-    def __call__(self, columns: Tensor, absolute: bool = False) -> Tensor:
-        """The linear part (no bias) of samples (k, *shape) → (k, *out); with |weights| if absolute."""
-        if isinstance(self.layer, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
-            return self.layer(columns)
-        assert self.weight is not None
-        weight = self.weight.abs() if absolute else self.weight
-        if isinstance(self.layer, nn.Linear):
-            return columns @ weight.mT
-        if isinstance(self.layer, nn.Conv2d):
-            c = self.layer
-            return F.conv2d(columns, weight, None, c.stride, c.padding, c.dilation, c.groups)
-        return columns * weight
-
-    def added(self) -> tuple[Tensor, Tensor]:
-        """(the constant that is added (out,), a bound of its error (out,))."""
-        if self.bias is None:
-            zero = torch.zeros(math.prod(self.out), dtype=torch.float64)
-            return zero, zero
-        bias = self.bias.detach().double()
-        if isinstance(self.layer, nn.Conv2d):
-            bias = bias[:, None, None].expand(self.out)
-        error = torch.zeros_like(bias) if self.shift_error is None else self.shift_error
-        return bias.reshape(-1), error.reshape(-1)
-
-
 class _Builder:
     """The affine map from the last activation to where we are: rows (held + current, n), and bounds of its rounding, entry by entry."""
 
@@ -221,19 +143,21 @@ class _Builder:
         self.vector, self.vector_error = torch.cat([self.vector[:h], vector]), torch.cat([self.vector_error[:h], vector_error])
 
     def linear(self, layer: nn.Module) -> None:
-        op = _Linear(layer, self.shape)
-        self._small(math.prod(op.out) + self.held, self.matrix.shape[1])
-        plain = self.pristine and self.held == 0 and isinstance(layer, nn.Linear)  # W·I is W
-        loss = 0.0 if plain else gamma(op.terms + 2, U64) + op.relative * 1.01
+        op = map_of(layer, self.shape)
+        self._small(op.outputs + self.held, self.matrix.shape[1])
+        exact = op.weight if self.pristine and self.held == 0 and isinstance(op, MatrixMap) else None  # W·I is W
+        plain = exact is not None
+        loss = 0.0 if plain else op.loss
         h = self.held
 
         def through(rows: Tensor, absolute: bool) -> Tensor:
-            return op(rows.mT.reshape(-1, *self.shape), absolute).flatten(1).mT
+            return op.apply(rows.mT, absolute).mT
 
-        matrix = op.weight.clone() if plain and op.weight is not None else through(self.matrix[h:], False)
+        matrix = through(self.matrix[h:], False) if exact is None else exact.clone()
         # Whatever the order of summation: each entry is off by γ of the sum of absolute values, and carries on what its rows were off by.
         matrix_error = torch.zeros_like(matrix) if plain else through(loss * self.matrix[h:].abs() + self.matrix_error[h:], True) * (1 + 1e-9)
-        added, added_error = (t.to(self.device) for t in op.added())
+        zero = torch.zeros(op.outputs, dtype=torch.float64, device=self.device)
+        added, added_error = (zero if t is None else t for t in (op.bias, op.bias_error))
         moved = through(self.vector[h:, None], False)[:, 0]
         moved_error = through(loss * self.vector[h:, None].abs() + self.vector_error[h:, None], True)[:, 0]
         vector = moved + added
@@ -349,38 +273,50 @@ class _Builder:
         self.combine(torch.cat([eye[:h], eye[h + layer.start * inner : h + layer.stop * inner]]))
         self.shape = (layer.stop - layer.start, *self.shape[1:])
 
-    def layers(self, layers: list[nn.Module]) -> None:
+    def layers(self, layers: Iterable[nn.Module]) -> None:
         for layer in layers:
-            if type(layer) is nn.Sequential:
-                self.layers(list(layer))
-            elif type(layer) is nn.Flatten:
-                self.shape = (math.prod(self.shape),)
-            elif type(layer) in _LINEAR:
+            if is_linear(layer):
                 self.linear(layer)
             elif is_elementwise(layer):
                 self.activation(curve_of(layer))
-            elif type(layer) in (MaxMin, GroupSort):
-                self.sort(layer)
-            elif type(layer) is Residual:
-                self.residual(layer)
-            elif isinstance(layer, (Sum, Concatenate)) and type(layer) in (Sum, Concatenate):
-                self.join(layer)
-            elif type(layer) is Channels:
-                self.channels(layer)
-            elif type(layer) not in _NOTHING:  # these are the identity in eval mode
-                raise UnsupportedLayer(f"expected layers that have a dense matrix or a curve, got {type(layer).__name__}; use method 'global'")
+            elif type(layer) in _STEPS:
+                _STEPS[type(layer)](self, layer)
+            else:
+                raise UnsupportedLayer(f"expected layers that have a linear map or a curve, got {type(layer).__name__}; use method 'global'")
+
+    def flatten(self, layer: nn.Flatten) -> None:
+        self.shape = (math.prod(self.shape),)
+
+    def nothing(self, layer: nn.Module) -> None:
+        """The identity in eval mode."""
 
     def done(self) -> Network:
         self._close(None, torch.ones(len(self.matrix), dtype=torch.bool, device=self.device))
         return Network(tuple(self.stages))
 
 
-_LINEAR = (nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
-_JOINS = (Residual, Sum, Concatenate)
-_KNOWN = (*_LINEAR, nn.Sequential, nn.Flatten, MaxMin, GroupSort, Channels, *_JOINS)
-_NOTHING = (nn.Identity, *DROPOUTS)
-# Affine whatever stands inside, or with branches that are looked at by themselves.
-AFFINE = (*_LINEAR, *_NOTHING, nn.Sequential, nn.Flatten, Channels, *_JOINS)
+_SORTS, _JOINS = (MaxMin, GroupSort), (Residual, Sum, Concatenate)
+# What is neither linear by a map nor elementwise: how it is written.
+_STEPS: dict[type, Callable[[_Builder, Any], None]] = {
+    nn.Sequential: _Builder.layers, nn.Flatten: _Builder.flatten, **dict.fromkeys((nn.Identity, *DROPOUTS), _Builder.nothing),
+    **dict.fromkeys(_SORTS, _Builder.sort), Residual: _Builder.residual, Sum: _Builder.join, Concatenate: _Builder.join, Channels: _Builder.channels,
+}  # fmt: skip
+
+
+def is_affine(layer: nn.Module) -> bool:
+    """Whether the layer is affine by itself, or made of layers that are looked at by themselves."""
+    return is_linear(layer) or (type(layer) in _STEPS and type(layer) not in _SORTS)
+
+
+def _refused(layer: nn.Module) -> str:
+    """'' where the layer itself has a map or a curve, whatever is inside of it, else what has none and with which options."""
+    if is_elementwise(layer):
+        return ""
+    if type(layer) not in _STEPS:
+        return unmapped(layer)
+    if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) != (1, -1):
+        return f"{layer}, which does not flatten a whole sample,"
+    return f"GroupSort({layer.group}), larger than 2," if type(layer) is GroupSort and layer.group != 2 else ""
 
 
 def why_not(model: Chain, threat: Threat) -> str:
@@ -390,25 +326,15 @@ def why_not(model: Chain, threat: Threat) -> str:
     if model.task != "classification":
         return "the model predicts tokens, not classes of one vector"
 
-    def refused(layers: list[nn.Module]) -> str:
-        for layer in layers:
-            if type(layer) in (nn.Sequential, *_JOINS):
-                inside = layer.branches if isinstance(layer, (Sum, Concatenate)) else layer.children()
-                if why := refused(list(inside)):
-                    return why
-            elif type(layer) not in (*_KNOWN, *_NOTHING) and not is_elementwise(layer):
-                return f"{type(layer).__name__} has no linear relaxation here"
-            elif type(layer) is nn.Conv2d and layer.padding_mode != "zeros":
-                return f"Conv2d with padding_mode={layer.padding_mode!r} has no dense matrix here"
-            elif type(layer) is GroupSort and layer.group != 2:
-                return f"GroupSort({layer.group}) has no linear relaxation here, only groups of 2 have"
-            elif type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) != (1, -1):
-                return f"Flatten({layer.start_dim}, {layer.end_dim}) does not flatten a whole sample"
-            elif type(layer) is nn.AdaptiveAvgPool2d and layer.output_size not in (1, (1, 1), [1, 1]):
-                return f"AdaptiveAvgPool2d({layer.output_size}) has no dense matrix here, only AdaptiveAvgPool2d(1) has"
-        return ""
-
-    return refused(list(model))
+    # Attention's own matrices, say, are no layers of the chain: what has no map is not looked into.
+    waiting = list(model)
+    while waiting:
+        layer = waiting.pop(0)
+        if why := _refused(layer):
+            return f"{why} has no linear relaxation here"
+        if type(layer) in (nn.Sequential, *_JOINS):
+            waiting[:0] = layer.branches if isinstance(layer, (Sum, Concatenate)) else layer.children()
+    return ""
 
 
 def network_of(model: Chain, shape: tuple[int, ...], context: Context) -> Network:
@@ -416,7 +342,7 @@ def network_of(model: Chain, shape: tuple[int, ...], context: Context) -> Networ
 
     def compute() -> Network:
         builder = _Builder(shape, next(model.parameters()).device)
-        builder.layers(list(model))
+        builder.layers(model)
         return builder.done()
 
     return context.constant(model, f"network-{shape}", compute)

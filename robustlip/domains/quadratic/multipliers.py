@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.domains.lines.crown import Ball, Boxes, linear_boxes, linear_margins
-from robustlip.domains.lines.dense import AFFINE, Network, why_not
+from robustlip.domains.lines.dense import Network, is_affine, why_not
 from robustlip.domains.lines.radii import Problem
 from robustlip.domains.lines.secants import gains
 from robustlip.domains.margins import margins
@@ -369,7 +369,7 @@ def sdp_applies(model: nn.Module, threat: Threat) -> str:
     if why := why_not(model, threat):
         return why
     layers = [m for layer in model for m in layer.modules()]
-    if names := [type(m).__name__ for m in layers if type(m) not in (*_KINKED, *AFFINE)]:
+    if names := [type(m).__name__ for m in layers if type(m) not in _KINKED and not is_affine(m)]:
         return f"{names[0]} is not piecewise linear"
     if not any(type(m) in _KINKED for m in layers):
         return "the model has no hidden layer"

@@ -1,0 +1,327 @@
+"""Linear layers as maps y = Ax + b of the numbers of one sample: A, Aᵀ and |A| by what they do, no matrix written. docs/theory.md, section 3.
+
+Each class of layer has one entry in a table (`register_map`); `map_of` makes its map for samples of one shape. In float64, computed with any
+order of summation: fl(Ax) is off by at most γ|A||x|, γ of `terms` and of `relative`, and fl(Aᵀg) by γ|A|ᵀ|g|, γ of `adjoint_terms`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.layers import Normalize
+from robustlip.numerics.rounding import U64, gamma, norm_up, up
+from robustlip.ops.convolution import Average, Pair, Windows, image_shape, padded_from, pair, sides
+from robustlip.ops.normalization import check_batch
+
+Sample = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A and b on samples of `shape`, all float64.
+
+    out: the shape behind. terms, adjoint_terms: how many products are summed for one number of Ax, of Aᵀg, at most (roundings beside them
+    counted in). relative: what the entries of A in use are off by, as a fraction of each. bias: (m,) or None; bias_error: (m,) or None for exact.
+    """
+
+    shape: Sample
+    out: Sample
+    terms: int
+    adjoint_terms: int
+    relative: float = 0.0
+    bias: Tensor | None = None
+    bias_error: Tensor | None = None
+
+    @property
+    def inputs(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def outputs(self) -> int:
+        return math.prod(self.out)
+
+    @property
+    def loss(self) -> float:
+        """|fl(Ax) − Ax| ≤ loss·|A||x|, number by number."""
+        return gamma(self.terms + 2, U64) + self.relative * 1.01
+
+    @property
+    def adjoint_loss(self) -> float:
+        """|fl(Aᵀg) − Aᵀg| ≤ adjoint_loss·|A|ᵀ|g|, number by number."""
+        return gamma(self.adjoint_terms + 2, U64) + self.relative * 1.01
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        """Ax (…, m) of x (…, n), without b; absolute: at least |A|x for x ≥ 0, and just that where padding copies no numbers."""
+        raise NotImplementedError
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        """Aᵀg (…, n) of g (…, m); absolute: at least |A|ᵀg for g ≥ 0."""
+        raise NotImplementedError
+
+    def row_norms(self, norm: str) -> Tensor:
+        """(m,) ≥ how far each number of Ax goes for ‖x‖ ≤ 1 in 'l1', 'l2' or 'linf': the dual norms of the rows of A."""
+        raise NotImplementedError
+
+    def affine(self, x: Tensor) -> Tensor:
+        """Ax + b."""
+        y = self.apply(x)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixMap(LinearMap):
+    """A matrix (m, n)."""
+
+    weight: Tensor
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        return x @ (self.weight.abs() if absolute else self.weight).mT
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        return g @ (self.weight.abs() if absolute else self.weight)
+
+    def row_norms(self, norm: str) -> Tensor:
+        return dual_norms(self.weight, norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleMap(LinearMap):
+    """One factor for each number."""
+
+    weight: Tensor
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        return x * (self.weight.abs() if absolute else self.weight)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        return self.apply(g, absolute)
+
+    def row_norms(self, norm: str) -> Tensor:
+        return up(self.weight.abs() * (1 + self.relative))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionMap(LinearMap):
+    """Pads, then sums weight (out, in/groups, kh, kw) over windows. padding: (before, behind) of rows and of columns; mode: as in nn.Conv2d.
+
+    copies: how often padding copies one number at most.
+    """
+
+    weight: Tensor
+    stride: Pair
+    dilation: Pair
+    groups: int
+    padding: tuple[Pair, Pair]
+    mode: str
+    copies: int
+
+    def _convolved(self, images: Tensor, weight: Tensor) -> Tensor:
+        (top, bottom), (left, right) = self.padding
+        if self.mode == "zeros" and top == bottom and left == right:
+            return F.conv2d(images, weight, None, self.stride, (top, left), self.dilation, self.groups)
+        padded = F.pad(images, (left, right, top, bottom), mode={"zeros": "constant"}.get(self.mode, self.mode))
+        return F.conv2d(padded, weight, None, self.stride, 0, self.dilation, self.groups)
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        images = x.reshape(-1, *self.shape)
+        return self._convolved(images, self.weight.abs() if absolute else self.weight).reshape(*x.shape[:-1], self.outputs)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        weight = self.weight.abs() if absolute else self.weight
+        kernel = weight.shape[2:]
+        size = [self.shape[1 + i] + sum(self.padding[i]) for i in (0, 1)]  # of the padded images
+        # What no window reaches at the end, less than a stride.
+        rest = tuple(size[i] - (self.out[1 + i] - 1) * self.stride[i] - self.dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1))
+        spread = F.conv_transpose2d(g.reshape(-1, *self.out), weight, None, self.stride, 0, rest, self.groups, self.dilation)
+        return self._unpadded(spread).reshape(*g.shape[:-1], self.inputs)
+
+    def _unpadded(self, padded: Tensor) -> Tensor:
+        """The adjoint of padding: numbers of padding dropped, those of copies added where they come from."""
+        for i in (0, 1):
+            dim, size, (before, behind) = 2 + i, self.shape[1 + i], self.padding[i]
+            if self.mode == "zeros" or (before, behind) == (0, 0):
+                padded = padded.narrow(dim, before, size)
+                continue
+            source = padded_from(size, before, behind, self.mode).to(padded.device) - 1
+            shape = list(padded.shape)
+            shape[dim] = size
+            padded = padded.new_zeros(shape).index_add(dim, source, padded)
+        return padded
+
+    def row_norms(self, norm: str) -> Tensor:
+        if norm == "l1":
+            each = self.weight.abs().flatten(1).amax(-1) * self.copies
+            return up(each[:, None, None].expand(self.out).reshape(-1))
+        ones = torch.ones(1, *self.shape, dtype=torch.float64, device=self.weight.device)
+        if norm == "linf":
+            return up(self._convolved(ones, self.weight.abs()).reshape(-1) * (1 + self.loss))
+        largest = self.weight.abs().amax()
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))  # squares of small weights do not vanish
+        squares = self._convolved(ones, (self.weight / scale).square()).reshape(-1)
+        # A pixel that a window meets k ≤ copies times has (Σ w)² ≤ kΣ w².
+        return up((self.copies * squares * (1 + self.loss + 8 * U64)).sqrt() * scale + 2.0**-500 * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageMap(LinearMap):
+    """Means of windows of each channel, padding counted as 0."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        return F.avg_pool2d(x.reshape(-1, *self.shape), self.kernel, self.stride, self.padding).reshape(*x.shape[:-1], self.outputs)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        weight = torch.full((1, 1, *self.kernel), 1 / math.prod(self.kernel), dtype=torch.float64, device=g.device)
+        images = g.reshape(-1, 1, *self.out[1:])
+        size = [self.shape[1 + i] + 2 * self.padding[i] for i in (0, 1)]
+        rest = tuple(size[i] - (self.out[1 + i] - 1) * self.stride[i] - self.kernel[i] for i in (0, 1))
+        spread = F.conv_transpose2d(images, weight, None, self.stride, 0, rest)
+        top, left = self.padding
+        return spread[..., top : top + self.shape[1], left : left + self.shape[2]].reshape(*g.shape[:-1], self.inputs)
+
+    def row_norms(self, norm: str) -> Tensor:
+        size = math.prod(self.kernel)
+        each = {"linf": 1.0, "l2": size**-0.5, "l1": 1 / size}[norm]
+        return torch.full((self.outputs,), each * (1 + 1e-15), dtype=torch.float64)
+
+
+def dual_norms(rows: Tensor, norm: str) -> Tensor:
+    """(m,) ≥ how far ⟨row, x⟩ can go for ‖x‖ ≤ 1 in the norm 'l1', 'l2' or 'linf': rows (m, n), float64."""
+    if norm == "linf":
+        return up(rows.abs().sum(-1) * (1 + 1e-12))
+    return rows.abs().amax(-1) if norm == "l1" else norm_up(rows)
+
+
+# ---- the table
+
+
+Make = Callable[[Any, Sample], LinearMap]
+_MAPS: dict[type, tuple[Make, Callable[[Any], str]]] = {}
+
+
+def register_map(*layers: type, refuses: Callable[[Any], str] = lambda layer: "") -> Callable[[Make], Make]:
+    """Function decorator: this makes the map of exactly these layer classes, from (layer, shape of a sample).
+
+    refuses: '' or the layer with those of its options that the map does not cover.
+    """
+
+    def add(make: Make) -> Make:
+        for layer in layers:
+            _MAPS[layer] = make, refuses
+        return make
+
+    return add
+
+
+def mapped_layers() -> tuple[type, ...]:
+    """The layer classes in the table."""
+    return tuple(_MAPS)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether the class of the layer is in the table."""
+    return type(layer) in _MAPS
+
+
+def unmapped(layer: nn.Module) -> str:
+    """'' where the layer has a map, in whatever mode it is; otherwise its class, with its options where those are what is not covered."""
+    return _MAPS[type(layer)][1](layer) if is_linear(layer) else type(layer).__name__
+
+
+def map_of(layer: nn.Module, shape: Sample) -> LinearMap:
+    """The layer on samples of that shape. Raises UnsupportedLayer for classes and options without a map, and for shapes that do not fit."""
+    if why := unmapped(layer):
+        raise UnsupportedLayer(f"expected a linear layer that has a map, got {why}; use method 'global'")
+    return _MAPS[type(layer)][0](layer, tuple(shape))
+
+
+@register_map(nn.Linear)
+def _matrix(layer: nn.Linear, shape: Sample) -> LinearMap:
+    weight = layer.weight.detach().double()
+    if len(shape) != 1 or weight.shape[1] != shape[0]:
+        raise UnsupportedLayer(f"expected vectors of {weight.shape[1]} numbers in front of {type(layer).__name__}, got {shape}; flatten first")
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return MatrixMap(shape, (weight.shape[0],), weight.shape[1], weight.shape[0], bias=bias, weight=weight)
+
+
+def _images(layer: nn.Module, shape: Sample) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise UnsupportedLayer(f"expected images (C, H, W) in front of {type(layer).__name__}, got samples of shape {shape}; flatten behind it")
+    return image_shape(layer, shape)
+
+
+@register_map(nn.Conv2d)
+def _convolution(layer: nn.Conv2d, shape: Sample) -> LinearMap:
+    image, weight = _images(layer, shape), layer.weight.detach().double()
+    if weight.shape[1] * layer.groups != image[0]:
+        raise UnsupportedLayer(f"expected {weight.shape[1] * layer.groups} channels in front of Conv2d, got {image[0]}; match them")
+    stride, dilation, mode = pair(layer.stride), pair(layer.dilation), layer.padding_mode
+    padding = sides(layer, 0, weight.shape[2]), sides(layer, 1, weight.shape[3])
+    windows = [Windows.along(image[1 + i], weight.shape[2 + i], stride[i], dilation[i], *padding[i], mode) for i in (0, 1)]
+    out = (weight.shape[0], windows[0].positions, windows[1].positions)
+    reads, copies = windows[0].reads * windows[1].reads, windows[0].copies * windows[1].copies
+    bias = None if layer.bias is None else layer.bias.detach().double()[:, None, None].expand(out).reshape(-1)
+    return ConvolutionMap(
+        shape, out, weight[0].numel(), weight.shape[0] // layer.groups * reads, bias=bias, weight=weight, stride=stride, dilation=dilation,
+        groups=layer.groups, padding=padding, mode=mode, copies=copies,
+    )  # fmt: skip
+
+
+def _other_mean(layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d) -> str:
+    try:
+        Average.of(layer, (1, 2**20, 2**20) if isinstance(layer, nn.AdaptiveAvgPool2d) else (1, *pair(layer.kernel_size)))
+    except UnsupportedLayer:
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            return str(layer)
+        return f"AvgPool2d(ceil_mode={layer.ceil_mode}, count_include_pad={layer.count_include_pad}, divisor_override={layer.divisor_override})"
+    return ""
+
+
+@register_map(nn.AvgPool2d, nn.AdaptiveAvgPool2d, refuses=_other_mean)
+def _average(layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d, shape: Sample) -> LinearMap:
+    image = _images(layer, shape)
+    average = Average.of(layer, image)
+    terms, adjoint_terms = average.size + 2, average.reads + 2
+    if isinstance(layer, nn.AdaptiveAvgPool2d):
+        return AverageMap(shape, average.out, terms, adjoint_terms, kernel=(image[1], image[2]), stride=(image[1], image[2]))
+    return AverageMap(
+        shape, average.out, terms, adjoint_terms, kernel=pair(layer.kernel_size), stride=pair(layer.stride), padding=pair(layer.padding)
+    )
+
+
+def _scale(layer: nn.Module, shape: Sample, gain: Tensor, shift: Tensor, relative: float, error: Tensor) -> LinearMap:
+    """gain·x + shift by channel. relative, error: of the gain as a fraction, of the shift."""
+    if any(t.numel() not in (1, shape[0]) for t in (gain, shift)) or len(shape) == 2:
+        raise UnsupportedLayer(f"expected a {type(layer).__name__} by channel of images or vectors, got samples of shape {shape}; flatten first")
+    view = (-1, 1, 1) if len(shape) == 3 else (-1,)
+    by_number = [t.view(view).expand(shape).reshape(-1) for t in (gain, shift, error)]
+    return ScaleMap(shape, shape, 2, 2, relative, by_number[1], by_number[2], weight=by_number[0])
+
+
+@register_map(Normalize)
+def _normalize(layer: Normalize, shape: Sample) -> LinearMap:
+    std, mean = layer.std.detach().double(), layer.mean.detach().double()  # type: ignore[operator]
+    gain, shift = 1 / std, -mean / std
+    return _scale(layer, shape, gain, shift, 4 * U64, 4 * U64 * shift.abs())
+
+
+@register_map(nn.BatchNorm1d, nn.BatchNorm2d)
+def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, shape: Sample) -> LinearMap:
+    check_batch(layer)
+    assert layer.running_mean is not None and layer.running_var is not None
+    gain = (layer.running_var.double() + layer.eps).rsqrt()
+    gain = gain if layer.weight is None else gain * layer.weight.detach().double()
+    moved = layer.running_mean.double() * gain
+    beta = torch.zeros_like(moved) if layer.bias is None else layer.bias.detach().double()
+    return _scale(layer, shape, gain, beta - moved, 16 * U64, 16 * U64 * (beta.abs() + moved.abs()))
