@@ -147,7 +147,7 @@ def test_every_branch_counts_however_small_the_others_are(method, swapped) -> No
     assert (radius <= exact * (1 + 1e-9)).all() and (radius >= 0.1 * exact).mean() > 0.5
 
 
-@pytest.mark.parametrize("method", ["global", "ibp", "crown", "local-lipschitz"])
+@pytest.mark.parametrize("method", METHODS)
 def test_joins_of_images(method) -> None:
     model = drawn(
         nn.Sequential(

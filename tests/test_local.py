@@ -104,6 +104,68 @@ def fused(activation: Callable[[], nn.Module], gain: float = 2.0, width: int = 1
     return lambda: nn.Sequential(scaled(nn.Linear(D, width), gain), activation())
 
 
+def normed(layer: nn.Module) -> nn.Module:
+    """A batch norm with statistics of its own."""
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(-2, 2)
+        layer.running_mean.uniform_(-1, 1)
+        layer.running_var.uniform_(0.05, 4)
+    return layer.eval()
+
+
+def image(build: Callable[[], nn.Module], space: str = "l2", shape: tuple[int, ...] = (4, 5, 4)) -> Case:
+    return Case(build, shape, space, whole=True)
+
+
+def convolved(*behind: Callable[[], nn.Module], gain: float = 2.0, **options) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(scaled(nn.Conv2d(4, 6, 3, **{"padding": 1, **options}), gain), *(make() for make in behind))
+
+
+def resnet() -> nn.Module:
+    inner = nn.Sequential(scaled(nn.Conv2d(4, 6, 3, padding=1), 2), normed(nn.BatchNorm2d(6)), nn.ReLU(), nn.Conv2d(6, 5, 1))
+    return nn.Sequential(Sum(inner, nn.Conv2d(4, 5, 1), weights=(0.7, -1.2)), nn.ReLU(), Residual(nn.Conv2d(5, 5, 3, padding=1), skip=0.5))
+
+
+IMAGES = {
+    "conv": image(lambda: nn.Conv2d(4, 6, 3, padding=1)), "conv-plain": image(lambda: nn.Conv2d(4, 3, 2, bias=False)),
+    "conv-linf": image(lambda: nn.Conv2d(4, 6, 3, padding=1), "linf"), "conv-l1": image(lambda: nn.Conv2d(4, 6, 3, padding=1), "l1"),
+    "conv-stride": image(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 0)), "linf"),
+    "conv-same": image(lambda: nn.Conv2d(4, 6, (2, 4), padding="same", dilation=(1, 2))), "conv-groups": image(lambda: nn.Conv2d(4, 6, 3, groups=2)),
+    **{f"conv-{mode}": image(lambda mode=mode: nn.Conv2d(4, 3, 3, padding=2, padding_mode=mode)) for mode in ("circular", "reflect", "replicate")},
+    "conv-relu": image(convolved(nn.ReLU)), "conv-relu-linf": image(convolved(nn.ReLU), "linf"), "conv-relu-l1": image(convolved(nn.ReLU), "l1"),
+    "conv-gelu": image(convolved(nn.GELU)), "conv-tanh-linf": image(convolved(nn.Tanh), "linf"), "conv-silu-l1": image(convolved(nn.SiLU), "l1"),
+    "conv-replicate-relu": image(convolved(nn.ReLU, padding=2, padding_mode="replicate")), "conv-stride-relu": image(convolved(nn.ReLU, stride=2)),
+    "conv-maxmin": image(convolved(MaxMin)), "conv-maxmin-linf": image(convolved(MaxMin), "linf"), "conv-groupsort": image(convolved(GroupSort)),
+    "conv-householder": image(convolved(lambda: drawn(Householder(6), -7, 7))), "conv-groups-maxmin": image(convolved(MaxMin, groups=2)),
+    "conv-groups-groupsort": image(convolved(GroupSort, groups=2, padding=0)), "conv-maxmin-steep": image(convolved(MaxMin, gain=20.0)),
+    "conv-norm": image(convolved(lambda: normed(nn.BatchNorm2d(6)))), "conv-norm-relu": image(convolved(lambda: normed(nn.BatchNorm2d(6)), nn.ReLU)),
+    "conv-norm-gelu-linf": image(convolved(lambda: normed(nn.BatchNorm2d(6)), nn.GELU), "linf"),
+    "conv-norm-maxmin": image(convolved(lambda: normed(nn.BatchNorm2d(6)), MaxMin)),
+    "norm-image": image(lambda: normed(nn.BatchNorm2d(4))), "norm-image-linf": image(lambda: nn.Sequential(normed(nn.BatchNorm2d(4)), nn.Conv2d(4, 3, 2)), "linf"),
+    "norm-image-l1": image(lambda: normed(nn.BatchNorm2d(4)), "l1"),
+    "norm-vector": vector(lambda: normed(nn.BatchNorm1d(D))),
+    "norm-vector-linf": vector(lambda: nn.Sequential(normed(nn.BatchNorm1d(D)), nn.Linear(D, 5)), "linf"),
+    "linear-norm-relu": vector(lambda: nn.Sequential(scaled(nn.Linear(D, 11), 2.0), normed(nn.BatchNorm1d(11)), nn.ReLU())),
+    "linear-norm-maxmin-l1": vector(lambda: nn.Sequential(scaled(nn.Linear(D, 12), 2.0), normed(nn.BatchNorm1d(12)), MaxMin()), "l1"),
+    "average": image(lambda: nn.AvgPool2d(2)), "average-overlap": image(lambda: nn.AvgPool2d(3, 1, 1)), 
+    "average-linf": image(lambda: nn.Sequential(nn.AvgPool2d(2, 1), nn.Conv2d(4, 3, 2)), "linf"),
+    "average-l1": image(lambda: nn.AvgPool2d(2, 1), "l1"), "average-all": image(lambda: nn.AdaptiveAvgPool2d(1)),
+    "average-all-l1": image(lambda: nn.AdaptiveAvgPool2d(1), "l1"),
+    "maxima": image(lambda: nn.MaxPool2d(2)), "maxima-overlap": image(lambda: nn.MaxPool2d(3, 1, 1)),
+    "maxima-linf": image(lambda: nn.MaxPool2d(2, 1), "linf"),
+    "maxima-dilated": image(lambda: nn.MaxPool2d(2, 1, dilation=2)), "maxima-one": image(lambda: nn.MaxPool2d(1)),
+    "image-relu": image(nn.ReLU), "image-tanh": image(nn.Tanh, "linf"), "image-maxmin": image(MaxMin), "image-groupsort": image(GroupSort, "l1"),
+    "image-householder": image(lambda: drawn(Householder(4), -7, 7)), "resnet": image(resnet),
+    "image-concatenate": image(lambda: nn.Sequential(Concatenate(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU()), nn.Conv2d(7, 3, 2), nn.GELU())),
+    "image-channels": image(lambda: nn.Sequential(Channels(1, 3), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())),
+    "convnet": image(
+        lambda: nn.Sequential(
+            Normalize([0.1, 0.4], [0.5, 0.2]), scaled(nn.Conv2d(2, 4, 3, padding=1), 2), nn.ReLU(), scaled(nn.Conv2d(4, 6, 3, stride=2), 2), nn.ReLU(),
+            nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(6, 3),
+        ), "linf", (2, 5, 5),
+    ),
+}  # fmt: skip
 IMAGE = (2, 4, 4)
 CASES = {
     "linear": Case(lambda: nn.Linear(D, 5)),
@@ -152,6 +214,7 @@ CASES = {
         IMAGE, "linf", whole=True,
     ),
     "patches-l2": Case(lambda: nn.Sequential(Patchify(2), nn.Linear(8, D), nn.GELU(), MeanTokens(), nn.Linear(D, 3)), IMAGE, whole=True),
+    **IMAGES,
     "maxmin": Case(MaxMin), "groupsort": Case(GroupSort), "householder": Case(lambda: drawn(Householder(D), -7, 7)),
     "linear-maxmin": Case(fused(MaxMin, width=12)), "linear-maxmin-steep": Case(fused(MaxMin, 20.0, width=12)),
     "linear-groupsort": Case(fused(GroupSort, width=12)), "linear-householder": Case(fused(lambda: drawn(Householder(12), -7, 7), width=12)),

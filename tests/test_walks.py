@@ -165,14 +165,14 @@ def test_pairs_of_a_layer_that_reflects_none_are_refused(made) -> None:
 
 @pytest.mark.parametrize(
     "maker",
-    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion, local_base._EXPANSIONS[nn.LayerNorm][0]],
+    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion, local_base._EXPANSIONS[nn.LayerNorm].make],
     ids=["identity", "reflection", "elementwise", "normalisation"],
 )
 def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:
     """The table of expansions names a layer whose expansion is that of others."""
     layer = Tripled()
     monkeypatch.setitem(rules_base._RULES, Tripled, rule_for(nn.Identity()))
-    monkeypatch.setitem(local_base._EXPANSIONS, Tripled, (maker, lambda layer: True))
+    monkeypatch.setitem(local_base._EXPANSIONS, Tripled, local_base.Entry(maker))
     assert unsupported(layer) == ""
     with pytest.raises((UnsupportedLayer, AttributeError)) as raised:
         expand(layer, X.double()[:, None], Scope(context()))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -306,58 +306,75 @@ def rows_of(x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
 
 
 Expand = Callable[[Any, Tensor, Scope], Expansion]
-_EXPANSIONS: dict[type, tuple[Expand, Callable[[Any], bool]]] = {}
+Keeps = Literal["tokens", "images", "any"]
 
 
-def register(*layers: type, when: Callable[[Any], bool] = lambda layer: True) -> Callable[[Expand], Expand]:
-    """Class or function decorator: this makes the expansion of exactly these layer classes, from (layer, clean (N, T, D), scope).
+@dataclass(frozen=True)
+class Entry:
+    """What the table says of a class of layers. make: its expansion; when: of which layers of the class.
 
-    when: of which layers among them, all unless given.
+    any_space: whether the radius may be in the threat's own norm, or is taken in ℓ2. keeps: which samples may stay one vector of all their numbers:
+    none ('tokens'), images ('images') or all ('any'); a matrix (T, D) that may not is split into tokens.
     """
+
+    make: Expand
+    when: Callable[[Any], bool] = lambda layer: True
+    any_space: bool = False
+    keeps: Keeps = "tokens"
+
+
+_EXPANSIONS: dict[type, Entry] = {}
+
+
+def register(
+    *layers: type, when: Callable[[Any], bool] = lambda layer: True, any_space: bool = False, keeps: Keeps = "tokens"
+) -> Callable[[Expand], Expand]:
+    """Class or function decorator: this makes the expansion of exactly these layer classes, from (layer, clean (N, T, D), scope). See `Entry`."""
 
     def add(make: Expand) -> Expand:
         for layer in layers:
-            _EXPANSIONS[layer] = make, when
+            _EXPANSIONS[layer] = Entry(make, when, any_space, keeps)
         return make
 
     return add
 
 
-_FAMILIES: list[tuple[Callable[[nn.Module], bool], Expand]] = []
+_FAMILIES: list[tuple[Callable[[nn.Module], bool], Entry]] = []
 
 
 def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[Expand], Expand]:
-    """Function decorator: this makes the expansion of all layers of a family of operations whose facts `robustlip.ops` holds."""
+    """Function decorator: this makes the expansion of all layers of a family of elementwise operations whose facts `robustlip.ops` holds."""
 
     def add(make: Expand) -> Expand:
-        _FAMILIES.append((belongs, make))
+        _FAMILIES.append((belongs, Entry(make, keeps="any")))
         return make
 
     return add
 
 
-def _maker(layer: nn.Module) -> Expand | None:
-    """What makes the layer's expansion, whatever its options; None where nothing does."""
+def entry_of(layer: nn.Module) -> Entry | None:
+    """What the tables say of the layer's class, whatever its options; None where they say nothing."""
     if type(layer) in _EXPANSIONS:
-        return _EXPANSIONS[type(layer)][0]
-    return next((make for belongs, make in _FAMILIES if belongs(layer)), None)
+        return _EXPANSIONS[type(layer)]
+    return next((entry for belongs, entry in _FAMILIES if belongs(layer)), None)
 
 
 def unsupported(layer: nn.Module) -> str:
     """'' when the layer itself can be expanded, otherwise its class name, with its options where those are what is not covered."""
-    if _maker(layer) is None:
+    entry = entry_of(layer)
+    if entry is None:
         return type(layer).__name__
-    return "" if type(layer) not in _EXPANSIONS or _EXPANSIONS[type(layer)][1](layer) else str(layer)
+    return "" if entry.when(layer) else str(layer)
 
 
 def expand(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     """The expansion of one layer. Raises UnsupportedLayer for a class without one, or one that has no rule, or carries hooks."""
     rule_for(layer)
-    make, name = _maker(layer), unsupported(layer)
-    if make is None or name:
+    entry, name = entry_of(layer), unsupported(layer)
+    if entry is None or name:
         known = ", ".join(sorted(t.__name__ for t in (*_EXPANSIONS, *elementwise_layers())))
         raise UnsupportedLayer(f"expected layers with a local expansion ({known}), got {name}; use method='global', or add an expansion")
-    return make(layer, clean, scope)
+    return entry.make(layer, clean, scope)
 
 
 def token_norms(g: Tensor) -> Tensor:

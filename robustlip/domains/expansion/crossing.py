@@ -31,6 +31,53 @@ TOKENS, LITTLE = 6, 0.02
 
 
 @dataclass(frozen=True)
+class Kinks(Group):
+    """Kinks of many numbers where no matrix is at hand: 0 ≤ R_n ≤ height·(|Δp_n| − a_n)⁺ with |Δp_n| ≤ each_n and ‖Δp‖ ≤ whole.
+
+    By number Σ ω⁻_n R_n ≤ height·Σ ω⁻_n(each_n − a_n)⁺. Together, since (t − a)⁺ ≤ (1 − a/e)⁺t for t ≤ e, height·‖ω⁻∘(1 − a/each)⁺‖·whole.
+    As a weight: falling ω⁻ (A, N, T, n), the size of ω where both signs count. As a bound: near a, each (N, T, n), whole (N, T).
+    """
+
+    falling: Tensor | None = None
+    near: Tensor | None = None
+    each: Tensor | None = None
+    whole: Tensor | None = None
+    height: float = 1.0
+
+    @cached_property
+    def crossing(self) -> Tensor:
+        """As a bound: ≥ R_n (N, T, n), number by number."""
+        assert self.near is not None and self.each is not None
+        return self.height * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
+
+    @cached_property
+    def share(self) -> Tensor:
+        """As a bound: ≥ (1 − a_n/each_n)⁺ (N, T, n)."""
+        assert self.near is not None and self.each is not None
+        # Where the radius is not finite neither is the bound. The quotient rounds once more than the rest.
+        return (1 + 4 * U64 - self.near / self.each.clamp_min(1e-300)).nan_to_num(1.0, 1.0).clamp_min(0.0) * (1 + 1e-12)
+
+    def norm(self) -> Tensor:
+        """As a bound: ≥ ‖R‖₂ (N, T)."""
+        assert self.whole is not None
+        return torch.minimum(norm_up(self.crossing), up(self.height * self.share.amax(-1) * self.whole))
+
+    def picked(self, chosen: Tensor) -> Kinks:
+        assert self.falling is not None
+        pick = chosen[..., None, None].expand(*chosen.shape, *self.falling.shape[2:])
+        return Kinks(self.falling.gather(0, pick))
+
+    def meet(self, bound: Kinks) -> Tensor:
+        assert self.falling is not None and bound.whole is not None
+        crossing, share, together = bound.crossing, bound.share, bound.height * bound.whole
+        parts = []
+        count = max(1, room(crossing) // max(1, self.falling[:1].numel()))
+        for falling in self.falling.split(count):
+            parts.append(torch.minimum((falling * crossing).sum(-1), norm_up(falling * share) * together))
+        return (1 + 1e-12) * torch.cat(parts).sum(-1)
+
+
+@dataclass(frozen=True)
 class KinkForms:
     """What the forms of some adjoints came to: Σ ω⁻_n R_n ≤ (√λ‖Δ‖ + √peak‖e‖)² + constant at a token, each (A, N, T); λ infinite where none is."""
 

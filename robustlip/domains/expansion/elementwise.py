@@ -12,21 +12,23 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Curved, Expansion, Pair, Scope, register_family, token_norms
+from robustlip.domains.expansion.base import Curved, Expansion, Pair, Scope, register_family, token_norms
+from robustlip.domains.expansion.crossing import Kinks
+from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.expansion.neurons import Neurons
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops import elementwise_of, is_elementwise
 
 
 class ElementwiseExpansion(Neurons):
-    """f(z) for z = Wx + b, or for z = x when there is no Linear in front (every number moves by at most the token's ℓ2 radius)."""
+    """f(z) for z = Wx + b, or for z = x when there is no affine step in front (every number moves by at most the token's ℓ2 radius)."""
 
     by_token = (*Neurons.by_token, "slope", "derivative")
 
-    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
-        super().__init__(layer, clean, scope, linear)
-        self.reading = None if self.affine is None else self.affine.constants.weight
-        self.rows = torch.ones(1, dtype=clean.dtype, device=clean.device) if self.affine is None else self.affine.constants.rows
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, affine: AffineStep | None = None) -> None:
+        super().__init__(layer, clean, scope, affine)
+        self.reading = None if affine is None else affine.matrix
+        self.rows = torch.ones(1, dtype=clean.dtype, device=clean.device) if affine is None else affine.rows
         z = self.clean
         self.facts = facts = elementwise_of(layer)
         self.clean = facts.value(z) / facts.divisor
@@ -77,18 +79,22 @@ class ElementwiseExpansion(Neurons):
 
     def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
         """The norm of f(z + Δz) − f(z) − f'(z)∘Δz (…, N, T), its bounds by neuron appended. each, whole: of Δz; fresh: of what is not WΔx."""
+        if self.curvature is None and self.together:
+            kinks = Kinks(None, self.distance, each, whole)
+            bounds.append(kinks)
+            return kinks.norm()
         if self.curvature is None:
             crossing = (each - self.distance).clamp_min(0.0)
             bounds.append(crossing.flatten(-2))
             return norm_up(crossing)
         convex, concave = self._curvatures(each)
-        matrix = self.affine.constants.weight if self.affine is not None and self.scope.space == "l2" else None
+        matrix = self.affine.matrix if self.affine is not None and self.scope.space == "l2" else None
         bounds.append(Curved(convex, concave, each, whole, matrix, radius, fresh))
         kappa = torch.maximum(convex, concave)
         curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
-        if self.affine is not None and self.affine.constants.quartic is not None:
+        if self.affine is not None and self.affine.quartic is not None:
             # ‖Δz∘Δz‖ of Δz = WΔx + e, e no longer than `fresh`.
-            squares = self.affine.constants.quartic * radius.square() + fresh * (2 * whole + fresh)
+            squares = self.affine.quartic * radius.square() + fresh * (2 * whole + fresh)
             curved = torch.minimum(curved, 0.5 * kappa.amax(-1) * squares)
         return curved
 
@@ -96,13 +102,14 @@ class ElementwiseExpansion(Neurons):
         size = g.abs()
         inner = g * self.derivative
         norms, inner_norms = token_norms(g), token_norms(inner)
-        tail: list[Pair] = [inner_norms, norms, ADJOINT_SLACK * self.steepest * self.gain * norms.sum(-1, keepdim=True)]
+        tail: list[Pair] = [inner_norms, norms, self.adjoint_slack(self.steepest) * norms.sum(-1, keepdim=True)]
         if self.curvature is None:
             # relu is convex, so what it adds to its tangent is never negative: only a negative adjoint lets it lower the margin.
-            weights: list[Pair] = [(size if two_sided else (-g).clamp_min(0.0)).flatten(-2), *tail]
+            falling = size if two_sided else (-g).clamp_min(0.0)
+            weights: list[Pair] = [Kinks(falling) if self.together else falling.flatten(-2), *tail]
         else:
             weights = [Curved(size, size) if two_sided else Curved((size - g) / 2, (size + g) / 2), *tail]
-        return inner if self.affine is None else inner @ self.affine.constants.weight, weights
+        return self.back(inner), weights
 
 
 @register_family(is_elementwise)

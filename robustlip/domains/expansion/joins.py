@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
-from robustlip.domains.expansion.structure import ChainExpansion
+from robustlip.domains.expansion.structure import ChainExpansion, shape_of
 from robustlip.errors import BadInput
 from robustlip.layers.joins import Channels, Concatenate, Sum
 from robustlip.numerics.rounding import norm_up, up
@@ -52,7 +52,7 @@ class Branches(Expansion):
         return [r for r, _ in behind], [e for _, e in behind]
 
 
-@register(Sum)
+@register(Sum, keeps="images")
 class SumExpansion(Branches):
     """Σ_i w_i f_i(x), token by token."""
 
@@ -60,7 +60,8 @@ class SumExpansion(Branches):
 
     def __init__(self, layer: Sum, clean: Tensor, scope: Scope) -> None:
         super().__init__(layer, clean, scope)
-        if len(shapes := {tuple(branch.clean.shape[1:]) for branch in self.branches}) > 1:
+        self.whole = self.branches[0].whole
+        if len(shapes := {shape_of(branch) for branch in self.branches}) > 1:
             raise BadInput(f"expected branches that put out one shape, got {sorted(shapes)}; match the widths")
         self.weights = layer.weights
         self.norms = torch.stack([norm_up(branch.clean) for branch in self.branches], -1)  # (N, T, k)
@@ -95,14 +96,16 @@ class SumExpansion(Branches):
         return through, [*weights, norms, ADJOINT_SLACK * sum(abs(w) for w in self.weights) * norms.sum(-1, keepdim=True)]
 
 
-@register(Concatenate)
+@register(Concatenate, keeps="images")
 class ConcatenateExpansion(Branches):
     """(f_1(x), f_2(x), …), token by token: nothing is computed."""
 
     def __init__(self, layer: Concatenate, clean: Tensor, scope: Scope) -> None:
         super().__init__(layer, clean, scope)
-        if len({branch.clean.shape[1] for branch in self.branches}) > 1:
-            raise BadInput(f"expected branches with one number of tokens, got {[b.clean.shape[1] for b in self.branches]}; match them")
+        shapes = [shape_of(branch) for branch in self.branches]
+        if len({s[1:] if len(s) == 3 else s[:1] for s in shapes}) > 1:
+            raise BadInput(f"expected branches that differ in channels alone, got {shapes}; match the other dimensions")
+        self.whole = None if self.branches[0].whole is None else (sum(s[0] for s in shapes), *shapes[0][1:])
         self.widths = [branch.clean.shape[-1] for branch in self.branches]
         self.clean = torch.cat([branch.clean for branch in self.branches], -1)
 
@@ -124,15 +127,19 @@ class ConcatenateExpansion(Branches):
         return through, weights
 
 
-@register(Channels)
+@register(Channels, keeps="images")
 class ChannelsExpansion(Expansion):
-    """A part of the numbers of each token."""
+    """A part of the numbers of each token, or of the channels of an image."""
 
     def __init__(self, layer: Channels, clean: Tensor, scope: Scope) -> None:
-        if layer.stop > clean.shape[-1]:
-            raise BadInput(f"expected at least {layer.stop} channels in front of Channels, got {clean.shape[-1]}; change the slice")
-        self.start, self.before = layer.start, clean.shape[-1]
-        self.clean = clean[..., layer.start : layer.stop]
+        channels = clean.shape[-1] if scope.whole is None else scope.whole[0]
+        if layer.stop > channels:
+            raise BadInput(f"expected at least {layer.stop} channels in front of Channels, got {channels}; change the slice")
+        self.before = clean.shape[-1]
+        each = self.before // channels  # numbers of a channel
+        self.start = layer.start * each
+        self.whole = None if scope.whole is None else (layer.stop - layer.start, *scope.whole[1:])
+        self.clean = clean[..., self.start : layer.stop * each]
 
     def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
         return radius, error

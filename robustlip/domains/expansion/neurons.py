@@ -1,7 +1,7 @@
-"""What functions of single neurons share, whether a Linear layer in front is expanded with them or not.
+"""What functions of single neurons share, whether an affine step in front is expanded with them or not.
 
-Together they are tighter than one after the other. Behind z = Wx + b a number p_n = ⟨c_n, x⟩ + const that a function bends moves by at most
-‖c_n‖·r + e (e: rounding), and all of z together by σ(W)·r + e.
+Together they are tighter than one after the other. Behind z = Wx + b, a convolution included, a number p_n = ⟨c_n, x⟩ + const that a function
+bends moves by at most ‖c_n‖·r + e (e: rounding), and all of z together by σ(W)·r + e.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import Expansion, Scope
-from robustlip.domains.expansion.linear import Affine
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Scope
+from robustlip.domains.expansion.linear import AffineStep
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import spectral_norm_quick
 
 
 class Neurons(Expansion):
-    """Numbers p (N, T, n) of each token, each bent by itself, of z = Wx + b, or of z = x where there is no Linear in front (`affine` None).
+    """Numbers p (N, T, n) of each token, each bent by itself, of z = Wx + b, or of z = x where there is no affine step in front (`affine` None).
 
-    reading: (n, D), the c_n as float64 has them; rows: ≥ their dual norms in the scope's space. Subclasses set both, `clean` and `z_norm`.
+    reading: (n, D), the c_n as float64 has them, None where they are not written; rows: ≥ their dual norms in the scope's space. Subclasses set both,
+    `clean` and `z_norm`.
     """
 
     by_token: ClassVar[tuple[str, ...]] = ("clean", "z_norm", "distance")
-    affine: Affine | None
+    affine: AffineStep | None
     reading: Tensor | None
     rows: Tensor
     z_norm: Tensor
@@ -33,9 +34,9 @@ class Neurons(Expansion):
     _shape: tuple[Tensor, Tensor, Tensor] | None = None
     way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None) -> None:
-        self.scope, self.layer, self.whole = scope, layer, None if linear is not None else scope.whole
-        self.affine = None if linear is None else Affine(linear, clean, scope)
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, affine: AffineStep | None) -> None:
+        self.scope, self.layer, self.whole = scope, layer, scope.whole if affine is None else affine.whole
+        self.affine = affine
         self.clean = clean if self.affine is None else self.affine.clean  # z, until the subclass puts what is behind it there
         self.z_norm = norm_up(self.clean)
 
@@ -44,21 +45,34 @@ class Neurons(Expansion):
         return True
 
     @property
+    def together(self) -> bool:
+        """Whether kinks are bounded together too (`Kinks`), as the many numbers of images have to be."""
+        return (self.whole is not None and len(self.whole) == 3) or (self.affine is not None and self.affine.matrix is None)
+
+    def adjoint_slack(self, steepest: float) -> float:
+        """Of a unit of the adjoint behind: what float64 loses on its way through slopes up to `steepest` and through Aᵀ, in units of the radius."""
+        return ADJOINT_SLACK * steepest if self.affine is None else self.affine.slack * steepest
+
+    def back(self, inner: Tensor) -> Tensor:
+        """The adjoint in front of z → that in front of x."""
+        return inner if self.affine is None else self.affine.back(inner)
+
+    @property
     def sigma(self) -> float:
         """σ(W), 1 without."""
-        return 1.0 if self.affine is None else self.affine.constants.matrix.sigma
+        return 1.0 if self.affine is None else self.affine.sigma
 
     @property
     def gain(self) -> float:
         """As sigma, for changes in the scope's norm."""
-        return 1.0 if self.affine is None else self.affine.constants.gain
+        return 1.0 if self.affine is None else self.affine.gain
 
     def forget(self) -> None:
         self.way = None
 
     def learn_way(self, m: Tensor, before: Tensor) -> None:
-        if self.affine is not None and self.reading is not None:
-            weight = self.affine.constants.weight
+        if self.affine is not None and self.affine.matrix is not None and self.reading is not None:
+            weight = self.affine.matrix
             z = weight @ m  # (N, n, D₀)
             p = z if self.reading is weight else self.reading @ m
             lost = 2.0**-34 * torch.linalg.matrix_norm(weight) * torch.linalg.matrix_norm(m)
@@ -86,6 +100,6 @@ class Neurons(Expansion):
             epsilon, beyond, way_rows, way_gain, before = self.way
             stray = before.unsqueeze(-1) * beyond + error
             each = torch.minimum(each, up(way_rows.unsqueeze(-2) * epsilon.unsqueeze(-1) + self.rows * stray.unsqueeze(-1)))
-            moved = torch.minimum(moved, up(way_gain.unsqueeze(-1) * epsilon + self.affine.constants.gain * stray))
+            moved = torch.minimum(moved, up(way_gain.unsqueeze(-1) * epsilon + self.affine.gain * stray))
         whole = moved + fresh
         return torch.minimum(each + fresh.unsqueeze(-1), whole.unsqueeze(-1)), whole, fresh

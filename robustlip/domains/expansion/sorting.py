@@ -12,20 +12,30 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
-from robustlip.domains.expansion.crossing import Crossing
-from robustlip.domains.expansion.linear import dual_norms
+from robustlip.domains.expansion.base import Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.crossing import Crossing, Kinks
+from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.expansion.neurons import Neurons
 from robustlip.domains.norms import Context
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import GroupSort, Householder, MaxMin
 from robustlip.numerics.rounding import norm_up, up
+from robustlip.ops.maps import dual_norms
 
 REFLECTIONS = (MaxMin, GroupSort, Householder)
 
 
-def pairs_of(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(channels (n,), channels (n,), v (n, 2)) of the pairs of a layer that reflects `width` channels."""
+def pairs_of(layer: nn.Module, width: int, like: Tensor, whole: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(numbers (n,), numbers (n,), v (n, 2)) of the pairs of a layer that reflects channels: `width` of them, or those of images (C, H, W)."""
+    if whole is None:
+        return _pairs(layer, width, like)
+    a, b, v = _pairs(layer, whole[0], like)
+    places = torch.arange(whole[1] * whole[2], device=like.device)
+    a, b = ((channels[:, None] * len(places) + places).flatten() for channels in (a, b))
+    return a, b, v.repeat_interleave(len(places), 0)
+
+
+def _pairs(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     number = torch.arange(width, device=like.device)
     kind = type(layer)
     if kind not in REFLECTIONS or (isinstance(layer, GroupSort) and layer.group != 2):
@@ -43,24 +53,26 @@ def pairs_of(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor
 
 
 class ReflectionExpansion(Neurons):
-    """(z + (|p| − p)v) pair by pair for z = Wx + b, or for z = x when there is no Linear in front."""
+    """(z + (|p| − p)v) pair by pair for z = Wx + b, or for z = x when there is no affine step in front."""
 
     by_token = (*Neurons.by_token, "flip", "unsure")
 
-    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, linear: nn.Linear | None = None) -> None:
-        super().__init__(layer, clean, scope, linear)
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, affine: AffineStep | None = None) -> None:
+        super().__init__(layer, clean, scope, affine)
         z = self.clean
-        self.a, self.b, self.v = pairs_of(layer, z.shape[-1], z)
+        self.a, self.b, self.v = pairs_of(layer, z.shape[-1], z, self.whole)
         p = self.read(z)
         self.distance = p.abs()
         self.flip = (p < 0).to(z.dtype)
         self.clean = self.reflect(z, -2 * p * self.flip)
         # p as float64 has it may have the other sign where it is next to 0: there the tangent is another, and R may be 2|p| more.
         self.unsure = 8 * 2.0**-53 * self.z_norm
-        if self.affine is None:
+        if affine is None:
             self.reading, self.rows = None, torch.ones(1, dtype=z.dtype, device=z.device)
+        elif affine.matrix is None:
+            self.reading, self.rows = None, affine.pair_rows(self.a, self.b, self.v)
         else:
-            weight = self.affine.constants.weight
+            weight = affine.matrix
             self.reading = self.v[:, :1] * weight[self.a] + self.v[:, 1:] * weight[self.b]
             # Rows that nearly cancel are off by as much as what they were made of.
             sizes = dual_norms(weight[self.a], scope.space) + dual_norms(weight[self.b], scope.space)
@@ -106,9 +118,13 @@ class ReflectionExpansion(Neurons):
     def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
         """‖R‖ (…, N, T) of all pairs together, and the bound of each appended. each ≥ |Δp|, whole ≥ ‖Δp‖; fresh: of what is not linear in Δx."""
         near = (self.distance - self.unsure.unsqueeze(-1)).clamp_min(0.0)
+        if self.together:
+            kinks = Kinks(None, near, each, whole, height=2.0)
+            bounds.append(kinks)
+            return kinks.norm()
         matrix = self.reading if self.scope.space == "l2" else None
         if matrix is not None and self.affine is not None:
-            fresh = up(fresh + 2.0**-49 * self.affine.constants.matrix.frobenius * radius)  # of the matrix as float64 has it
+            fresh = up(fresh + 2.0**-49 * self.affine.frobenius * radius)  # of the matrix as float64 has it
         bound = Crossing(None, None, near, each, whole, matrix, radius, fresh)
         bounds.append(bound)
         return torch.minimum(norm_up(bound.crossing), up(2 * bound.share * whole))
@@ -118,11 +134,11 @@ class ReflectionExpansion(Neurons):
         inner = self.reflect(g, -2 * omega * self.flip)
         size, norms, inner_norms = omega.abs(), token_norms(g), token_norms(inner)
         falling = size if two_sided else (size - omega) / 2
-        weights: list[Pair] = [Crossing(falling), inner_norms, norms, ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)]
-        return inner if self.affine is None else inner @ self.affine.constants.weight, weights
+        weights: list[Pair] = [Kinks(falling) if self.together else Crossing(falling), inner_norms, norms]
+        weights.append(self.adjoint_slack(1.0) * norms.sum(-1, keepdim=True))
+        return self.back(inner), weights
 
 
-
-@register(*REFLECTIONS, when=lambda layer: getattr(layer, "group", 2) == 2)  # larger groups are sorted, not reflected
+@register(*REFLECTIONS, when=lambda layer: getattr(layer, "group", 2) == 2, keeps="images")  # larger groups are sorted, not reflected
 def _reflection_alone(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     return ReflectionExpansion(layer, clean, scope)

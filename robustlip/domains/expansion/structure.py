@@ -9,8 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, expand, register, rows_of, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, entry_of, expand, register, rows_of, token_norms
+from robustlip.domains.expansion.convolution import Scaled
 from robustlip.domains.expansion.elementwise import ElementwiseExpansion
+from robustlip.domains.expansion.linear import AffineStep, Composed
 from robustlip.domains.expansion.neurons import Neurons
 from robustlip.domains.expansion.sorting import REFLECTIONS, ReflectionExpansion
 from robustlip.domains.norms.elementwise import DROPOUTS
@@ -21,12 +23,6 @@ from robustlip.ops import is_elementwise
 from robustlip.ops.affine import shift_error, standardize_error
 from robustlip.ops.joins import mean_error, weighted_sum_error
 from robustlip.threats import l2_factor, order_of
-
-# Layers whose expansion takes the radius in the threat's own norm; all others take it in ℓ2.
-_ANY_SPACE = (nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
-# Layers that take a sample as one vector of all its numbers, whatever its shape.
-_ANY_SHAPE = (nn.Flatten, nn.Identity, nn.Sequential, Normalize, Patchify, *DROPOUTS)
-
 
 def _bending(layer: nn.Module | None) -> type[Neurons] | None:
     """What expands a function of single neurons together with the Linear layer in front of it."""
@@ -62,7 +58,7 @@ class Same(Expansion):
         return g, []
 
 
-@register(nn.Identity, *DROPOUTS)
+@register(nn.Identity, *DROPOUTS, any_space=True, keeps="any")
 def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     if type(layer) not in (nn.Identity, *DROPOUTS):
         raise UnsupportedLayer(f"expected a layer that is the identity in eval mode, got {type(layer).__name__}; use method='global'")
@@ -71,8 +67,13 @@ def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     return Same(clean, scope)
 
 
+def shape_of(part: Expansion) -> tuple[int, ...]:
+    """Of a sample behind it: (C, H, W) of an image, or (T, D)."""
+    return part.whole or tuple(part.clean.shape[1:])
+
+
 class ChainExpansion(Expansion):
-    """Layers one after the other; a Linear and the function of its neurons behind it are expanded together."""
+    """Layers one after the other; an affine step and the functions of its numbers behind it are expanded together."""
 
     way_lost: Tensor | None = None
 
@@ -82,7 +83,8 @@ class ChainExpansion(Expansion):
         space, whole = scope.space, scope.whole
         while i < len(layers):
             layer, following = layers[i], layers[i + 1] if i + 1 < len(layers) else None
-            if whole is not None and type(layer) not in _ANY_SHAPE and not is_elementwise(layer):
+            entry = entry_of(layer)
+            if entry is not None and whole is not None and entry.keeps != "any" and not (entry.keeps == "images" and len(whole) == 3):
                 if len(whole) != 2:
                     raise BadInput(
                         f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; "
@@ -90,17 +92,25 @@ class ChainExpansion(Expansion):
                     )
                 self.parts.append(ToTokens(clean, whole, space))
                 clean, whole = self.parts[-1].clean, None
-            if space != "l2" and type(layer) not in _ANY_SPACE:
+            if space != "l2" and entry is not None and not entry.any_space:
                 self.parts.append(ToL2(clean, space))
                 space = "l2"
             here = Scope(scope.context, space, whole)
-            bends = _bending(following)
-            if type(layer) is nn.Linear and following is not None and bends is not None:
-                expand(following, expand(layer, clean[:1], here).clean, Scope(scope.context))  # refuses hooks and unknown classes
-                part: Expansion = bends(following, clean, here, layer)
-                i += 1
-            else:
-                part = expand(layer, clean, here)
+            part = expand(layer, clean, here)
+            # An affine step, the batch norm behind it and the function of single numbers behind that are expanded together.
+            if type(layer) in (nn.Linear, nn.Conv2d) and isinstance(part, AffineStep):
+                behind = Scope(scope.context, "l2", part.whole)
+                if type(following) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                    scale = expand(following, part.clean, behind)  # type: ignore[arg-type]
+                    assert isinstance(scale, Scaled)
+                    part = Composed(part, scale, scale.factors)
+                    i += 1
+                    following = layers[i + 1] if i + 1 < len(layers) else None
+                bends = _bending(following)
+                if following is not None and bends is not None:
+                    expand(following, part.clean[:1], behind)  # refuses hooks and unknown classes
+                    part = bends(following, clean, here, part)
+                    i += 1
             self.parts.append(part)
             clean, space, whole = part.clean, part.space, part.whole
             i += 1
@@ -168,12 +178,12 @@ class ChainExpansion(Expansion):
         return g, [w for group in reversed(groups) for w in group]
 
 
-@register(nn.Sequential)
+@register(nn.Sequential, any_space=True, keeps="any")
 def _sequential(layer: nn.Sequential, clean: Tensor, scope: Scope) -> Expansion:
     return ChainExpansion(layer, clean, scope)
 
 
-@register(Residual)
+@register(Residual, keeps="images")
 class ResidualExpansion(Expansion):
     """skip·x + weight·f(x), token by token."""
 
@@ -182,11 +192,9 @@ class ResidualExpansion(Expansion):
     def __init__(self, layer: Residual, clean: Tensor, scope: Scope) -> None:
         self.scope, self.skip, self.weight = scope, layer.skip, layer.weight
         self.branch = ChainExpansion([layer.branch], clean, scope)
-        if self.branch.clean.shape != clean.shape:
-            raise BadInput(
-                f"expected a residual branch that keeps the shape, got {tuple(self.branch.clean.shape[1:])} "
-                f"from {tuple(clean.shape[1:])}; match the widths"
-            )
+        self.whole = scope.whole
+        if (got := shape_of(self.branch)) != (wanted := scope.whole or tuple(clean.shape[1:])):
+            raise BadInput(f"expected a residual branch that keeps the shape, got {got} from {wanted}; match the widths")
         self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
         self.clean = layer.skip * clean + layer.weight * self.branch.clean
 
@@ -280,7 +288,7 @@ class MeanTokensExpansion(Expansion):
         return (g / self.tokens).expand(*g.shape[:-2], self.tokens, g.shape[-1]), [norms, ADJOINT_SLACK * norms]
 
 
-@register(nn.Flatten)
+@register(nn.Flatten, any_space=True, keeps="any")
 class FlattenExpansion(Expansion):
     """All numbers of a sample become one vector: nothing to do while they are one, the norm of the tokens' radii otherwise."""
 
@@ -312,7 +320,7 @@ class ToTokens(Expansion):
         return g.flatten(-2).unsqueeze(-2), []
 
 
-@register(Patchify)
+@register(Patchify, any_space=True, keeps="any")
 class PatchifyExpansion(Expansion):
     """One vector of all pixels (C, H, W) → patches; no patch moves by more than the image."""
 
@@ -334,7 +342,7 @@ class PatchifyExpansion(Expansion):
         return grid.permute(order).reshape(*g.shape[:-2], 1, c * h * w), []
 
 
-@register(Normalize)
+@register(Normalize, any_space=True, keeps="any")
 class NormalizeExpansion(Expansion):
     """(x − mean)/std by channel: the gain of each channel, the largest where all are bounded together."""
 

@@ -1,0 +1,174 @@
+"""Images: convolutions and means of windows as maps with adjoints, batch norm in eval mode, maxima of windows. docs/theory.md, sections 7 and 8.
+
+A sample is one vector of all its numbers (N, 1, n) with its shape (C, H, W) in the scope. Convolutions, means and batch norm are affine: adjoints are
+exact, and the constants and executed errors are those of the norms domain. A maximum is convex and is expanded at the number that is largest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.crossing import Kinks
+from robustlip.domains.expansion.linear import AffineStep, weight_change
+from robustlip.domains.norms.convolution import convolution_of
+from robustlip.errors import UnsupportedLayer
+from robustlip.numerics.rounding import U64, norm_up, up
+from robustlip.ops.convolution import Average, Convolution, image_shape, maxima_error, pair, pooled
+from robustlip.ops.maps import ConvolutionMap, LinearMap, ScaleMap, map_of
+from robustlip.ops.normalization import BatchScale, batch_positions, check_batch
+from robustlip.threats import l2_factor
+
+
+class MapStep(AffineStep):
+    """An affine step by its map. Subclasses state the constants and what execution loses."""
+
+    by_token: ClassVar[tuple[str, ...]] = ("clean", "norm")
+
+    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, shape: tuple[int, ...]) -> None:
+        self.scope = scope
+        self.map: LinearMap = scope.context.constant(layer, f"map-{shape}-{layer}", lambda: map_of(layer, shape))
+        self.rows = scope.context.constant(layer, f"rows-{shape}-{scope.space}-{layer}", lambda: self.map.row_norms(scope.space).to(clean.device))
+        self.norm, self.factor = norm_up(clean), l2_factor(scope.space, clean.shape[-1])
+        self.clean = self.map.affine(clean)
+        self.whole = self.map.out if len(self.map.out) == 3 else None
+
+    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(≥ ‖executed − exact‖₂ of Ax + b, the reference's own included, ≥ every number on the way) for executed ‖x‖₂ ≤ norm."""
+        raise NotImplementedError
+
+    def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        fresh, largest = self.lost(self.norm + self.factor * radius)
+        # Behind, an ℓ1 norm can be √n times the ℓ2 norm; an ℓ∞ norm is never more.
+        spread = math.sqrt(self.map.outputs) * (1 + 1e-15) if self.space == "l1" else 1.0
+        return up(self.gain * radius), self.scope.fits(up(fresh * spread), largest)
+
+    def back(self, g: Tensor) -> Tensor:
+        return self.map.adjoint(g)
+
+    def off(self) -> None:
+        """Sets `slack`: |fl(Aᵀg) − Aᵀg| ≤ loss·|A|ᵀ|g| number by number, and 32u for what single numbers behind make of g first."""
+        self.slack = (self.map.adjoint_loss * self.frobenius * self.factor + 32 * U64 * self.gain) * (1 + 1e-9)
+
+
+@register(nn.Conv2d, any_space=True, keeps="any")
+class ConvolutionExpansion(MapStep):
+    """W*x + b. Any stride, dilation, groups and padding mode."""
+
+    def __init__(self, layer: nn.Conv2d, clean: Tensor, scope: Scope) -> None:
+        self.constants: Convolution = convolution_of(layer, scope.whole, scope.context)
+        super().__init__(layer, clean, scope, image_shape(layer, scope.whole))
+        c = self.constants
+        self.sigma, self.gain, self.frobenius = c.gain, c.gain_from(scope.space), c.reach * c.frobenius
+        self.off()
+
+    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.constants
+        perturbed = weight_change(self.scope, c.matrix) * c.reach
+        return self.scope.both(lambda arithmetic: c.error(norm, perturbed, arithmetic)) + perturbed * norm, c.largest(norm, perturbed)
+
+    def pair_rows(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        m = self.map
+        assert isinstance(m, ConvolutionMap)
+        places = m.out[1] * m.out[2]
+        together = m.weight.shape[0] // m.groups
+        channels_a, channels_b, by = a[::places] // places, b[::places] // places, v[::places]
+        if bool((channels_a // together != channels_b // together).any()):  # pairs of two groups read other channels
+            return super().pair_rows(a, b, v)
+        mixed = by[:, :1, None, None] * m.weight[channels_a] + by[:, 1:, None, None] * m.weight[channels_b]
+        # One filter a pair, whatever channels it reads: norms of rows do not ask.
+        rows = replace(m, weight=mixed, out=(len(mixed), *m.out[1:]), shape=(mixed.shape[1], *m.shape[1:]), groups=1).row_norms(self.scope.space)
+        sizes = v[:, 0].abs() * self.rows[a] + v[:, 1].abs() * self.rows[b]
+        return up(rows + 2.0**-45 * sizes)  # filters that nearly cancel
+
+
+@register(nn.AvgPool2d, nn.AdaptiveAvgPool2d, any_space=True, keeps="any")
+class AverageExpansion(MapStep):
+    """The mean of each window, padding counted as 0, or of each channel."""
+
+    def __init__(self, layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d, clean: Tensor, scope: Scope) -> None:
+        shape = image_shape(layer, scope.whole)
+        self.average = Average.of(layer, shape)
+        super().__init__(layer, clean, scope, shape)
+        self.space = scope.space
+        self.sigma, self.gain, self.frobenius = self.average.gain, self.average.gain_in(scope.space), self.average.gain
+        self.off()
+
+    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scope.both(lambda arithmetic: self.average.error(norm, arithmetic)), self.average.largest(norm)
+
+
+@register(nn.BatchNorm1d, nn.BatchNorm2d, any_space=True, keeps="any")
+class Scaled(MapStep):
+    """Batch norm in eval mode: g·x + (β − g·mean) by channel."""
+
+    def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d, clean: Tensor, scope: Scope) -> None:
+        check_batch(layer)
+        self.positions = batch_positions(layer, scope.whole, clean.shape[1], clean.shape[-1])
+        self.scale: BatchScale = scope.context.constant(layer, f"batch-{layer.eps}", lambda: BatchScale.of(layer))
+        super().__init__(layer, clean, scope, scope.whole or tuple(clean.shape[-1:]))
+        assert isinstance(self.map, ScaleMap)
+        self.factors, self.space = self.map.weight, scope.space
+        self.sigma = self.gain = self.frobenius = self.scale.gain
+        self.off()
+
+    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.map.outputs
+        return self.scope.both(lambda arithmetic: self.scale.error(norm, self.positions, width, arithmetic)), self.scale.largest(norm)
+
+
+@register(nn.MaxPool2d, when=lambda layer: not layer.return_indices, keeps="any")
+class MaximaExpansion(Expansion):
+    """The largest number of each window W; padding is never the largest.
+
+    With i the place of the largest at the reference and a the distance of the next, max(x + Δ) − x_i − Δ_i is at least 0, and at most
+    (max_j(Δ_j − Δ_i) − a)⁺, |Δ_j − Δ_i| ≤ √2‖Δ_W‖: kinks of numbers that move by ≤ √2r each, and by √(2c)r together, c windows reading a number.
+    """
+
+    def __init__(self, layer: nn.MaxPool2d, clean: Tensor, scope: Scope) -> None:
+        if type(layer) is not nn.MaxPool2d:
+            raise UnsupportedLayer(f"expected MaxPool2d, got {type(layer).__name__}; use method='global'")
+        self.scope, self.shape = scope, image_shape(layer, scope.whole)
+        reads, size, out = pooled(layer, self.shape)
+        self.whole, self.root = out, math.sqrt(reads) * (1 + 1e-15)
+        images = clean.reshape(-1, *self.shape)
+        kernel, stride, padding, dilation = (pair(v) for v in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+        largest, place = F.max_pool2d(images, kernel, stride, padding, dilation, return_indices=True)
+        pixels = self.shape[1] * self.shape[2]
+        self.place = (place + torch.arange(out[0], device=clean.device)[:, None, None] * pixels).reshape(len(clean), 1, -1)  # among all numbers
+        self.clean = largest.reshape(len(clean), 1, -1)
+        (top, left), (kh, kw) = padding, kernel
+        padded = F.pad(images, (left, left, top, top), value=-math.inf)
+        patches = F.unfold(padded.reshape(-1, 1, *padded.shape[2:]), kernel, dilation, 0, stride)  # (N·C, kh·kw, windows)
+        two = patches.topk(min(2, kh * kw), dim=1).values
+        gap = two[:, 0] - two[:, 1] if size > 1 else torch.full_like(two[:, 0], math.inf)
+        self.near = (gap * (1 - 4 * U64)).reshape(len(clean), 1, -1)
+
+    def lipschitz(self) -> Tensor | float:
+        return self.root
+
+    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+        fresh = torch.full_like(radius, self.scope_error())
+        behind = up(self.root * radius) + fresh
+        if bounds is None:
+            return behind, error
+        each = (math.sqrt(2) * (1 + 1e-15) * radius).unsqueeze(-1).expand(*radius.shape, self.near.shape[-1])
+        kinks = Kinks(None, self.near, each, math.sqrt(2) * self.root * (1 + 1e-15) * radius)
+        bounds += [kinks, fresh, radius.amax(-1, keepdim=True)]
+        return behind, up(self.root * error + kinks.norm()) + fresh
+
+    def scope_error(self) -> float:
+        assert self.whole is not None
+        return maxima_error((self.whole[0], self.whole[1], self.whole[2]), self.scope) * (1 + 1e-12)
+
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+        back = g.new_zeros(*g.shape[:-1], math.prod(self.shape)).scatter_add(-1, self.place.expand(g.shape), g)
+        falling = g.abs() if two_sided else (-g).clamp_min(0.0)
+        norms = token_norms(g)
+        return back, [Kinks(falling), norms, ADJOINT_SLACK * self.root * norms.sum(-1, keepdim=True)]
