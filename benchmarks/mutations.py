@@ -52,7 +52,9 @@ AT_ATTENTION, AT_LINEAR, AT_ELEMENTWISE, AT_NORMALIZATION, AT_STRUCTURE, AT_JACO
 OPS_ELEMENTWISE, OPS_AFFINE, OPS_ATTENTION, OPS_NORMALIZATION, OPS_JOINS = (
     f"robustlip/ops/{name}.py" for name in ("elementwise", "affine", "attention", "normalization", "joins")
 )
-AT_BASE, AT_CROSSING, AT_SORTING = (f"robustlip/domains/expansion/{name}.py" for name in ("base", "crossing", "sorting"))
+AT_BASE, AT_CROSSING, AT_SORTING, AT_CONVOLUTION, AT_NEURONS = (
+    f"robustlip/domains/expansion/{name}.py" for name in ("base", "crossing", "sorting", "convolution", "neurons")
+)
 BY_LOCAL, BY_DUAL = "robustlip/domains/expansion/local.py", "robustlip/domains/expansion/dual.py"
 MLP_NETWORK, MLP_LINEAR, MLP_CURVES, MLP_DUAL, MLP_RADII, MLP_QUADRATIC, MLP_LOCAL = (
     f"robustlip/domains/{name}.py"
@@ -72,7 +74,9 @@ VERIFICATION, CERTIFICATE_FILE, GATE = "robustlip/verification.py", "robustlip/c
 NORMS_JOINS, AT_JOINS, LAYERS_JOINS, EXECUTION = (
     "robustlip/domains/norms/joins.py", "robustlip/domains/expansion/joins.py", "robustlip/layers/joins.py", "robustlip/execution.py",
 )
-JOINS, IN_PLACE, MAPS = "tests/test_joins.py", "tests/test_execution.py", "tests/test_maps.py"
+JOINS, IN_PLACE, MAPS, NETS = (
+    "tests/test_joins.py", "tests/test_execution.py", "tests/test_maps.py", "tests/test_convnets.py",
+)
 
 MUTATIONS = [
     # ---- joins
@@ -679,6 +683,53 @@ MUTATIONS = [
              f"{MAPS} -k means"),
     Mutation("maps: the adjoint's sums counted as one product", OPS_MAPS,
              "shape, out, weight[0].numel(), weight.shape[0] // layer.groups * reads", "shape, out, weight[0].numel(), 1", f"{MAPS} -k convolutions"),
+    Mutation("local: a convolution without its bias", OPS_MAPS,
+             "return y if self.bias is None else y + self.bias", "return y", f"{LOCAL} -k 'promises and conv-linf'"),
+    Mutation("local: rounding of a map dropped", AT_CONVOLUTION,
+             "return up(self.gain * radius), self.scope.fits(up(fresh * spread), largest)", "return up(self.gain * radius), 0 * fresh",
+             f"{LOCAL} -k 'as_executed and conv'"),
+    Mutation("local: what rounds of a map not at its place", AT_LINEAR, "bounds += [fresh, radius.amax(-1, keepdim=True)]\n        return moved",
+             "bounds += [0 * fresh, radius.amax(-1, keepdim=True)]\n        return moved", f"{LOCAL} -k 'as_executed and conv'"),
+    Mutation("local: changes of a convolution's weights dropped", AT_CONVOLUTION, ") + perturbed * norm, c.largest", "), c.largest",
+             f"{LOCAL} {NETS} -k 'weight'"),
+    Mutation("local: convolutions by the norm of another space", AT_CONVOLUTION, "c.gain, c.gain_from(scope.space),", "c.gain, c.gain,",
+             f"{LOCAL} -k 'promises and conv-linf'"),
+    Mutation("local: filters of pairs without what they read", AT_CONVOLUTION,
+             "mixed = by[:, :1, None, None] * m.weight[channels_a] + by[:, 1:, None, None] * m.weight[channels_b]",
+             "mixed = by[:, :1, None, None] * m.weight[channels_a] + 0 * m.weight[channels_b]", f"{LOCAL} -k 'promises and conv-maxmin'"),
+    Mutation("local: pairs of two groups taken for one filter", AT_CONVOLUTION,
+             "if bool((channels_a // together != channels_b // together).any()):", "if False:", f"{LOCAL} -k 'promises and conv-groups-maxmin'"),
+    Mutation("local: gains of batch norm behind a convolution dropped from rows", AT_LINEAR,
+             "self.rows = up(second.rows * first.rows)", "self.rows = first.rows", f"{LOCAL} -k 'promises and conv-norm'"),
+    Mutation("local: what a convolution rounds in front of batch norm is lost", AT_LINEAR,
+             "up(self.second.sigma * fresh) + self.second.parts(moved + fresh)[1]", "self.second.parts(moved + fresh)[1]",
+             f"{LOCAL} -k 'as_executed and conv-norm'"),
+    Mutation("local: what batch norm rounds behind a convolution is lost", AT_LINEAR,
+             "up(self.second.sigma * fresh) + self.second.parts(moved + fresh)[1]", "up(self.second.sigma * fresh)",
+             f"{LOCAL} -k 'as_executed and conv-norm'"),
+    Mutation("kinks of images: no place where they begin", AT_CROSSING,
+             "return torch.minimum(norm_up(self.crossing), up(self.height * self.share.amax(-1) * self.whole))",
+             "return torch.minimum(norm_up(self.crossing), up(self.height * self.share.amin(-1) * self.whole))", f"{LOCAL} -k 'promises and conv-relu'"),
+    Mutation("kinks of images: together by the mean share", AT_CROSSING,
+             "norm_up(falling * share) * together", "norm_up(falling) * share.mean(-1) * together", f"{LOCAL} -k 'promises and (conv or maxima or image)'"),
+    Mutation("kinks of images: sorting counted once, not twice", AT_SORTING, "Kinks(None, near, each, whole, height=2.0)", "Kinks(None, near, each, whole)",
+             f"{LOCAL} -k 'promises and image-maxmin'"),
+    Mutation("maxima: overlapping windows move as one", AT_CONVOLUTION,
+             "self.whole, self.root = out, math.sqrt(reads) * (1 + 1e-15)", "self.whole, self.root = out, 1.0",
+             f"{LOCAL} -k 'promises and maxima-overlap'"),
+    Mutation("maxima: two numbers that part counted as one", AT_CONVOLUTION, "each = (math.sqrt(2) * (1 + 1e-15) * radius)",
+             "each = (0.7 * radius)", f"{LOCAL} -k 'promises and maxima'"),
+    Mutation("maxima: as far from the next as from all", AT_CONVOLUTION, "gap = two[:, 0] - two[:, 1]", "gap = patches.amax(1) - patches.mean(1)",
+             f"{LOCAL} -k 'promises and maxima-dilated'"),
+    Mutation("maxima: subnormals that count for zero are lost", AT_CONVOLUTION,
+             "fresh = torch.full_like(radius, self.scope_error())", "fresh = 0 * radius", f"{SUBNORMALS} -k 'expansions and maxpool'"),
+    Mutation("local: slices of images by number, not by channel", AT_JOINS, "self.start = layer.start * each", "self.start = layer.start",
+             f"{LOCAL} -k 'promises and image-channels'"),
+    Mutation("local: branches that torch would broadcast are added", AT_STRUCTURE,
+             "return part.whole or tuple(part.clean.shape[1:])", "return tuple(part.clean.shape[1:])", f"{NETS} -k other_shapes"),
+    Mutation("local: float64 loses nothing of a map's adjoint", AT_CONVOLUTION,
+             "self.slack = (self.map.adjoint_loss * self.frobenius * self.factor + 32 * U64 * self.gain) * (1 + 1e-9)", "self.slack = 0.0",
+             f"{NETS} -k adjoints_lose"),
     Mutation("pooling: overlapping maxima counted once", CONVOLUTION,
              "root = math.sqrt(reads) * (1 + 1e-15)", "root = 1.0", f"{RULES} -k 'maxpool-overlap and change_is'"),
     Mutation("pooling: windows that see only padding", OPS_CONVOLUTION,

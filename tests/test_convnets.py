@@ -214,3 +214,27 @@ def test_hooks_on_layers_that_are_expanded_together_are_refused() -> None:
         model[i].register_forward_hook(lambda module, inputs, output: output * 2)
         with pytest.raises(UnsupportedLayer, match="hooks"):
             robustlip.certify(model, points(2), torch.zeros(2, dtype=torch.int64), InputBall("l2"), "dual")
+
+
+@pytest.mark.parametrize("space", DUAL)
+def test_adjoints_lose_no_more_than_they_say(space) -> None:
+    """⟨fl(Aᵀg) − Aᵀg, Δ⟩ in fractions, for Δ turned toward the error, against the weight that stands for it."""
+    from fractions import Fraction
+
+    from robustlip.domains.expansion import Scope, expand
+
+    eye = torch.eye(60, dtype=torch.float64).view(60, *SHAPE)
+    for padding, stride in ((1, 1), (2, 2)):
+        layer = drawn(nn.Sequential(nn.Conv2d(2, 6, 3, padding=padding, stride=stride)), 5).double()[0]
+        expansion = expand(layer, points(1).double().flatten(1)[:, None], Scope(Context(torch.float64, {}), space, SHAPE))
+        exact = nn.functional.conv2d(eye, layer.weight, stride=stride, padding=padding).flatten(1)  # (n, m): one product a number
+        g = torch.randn(1, 1, 1, exact.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        back, weights = expansion.adjoint(g)
+        off = [
+            Fraction(float(b)) - sum((Fraction(float(a)) * Fraction(float(v)) for a, v in zip(row, g.flatten(), strict=True)), Fraction(0))
+            for b, row in zip(back.flatten(), exact, strict=True)
+        ]
+        size = float(torch.linalg.vector_norm(torch.tensor([float(v) for v in off]).double(), ord=DUAL[space]))
+        slack = weights[1]
+        assert isinstance(slack, Tensor)
+        assert 0 < size <= float(slack.flatten()[0])
