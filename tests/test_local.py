@@ -142,13 +142,14 @@ IMAGES = {
     "conv-norm": image(convolved(lambda: normed(nn.BatchNorm2d(6)))), "conv-norm-relu": image(convolved(lambda: normed(nn.BatchNorm2d(6)), nn.ReLU)),
     "conv-norm-gelu-linf": image(convolved(lambda: normed(nn.BatchNorm2d(6)), nn.GELU), "linf"),
     "conv-norm-maxmin": image(convolved(lambda: normed(nn.BatchNorm2d(6)), MaxMin)),
-    "norm-image": image(lambda: normed(nn.BatchNorm2d(4))), "norm-image-linf": image(lambda: nn.Sequential(normed(nn.BatchNorm2d(4)), nn.Conv2d(4, 3, 2)), "linf"),
+    "norm-image": image(lambda: normed(nn.BatchNorm2d(4))),
+    "norm-image-linf": image(lambda: nn.Sequential(normed(nn.BatchNorm2d(4)), nn.Conv2d(4, 3, 2)), "linf"),
     "norm-image-l1": image(lambda: normed(nn.BatchNorm2d(4)), "l1"),
     "norm-vector": vector(lambda: normed(nn.BatchNorm1d(D))),
     "norm-vector-linf": vector(lambda: nn.Sequential(normed(nn.BatchNorm1d(D)), nn.Linear(D, 5)), "linf"),
     "linear-norm-relu": vector(lambda: nn.Sequential(scaled(nn.Linear(D, 11), 2.0), normed(nn.BatchNorm1d(11)), nn.ReLU())),
     "linear-norm-maxmin-l1": vector(lambda: nn.Sequential(scaled(nn.Linear(D, 12), 2.0), normed(nn.BatchNorm1d(12)), MaxMin()), "l1"),
-    "average": image(lambda: nn.AvgPool2d(2)), "average-overlap": image(lambda: nn.AvgPool2d(3, 1, 1)), 
+    "average": image(lambda: nn.AvgPool2d(2)), "average-overlap": image(lambda: nn.AvgPool2d(3, 1, 1)),
     "average-linf": image(lambda: nn.Sequential(nn.AvgPool2d(2, 1), nn.Conv2d(4, 3, 2)), "linf"),
     "average-l1": image(lambda: nn.AvgPool2d(2, 1), "l1"), "average-all": image(lambda: nn.AdaptiveAvgPool2d(1)),
     "average-all-l1": image(lambda: nn.AdaptiveAvgPool2d(1), "l1"),
@@ -161,8 +162,8 @@ IMAGES = {
     "image-channels": image(lambda: nn.Sequential(Channels(1, 3), nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())),
     "convnet": image(
         lambda: nn.Sequential(
-            Normalize([0.1, 0.4], [0.5, 0.2]), scaled(nn.Conv2d(2, 4, 3, padding=1), 2), nn.ReLU(), scaled(nn.Conv2d(4, 6, 3, stride=2), 2), nn.ReLU(),
-            nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(6, 3),
+            Normalize([0.1, 0.4], [0.5, 0.2]), scaled(nn.Conv2d(2, 4, 3, padding=1), 2), nn.ReLU(), scaled(nn.Conv2d(4, 6, 3, stride=2), 2),
+            nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(6, 3),
         ), "linf", (2, 5, 5),
     ),
 }  # fmt: skip

@@ -24,6 +24,7 @@ from robustlip.ops.affine import shift_error, standardize_error
 from robustlip.ops.joins import mean_error, weighted_sum_error
 from robustlip.threats import l2_factor, order_of
 
+
 def _bending(layer: nn.Module | None) -> type[Neurons] | None:
     """What expands a function of single neurons together with the Linear layer in front of it."""
     if layer is None:
