@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustlip.attacks.spaces import InputSpace, Space, round_down, space_of
+from robustlip.attacks.spaces import EmbeddingSpace, InputSpace, Space, round_down
+from robustlip.attacks.weight_space import WeightSpace
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.execution import covered
@@ -24,7 +25,7 @@ from robustlip.geometry import length
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_request
 from robustlip.target import Target
-from robustlip.threats import InputBall, Threat
+from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # How far the rounding of inputs to the model's dtype may move them, in radii: an attack loses this much of its ball.
 MOVED = 0.01
@@ -390,3 +391,21 @@ def _check_labels(y: torch.Tensor, classes: int) -> None:
     if bool(((y < 0) | (y >= classes)).any()):
         worst = int(y[(y < 0) | (y >= classes)][0])
         raise BadInput(f"expected labels in [0, {classes - 1}], got {worst}; the model has {classes} classes")
+
+
+def space_of(model: Target, x: torch.Tensor, threat: Threat) -> Space:
+    """The space of a threat around the inputs x (N, …). Raises BadInput when the model cannot suffer this threat."""
+    if isinstance(threat, InputBall):
+        if not x.is_floating_point():
+            raise BadInput(
+                f"expected floating-point inputs for the threat {threat.name!r}, got {x.dtype}; "
+                f"attack a token model with an embedding threat, e.g. embedding-l2"
+            )
+        return InputSpace(model, x, threat)
+    if isinstance(threat, EmbeddingBall):
+        with torch.no_grad():
+            model.check_embedding(x)
+            return EmbeddingSpace(model, model.embed(x), threat)
+    if isinstance(threat, WeightBall):
+        return WeightSpace(model, x, threat)
+    raise BadInput(f"expected a threat InputBall, EmbeddingBall or WeightBall, got {type(threat).__name__}; see robustlip.threats")

@@ -12,7 +12,8 @@ from robustlip.attacks.base import Attack, Proposal
 from robustlip.attacks.losses import excess, rivals_by_logit, targeted, violation
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.spaces import Space
-from robustlip.attacks.weights import WeightSpace, group_count, shared_ladder
+from robustlip.attacks.weight_space import WeightSpace
+from robustlip.attacks.weights import group_count, shared_ladder
 from robustlip.errors import BadInput
 from robustlip.geometry import per_sample
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustlip.attacks.spaces import Space, space_of
+from robustlip.attacks.base import space_of
+from robustlip.attacks.spaces import Space
+from robustlip.attacks.weight_space import WeightSpace
 from robustlip.checks import check_fit
 from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.execution import covered
@@ -152,6 +154,4 @@ def _pull(space: Space, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
 
 def _size(space: Space) -> float:
     """A typical size of what is perturbed: of a weight in units of the threat it is 1."""
-    from robustlip.attacks.weights import WeightSpace
-
     return 1.0 if isinstance(space, WeightSpace) else max(float(space.measure(space.clean).median()), 1e-3)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustlip.errors import BadInput
 from robustlip.geometry import dual_length, length, per_sample, project, safe_divide, steepest, within
 from robustlip.target import Target
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+from robustlip.threats import EmbeddingBall, InputBall
 
 # Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
 INSIDE = 1e-12
@@ -338,23 +337,3 @@ def spend_room(
     fits = cost.gather(1, order).clamp_min(0).cumsum(1) <= room[:, None]
     taken = torch.zeros_like(fits).scatter(1, order, fits).view_as(inward)
     return torch.where(taken, nearest, inward)
-
-
-def space_of(model: Target, x: torch.Tensor, threat: Threat) -> Space:
-    """The space of a threat around the inputs x (N, …). Raises BadInput when the model cannot suffer this threat."""
-    if isinstance(threat, InputBall):
-        if not x.is_floating_point():
-            raise BadInput(
-                f"expected floating-point inputs for the threat {threat.name!r}, got {x.dtype}; "
-                f"attack a token model with an embedding threat, e.g. embedding-l2"
-            )
-        return InputSpace(model, x, threat)
-    if isinstance(threat, EmbeddingBall):
-        with torch.no_grad():
-            model.check_embedding(x)
-            return EmbeddingSpace(model, model.embed(x), threat)
-    if isinstance(threat, WeightBall):
-        from robustlip.attacks.weights import WeightSpace  # it builds on this file
-
-        return WeightSpace(model, x, threat)
-    raise BadInput(f"expected a threat InputBall, EmbeddingBall or WeightBall, got {type(threat).__name__}; see robustlip.threats")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,23 +38,35 @@ def room(module: str) -> str:
     return ".".join(parts[:2]) if parts[:1] == ["domains"] and len(parts) > 1 else parts[0] if parts else ""
 
 
-def arrows() -> set[tuple[str, str, str]]:
-    """(room, room that it imports, file)."""
-    found = set()
+@cache
+def files() -> dict[str, Path]:
+    """Every file of the package by its import name."""
+    found = {}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*.py"):
             inner = path.relative_to(ROOT / folder)
-            if folder == "robustlip" and inner.parts[0] in ("attacks", "eval", "models"):
-                continue  # links to the folders above
-            here = room(".".join([package, *inner.with_suffix("").parts]).removesuffix(".__init__"))
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                modules = []
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("robustlip"):
-                    modules = [f"{node.module}.{alias.name}" for alias in node.names]
-                elif isinstance(node, ast.Import):
-                    modules = [alias.name for alias in node.names if alias.name.startswith("robustlip.")]
-                found |= {(here, there, str(path.relative_to(ROOT))) for module in modules if (there := room(module)) and there != here}
+            if folder != "robustlip" or inner.parts[0] not in ("attacks", "eval", "models"):  # links to the folders above
+                found[".".join([package, *inner.with_suffix("").parts]).removesuffix(".__init__")] = path
     return found
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports of robustlip, wherever it does: modules, and names as MODULE.NAME."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("robustlip"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("robustlip.")}
+    return found
+
+
+def arrows() -> set[tuple[str, str, str]]:
+    """(room, room that it imports, file)."""
+    return {
+        (room(module), there, str(path.relative_to(ROOT)))
+        for module, path in files().items() for name in imports(path) if (there := room(name)) and there != room(module)
+    }  # fmt: skip
 
 
 def test_every_room_has_a_floor() -> None:
@@ -67,6 +81,16 @@ def test_arrows_point_down() -> None:
     assert up == []
     both = {(a, b) for a, b, _ in level} & {(b, a) for a, b, _ in level}
     assert both == set(), "a circle"
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    """Within a room too. Not the package's own names, robustlip.NAME, which are loaded when they are first used."""
+    graph = {
+        module: {there for name in imports(path) if (there := name if name in files() else name.rpartition(".")[0]) not in (module, "robustlip")}
+        for module, path in files().items() if module != "robustlip"
+    }  # fmt: skip
+    assert graph["robustlip.cli"] >= {"robustlip.cli.certify", "robustlip.errors"}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("wrong", [("ops", "domains.norms"), ("domains.norms", "certifiers"), ("numerics", "layers"), ("certifiers", "attacks")])

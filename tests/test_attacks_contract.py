@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from robustlip.attacks import PGD, Attack, MinimumRadius, WeightAttack, by_name, observed_sensitivity
-from robustlip.attacks.weights import matrices_of, polar
+from robustlip.attacks.weight_space import matrices_of, polar
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
 from robustlip.layers import AddPositions, Attention, Chain, MeanTokens, Patchify, Residual, ScaledGELU
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, with_radius

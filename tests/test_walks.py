@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustlip.attacks import formulas, weights, worst_weights
+from robustlip.attacks import formulas, weight_space, worst_weights
 from robustlip.attacks.audit import witness
 from robustlip.certifiers import bounds, trace
 from robustlip.certifiers.sequence import sequence_radii
@@ -257,7 +257,7 @@ class OwnTable(Attention):
 def test_matrices_of_layers_that_nobody_named_are_not_left_out(made) -> None:
     model = nn.Sequential(nn.Linear(6, 8), made(), nn.Linear(8, 3))
     with pytest.raises(REFUSED, match="expected"):
-        weights.matrices_of(model)
+        weight_space.matrices_of(model)
     with pytest.raises(REFUSED, match="expected"):
         targets_of(model, 1.0)
     with pytest.raises(REFUSED, match="expected"):
