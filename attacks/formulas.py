@@ -76,11 +76,6 @@ class Claim:
         """How much of `units` (the claim's own unless given) one ℓ2 unit is: √(fan_in/fan_out) for rms, 1 for l2."""
         return math.sqrt(self.fan_in / self.fan_out) if (units or self.units) == "rms" else 1.0
 
-    @property
-    def l2(self) -> float:
-        """The claim per ℓ2 unit."""
-        return self.value / self.unit()
-
     def in_units(self, units: str) -> Claim:
         """The same claim in other units."""
         if units == self.units or units not in UNITS:
