@@ -93,6 +93,16 @@ def test_no_file_imports_in_a_circle() -> None:
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
+def test_every_verb_has_a_file_of_its_own() -> None:
+    from robustlip.cli import app
+
+    other = {"eval": "evaluate", "import": "import_"}  # names that Python has taken
+    at = {command.name: command.callback.__module__ for command in app.registered_commands}
+    assert at == {verb: f"robustlip.cli.{other.get(verb, verb)}" for verb in at} and len(at) == 13
+    between = {(a, b) for a in at.values() for b in at.values() if a != b and any(name.startswith(f"{b}.") for name in imports(files()[a]))}
+    assert between == {("robustlip.cli.demo", "robustlip.cli.evaluate")}
+
+
 @pytest.mark.parametrize("wrong", [("ops", "domains.norms"), ("domains.norms", "certifiers"), ("numerics", "layers"), ("certifiers", "attacks")])
 def test_the_test_would_see_an_arrow_that_points_up(wrong) -> None:
     assert FLOOR[wrong[1]] > FLOOR[wrong[0]]

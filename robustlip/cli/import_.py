@@ -138,9 +138,9 @@ def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
         "paper": SOURCE,
         "caveats": "; ".join(notes),
         "confirmed": made.confirmed,
-        "source_file": _printable(file.name),
+        "source_file": shown(file.name),
         "source_sha256": read.sha256,
-        "data": _printable(str(log.parameters.get("data", ""))),
+        "data": shown(str(log.parameters.get("data", ""))),
         "reported_accuracy": log.accuracy,
         "reported_loss": log.loss,
         "parameters": sum(p.numel() for p in made.model.parameters()),
@@ -160,12 +160,8 @@ def _card(file: Path, read: Checkpoint, made: Converted) -> dict[str, Any]:
     }
 
 
-def _printable(text: str) -> str:
-    return shown(text)
-
-
 def _simple(value: Any) -> bool:
-    return isinstance(value, (bool, float)) or (type(value) is int and abs(value) < 2**63) or (isinstance(value, str) and _printable(value) == value)
+    return isinstance(value, (bool, float)) or (type(value) is int and abs(value) < 2**63) or (isinstance(value, str) and shown(value) == value)
 
 
 def _same_source(card: Path, sha256: str) -> bool:
