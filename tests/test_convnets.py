@@ -15,7 +15,9 @@ from robustlip.attacks import MinimumRadius
 from robustlip.certifiers.constants import constants_of
 from robustlip.domains.expansion import ChainExpansion, Scope, expand
 from robustlip.domains.expansion.dual import Rivals
+from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.expansion.local import reference_of
+from robustlip.domains.expansion.sorting import pairs_of
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Householder, MaxMin, Normalize, Residual, Sum, as_chain
@@ -234,3 +236,51 @@ def test_adjoints_lose_no_more_than_they_say(space) -> None:
         slack = weights[1]
         assert isinstance(slack, Tensor)
         assert 0 < size <= float(slack.flatten()[0])
+
+
+def true_rows(*layers: nn.Module) -> Tensor:
+    """The matrix (m, n) of linear layers on images of SHAPE."""
+    function = nn.Sequential(*layers)
+    eye = torch.eye(60, dtype=torch.float64).view(60, *SHAPE)
+    return (function(eye) - function(torch.zeros_like(eye))).flatten(1).mT
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"padding": 1, "stride": 2}, {"padding": 2, "padding_mode": "replicate"}], ids=str)
+@pytest.mark.parametrize("kind", [MaxMin, GroupSort, lambda: Householder(8)], ids=["maxmin", "groupsort", "householder"])
+def test_rows_of_pairs_are_those_of_mixed_filters(kind, options) -> None:
+    """‖v₁·row_a + v₂·row_b‖ for the pairs that a layer reflects, those of channels that read other channels included."""
+    conv, norm = drawn(nn.Sequential(nn.Conv2d(2, 8, 3, **options), nn.BatchNorm2d(8)), 7).double()
+    plain, x = conv(torch.zeros(1, *SHAPE, dtype=torch.float64)), points(1).double().flatten(1)[:, None]
+    a, b, v = pairs_of(drawn(nn.Sequential(kind()), 7).double()[0], 0, x, tuple(plain.shape[1:]))
+    for space in DUAL:
+        scope = Scope(Context(torch.float64, {}), space, SHAPE)
+        for layers in ((conv,), (conv, norm)):
+            step = ChainExpansion(layers, x, scope).parts[0]
+            assert isinstance(step, AffineStep)
+            matrix = true_rows(*layers)
+            truth = torch.linalg.vector_norm(v[:, :1] * matrix[a] + v[:, 1:] * matrix[b], ord=DUAL[space], dim=-1)
+            got = step.pair_rows(a, b, v)
+            assert bool((got >= truth * (1 - 1e-12)).all())
+            if options.get("padding_mode") is None and space == "l2" and (kind is GroupSort or not options.get("groups")):
+                torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-12)
+            single = torch.linalg.vector_norm(matrix, ord=DUAL[space], dim=-1)
+            assert bool((step.rows >= single * (1 - 1e-12)).all()) and step.sigma >= float(torch.linalg.matrix_norm(matrix, 2)) * (1 - 1e-12)
+
+
+def test_composed_steps_lose_what_both_lose() -> None:
+    """A convolution and batch norm: rounding of the first is stretched by the second, that of the second is added."""
+    conv, norm = drawn(nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5)), 7).double()
+    x, context = points(3).double().flatten(1)[:, None], Context(torch.float16, {})
+    first = expand(conv, x, Scope(context, "l2", SHAPE))
+    assert isinstance(first, AffineStep)
+    second = expand(norm, first.clean, Scope(context, "l2", first.whole))
+    both = ChainExpansion([conv, norm], x, Scope(context, "l2", SHAPE)).parts[0]
+    assert isinstance(second, AffineStep) and isinstance(both, AffineStep)
+    radius = torch.full((3, 1), 0.1, dtype=torch.float64)
+    moved, lost = first.parts(radius)
+    after, more = second.parts(moved + lost)
+    whole, fresh = both.parts(radius)
+    assert bool((fresh >= second.sigma * lost + more).all()) and bool((whole >= second.sigma * moved).all())
+    assert bool((whole + fresh <= (after + more) * (1 + 1e-9)).all())
+    g = torch.randn(2, 3, 1, both.clean.shape[-1], dtype=torch.float64)
+    torch.testing.assert_close(both.back(g), g @ true_rows(conv, norm), rtol=1e-9, atol=1e-9)

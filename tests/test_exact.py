@@ -34,10 +34,11 @@ from robustlip.domains.lines.crown import (
     linear_boxes,
     linear_margins,
 )  # fmt: skip
-from robustlip.domains.lines.dense import Network, Stage
+from robustlip.domains.lines.dense import Network
 from robustlip.domains.lines.radii import Problem
 from robustlip.domains.lines.relaxations import Relu, Smooth, curve_of
 from robustlip.domains.lines.secants import gains, lipschitz_margins
+from robustlip.domains.lines.stages import Stage
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.domains.norms.bound import GlobalBound
 from robustlip.domains.quadratic import constants as sdp_constants
@@ -211,7 +212,7 @@ def test_margins_on_balls_hold_at_their_extreme_points(method, norm) -> None:
     gain = {0: 0.2, 1: 6.0, 2: 1.5}
     for seed in range(12):
         network = relu_network([4, 7, 6, 3], seed, spread=0.3)
-        stages = [replace(s, weight=gain[i] * s.weight, frobenius=gain[i] * s.frobenius, bias=0.2 * s.bias) for i, s in enumerate(network.stages)]
+        stages = [replace(s, weight=gain[i] * s.weight, magnitude=gain[i] * s.magnitude, bias=0.2 * s.bias) for i, s in enumerate(network.stages)]
         network = Network(tuple(stages))
         x = torch.randn(3, 4, dtype=torch.float64)
         y = network.forward(x)[-1].argmax(-1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Normalize
@@ -70,6 +71,17 @@ class LinearMap:
         """(m,) ≥ how far each number of Ax goes for ‖x‖ ≤ 1 in 'l1', 'l2' or 'linf': the dual norms of the rows of A."""
         raise NotImplementedError
 
+    def magnitude(self) -> float:
+        """≥ the ℓ2 norm of |A|, and so of A: the root of its largest row sum times its largest column sum (Schur)."""
+        x, g = (torch.ones(n, dtype=torch.float64, device=self.device) for n in (self.inputs, self.outputs))
+        rows, columns = self.apply(x, absolute=True), self.adjoint(g, absolute=True)
+        return float(up((rows.amax() * columns.amax() * (1 + self.loss + self.adjoint_loss)).sqrt()))
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return torch.device("cpu")
+
     def affine(self, x: Tensor) -> Tensor:
         """Ax + b."""
         y = self.apply(x)
@@ -81,6 +93,10 @@ class MatrixMap(LinearMap):
     """A matrix (m, n)."""
 
     weight: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
         return x @ (self.weight.abs() if absolute else self.weight).mT
@@ -97,6 +113,10 @@ class ScaleMap(LinearMap):
     """One factor for each number."""
 
     weight: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
         return x * (self.weight.abs() if absolute else self.weight)
@@ -123,6 +143,10 @@ class ConvolutionMap(LinearMap):
     mode: str
     copies: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     def _convolved(self, images: Tensor, weight: Tensor) -> Tensor:
         (top, bottom), (left, right) = self.padding
         if self.mode == "zeros" and top == bottom and left == right:
@@ -136,11 +160,9 @@ class ConvolutionMap(LinearMap):
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
         weight = self.weight.abs() if absolute else self.weight
-        kernel = weight.shape[2:]
         size = [self.shape[1 + i] + sum(self.padding[i]) for i in (0, 1)]  # of the padded images
-        # What no window reaches at the end, less than a stride.
-        rest = tuple(size[i] - (self.out[1 + i] - 1) * self.stride[i] - self.dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1))
-        spread = F.conv_transpose2d(g.reshape(-1, *self.out), weight, None, self.stride, 0, rest, self.groups, self.dilation)
+        images = g.reshape(-1, *self.out)
+        spread = conv2d_input((len(images), self.shape[0], *size), weight, images, self.stride, 0, self.dilation, self.groups)
         return self._unpadded(spread).reshape(*g.shape[:-1], self.inputs)
 
     def _unpadded(self, padded: Tensor) -> Tensor:
@@ -185,8 +207,7 @@ class AverageMap(LinearMap):
         weight = torch.full((1, 1, *self.kernel), 1 / math.prod(self.kernel), dtype=torch.float64, device=g.device)
         images = g.reshape(-1, 1, *self.out[1:])
         size = [self.shape[1 + i] + 2 * self.padding[i] for i in (0, 1)]
-        rest = tuple(size[i] - (self.out[1 + i] - 1) * self.stride[i] - self.kernel[i] for i in (0, 1))
-        spread = F.conv_transpose2d(images, weight, None, self.stride, 0, rest)
+        spread = conv2d_input((len(images), 1, *size), weight, images, self.stride)
         top, left = self.padding
         return spread[..., top : top + self.shape[1], left : left + self.shape[2]].reshape(*g.shape[:-1], self.inputs)
 
@@ -194,6 +215,102 @@ class AverageMap(LinearMap):
         size = math.prod(self.kernel)
         each = {"linf": 1.0, "l2": size**-0.5, "l1": 1 / size}[norm]
         return torch.full((self.outputs,), each * (1 + 1e-15), dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing(LinearMap):
+    """Few numbers in front for each behind: y_i = Σ_j factor_ij·x[index_ij], index and factor (m, k)."""
+
+    index: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, inputs: int, *terms: tuple[Tensor, float | Tensor]) -> Mixing:
+        """Of `inputs` numbers, terms (index (m,), factor) that are added."""
+        index = torch.stack([i for i, _ in terms], -1)
+        factor = torch.stack([torch.zeros(len(i), dtype=torch.float64, device=i.device) + f for i, f in terms], -1)
+        used = torch.bincount(index[factor != 0], minlength=1)
+        return cls((inputs,), (len(index),), index.shape[1], int(used.amax()) if len(used) else 1, index=index, factor=factor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.factor.device
+
+    def dense(self) -> Tensor:
+        """The matrix (m, n)."""
+        matrix = torch.zeros(self.outputs, self.inputs, dtype=torch.float64, device=self.device)
+        return matrix.index_put((torch.arange(self.outputs, device=self.device)[:, None], self.index), self.factor, accumulate=True)
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        factor = self.factor.abs() if absolute else self.factor
+        y = x[..., self.index[:, 0]] * factor[:, 0]
+        for j in range(1, factor.shape[1]):
+            y = y + x[..., self.index[:, j]] * factor[:, j]
+        return y
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        factor = self.factor.abs() if absolute else self.factor
+        x = g.new_zeros(*g.shape[:-1], self.inputs)
+        for j in range(factor.shape[1]):
+            x = x.index_add(-1, self.index[:, j], g * factor[:, j])
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPart(LinearMap):
+    """(x₁, x₂) → (x₁, Ax₂): the first `held` numbers stay. Its bias is that of A."""
+
+    inner: LinearMap
+    held: int
+
+    @classmethod
+    def of(cls, inner: LinearMap, held: int) -> LinearMap:
+        if held == 0:
+            return inner
+        return cls((held + inner.inputs,), (held + inner.outputs,), inner.terms, inner.adjoint_terms, inner.relative, inner=inner, held=held)
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        return torch.cat([x[..., : self.held], self.inner.apply(x[..., self.held :], absolute)], -1)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        return torch.cat([g[..., : self.held], self.inner.adjoint(g[..., self.held :], absolute)], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series(LinearMap):
+    """A_k…A_1, by one map after the other; |A| is |A_k|…|A_1|, which is no less."""
+
+    maps: tuple[LinearMap, ...]
+
+    @classmethod
+    def of(cls, maps: tuple[LinearMap, ...]) -> Series:
+        def roundings(counts: list[int]) -> int:
+            return sum(n + 2 for n in counts)
+
+        relative = math.expm1(sum(math.log1p(m.relative) for m in maps)) * (1 + 1e-9)
+        terms, back = roundings([m.terms for m in maps]), roundings([m.adjoint_terms for m in maps])
+        return cls(maps[0].shape, maps[-1].out, terms, back, relative, maps=maps)
+
+    @property
+    def device(self) -> torch.device:
+        return self.maps[0].device
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        for m in self.maps:
+            x = m.apply(x, absolute)
+        return x
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        for m in reversed(self.maps):
+            g = m.adjoint(g, absolute)
+        return g
+
+    def magnitude(self) -> float:
+        return min(super().magnitude(), math.prod(m.magnitude() for m in self.maps) * (1 + 1e-12))
 
 
 def dual_norms(rows: Tensor, norm: str) -> Tensor:

@@ -27,14 +27,17 @@ from robustlip.threats import InputBall, Threat
 
 
 class Problem:
-    """One batch: the network, the clean points in float64, and what rounding may take from each margin."""
+    """One batch: the network, the clean points in float64, and what rounding may take from each margin.
 
-    def __init__(self, model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> None:
+    dense: whether the method needs every stage as a matrix.
+    """
+
+    def __init__(self, model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context, *, dense: bool = True) -> None:
         if why := why_not(model, threat):
             raise BadInput(f"expected a model and threat that linear relaxations are proved for, but {why}; use method 'global'")
         assert isinstance(threat, InputBall)
         self.model, self.threat, self.context = model, threat, context
-        self.network: Network = network_of(model, tuple(x.shape[1:]), context)
+        self.network: Network = network_of(model, tuple(x.shape[1:]), context, dense=dense)
         self.x, self.y = x.detach().double().flatten(1), y
         layers, inside, self.norm = entry(model, x, threat)
         self.bound = GlobalBound(model, layers, inside, self.norm, threat, y.cpu(), context)
@@ -113,12 +116,12 @@ def _local(problem: Problem, radius: Tensor) -> Tensor:
 
 def ibp_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), NaN (N,)), float64 on the CPU, from interval arithmetic behind the first layer."""
-    return search(Problem(model, x, y, logits, threat, context), _ibp)
+    return search(Problem(model, x, y, logits, threat, context, dense=False), _ibp)
 
 
 def crown_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), NaN (N,)), float64 on the CPU, from linear bounds carried back through the network."""
-    return search(Problem(model, x, y, logits, threat, context), _crown)
+    return search(Problem(model, x, y, logits, threat, context, dense=False), _crown)
 
 
 def local_lipschitz_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:

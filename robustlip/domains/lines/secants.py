@@ -58,16 +58,16 @@ def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gai
     # Products of rounded rows lose γ‖row‖₂‖W‖_F of what meets them, at most ‖Δh‖₂ ≤ steepest·reach.
     for i in range(len(network.hidden) - 1, -1, -1):
         stage = network.stages[i]
-        loss = 4 * gamma(sum(stage.weight.shape) + 32, U64)
+        loss = 4 * gamma(stage.roundings + 32, U64)
         total = total + (norm_up(rows * halves[i][:, None]) + loss * norm_up(rows) * (1 + steepest[i])[:, None]) * reaches[i][:, None]
         rows = rows * centres[i][:, None]
         before = ball.reach if i == 0 else steepest[i - 1] * reaches[i - 1]
-        total = total + loss * norm_up(rows) * stage.frobenius * before[:, None]
+        total = total + loss * norm_up(rows) * stage.magnitude * before[:, None]
         rows = rows @ stage.weight
     total = up(total + ball.radius[:, None] * ball.dual(rows))
     # The head's rows were rounded once.
     head = network.stages[-1]
     last = ball.reach if not network.hidden else steepest[-1] * reaches[-1]
-    total = torch.minimum(total, moved) + (4 * U64 * 2 * head.frobenius * last)[:, None]
+    total = torch.minimum(total, moved) + (4 * U64 * 2 * head.magnitude * last)[:, None]
     margin = clean[-1].gather(1, y[:, None]) - clean[-1]
     return margin - total - 2 * errors[-1][:, None] - 4 * U64 * margin.abs(), total

@@ -309,7 +309,7 @@ def _plain(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) 
     margin = logits.gather(1, own) - logits - error - error.gather(1, own) - lost
     gain = gains(network, ball.norm, problem.context, problem.model)
     head = network.stages[-1].weight
-    rows = norm_up(head[y][:, None] - head) + 4 * U64 * network.stages[-1].frobenius
+    rows = norm_up(head[y][:, None] - head) + 4 * U64 * network.stages[-1].magnitude
     cost = up(rows * math.prod(gain[:-1]) * math.prod(s.slope for s in network.hidden) * (1 + 1e-12))
     held = linear_margins(network, ball, boxes, y) - lost > 0
     return Plain(margin.scatter(1, own, torch.inf), cost.scatter(1, own, 0.0), held.scatter(1, own, True), lost)
