@@ -25,7 +25,7 @@ from robustlip.attacks.minnorm import MinimumRadius
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.worst_weights import worst_attention
 from robustlip.certifiers import certify
-from robustlip.domains.expansion import ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.domains.expansion import Ball, ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
 from robustlip.domains.expansion import base as local_base
 from robustlip.domains.expansion.attention import SoftmaxBall, others
 from robustlip.domains.expansion.crossing import TOKENS, Crossing
@@ -279,8 +279,7 @@ def attacked(expansion: Expansion, function: Callable[[Tensor], Tensor], x: Tens
     n = len(x)
     radius = torch.tensor(RADII, dtype=torch.float64).repeat(n // len(RADII))[:, None].expand(n, x.shape[1]).clone()
     wanted = (torch.arange(n) // len(RADII)) % 3
-    bounds: list = []
-    behind, error = expansion.advance(radius, torch.zeros_like(radius), bounds)
+    behind, error, bounds = expansion.advance(Ball.of(radius))
     generator = torch.Generator().manual_seed(5)
     g = torch.randn(expansion.clean.shape, generator=generator, dtype=torch.float64)
     v = torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -346,10 +345,10 @@ def test_an_expansion_of_a_table_of_tokens() -> None:
     ids = torch.arange(6).view(2, 3)
     sigma = float(torch.linalg.matrix_norm(layer.weight, 2))
     for weight_radius, moved in ((None, 0.0), (torch.full((2,), 0.3, dtype=torch.float64), 0.3 * sigma)):
-        expansion = expand(layer, ids, Scope(Context(torch.float32, {}, weight_radius=weight_radius)))
+        expansion = expand(layer, ids, Scope(Context(torch.float32, {})))
         assert bool((expansion.clean == layer(ids)).all())
         radius = torch.full((2, 3), 7.0, dtype=torch.float64)
-        behind, error = expansion.advance(radius, torch.zeros_like(radius), None)
+        behind, error, _ = expansion.advance(Ball.of(radius, weight_radius), remainder=False)
         assert bool((behind >= moved).all()) and bool((behind <= moved * (1 + 1e-9) + 1e-300).all())
         assert bool((error >= moved).all())  # nothing of it is linear in the ids
         assert not bool(expansion.adjoint(torch.randn(4, 2, 3, D, dtype=torch.float64))[0].any())
@@ -370,8 +369,7 @@ def test_two_sided_weights_serve_both_signs(name) -> None:
     x = samples(case, 3 * len(RADII))
     expansion = expanded(case, layer, x)
     radius = torch.tensor(RADII, dtype=torch.float64).repeat(3)[:, None].expand(len(x), tokens(case, x).shape[1])
-    bounds: list = []
-    expansion.advance(radius, 0 * radius, bounds)
+    bounds = expansion.advance(Ball.of(radius)).bounds
     g = torch.randn(4, *expansion.clean.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     zero = torch.zeros(4, len(x), dtype=torch.float64)
     both = loss(zero, expansion.adjoint(g, two_sided=True)[1], bounds)
@@ -407,8 +405,7 @@ def test_rounding_as_executed_is_covered(name, dtype) -> None:
     delta = tokens(case, moved.double() - x.double())
     radius = torch.linalg.vector_norm(delta, ord=order, dim=-1) * (1 + 1e-12)
     expansion = expanded(case, layer, x, dtype)
-    bounds: list = []
-    behind, error = expansion.advance(radius, torch.zeros_like(radius), bounds)
+    behind, error, bounds = expansion.advance(Ball.of(radius))
     change = seen(expansion.clean, layer(moved)) - expansion.clean
     # NaN: a bound that overflowed, which no search takes for feasible.
     assert not bool((change.norm(dim=-1) > behind).any())
@@ -437,10 +434,8 @@ def test_single_tokens_agree_with_all_and_are_never_exceeded(position, jacobian,
     x = torch.randn(n, length, D, dtype=torch.float64)
     x[:10] *= 0.1
     full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
-    zero = torch.zeros(n, length, dtype=torch.float64)
-    full.advance(zero, zero, [])
     every = torch.arange(n)
-    rows: ChainExpansion = full.at_rows(every, torch.full((n,), position))
+    rows: ChainExpansion = full.at_rows(every, torch.full((n,), position), torch.zeros(n, length, dtype=torch.float64))
     rows = JacobianChain(rows) if jacobian else rows
     torch.testing.assert_close(rows.clean, full.clean[:, position : position + 1])
     g = torch.randn(2, n, 1, D, dtype=torch.float64)
@@ -458,22 +453,8 @@ def test_single_tokens_agree_with_all_and_are_never_exceeded(position, jacobian,
     for radius in RADII:
         alone, everyone = torch.full((n, 1), radius, dtype=torch.float64), torch.zeros(n, length, dtype=torch.float64)
         everyone[:, position] = radius
-        mine, theirs = (e.advance(r, 0 * r, [])[0] for e, r in ((rows, alone), (full, everyone)))
+        mine, theirs = (e.advance(Ball.of(r)).radius for e, r in ((rows, alone), (full, everyone)))
         assert bool((mine[:, 0] <= theirs[:, position] * (1 + 1e-9)).all())
-
-
-def test_what_single_tokens_were_told_is_forgotten() -> None:
-    """Parts are shared: a plain chain that advances after a JacobianChain did must not read what held for another radius."""
-    torch.manual_seed(3)
-    blocks = gpt_blocks(False).double().requires_grad_(False)
-    x = torch.randn(2, 4, D, dtype=torch.float64)
-    where = (torch.arange(2), torch.full((2,), 3))
-    full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
-    full.advance(torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64), [])
-    rows, fresh = full.at_rows(*where), full.at_rows(*where)
-    small, large = torch.full((2, 1), 1e-3, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
-    JacobianChain(rows).advance(small, 0 * small, [])
-    assert torch.equal(rows.advance(large, 0 * large, [])[0], fresh.advance(large, 0 * large, [])[0])
 
 
 def nested() -> dict[str, Callable[[], list[nn.Module]]]:
@@ -516,12 +497,12 @@ def test_a_remainder_reaches_all_layers_behind(monkeypatch) -> None:
     blocks = nn.Sequential(*(Residual(b) for b in (kink, *linear_layers))).requires_grad_(False)
     x = torch.zeros(1, 1, D, dtype=torch.float64)
     first = torch.zeros(1, dtype=torch.long)
-    rows = JacobianChain(ChainExpansion(blocks, x, Scope(Context(torch.float64, {}))).at_rows(first, first))
+    rows = JacobianChain(ChainExpansion(blocks, x, Scope(Context(torch.float64, {}))).at_rows(first, first, torch.zeros(1, 1, dtype=torch.float64)))
     arrived: list[Tensor] = []
     for part in rows.parts:
-        monkeypatch.setattr(part, "advance", lambda r, e, b, inner=part.advance: (arrived.append(r), inner(r, e, b))[1])
+        monkeypatch.setattr(part, "advance", lambda ball, inner=part.advance: (arrived.append(ball.radius), inner(ball))[1])
     one = torch.ones(1, 1, dtype=torch.float64)
-    rows.advance(one, 0 * one, [])
+    rows.advance(Ball.of(one))
     moved, clean = x.clone(), x
     moved[..., 0] = 1.0
     for part, radius in zip(blocks, arrived, strict=True):
@@ -537,7 +518,7 @@ def test_neurons_of_single_tokens_bend_one_way(activation) -> None:
     layers = nn.Sequential(nn.Linear(D, D), activation).double().requires_grad_(False)
     x = torch.randn(3 * len(RADII) * 2, 2, D, dtype=torch.float64) * 0.5
     full = ChainExpansion(layers, x, Scope(Context(torch.float64, {})))
-    rows = full.at_rows(torch.arange(len(x)), torch.ones(len(x), dtype=torch.long))
+    rows = full.at_rows(torch.arange(len(x)), torch.ones(len(x), dtype=torch.long), torch.zeros(len(x), 2, dtype=torch.float64))
     result = attacked(rows, layers, x[:, 1:])
     assert result.largest() <= 1 + 1e-9, result
     assert float(result.loss.amax()) > 0.25, result
@@ -664,7 +645,7 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
     single = at_positions(reference, torch.arange(len(x)), torch.full((len(x),), 5))
     order = single.margin.argsort(-1)[:, :-1]
-    rivals = Rivals(single, y, order.T)
+    rivals = Rivals.of(single, y, order.T)
     radius = alone(single, y, sharpen=False)
     few = rivals.contested(single, 1.2 * radius)
     assert 1 <= few.margin.shape[1] < 11
@@ -694,26 +675,20 @@ def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activa
     x = torch.randn(each, length, D, dtype=torch.float64).repeat(kinds, 1, 1)
     x[::2] *= 0.2
     full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
-    zero = torch.zeros(n, length, dtype=torch.float64)
-    full.advance(zero, zero, [])
-    rows = JacobianChain(full.at_rows(torch.arange(n), torch.full((n,), position)))
-    functionals = {l: rows.parts[l].functionals() for l, question in enumerate(rows.questions) if question is not None}
+    rows = JacobianChain(full.at_rows(torch.arange(n), torch.full((n,), position), torch.zeros(n, length, dtype=torch.float64)))
+    functionals = {l: question[0].vectors for l, question in enumerate(rows.questions) if question is not None}
     assert len(functionals) == 3
     arrived: dict[int, Tensor] = {}
     told: dict[int, Tensor] = {}
     for l, part in enumerate(rows.parts):
 
-        def advance(radius, error, bounds, l=l, inner=part.advance):
-            arrived[l] = radius[:, 0]
-            return inner(radius, error, bounds)
-
-        def known(products, l=l, inner=part.known):
-            if products is not None:
-                told[l] = products
-            inner(products)
+        def advance(ball, l=l, inner=part.advance):
+            arrived[l] = ball.radius[:, 0]
+            if ball.functionals is not None:
+                told[l] = ball.functionals.sizes
+            return inner(ball)
 
         monkeypatch.setattr(part, "advance", advance)
-        monkeypatch.setattr(part, "known", known)
 
     def changes(v: Tensor) -> list[Tensor]:
         """Δ in front of every part."""
@@ -725,12 +700,10 @@ def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activa
 
     nearest = 0.0
     for radius in (*RADII, 0.5, 1.0):
-        bounds: list = []
         ball = torch.full((n, 1), radius, dtype=torch.float64)
-        rows.advance(ball, 0 * ball, bounds)
+        bounds = rows.advance(Ball.of(ball)).bounds
         for l, rows_of_l in functionals.items():
-            assert rows_of_l is not None
-            weights = rows.questions[l][1]  # type: ignore[index]
+            weights = rows.questions[l][2]  # type: ignore[index]
             for sign in (1.0, -1.0):  # each side alone, as the margin's own functional is bounded
                 g, groups = sign * rows_of_l.unsqueeze(2), []
                 for part in reversed(rows.parts[:l]):
@@ -864,9 +837,9 @@ def test_a_single_token_through_normalize_keeps_its_own_size() -> None:
     x = torch.randn(2, T, D, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)[:, None]
     full = expand(layer, x, Scope(Context(torch.float32, {})))
     radius = torch.full((2, T), 0.1, dtype=torch.float64)
-    row = full.at_rows(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 1]))
-    whole, _ = full.advance(radius, 0 * radius, [])
-    alone, _ = row.advance(radius[:1, :1].expand(3, 1), torch.zeros(3, 1, dtype=torch.float64), [])
+    row = full.at_rows(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 1]), 0 * radius)
+    whole = full.advance(Ball.of(radius)).radius
+    alone = row.advance(Ball.of(radius[:1, :1].expand(3, 1))).radius
     torch.testing.assert_close(alone[:, 0], whole[[1, 0, 1], [2, 0, 1]])
     assert float(layer(x).norm()) > 0 and float(torch.as_tensor(full.lipschitz())) >= 100.0
 
@@ -1094,7 +1067,7 @@ def test_the_first_order_is_attained_and_the_rest_vanishes(kind, name) -> None:
     threat = parse_threat(name)
     reference = reference_of(model, x, y, threat, Context(torch.float64, {}))
     rivals = reference.margin.argsort(-1)[:, :1].T
-    found = Rivals(reference, y, rivals)
+    found = Rivals.of(reference, y, rivals)
     step = torch.full((len(y),), 1e-6, dtype=torch.float64)
     losses = found.losses(reference, step)[:, 0]
     start = model.embed(x).double() if isinstance(threat, EmbeddingBall) else x
@@ -1247,8 +1220,7 @@ def test_softmax_bounds_survive_cancellation() -> None:
     for r in (42.0, 47.0, 49.0):
         radius = torch.tensor([[r, 0.0, 0.0]], dtype=torch.float64)
         expansion = ChainExpansion([layer], x, Scope(Context(torch.float64, {})))
-        bounds: list = []
-        _, error = expansion.advance(radius, 0 * radius, bounds)
+        _, error, bounds = expansion.advance(Ball.of(radius))
         delta = torch.zeros_like(x)
         delta[0, 0, 0], delta[0, 0, 1] = -0.95 * r, 0.3 * r  # the value that is turned away from is one that has moved
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
@@ -1289,7 +1261,7 @@ def test_small_divisors_enlarge_what_vanishes() -> None:
     layer = ScaledGELU(2.0**-30)
     expansion = expand(copy.deepcopy(layer), x.double(), Scope(Context(torch.float32, {})))
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    rounding = float(expansion.advance(zero, zero, [])[0])
+    rounding = float(expansion.advance(Ball.of(zero)).radius)
     assert rounding >= 4 * 2.0**-126 * 2.0**30  # the loss of one underflow, as the division sees it
 
 
@@ -1314,7 +1286,7 @@ def test_single_token_references_read_the_moved_token() -> None:
     every = torch.arange(len(x))
     alone = at_positions(reference, every, torch.full_like(every, x.shape[1] - 1))
     rivals = reference.margin.argsort(-1)[:, :2].T
-    one, all_of = Rivals(alone, y, rivals), Rivals(reference, y, rivals)
+    one, all_of = Rivals.of(alone, y, rivals), Rivals.of(reference, y, rivals)
     torch.testing.assert_close(one.linear, all_of.linear, rtol=1e-9, atol=0.0)
     for radius in (1e-3, 0.1, 1.0):
         epsilon = torch.full((len(x),), radius, dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustlip.certifiers import certify
-from robustlip.domains.expansion.base import Scope
+from robustlip.domains.expansion.base import Ball, Scope
 from robustlip.domains.expansion.structure import ChainExpansion
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput
@@ -110,7 +110,7 @@ def bounds(layer: nn.Module, x: torch.Tensor, name: str, dtype: torch.dtype) -> 
     if not name.startswith("vector"):
         still = torch.zeros(1, tokens, dtype=torch.float64)
         expansion = ChainExpansion([layer.double()], x.double(), Scope(context))
-        found.append(float(expansion.advance(still, still, None)[0].max()))
+        found.append(float(expansion.advance(Ball.of(still), remainder=False).radius.max()))
     return found
 
 

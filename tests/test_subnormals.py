@@ -10,7 +10,7 @@ import torch
 from processors import flushed
 from torch import nn
 
-from robustlip.domains.expansion.base import Scope
+from robustlip.domains.expansion.base import Ball, Scope
 from robustlip.domains.expansion.structure import ChainExpansion
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput
@@ -163,5 +163,5 @@ def test_expansions_count_subnormal_operands(name: str) -> None:
     except BadInput:
         return
     zero = torch.zeros(1, start.shape[1], dtype=torch.float64)
-    radius, _ = expansion.advance(zero, zero, None)
+    radius = expansion.advance(Ball.of(zero), remainder=False).radius
     assert float(radius.max()) >= float(off)

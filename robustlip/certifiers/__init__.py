@@ -128,8 +128,8 @@ def _batch_size(chain: Chain, x: Tensor, method: str) -> int:
     """Samples at a time: few enough for the widest activation to stay under 2²⁵ numbers, at most 4096. 2²² where adjoints are kept."""
     widest = max(max(p.shape) for p in chain.parameters())
     tokens = x.shape[1:].numel() if chain.embedding_depth else 1
-    room = 2**22 if tokens > 1 and method in ("dual", "best") else 2**25
-    return max(1, min(4096, room // (widest * tokens)))
+    most = 2**22 if tokens > 1 and method in ("dual", "best") else 2**25
+    return max(1, min(4096, most // (widest * tokens)))
 
 
 def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:

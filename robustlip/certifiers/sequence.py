@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, train_mode_reason
+from robustlip.domains.expansion import Ball
 from robustlip.domains.expansion.dual import alone, at_positions, dual_applies, is_causal
 from robustlip.domains.expansion.local import Reference, double_copy, reference_of
 from robustlip.domains.margins import head_of, margins
@@ -97,8 +98,8 @@ def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
     def held(epsilon: Tensor) -> Tensor:
         """(E,) → (E, M): which positions are proved at which radius."""
         first = epsilon[:, None, None].expand(-1, 1, length)
-        radius = whole.body.advance(first, torch.zeros_like(first), None)[0][:, 0, at]
-        lost = up(pairs * radius.unsqueeze(-1)) + 2 * whole.single(radius).unsqueeze(-1)
+        radius = whole.body.advance(Ball.of(first), remainder=False).radius[:, 0, at]
+        lost = up(pairs * radius.unsqueeze(-1)) + 2 * whole.single(radius, epsilon[:, None]).unsqueeze(-1)
         return (lost < whole.margin).all(-1)
 
     best = torch.zeros(len(at), dtype=torch.float64, device=at.device)

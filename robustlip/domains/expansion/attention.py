@@ -18,11 +18,25 @@ drops out.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Either, Expansion, Pair, Scope, register, rows_of, token_norms
+from robustlip.domains.expansion.base import (
+    ADJOINT_SLACK,
+    Ball,
+    Behind,
+    Either,
+    Expansion,
+    Functionals,
+    Pair,
+    Scope,
+    register,
+    rows_of,
+    token_norms,
+)
 from robustlip.domains.norms.attention import Heads, check_projections, join_heads
 from robustlip.errors import BadInput
 from robustlip.layers import Attention
@@ -184,18 +198,17 @@ class AttentionExpansion(Expansion):
 
     def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
         """(radii that are a linear function's argument, radii of tokens whose whole effect counts as remainder), by key, (…, N, 1, T)."""
-        self.arrived = radius
         return radius.unsqueeze(-2), torch.zeros_like(radius).unsqueeze(-2)
 
-    def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
-        """Bound of s·ΔqᵢW·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R); radius (…, N, 1, R)."""
+    def _by_query(self, moved: Tensor, ball: Ball) -> Tensor:
+        """Bound of s·ΔqᵢW·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R)."""
         return self.s * moved.unsqueeze(-1) * self.key_distance
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
         """Bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
         return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)
 
-    def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
+    def _moved(self, name: str, moved: Tensor, ball: Ball) -> Tensor:
         """σr, or less where more is known of the way to this layer (…, N, H, ·)."""
         return moved
 
@@ -203,24 +216,24 @@ class AttentionExpansion(Expansion):
         """Bound of s·Δq_i·Δk_j/d (…, N, H, R, T) for the linear parts, given the product of their norms."""
         return product
 
-    def _weight_changes(self) -> dict[str, Tensor | float]:
+    def _weight_changes(self, ball: Ball) -> dict[str, Tensor | float]:
         """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
         out: dict[str, Tensor | float] = {}
         for name in self.matrices:
-            change = self.scope.context.weight_change(self.heads.whole[name])
-            out[name] = change[..., None, None] if isinstance(change, Tensor) else change
+            change = self.scope.weight_change(ball, self.heads.whole[name])
+            out[name] = change.unsqueeze(-1) if isinstance(change, Tensor) else change
         return out
 
     def lipschitz(self) -> Tensor | float:
         return self.gain[:, 0]
 
-    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
-        return AttentionRow(self, sample, position)
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
+        return AttentionRow(self, sample, position, arrived)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        layer = self.layer
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        layer, radius = self.layer, ball.radius
         d, width, length = layer.head_width, layer.width, self.length
-        e = self._weight_changes()
+        e = self._weight_changes(ball)
         # Queries are the tokens of this expansion, (…, N, 1, R); keys are all tokens, (…, N, 1, T).
         r_q = radius.unsqueeze(-2)
         r_k, background = self._key_radii(radius)
@@ -234,7 +247,7 @@ class AttentionExpansion(Expansion):
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
             fresh = projection_error(frobenius, norm, width, d, self.scope) + change * norm + sigma * other
-            moved = self._moved(name, sigma * r, error)
+            moved = self._moved(name, sigma * r, ball)
             if layer.rope and name != "value":
                 fresh = fresh + rotation_error(clean + moved + fresh, d, self.scope)
             return up(moved), up(fresh)
@@ -255,7 +268,7 @@ class AttentionExpansion(Expansion):
             return query.unsqueeze(-1) * key.unsqueeze(-2)
 
         # What a change does to logit ij, apart from a shift of row i: through the query (centred), through the key, the rest not linear.
-        by_query = self._by_query(q_moved, r_q, error)
+        by_query = self._by_query(q_moved, ball)
         by_key = self._by_key(k_moved, r_k)
         both = self._both(self.s * pairs(q_moved, k_moved), radius)
         bilinear = self.s * (
@@ -264,8 +277,8 @@ class AttentionExpansion(Expansion):
         zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
         other = torch.where(self.seen, (by_key + bilinear) * (1 + 1e-12), zero)
         b = other + torch.where(self.seen, by_query * (1 + 1e-12), zero)
-        ball = SoftmaxBall(self.p, b, other, self.seen)
-        upper, dev = ball.upper, ball.dev
+        softmax = SoftmaxBall(self.p, b, other, self.seen)
+        upper, dev = softmax.upper, softmax.dev
 
         mixed = torch.minimum((upper @ rho_v.unsqueeze(-1)).squeeze(-1), self._top(rho_v))
         value_size = self.top_value + self._top(rho_v)
@@ -291,17 +304,17 @@ class AttentionExpansion(Expansion):
             ]
         ).amax(0)
         fresh = self.scope.divided(self.scope.fits(up(fresh), largest), self.s)  # a scale that counts for zero makes NaN of what is masked
-        if bounds is None:
-            return up(moved) + fresh, error
+        if not remainder:
+            return Behind(up(moved) + fresh, ball.error, [])
 
-        spread, drawn = ball.second_order()
+        spread, drawn = softmax.second_order()
         curved = spread + drawn
         # What is not first order is also at most all there is and all that is first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow as b².
         whole = dev + self.p * b
         rest = self.p * bilinear
         crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
         v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
-        bounds += [
+        bounds: list[Pair] = [
             Either(spread.flatten(-2), drawn.flatten(-2), up(whole * (1 + 1e-12)).flatten(-2)),
             up(rest * (1 + 1e-12)).flatten(-3),
             up(crossed * (1 + 1e-12)).flatten(-2),
@@ -312,7 +325,7 @@ class AttentionExpansion(Expansion):
         bent = torch.minimum((curved * self.value_distance).sum(-1), (whole * self.value_distance).sum(-1))
         beyond = bent + (rest * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
         outer = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, up(beyond * (1 + 1e-12)).transpose(-1, -2))
-        return up(moved) + fresh, up(outer + self.gain * error.amax(-1, keepdim=True)) + fresh
+        return Behind(up(moved) + fresh, up(outer + self.gain * ball.error.amax(-1, keepdim=True)) + fresh, bounds)
 
     def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
         """The largest of sizes (…, N, H, T) over heads, and over the keys that a query sees, by token of this expansion."""
@@ -357,19 +370,41 @@ def _own_form(query: Tensor, key: Tensor) -> Tensor:
     return up(spectral_norm_bound((form + form.mT) / 2) + 2.0**-40 * size)
 
 
+@dataclass(frozen=True)
+class HeadWay:
+    """Of the linear way M to attention's input, by head. gain: ≥ ‖W_hM‖ of queries, keys and values, each (M, H, 1).
+
+    rows: ≥ ‖s·(k_j − k̄)ᵀW_qM‖ (M, H, 1, T). before: as in `Expansion.with_way`.
+    """
+
+    gain: dict[str, Tensor]
+    rows: Tensor
+    before: Tensor
+
+
+@dataclass(frozen=True)
+class Logits(Functionals):
+    """Logits that a query's change moves, apart from a shift of them all: of the `keys`, and what float64 `lost` of the vectors, both (M, H, J)."""
+
+    keys: Tensor = field(kw_only=True)
+    lost: Tensor = field(kw_only=True)
+
+
 class AttentionRow(AttentionExpansion):
     """Attention of single tokens that have moved, among keys that have not: one query and one key of each sample move, the other keys round.
 
-    The others' radii are those that `full` last saw arrive, with nothing perturbed; all they do counts as remainder.
+    background: (M, T) the radii of all tokens with nothing perturbed; all that the others do counts as remainder.
     """
+
+    way: HeadWay | None = None
 
     @property
     def shaped(self) -> bool:
         return True
 
-    def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor) -> None:
-        self.__dict__.update({k: v for k, v in full.__dict__.items() if k != "arrived"})
-        self.key_norm, self.background = full.norm[sample], full.arrived[sample]
+    def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor, arrived: Tensor) -> None:
+        self.__dict__.update(full.__dict__)
+        self.key_norm, self.background = full.norm[sample], arrived[sample]
         for name in ("clean", "norm"):
             setattr(self, name, rows_of(getattr(full, name), sample, position))
         for name in ("q", "p", "o", "nq", "key_distance", "value_distance", "top_value"):
@@ -379,8 +414,6 @@ class AttentionRow(AttentionExpansion):
         self.mine = torch.arange(full.length, device=sample.device) == position[:, None]  # (M, T)
         seen = full.position <= position[:, None] if full.layer.causal else torch.ones_like(self.mine)
         self.seen, self.position = seen[:, None, None, :], position
-        self.way: tuple[Tensor, Tensor] | None = None
-        self.products: Tensor | None = None
         # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
         mean = self.p @ self.k
         centred = self.k - mean
@@ -406,53 +439,44 @@ class AttentionRow(AttentionExpansion):
         zero = torch.zeros((), dtype=radius.dtype, device=radius.device)
         return torch.where(self.mine, radius, zero).unsqueeze(-2), torch.where(self.mine, zero, self.background).unsqueeze(-2)
 
-    def _by_query(self, moved: Tensor, radius: Tensor, error: Tensor) -> Tensor:
-        bound = torch.minimum(super()._by_query(moved, radius, error), radius.unsqueeze(-1) * self.query_rows)
-        if self.products is not None:
-            direct = self.products.unflatten(0, (self.layer.heads, -1)).permute(2, 0, 1)  # (M, H, J)
-            direct = up(direct + self.asked_lost * radius)
-            known = torch.full_like(bound, torch.inf).scatter(-1, self.asked.unsqueeze(2), direct.unsqueeze(2))
+    def _by_query(self, moved: Tensor, ball: Ball) -> Tensor:
+        bound = torch.minimum(super()._by_query(moved, ball), ball.radius[..., None, None] * self.query_rows)
+        asked = ball.functionals
+        if asked is not None and asked.sizes is not None:
+            assert isinstance(asked, Logits)
+            direct = asked.sizes.unflatten(0, (self.layer.heads, -1)).permute(2, 0, 1)  # (M, H, J)
+            direct = up(direct + asked.lost * ball.radius.unsqueeze(-2))
+            known = torch.full_like(bound, torch.inf).scatter(-1, asked.keys.unsqueeze(2), direct.unsqueeze(2))
             bound = torch.minimum(bound, known)
-        if self.way is None:
+        if self.way is None or ball.split is None:
             return bound
-        epsilon, beyond = self.way
-        stray = self.before.unsqueeze(-1) * beyond + error
-        return torch.minimum(bound, up(self.way_rows * epsilon[..., None, None] + self.query_rows * stray[..., None, None]))
+        epsilon, stray = ball.split.epsilon, ball.stray(self.way.before)
+        return torch.minimum(bound, up(self.way.rows * epsilon[..., None, None] + self.query_rows * stray[..., None, None]))
 
-    def learn_way(self, m: Tensor, before: Tensor) -> None:
-        self.before = before
-        self.way_gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
+    def with_way(self, m: Tensor, before: Tensor) -> Self:
+        gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
         for name, matrix in self.by_head.items():
             z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
-            self.way_gain[name] = up(spectral_norm_quick(z) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
+            gain[name] = up(spectral_norm_quick(z) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
         forms = self.s * (self.centred @ (self.by_head["query"] @ m.unsqueeze(1)))  # (M, H, T, D₀)
         lost = 2.0**-30 * self.s * size * torch.linalg.matrix_norm(self.by_head["query"])  # (M, H)
-        self.way_rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)
+        rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)
+        return self.replaced(way=HeadWay(gain, rows, before))
 
-    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
-        self.way = (epsilon, beyond)
-
-    def functionals(self) -> Tensor:
+    def functionals(self) -> Logits:
         # Logit ij, apart from a shift of row i, changes by s·W_qᵀRᵀ(k_j − k̄)·Δx_i; of the keys, those that the remainder hears most.
         heard = (self.p * self.value_distance * self.query_rows.square()).squeeze(2)
-        self.asked = heard.topk(min(ASKED_KEYS, heard.shape[-1])).indices  # (M, H, J)
-        keys = self.centred.gather(2, self.asked.unsqueeze(-1).expand(-1, -1, -1, self.centred.shape[-1]))
+        asked = heard.topk(min(ASKED_KEYS, heard.shape[-1])).indices  # (M, H, J)
+        keys = self.centred.gather(2, asked.unsqueeze(-1).expand(-1, -1, -1, self.centred.shape[-1]))
         size = torch.linalg.matrix_norm(self.by_head["query"])
-        self.asked_lost = 2.0**-30 * self.s * size[:, None] * (norm_up(keys) + self.nk.gather(2, self.asked))
-        return (self.s * (keys @ self.by_head["query"])).flatten(1, 2).transpose(0, 1)
+        lost = 2.0**-30 * self.s * size[:, None] * (norm_up(keys) + self.nk.gather(2, asked))
+        return Logits((self.s * (keys @ self.by_head["query"])).flatten(1, 2).transpose(0, 1), keys=asked, lost=lost)
 
-    def known(self, products: Tensor) -> None:
-        self.products = products
-
-    def forget(self) -> None:
-        self.way = self.products = None
-
-    def _moved(self, name: str, moved: Tensor, error: Tensor) -> Tensor:
-        if self.way is None:
+    def _moved(self, name: str, moved: Tensor, ball: Ball) -> Tensor:
+        if self.way is None or ball.split is None:
             return moved
-        epsilon, beyond = self.way
-        stray = self.before.unsqueeze(-1) * beyond + error
-        through = up(self.way_gain[name] * epsilon.unsqueeze(-1) + self.sigma[name][:, None] * stray.unsqueeze(-1))
+        epsilon, stray = ball.split.epsilon, ball.stray(self.way.before)
+        through = up(self.way.gain[name] * epsilon.unsqueeze(-1) + self.sigma[name][:, None] * stray.unsqueeze(-1))
         return torch.minimum(moved, through if name == "query" else torch.where(self.mine[:, None, :], through, moved))
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:

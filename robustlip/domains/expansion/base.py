@@ -16,9 +16,9 @@ that has to be bounded: by a sum of products of *weights*, which depend on the a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,18 @@ ADJOINT_SLACK = 2.0**-30
 class Scope:
     """What holds while a chain is expanded, in front of the next layer.
 
-    context: arithmetic and constants. space: the norm of the radius. whole: the shape (C, H, W) or (T, D) of a sample that is still one
-    vector of all its numbers, (N, 1, n); None where bounds are by token.
+    context: arithmetic and constants, without a radius of weights: that one is in the `Ball`, for it changes from one `advance` to the next.
+    space: the norm of the radius. whole: the shape (C, H, W) or (T, D) of a sample that is still one vector of all its numbers, (N, 1, n);
+    None where bounds are by token.
     """
 
     context: Context
     space: str = "l2"
     whole: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.context.weight_radius is not None:
+            raise AssertionError("expected a context without a radius of weights, got one that an expansion would not read; put it into the Ball")
 
     def both(self, rounding: Callable[[Context], Tensor]) -> Tensor:
         """Rounding in the covered dtype plus rounding of the float64 reference, by the same formula."""
@@ -72,6 +77,59 @@ class Scope:
     def fits(self, radius: Tensor, largest: Tensor) -> Tensor:
         """The radius, infinite where an intermediate value could overflow the covered dtype."""
         return self.context.fits(radius, largest)
+
+    def weight_change(self, ball: Ball, sigma: float) -> Tensor | float:
+        """‖E‖ of a matrix with σ(W) ≤ sigma, of shape (…, N, 1) where it is not 0: radii by token broadcast against it."""
+        if ball.weight_radius is None:
+            return 0.0
+        change = replace(self.context, weight_radius=ball.weight_radius).weight_change(sigma)
+        assert isinstance(change, Tensor)
+        return change.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Functionals:
+    """Linear functionals of the change Δ in front of a single token's layer: bounds of ⟨c, Δ⟩ make its own bounds smaller.
+
+    vectors: the c (A, N, D). sizes: ≥ |⟨c, Δ⟩| (A, N), None while nobody bounded them.
+    """
+
+    vectors: Tensor
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The change in front of a single token's layer as Mδ + E: ‖δ‖ ≤ epsilon, ‖E‖ ≤ beyond, both (…, N, 1). Its `way` knows M."""
+
+    epsilon: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What is known of the change in front of a layer, for one ε.
+
+    radius: ≥ its norm, token by token (…, N, T). error: ≥ the ℓ2 norm, token by token, of what is not linear in the change at the point where
+    error was last 0. weight_radius: of a weight threat (…, N), None where weights stay as they are.
+    split, functionals: of single tokens, where more than a radius is known; both count from where error was last 0.
+    """
+
+    radius: Tensor
+    error: Tensor
+    weight_radius: Tensor | None = None
+    split: Split | None = None
+    functionals: Functionals | None = None
+
+    @classmethod
+    def of(cls, radius: Tensor, weight_radius: Tensor | None = None) -> Ball:
+        """The ball at the point from which changes are counted: nothing there is an error."""
+        return cls(radius, torch.zeros_like(radius), weight_radius)
+
+    def stray(self, before: Tensor) -> Tensor:
+        """≥ the norm of what is not Mδ here (…, N, 1). before: ≥ the norm of what leads from where `split` counts E to here (N,)."""
+        assert self.split is not None
+        return before.unsqueeze(-1) * self.split.beyond + self.error
 
 
 class Group:
@@ -134,8 +192,8 @@ class Either(Group):
         return torch.minimum(first, sum_of(self.size, bound.whole)).sum(-1)
 
 
-def room(like: Tensor) -> int:
-    """Numbers of a temporary tensor: of one that fits a core's cache, or of one that a GPU holds easily."""
+def numbers_at_once(like: Tensor) -> int:
+    """How many numbers a temporary tensor has: as many as fit a core's cache, or as a GPU holds easily."""
     return 2**17 if like.device.type == "cpu" else 2**26
 
 
@@ -184,7 +242,7 @@ class Curved(Group):
         both = torch.maximum(bound.convex, bound.concave) if self.convex is self.concave else None
         sums = []
         # A few adjoints at a time: on a processor, products that stay in its cache take a fraction of the time of those that do not.
-        count = max(1, room(squares) // max(1, self.convex[:1].numel()))
+        count = max(1, numbers_at_once(squares) // max(1, self.convex[:1].numel()))
         for convex, concave in zip(self.convex.split(count), self.concave.split(count), strict=True):
             bent = convex * bound.convex if both is None else convex * both
             if both is None:
@@ -209,7 +267,7 @@ class Curved(Group):
         w = bound.matrix
         # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
         lost = gamma(len(w) + 4, U64) * (c[wanted] @ w.square().sum(-1)) + w.numel() * 2.0**-1022
-        count = max(1, 16 * room(w) // w.numel())
+        count = max(1, 16 * numbers_at_once(w) // w.numel())
         values = []
         for part in c[wanted].split(count):
             product = w.mT @ (part.unsqueeze(-1) * w)
@@ -227,8 +285,16 @@ class Curved(Group):
 Pair = Tensor | Group
 
 
+class Behind(NamedTuple):
+    """Of the change behind a layer: radius and error as in Ball (…, N, T'), and the layer's bounds (…, N, ·), flat behind N, in a fixed order."""
+
+    radius: Tensor
+    error: Tensor
+    bounds: list[Pair]
+
+
 class Expansion:
-    """One layer at the reference activations (N, T, D), float64.
+    """One layer at the reference activations (N, T, D), float64. Nothing changes in it once it is made: what differs from ε to ε is passed.
 
     clean: the reference behind the layer (N, T', D'). space, whole: of the radius behind it, as in Scope.
     Radii have shape (…, N, T), adjoints (A, N, T, D): any number of radii and of adjoints at once.
@@ -240,16 +306,21 @@ class Expansion:
     # Names of the tensors (N, T, …) that `at_rows` picks tokens from.
     by_token: ClassVar[tuple[str, ...]] = ("clean",)
 
+    def replaced(self, **values: Any) -> Self:
+        """A copy with other values of these attributes."""
+        part = copy.copy(self)
+        part.__dict__.update(values)
+        return part
+
     @property
     def shaped(self) -> bool:
-        """Whether this layer, or one inside it, makes use of `learn_way`."""
+        """Whether this layer, or one inside it, makes use of the way to it."""
         return False
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        """(radius, error) behind the layer, each (…, N, T'); appends its bounds (…, N, ·), flat behind N, in a fixed order.
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        """Bounds of the change behind the layer, given those in front of it.
 
-        bounds: None where radii alone are wanted; the error that comes back then means nothing.
-        error ≥ the ℓ2 norm, token by token, of what is not linear in the change at the point where error was last 0.
+        remainder: whether what is not linear is wanted; without it there are no bounds, and the error means nothing.
         """
         raise NotImplementedError
 
@@ -264,24 +335,16 @@ class Expansion:
         """≥ ‖J‖ at the reference for changes of all tokens by at most 1 each, (N,) or one number, with nothing cancelled inside."""
         return 1.0
 
-    def learn_way(self, m: Tensor, before: Tensor) -> None:
-        """Tell a single token's layer the linear way to it: Δ = Mδ + E with ‖δ‖ ≤ ε, m = M (N, D, D₀).
+    def with_way(self, m: Tensor, before: Tensor) -> Self:
+        """A single token's layer that knows the linear way to it: Δ = Mδ + E with ‖δ‖ ≤ ε, m = M (N, D, D₀). Only `shaped` ones make use of it.
 
-        before: ≥ the norm of what leads from where `given` counts E to here (N,). Only layers with `shaped` make use of it.
+        before: ≥ the norm of what leads from where `Ball.split` counts E to here (N,).
         """
+        return self
 
-    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
-        """ε and ‖E‖ (…, N, 1) for the next `advance`."""
-
-    def forget(self) -> None:
-        """Drop what `given` and `known` told: it held for one ε."""
-
-    def functionals(self) -> Tensor | None:
-        """Vectors (A, N, D) whose products with the change in front of a single token's layer would sharpen `advance`, None where there are none."""
+    def functionals(self) -> Functionals | None:
+        """Functionals of the change in front of a single token's layer that would sharpen `advance`, None where there are none."""
         return None
-
-    def known(self, products: Tensor) -> None:
-        """Bounds (A, N) of the sizes of these products, for the next `advance`."""
 
     def jacobian(self) -> Tensor:
         """J of a single token's layer (N, D', D), by its adjoints of all unit vectors."""
@@ -289,15 +352,13 @@ class Expansion:
         basis = torch.eye(size, dtype=torch.float64, device=self.clean.device)[:, None, None, :].expand(size, count, 1, size)
         return self.adjoint(basis)[0].squeeze(2).transpose(0, 1)  # rows Jᵀe_i
 
-    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
         """The same layer at single tokens: M new samples of one token each, sample[m] and position[m] (M,) saying which.
 
+        arrived: the radii (N, T) in front of this layer with nothing perturbed, by rounding alone: the tokens that are not picked move by those.
         Tokens behind attention depend on others; robustlip.domains.expansion.attention says what becomes of those.
         """
-        part = copy.copy(self)
-        for name in self.by_token:
-            setattr(part, name, rows_of(getattr(self, name), sample, position))
-        return part
+        return self.replaced(**{name: rows_of(getattr(self, name), sample, position) for name in self.by_token})
 
 
 def rows_of(x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
@@ -387,7 +448,7 @@ def picked(weights: list[Pair], chosen: Tensor) -> list[Pair]:
     return [w.gather(0, chosen.unsqueeze(-1).expand(*chosen.shape, w.shape[-1])) if isinstance(w, Tensor) else w.picked(chosen) for w in weights]
 
 
-def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor:
+def loss(first_order: Tensor, weights: Sequence[Pair], bounds: Sequence[Pair]) -> Tensor:
     """first_order (A, N) + Σ over all pairs, (A, N, ·) with (N, ·) → (A, N). 0·∞ is NaN, a radius that overflowed: infeasible either way."""
     total = first_order
     for w, b in zip(weights, bounds, strict=True):
@@ -399,12 +460,12 @@ def loss(first_order: Tensor, weights: list[Pair], bounds: list[Pair]) -> Tensor
     return total
 
 
-def bounded(first_order: Tensor, weights: list[Pair], bounds: list[Pair], epsilon: Tensor) -> Tensor:
+def bounded(first_order: Tensor, weights: Sequence[Pair], bounds: Sequence[Pair], epsilon: Tensor) -> Tensor:
     """`loss` with the rounding of its own sums added, infinite where it is not a number. epsilon: (N,)."""
     return torch.nan_to_num(up((loss(first_order, weights, bounds) + vanished(bounds, epsilon)) * (1 + 1e-9)), nan=torch.inf, posinf=torch.inf)
 
 
-def vanished(bounds: list[Pair], size: Tensor) -> Tensor:
+def vanished(bounds: Sequence[Pair], size: Tensor) -> Tensor:
     """More than underflow can take from `loss`, (N,): adjoints below 2⁻⁵¹¹ vanish when squared, products below 2⁻¹⁰²² altogether.
 
     size: ε, or more (N,).

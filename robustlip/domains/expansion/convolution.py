@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.domains.expansion.crossing import Kinks
-from robustlip.domains.expansion.linear import AffineStep, weight_change
+from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.norms.convolution import convolution_of
 from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import U64, norm_up, up
@@ -39,22 +39,22 @@ class MapStep(AffineStep):
         self.clean = self.map.affine(clean)
         self.whole = self.map.out if len(self.map.out) == 3 else None
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         """(≥ ‖executed − exact‖₂ of Ax + b, the reference's own included, ≥ every number on the way) for executed ‖x‖₂ ≤ norm."""
         raise NotImplementedError
 
-    def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
-        fresh, largest = self.lost(self.norm + self.factor * radius)
+    def parts(self, ball: Ball) -> tuple[Tensor, Tensor]:
+        fresh, largest = self.lost(self.norm + self.factor * ball.radius, ball)
         # Behind, an ℓ1 norm can be √n times the ℓ2 norm; an ℓ∞ norm is never more.
         spread = math.sqrt(self.map.outputs) * (1 + 1e-15) if self.space == "l1" else 1.0
-        return up(self.gain * radius), self.scope.fits(up(fresh * spread), largest)
+        return up(self.gain * ball.radius), self.scope.fits(up(fresh * spread), largest)
 
     def back(self, g: Tensor) -> Tensor:
         return self.map.adjoint(g)
 
-    def off(self) -> None:
-        """Sets `slack`: |fl(Aᵀg) − Aᵀg| ≤ loss·|A|ᵀ|g| number by number, and 32u for what single numbers behind make of g first."""
-        self.slack = (self.map.adjoint_loss * self.frobenius * self.factor + 32 * U64 * self.gain) * (1 + 1e-9)
+    def adjoint_slack(self) -> float:
+        """`slack`: |fl(Aᵀg) − Aᵀg| ≤ loss·|A|ᵀ|g| number by number, and 32u for what single numbers behind make of g first."""
+        return (self.map.adjoint_loss * self.frobenius * self.factor + 32 * U64 * self.gain) * (1 + 1e-9)
 
 
 @register(nn.Conv2d, any_space=True, keeps="any")
@@ -66,11 +66,11 @@ class ConvolutionExpansion(MapStep):
         super().__init__(layer, clean, scope, image_shape(layer, scope.whole))
         c = self.constants
         self.sigma, self.gain, self.frobenius = c.gain, c.gain_from(scope.space), c.reach * c.frobenius
-        self.off()
+        self.slack = self.adjoint_slack()
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         c = self.constants
-        perturbed = weight_change(self.scope, c.matrix) * c.reach
+        perturbed = self.scope.weight_change(ball, c.matrix) * c.reach
         return self.scope.both(lambda arithmetic: c.error(norm, perturbed, arithmetic)) + perturbed * norm, c.largest(norm, perturbed)
 
     def pair_rows(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ class AverageExpansion(MapStep):
         super().__init__(layer, clean, scope, shape)
         self.space = scope.space
         self.sigma, self.gain, self.frobenius = self.average.gain, self.average.gain_in(scope.space), self.average.gain
-        self.off()
+        self.slack = self.adjoint_slack()
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         return self.scope.both(lambda arithmetic: self.average.error(norm, arithmetic)), self.average.largest(norm)
 
 
@@ -116,9 +116,9 @@ class Scaled(MapStep):
         assert isinstance(self.map, ScaleMap)
         self.factors, self.space = self.map.weight, scope.space
         self.sigma = self.gain = self.frobenius = self.scale.gain
-        self.off()
+        self.slack = self.adjoint_slack()
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         width = self.map.outputs
         return self.scope.both(lambda arithmetic: self.scale.error(norm, self.positions, width, arithmetic)), self.scale.largest(norm)
 
@@ -153,15 +153,15 @@ class MaximaExpansion(Expansion):
     def lipschitz(self) -> Tensor | float:
         return self.root
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radius = ball.radius
         fresh = torch.full_like(radius, self.scope_error())
         behind = up(self.root * radius) + fresh
-        if bounds is None:
-            return behind, error
+        if not remainder:
+            return Behind(behind, ball.error, [])
         each = (math.sqrt(2) * (1 + 1e-15) * radius).unsqueeze(-1).expand(*radius.shape, self.near.shape[-1])
         kinks = Kinks(None, self.near, each, math.sqrt(2) * self.root * (1 + 1e-15) * radius)
-        bounds += [kinks, fresh, radius.amax(-1, keepdim=True)]
-        return behind, up(self.root * error + kinks.norm()) + fresh
+        return Behind(behind, up(self.root * ball.error + kinks.norm()) + fresh, [kinks, fresh, radius.amax(-1, keepdim=True)])
 
     def scope_error(self) -> float:
         assert self.whole is not None

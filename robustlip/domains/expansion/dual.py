@@ -12,8 +12,7 @@ Where only the last token of a causal model moves, no other token does but by ro
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -60,10 +59,19 @@ def first_order(g: Tensor, threat: Threat) -> Tensor:
     return up(torch.linalg.vector_norm(chosen, dim=-1).sum(-1) * (1 + 1e-12))
 
 
+@dataclass(frozen=True)
 class Rivals:
-    """The adjoints of some rivals of every sample: their first-order terms and weights, free of the radius."""
+    """The adjoints of some rivals of every sample: their first-order terms and weights, free of the radius.
 
-    def __init__(self, reference: Reference, y: Tensor, rivals: Tensor) -> None:
+    linear: (A, N) the largest first-order change per unit of ε. weights: (A, N, ·), in the order of the bounds. margin: (N, A).
+    """
+
+    linear: Tensor
+    weights: list[Pair]
+    margin: Tensor
+
+    @classmethod
+    def of(cls, reference: Reference, y: Tensor, rivals: Tensor) -> Rivals:
         """rivals: (A, N) class numbers; the label itself where a sample has no further rival."""
         if reference.rows is None:
             eye = torch.eye(reference.margin.shape[1], dtype=torch.float64, device=y.device)
@@ -73,9 +81,8 @@ class Rivals:
         tokens = reference.body.clean.shape[1]
         g = torch.zeros(*rivals.shape, tokens, direction.shape[-1], dtype=torch.float64, device=y.device)
         g[:, :, reference.row] = direction
-        g, self.weights = reference.body.adjoint(g)
-        self.linear = first_order(g, reference.threat)
-        self.margin = reference.margin.gather(1, rivals.T)  # (N, A)
+        g, weights = reference.body.adjoint(g)
+        return cls(first_order(g, reference.threat), weights, reference.margin.gather(1, rivals.T))
 
     @property
     def far(self) -> bool:
@@ -84,33 +91,34 @@ class Rivals:
 
     def losses(self, reference: Reference, epsilon: Tensor) -> Tensor:
         """What each of these margins can lose at ε (N,): (N, A)."""
-        bounds: list[Pair] = []
-        hidden = reference.hidden(epsilon, bounds)
-        total = loss(self.linear * epsilon, self.weights, bounds)
+        behind = reference.behind(epsilon)
+        hidden = behind.radius[..., reference.row]
+        total = loss(self.linear * epsilon, self.weights, behind.bounds)
         # The head's rows are exact and their difference is rounded once per entry: 2⁻⁵⁰ of the rows times the change covers that.
-        total = total + 2.0**-50 * 2 * reference.largest_row * hidden + 2 * reference.single(hidden)
-        return up((total + vanished(bounds, epsilon + hidden)).T * (1 + 1e-9))
+        total = total + 2.0**-50 * 2 * reference.largest_row * hidden + 2 * reference.single(hidden, epsilon)
+        return up((total + vanished(behind.bounds, epsilon + hidden)).T * (1 + 1e-9))
 
     def contested(self, reference: Reference, epsilon: Tensor) -> Rivals:
-        """Those that may win within ε (N,), as many of each sample: the others lose there by what is proved, and so within every smaller ε."""
+        """The rivals not yet excluded at ε (N,), as many of each sample: the others lose there by what is proved, and so within every smaller ε."""
         spare = torch.nan_to_num(self.margin - self.losses(reference, epsilon), nan=-torch.inf)  # (N, A)
         most = max(1, int((~(spare > 0)).sum(-1).max()))
         chosen = spare.topk(most, dim=-1, largest=False).indices.T
-        part = copy.copy(self)
-        part.weights, part.linear, part.margin = picked(self.weights, chosen), self.linear.gather(0, chosen), self.margin.gather(1, chosen.T)
-        return part
+        return Rivals(self.linear.gather(0, chosen), picked(self.weights, chosen), self.margin.gather(1, chosen.T))
 
-    def sharpen(self, reference: Reference, epsilon: Tensor) -> None:
-        """Learn the quadratic forms of neurons at the token that is read, of the few that come nearest to winning at ε (N,), up to there."""
-        bounds: list[Pair] = []
-        reference.hidden(epsilon, bounds)
+    def sharpened(self, reference: Reference, epsilon: Tensor) -> Rivals:
+        """With the quadratic forms of neurons at the token that is read, of the few that come nearest to winning at ε (N,), up to there."""
+        bounds = reference.behind(epsilon).bounds
         spare = torch.nan_to_num(self.margin.T - loss(self.linear * epsilon, self.weights, bounds), nan=-torch.inf)
         count = SHARPENED_FAR if self.far else SHARPENED
         chosen = spare.topk(min(count, len(spare)), dim=0, largest=False).indices
-        for i, (weight, bound) in enumerate(zip(self.weights, bounds, strict=True)):
-            if isinstance(weight, Group) and isinstance(bound, Group) and bound.matrix is not None:
-                share = (weight.meet(bound) / self.margin.T).gather(0, chosen)
-                self.weights[i] = weight.formed(bound, chosen, reference.row, share > WORTH)
+
+        def formed(weight: Pair, bound: Pair) -> Pair:
+            if not isinstance(weight, Group) or not isinstance(bound, Group) or bound.matrix is None:
+                return weight
+            share = (weight.meet(bound) / self.margin.T).gather(0, chosen)
+            return weight.formed(bound, chosen, reference.row, share > WORTH)
+
+        return replace(self, weights=[formed(weight, bound) for weight, bound in zip(self.weights, bounds, strict=True)])
 
 
 # Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
@@ -138,8 +146,8 @@ def at_positions(reference: Reference, sample: Tensor, position: Tensor, *, jaco
     margin, pairs and hidden_norm are those of the batch's last tokens: a caller that reads other positions replaces what it uses of them.
     jacobians: whether radii between layers go through exact Jacobian blocks too, where the widths allow it.
     """
-    reference.hidden(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device))  # the others' rounding arrives
-    body = reference.body.at_rows(sample, position)
+    still = reference.first_radius(torch.zeros(len(reference.start), dtype=torch.float64, device=reference.start.device))
+    body = reference.body.at_rows(sample, position, still)
     if jacobians and body.parts and all(part.clean.shape[-1] == reference.start.shape[-1] for part in body.parts):
         body = JacobianChain(body)
     return replace(
@@ -175,7 +183,7 @@ def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reach
     """Radii (N,) at which these rivals lose, then again a reach further with the quadratic forms of those that stood in the way, reach by reach."""
     reaches = (FAR if rivals.far else REACHES) if reaches is None else reaches
 
-    def longest(start: Tensor, tolerance: float) -> Tensor:
+    def longest(rivals: Rivals, limit: Tensor, start: Tensor, tolerance: float) -> Tensor:
         def losses(epsilon: Tensor) -> Tensor:
             return torch.where((epsilon <= limit)[:, None], rivals.losses(reference, epsilon), torch.inf)
 
@@ -183,19 +191,18 @@ def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reach
 
     limit = torch.full_like(start, torch.inf)
     tolerances = [*(tolerance for _, tolerance in reaches), TOLERANCE]
-    radius = longest(start, tolerances[0])
+    radius = longest(rivals, limit, start, tolerances[0])
     for (reach, _), tolerance in zip(reaches, tolerances[1:], strict=True):
         limit = torch.minimum(limit, reach * radius)
-        rivals = rivals.contested(reference, limit)
-        rivals.sharpen(reference, limit)
-        radius = torch.maximum(radius, longest(torch.where(radius > 0, radius, start), tolerance))
+        rivals = rivals.contested(reference, limit).sharpened(reference, limit)
+        radius = torch.maximum(radius, longest(rivals, limit, torch.where(radius > 0, radius, start), tolerance))
     return radius
 
 
 def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
     """Radii (N,) of single tokens, all rivals at once."""
     order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
-    return _longest(reference, Rivals(reference, y, order.T), _start(reference), None if sharpen else ())
+    return _longest(reference, Rivals.of(reference, y, order.T), _start(reference), None if sharpen else ())
 
 
 def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:
@@ -203,14 +210,12 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
     order = (reference.margin / reference.pairs.clamp_min(1e-300)).argsort(-1)[:, : classes - 1]  # the label, at +inf, comes last
     start = _start(reference)
     count = min(RIVALS, classes - 1)
-    done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True)
     first = order[:, :count].T
-    rivals = Rivals(reference, y, first)
-    radius = _longest(reference, rivals, start)
-    done.scatter_(1, first.T, True)
+    done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True).scatter(1, first.T, True)
+    radius = _longest(reference, Rivals.of(reference, y, first), start)
     while True:
         hidden = reference.hidden(radius)
-        harmless = up(reference.pairs * hidden.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1) < reference.margin
+        harmless = up(reference.pairs * hidden.unsqueeze(-1)) + 2 * reference.single(hidden, radius).unsqueeze(-1) < reference.margin
         open_ = ~harmless & ~done & (radius > 0)[:, None]
         if not bool(open_.any()):
             return radius
@@ -219,15 +224,15 @@ def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Thr
         # The nearest open rivals of each; where fewer are open, one that is done already fills the place and changes nothing.
         rank = torch.where(open_[samples], reference.margin[samples] / reference.pairs[samples].clamp_min(1e-300), torch.inf)
         more = rank.argsort(-1)[:, :count].T
-        found = Rivals(part, y[samples], more)
+        settled = ~open_[samples].gather(1, more.T)
+        found = Rivals.of(part, y[samples], more)
         before = radius[samples]
-        losses = found.losses(part, before)
-        kept = ((losses < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
+        kept = ((found.losses(part, before) < found.margin) | settled).all(-1)
         if not bool(kept.all()):
-            found.sharpen(part, before)
-            kept = ((found.losses(part, before) < found.margin) | ~open_[samples].gather(1, more.T)).all(-1)
+            found = found.sharpened(part, before)
+            kept = ((found.losses(part, before) < found.margin) | settled).all(-1)
         if not bool(kept.all()):
             # A ball that was proved against the rivals that are done holds every smaller one.
             shorter, _ = search(partial(found.losses, part), found.margin, start[samples])
-            radius[samples] = torch.where(kept, before, torch.minimum(before, shorter))
-        done[samples] = done[samples].scatter(1, more.T, True)
+            radius = radius.index_put((samples,), torch.where(kept, before, torch.minimum(before, shorter)))
+        done = done.index_put((samples,), done[samples].scatter(1, more.T, True))

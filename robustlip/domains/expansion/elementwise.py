@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import Curved, Expansion, Pair, Scope, register_family, token_norms
+from robustlip.domains.expansion.base import Ball, Behind, Curved, Expansion, Pair, Scope, register_family, token_norms
 from robustlip.domains.expansion.crossing import Kinks
 from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.expansion.neurons import Neurons
@@ -61,8 +61,8 @@ class ElementwiseExpansion(Neurons):
     def lipschitz(self) -> Tensor | float:
         return self.steepest * self.sigma
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        each, whole, fresh = self.reached(radius, error)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        each, whole, fresh = self.reached(ball)
         if self.curvature is None:
             slope = ((self.derivative > 0) | (each >= self.distance)).to(each.dtype)
         else:
@@ -70,33 +70,30 @@ class ElementwiseExpansion(Neurons):
         behind = torch.minimum(slope.amax(-1) * whole, norm_up(slope * each))
         rounding = self._rounding(self.z_norm + whole)
         behind = up(behind * (1 + 1e-12)) + rounding
-        if bounds is None:
-            return behind, error
-        curved = self._bend(radius, each, whole, fresh, bounds)
-        bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
+        if not remainder:
+            return Behind(behind, ball.error, [])
+        curved, bound = self._bend(ball.radius, each, whole, fresh)
         steepest = self.slope.amax(-1)
-        return behind, up((steepest * (self.sigma * error + fresh) + curved) * (1 + 1e-12)) + rounding
+        error = up((steepest * (self.sigma * ball.error + fresh) + curved) * (1 + 1e-12)) + rounding
+        return Behind(behind, error, [bound, fresh, rounding, ball.radius.amax(-1, keepdim=True)])
 
-    def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
-        """The norm of f(z + Δz) − f(z) − f'(z)∘Δz (…, N, T), its bounds by neuron appended. each, whole: of Δz; fresh: of what is not WΔx."""
+    def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor) -> tuple[Tensor, Pair]:
+        """(the norm of f(z + Δz) − f(z) − f'(z)∘Δz (…, N, T), its bounds by neuron). each, whole: of Δz; fresh: of what is not WΔx."""
         if self.curvature is None and self.together:
             kinks = Kinks(None, self.distance, each, whole)
-            bounds.append(kinks)
-            return kinks.norm()
+            return kinks.norm(), kinks
         if self.curvature is None:
             crossing = (each - self.distance).clamp_min(0.0)
-            bounds.append(crossing.flatten(-2))
-            return norm_up(crossing)
+            return norm_up(crossing), crossing.flatten(-2)
         convex, concave = self._curvatures(each)
         matrix = self.affine.matrix if self.affine is not None and self.scope.space == "l2" else None
-        bounds.append(Curved(convex, concave, each, whole, matrix, radius, fresh))
         kappa = torch.maximum(convex, concave)
         curved = 0.5 * torch.minimum((kappa * each).amax(-1) * whole, norm_up(kappa * each.square()))
         if self.affine is not None and self.affine.quartic is not None:
             # ‖Δz∘Δz‖ of Δz = WΔx + e, e no longer than `fresh`.
             squares = self.affine.quartic * radius.square() + fresh * (2 * whole + fresh)
             curved = torch.minimum(curved, 0.5 * kappa.amax(-1) * squares)
-        return curved
+        return curved, Curved(convex, concave, each, whole, matrix, radius, fresh)
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         size = g.abs()

@@ -9,12 +9,12 @@ so ‖Δ_l‖ ≤ ‖M_{l←0}‖ε + Σ_k ‖M_{l←k+1}‖‖R_k‖.
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import Expansion, Pair, bounded, token_norms
+from robustlip.domains.expansion.base import Ball, Behind, Expansion, Functionals, Pair, Split, bounded, token_norms
 from robustlip.domains.expansion.structure import ChainExpansion
 from robustlip.numerics.rounding import up
 from robustlip.numerics.spectral import spectral_norm_quick
@@ -28,21 +28,23 @@ class JacobianChain(ChainExpansion):
     """A chain at single tokens (N, 1, D) whose radii are the smaller of the layer by layer ones and those through exact Jacobians."""
 
     def __init__(self, chain: ChainExpansion) -> None:
-        self.__dict__.update(copy.copy(chain).__dict__)
+        self.__dict__.update(chain.__dict__)
+        self.parts = list(chain.parts)
         count, device = len(chain.clean), chain.clean.device
         blocks: list[Tensor] = []  # M_{l+1←k} for the last l: (N, D', D_k)
         self.norms: list[list[Tensor]] = []  # norms[l][k] ≥ ‖M_{l+1←k}‖ (N,), but for the last l
         gains: list[Tensor] = []
         self.lost = [torch.zeros(count, dtype=torch.float64, device=device)]  # error of the computed M_{l←0} in front of each part
-        self.questions: list[tuple[Tensor, list[Pair]] | None] = []
-        for l, part in enumerate(self.parts):
+        # Of each part: its functionals, their first-order norms at the start, and the weights of what the parts on the way add.
+        self.questions: list[tuple[Functionals, Tensor, list[Pair]] | None] = []
+        for l, part in enumerate(chain.parts):
             asked = part.functionals() if l else None
-            self.questions.append(None if asked is None else self._pulled_back(asked, self.parts[:l]))
+            self.questions.append(None if asked is None else (asked, *self._pulled_back(asked.vectors, chain.parts[:l])))
             size = part.clean.shape[-1]
             way = blocks[0] if blocks else torch.eye(size, dtype=torch.float64, device=device).expand(count, size, size)
-            part.learn_way(way, torch.ones(count, dtype=torch.float64, device=device))
+            self.parts[l] = part.with_way(way, torch.ones(count, dtype=torch.float64, device=device))
             gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=device)
-            if l == len(self.parts) - 1:
+            if l == len(chain.parts) - 1:
                 self.last_gain = gain.unsqueeze(-1)
                 break  # of what is behind the last part only its rounding in the head is read: its exact Jacobian would buy nothing
             jacobian = part.jacobian()
@@ -56,31 +58,35 @@ class JacobianChain(ChainExpansion):
             self.norms.append(list(up(norm + error).unbind(1)))
 
     @staticmethod
-    def _pulled_back(rows: Tensor, parts: list[Expansion]) -> tuple[Tensor, list[Pair]]:
-        """Functionals (A, N, D) in front of a part → their first-order norms at the start and the weights of what the parts on the way add."""
-        g, groups = rows.unsqueeze(2), []
+    def _pulled_back(vectors: Tensor, parts: list[Expansion]) -> tuple[Tensor, list[Pair]]:
+        """Vectors (A, N, D) in front of a part → their first-order norms at the start and the weights of what the parts on the way add."""
+        g, groups = vectors.unsqueeze(2), []
         for part in reversed(parts):
             g, weights = part.adjoint(g, two_sided=True)
             groups.append(weights)
         return token_norms(g)[..., 0], [w for group in reversed(groups) for w in group]
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        first, zero = radius, torch.zeros_like(radius)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        # What is not linear is needed even where it is not asked for.
+        first = radius = ball.radius
+        zero = torch.zeros_like(radius)
         remainders: list[Tensor] = []
         beyond = zero
-        bounds = [] if bounds is None else bounds  # remainders are needed even where they are not asked for
-        begin = len(bounds)
+        bounds: list[Pair] = []
         for l, (part, lost, question) in enumerate(zip(self.parts, self.lost, self.questions, strict=True)):
+            functionals = None
             if question is not None:
-                part.known(bounded(question[0] * first[:, 0], question[1], bounds[begin:], first[:, 0]))
-            part.given(first, beyond + lost.unsqueeze(-1) * first)
-            radius, remainder = part.advance(radius, zero, bounds)
-            part.forget()  # parts are shared with the chain that this one was made from
+                asked, norms, weights = question
+                functionals = replace(asked, sizes=bounded(norms * first[:, 0], weights, bounds, first[:, 0]))
+            split = Split(first, beyond + lost.unsqueeze(-1) * first)
+            behind = part.advance(Ball(radius, zero, ball.weight_radius, split, functionals))
+            radius = behind.radius
+            bounds += behind.bounds
             if l == len(self.norms):
                 break
-            remainders.append(remainder)
-            beyond = remainder  # M_{l+1←l+1} is the identity
+            remainders.append(behind.error)
+            beyond = behind.error  # M_{l+1←l+1} is the identity
             for k in range(len(remainders) - 1):
                 beyond = beyond + self.norms[l][k + 1].unsqueeze(-1) * remainders[k]
             radius = torch.minimum(radius, up(self.norms[l][0].unsqueeze(-1) * first + beyond))
-        return radius, up(error + self.last_gain * beyond + remainder)
+        return Behind(radius, up(ball.error + self.last_gain * beyond + behind.error), bounds if remainder else [])

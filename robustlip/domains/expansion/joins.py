@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.domains.expansion.structure import ChainExpansion, shape_of
 from robustlip.errors import BadInput
 from robustlip.layers.joins import Channels, Concatenate, Sum
@@ -28,28 +28,17 @@ class Branches(Expansion):
     def shaped(self) -> bool:
         return any(branch.shaped for branch in self.branches)
 
-    def learn_way(self, m: Tensor, before: Tensor) -> None:
-        for branch in self.branches:
-            branch.learn_way(m, before)
+    def with_way(self, m: Tensor, before: Tensor) -> Self:
+        return self.replaced(branches=[branch.with_way(m, before) for branch in self.branches])
 
-    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
-        for branch in self.branches:
-            branch.given(epsilon, beyond)
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
+        part = super().at_rows(sample, position, arrived)
+        return part.replaced(branches=[branch.at_rows(sample, position, arrived) for branch in self.branches])
 
-    def forget(self) -> None:
-        for branch in self.branches:
-            branch.forget()
-
-    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
-        part = super().at_rows(sample, position)
-        assert isinstance(part, Branches)
-        part.branches = [branch.at_rows(sample, position) for branch in self.branches]
-        return part
-
-    def advanced(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[list[Tensor], list[Tensor]]:
-        """(radii, errors) behind the branches, each (…, N, T)."""
-        behind = [branch.advance(radius, error, bounds) for branch in self.branches]
-        return [r for r, _ in behind], [e for _, e in behind]
+    def advanced(self, ball: Ball, remainder: bool) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
+        """(radii, errors) behind the branches, each (…, N, T), and the bounds of all."""
+        behind = [branch.advance(ball, remainder) for branch in self.branches]
+        return [b.radius for b in behind], [b.error for b in behind], [bound for b in behind for bound in b.bounds]
 
 
 @register(Sum, keeps="images")
@@ -67,19 +56,19 @@ class SumExpansion(Branches):
         self.norms = torch.stack([norm_up(branch.clean) for branch in self.branches], -1)  # (N, T, k)
         self.clean = sum((w * b.clean for w, b in zip(self.weights, self.branches, strict=True)), start=torch.zeros_like(self.branches[0].clean))
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        radii, errors = self.advanced(radius, error, bounds)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radii, errors, bounds = self.advanced(ball, remainder)
         sizes = [abs(w) for w in self.weights]
         reached = [self.norms[..., i] + r for i, r in enumerate(radii)]
         fresh, norm = weighted_sum_error(sizes, reached, self.clean.shape[-1], self.scope)
         fresh = self.scope.fits(up(fresh), norm)
-        if bounds is not None:
-            bounds += [fresh, radius.amax(-1, keepdim=True)]
+        if remainder:
+            bounds += [fresh, ball.radius.amax(-1, keepdim=True)]
 
         def total(values: list[Tensor]) -> Tensor:
             return up(sum((w * v for w, v in zip(sizes, values, strict=True)), start=torch.zeros_like(values[0])))
 
-        return total(radii) + fresh, total(errors) + fresh
+        return Behind(total(radii) + fresh, total(errors) + fresh, bounds)
 
     def lipschitz(self) -> Tensor | float:
         return sum((abs(w) * b.lipschitz() for w, b in zip(self.weights, self.branches, strict=True)), start=0.0)  # type: ignore[misc]
@@ -109,9 +98,9 @@ class ConcatenateExpansion(Branches):
         self.widths = [branch.clean.shape[-1] for branch in self.branches]
         self.clean = torch.cat([branch.clean for branch in self.branches], -1)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        radii, errors = self.advanced(radius, error, bounds)
-        return root_of_squares(radii), root_of_squares(errors)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radii, errors, bounds = self.advanced(ball, remainder)
+        return Behind(root_of_squares(radii), root_of_squares(errors), bounds)
 
     def lipschitz(self) -> Tensor | float:
         return sum((branch.lipschitz() for branch in self.branches), start=0.0)  # type: ignore[misc]  # more than the root of their squares
@@ -141,8 +130,8 @@ class ChannelsExpansion(Expansion):
         self.whole = None if scope.whole is None else (layer.stop - layer.start, *scope.whole[1:])
         self.clean = clean[..., self.start : layer.stop * each]
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        return radius, error
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        return Behind(ball.radius, ball.error, [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         behind = self.before - self.start - g.shape[-1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound, quartic_bound
@@ -42,12 +42,6 @@ class LinearConstants:
         return cls(weight, bias, matrix, gain, dual_norms(weight, space), 0.0 if bias is None else float(norm_up(bias, 0)), quartic)
 
 
-def weight_change(scope: Scope, sigma: float) -> Tensor | float:
-    """‖E‖ of one matrix, of shape (…, N, 1) where it is not 0: radii by token broadcast against it."""
-    change = scope.context.weight_change(sigma)
-    return change.unsqueeze(-1) if isinstance(change, Tensor) else change
-
-
 class AffineStep(Expansion):
     """z = Ax + b, alone or with the functions of single numbers behind it. Subclasses set what follows, `clean` (z) and `whole`.
 
@@ -65,7 +59,7 @@ class AffineStep(Expansion):
     matrix: Tensor | None = None
     quartic: float | None = None
 
-    def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, ball: Ball) -> tuple[Tensor, Tensor]:
         """(gain·r, everything else) (…, N, T): the change of z is at most their sum. The first is AΔx, the second rounding and weight changes."""
         raise NotImplementedError
 
@@ -80,11 +74,10 @@ class AffineStep(Expansion):
     def lipschitz(self) -> Tensor | float:
         return self.sigma
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        moved, fresh = self.parts(radius)
-        if bounds is not None:
-            bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return moved + fresh, up(self.sigma * error) + fresh
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        moved, fresh = self.parts(ball)
+        bounds: list[Pair] = [fresh, ball.radius.amax(-1, keepdim=True)] if remainder else []
+        return Behind(moved + fresh, up(self.sigma * ball.error) + fresh, bounds)
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
@@ -107,9 +100,9 @@ class Affine(AffineStep):
         self.clean = F.linear(clean, c.weight, c.bias)
         self._space_factor = l2_factor(scope.space, clean.shape[-1])
 
-    def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.constants
-        perturbed = weight_change(self.scope, c.matrix.sigma)
+    def parts(self, ball: Ball) -> tuple[Tensor, Tensor]:
+        c, radius = self.constants, ball.radius
+        perturbed = self.scope.weight_change(ball, c.matrix.sigma)
         norm = self.norm + self._space_factor * radius
         bias = None if c.bias is None else c.bias_norm
         fresh = self.scope.both(lambda arithmetic: c.matrix.error(bias, norm, perturbed, arithmetic)) + perturbed * norm
@@ -132,9 +125,9 @@ class Composed(AffineStep):
         self.rows = up(second.rows * first.rows)
         self.slack = (second.sigma * first.slack + second.slack * first.gain) * (1 + 1e-9)
 
-    def parts(self, radius: Tensor) -> tuple[Tensor, Tensor]:
-        moved, fresh = self.first.parts(radius)
-        return up(self.second.sigma * moved), up(self.second.sigma * fresh) + self.second.parts(moved + fresh)[1]
+    def parts(self, ball: Ball) -> tuple[Tensor, Tensor]:
+        moved, fresh = self.first.parts(ball)
+        return up(self.second.sigma * moved), up(self.second.sigma * fresh) + self.second.parts(replace(ball, radius=moved + fresh))[1]
 
     def back(self, g: Tensor) -> Tensor:
         return self.first.back(self.second.back(g))
@@ -144,11 +137,10 @@ class Composed(AffineStep):
         sizes = v[:, 0].abs() * self.rows[a] + v[:, 1].abs() * self.rows[b]
         return up(self.first.pair_rows(a, b, v * torch.stack([self.factors[a], self.factors[b]], -1)) + 2.0**-45 * sizes)
 
-    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
-        part = super().at_rows(sample, position)
-        assert isinstance(part, Composed)
-        part.first, part.second = self.first.at_rows(sample, position), self.second.at_rows(sample, position)  # type: ignore[assignment]
-        return part
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
+        between = self.first.advance(Ball.of(arrived), remainder=False).radius
+        first, second = self.first.at_rows(sample, position, arrived), self.second.at_rows(sample, position, between)
+        return super().at_rows(sample, position, arrived).replaced(first=first, second=second)
 
 
 @register(nn.Embedding)
@@ -162,9 +154,9 @@ class EmbeddingExpansion(Expansion):
         self.matrix: Matrix = scope.context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         self.clean = layer.weight.detach().double()[ids]
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        moved = torch.zeros_like(radius) + weight_change(self.scope, self.matrix.sigma)
-        return up(moved), moved
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        moved = torch.zeros_like(ball.radius) + self.scope.weight_change(ball, self.matrix.sigma)
+        return Behind(up(moved), moved, [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.new_zeros(*g.shape[:-1], 1), []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion import ChainExpansion, Pair, Scope, ToL2, unsupported
+from robustlip.domains.expansion import Ball, Behind, ChainExpansion, Scope, ToL2, unsupported
 from robustlip.domains.margins import head_of, margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import entry
@@ -69,22 +69,27 @@ class Reference:
             return epsilon.unsqueeze(-1) * where
         return epsilon.unsqueeze(-1).expand(*epsilon.shape, tokens)
 
-    def hidden(self, epsilon: Tensor, bounds: list[Pair] | None = None) -> Tensor:
+    def weight_radius(self, epsilon: Tensor) -> Tensor | None:
+        """The radius of a weight threat at ε (…, N), None where weights stay as they are."""
+        return epsilon if isinstance(self.threat, WeightBall) else None
+
+    def behind(self, epsilon: Tensor, remainder: bool = True) -> Behind:
+        """What ε (…, N) does in front of the head, with the bounds of all layers on the way."""
+        return self.body.advance(Ball.of(self.first_radius(epsilon), self.weight_radius(epsilon)), remainder)
+
+    def hidden(self, epsilon: Tensor) -> Tensor:
         """The radius in front of the head, of the token that is read (…, N)."""
-        if self.context.weight_radius is not None:
-            self.context.weight_radius.copy_(epsilon)  # what every layer's expansion reads
-        first = self.first_radius(epsilon)
-        return self.body.advance(first, torch.zeros_like(first), bounds)[0][..., self.row]
+        return self.behind(epsilon, remainder=False).radius[..., self.row]
 
-    def head_change(self) -> Tensor | float:
-        """‖E‖₂ of the head under a weight threat (N,)."""
-        return self.context.weight_change(self.head_sigma)
+    def head_change(self, epsilon: Tensor) -> Tensor | float:
+        """‖E‖₂ of the head under a weight threat at ε (…, N)."""
+        return replace(self.context, weight_radius=self.weight_radius(epsilon)).weight_change(self.head_sigma)
 
-    def single(self, hidden: Tensor) -> Tensor:
-        """What executing the head can lose on one logit (…, N), for a hidden state within `hidden` of the reference."""
+    def single(self, hidden: Tensor, epsilon: Tensor) -> Tensor:
+        """What executing the head can lose on one logit (…, N) at ε, for a hidden state within `hidden` of the reference."""
         if self.rows is None:
             return torch.zeros_like(hidden)
-        width, row, reach = self.rows.shape[1], self.largest_row + self.head_change(), self.hidden_norm + hidden
+        width, row, reach = self.rows.shape[1], self.largest_row + self.head_change(epsilon), self.hidden_norm + hidden
         scope = Scope(self.context)
         lost = scope.both(lambda arithmetic: row_error(row, self.largest_bias, reach, width, arithmetic))
         return scope.fits(up(lost), row * reach + self.largest_bias)
@@ -102,9 +107,6 @@ def double_copy(model: Chain, context: Context) -> Chain:
 def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Reference:
     """Everything of a batch that does not depend on the radius. x: inputs (N, …) in the covered dtype, y (N,), both on the model's device."""
     _, inside, _ = entry(model, x, threat)
-    if isinstance(threat, WeightBall):
-        # One number per sample that `Reference.hidden` writes and every expansion reads when it advances.
-        context = replace(context, weight_radius=torch.zeros(len(x), dtype=torch.float64, device=x.device))
     twin = double_copy(model, context)
     layers = list(twin)[model.embedding_depth :] if isinstance(threat, EmbeddingBall) else list(twin)
     head = head_of(twin)
@@ -165,17 +167,13 @@ def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Thre
     weights = isinstance(threat, WeightBall)
     reference = reference_of(model, x, y, threat, context)
     scale = torch.ones_like(reference.hidden_norm) if weights or not reference.start.is_floating_point() else norm_up(reference.start).amax(-1)
-    reached = torch.zeros_like(scale)
 
     def losses(epsilon: Tensor) -> Tensor:
-        nonlocal reached
         hidden = reference.hidden(epsilon)
-        reached = hidden
         # The head's own change moves a pair of logits by ‖(e_y − e_j)ᵀE h‖ ≤ √2‖E‖‖h‖.
-        own = 2**0.5 * (1 + 1e-15) * reference.head_change() * (reference.hidden_norm + hidden)
-        return up(reference.pairs * hidden.unsqueeze(-1) + own.unsqueeze(-1)) + 2 * reference.single(hidden).unsqueeze(-1)
+        own = 2**0.5 * (1 + 1e-15) * reference.head_change(epsilon) * (reference.hidden_norm + hidden)
+        return up(reference.pairs * hidden.unsqueeze(-1) + own.unsqueeze(-1)) + 2 * reference.single(hidden, epsilon).unsqueeze(-1)
 
     radius, _ = search(losses, reference.margin, 1e-6 * scale.clamp_min(1e-3))
-    losses(radius)
-    bound = torch.where(radius > 0, reached / radius, torch.full_like(radius, torch.nan))
+    bound = torch.where(radius > 0, reference.hidden(radius) / radius, torch.full_like(radius, torch.nan))
     return radius.cpu(), bound.cpu()

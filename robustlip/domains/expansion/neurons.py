@@ -6,15 +6,25 @@ bends moves by at most ‖c_n‖·r + e (e: rounding), and all of z together by 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Scope
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Expansion, Scope
 from robustlip.domains.expansion.linear import AffineStep
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import spectral_norm_quick
+
+
+@dataclass(frozen=True)
+class NeuronWay:
+    """Of the linear way M to z = Wx + b: rows ≥ ‖c_nM‖ (N, n), gain ≥ ‖WM‖ (N,); before as in `Expansion.with_way`."""
+
+    rows: Tensor
+    gain: Tensor
+    before: Tensor
 
 
 class Neurons(Expansion):
@@ -30,9 +40,7 @@ class Neurons(Expansion):
     rows: Tensor
     z_norm: Tensor
     distance: Tensor
-    # (‖c_nM‖ (N, n), ‖WM‖ (N,), before) and with ε and ‖E‖ in front, once `learn_way` and `given` have told.
-    _shape: tuple[Tensor, Tensor, Tensor] | None = None
-    way: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+    way: NeuronWay | None = None
 
     def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, affine: AffineStep | None) -> None:
         self.scope, self.layer, self.whole = scope, layer, scope.whole if affine is None else affine.whole
@@ -67,39 +75,30 @@ class Neurons(Expansion):
         """As sigma, for changes in the scope's norm."""
         return 1.0 if self.affine is None else self.affine.gain
 
-    def forget(self) -> None:
-        self.way = None
+    def with_way(self, m: Tensor, before: Tensor) -> Self:
+        if self.affine is None or self.affine.matrix is None or self.reading is None:
+            return self
+        weight = self.affine.matrix
+        z = weight @ m  # (N, n, D₀)
+        p = z if self.reading is weight else self.reading @ m
+        lost = 2.0**-34 * torch.linalg.matrix_norm(weight) * torch.linalg.matrix_norm(m)
+        return self.replaced(way=NeuronWay(up(norm_up(p) + lost.unsqueeze(-1)), up(spectral_norm_quick(z) + lost), before))
 
-    def learn_way(self, m: Tensor, before: Tensor) -> None:
-        if self.affine is not None and self.affine.matrix is not None and self.reading is not None:
-            weight = self.affine.matrix
-            z = weight @ m  # (N, n, D₀)
-            p = z if self.reading is weight else self.reading @ m
-            lost = 2.0**-34 * torch.linalg.matrix_norm(weight) * torch.linalg.matrix_norm(m)
-            self._shape = (up(norm_up(p) + lost.unsqueeze(-1)), up(spectral_norm_quick(z) + lost), before)
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
+        part = super().at_rows(sample, position, arrived)
+        return part if self.affine is None else part.replaced(affine=self.affine.at_rows(sample, position, arrived))
 
-    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
-        if self._shape is not None:
-            rows, gain, before = self._shape
-            self.way = (epsilon, beyond, rows, gain, before)
-
-    def at_rows(self, sample: Tensor, position: Tensor) -> Self:
-        part = super().at_rows(sample, position)
-        assert isinstance(part, type(self))
-        part.affine = None if self.affine is None else self.affine.at_rows(sample, position)  # type: ignore[assignment]
-        return part
-
-    def reached(self, radius: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def reached(self, ball: Ball) -> tuple[Tensor, Tensor, Tensor]:
         """(≥ |Δp_n| (…, N, T, n), ≥ ‖Δz‖ (…, N, T), of both what is not linear in the change of x)."""
+        radius, way = ball.radius, self.way
         if self.affine is None:
             moved, fresh = radius, torch.zeros_like(radius)
         else:
-            moved, fresh = self.affine.parts(radius)
+            moved, fresh = self.affine.parts(ball)
         each = self.rows * radius.unsqueeze(-1) * (1 + 1e-12)
-        if self.way is not None and self.affine is not None:
-            epsilon, beyond, way_rows, way_gain, before = self.way
-            stray = before.unsqueeze(-1) * beyond + error
-            each = torch.minimum(each, up(way_rows.unsqueeze(-2) * epsilon.unsqueeze(-1) + self.rows * stray.unsqueeze(-1)))
-            moved = torch.minimum(moved, up(way_gain.unsqueeze(-1) * epsilon + self.affine.gain * stray))
+        if way is not None and ball.split is not None and self.affine is not None:
+            epsilon, stray = ball.split.epsilon, ball.stray(way.before)
+            each = torch.minimum(each, up(way.rows.unsqueeze(-2) * epsilon.unsqueeze(-1) + self.rows * stray.unsqueeze(-1)))
+            moved = torch.minimum(moved, up(way.gain.unsqueeze(-1) * epsilon + self.affine.gain * stray))
         whole = moved + fresh
         return torch.minimum(each + fresh.unsqueeze(-1), whole.unsqueeze(-1)), whole, fresh

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.normalization import CURVATURE, largest_gain, largest_shift, local_lipschitz, normalization_error, normalized
@@ -40,7 +40,8 @@ class NormalizationExpansion(Expansion):
             self.clean = self.clean + bias.detach().double()
         self.at_centre = local_lipschitz(layer, clean, 0.0)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radius = ball.radius
         gain = local_lipschitz(self.layer, self.input, radius)  # ‖γ‖_∞/s_min
         root = math.sqrt(self.width) * (1 + 1e-15)
         norm = self.largest * root + self.shift
@@ -52,10 +53,9 @@ class NormalizationExpansion(Expansion):
         # The sum of squares, and what comes out.
         fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square().clamp_min(norm))
         curve = 0.5 * CURVATURE / math.sqrt(self.width) * gain * inverse * radius.square()
-        if bounds is not None:
-            bounds += [up(curve), fresh, radius.amax(-1, keepdim=True)]
+        bounds: list[Pair] = [up(curve), fresh, radius.amax(-1, keepdim=True)] if remainder else []
         moved = torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh
-        return moved, up(self.at_centre * error + curve) + fresh
+        return Behind(moved, up(self.at_centre * ball.error + curve) + fresh, bounds)
 
     def lipschitz(self) -> Tensor | float:
         return 4 * self.at_centre.amax(-1)

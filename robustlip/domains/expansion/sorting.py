@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.domains.expansion.crossing import Crossing, Kinks
 from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.expansion.neurons import Neurons
@@ -105,29 +105,27 @@ class ReflectionExpansion(Neurons):
     def lipschitz(self) -> Tensor | float:
         return self.sigma
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        each, whole, fresh = self.reached(radius, error)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        each, whole, fresh = self.reached(ball)
         rounding = self._rounding(self.z_norm + whole)
         behind = up(whole) + rounding
-        if bounds is None:
-            return behind, error
-        curved = self._bend(radius, each, whole, fresh, bounds)
-        bounds += [fresh, rounding, radius.amax(-1, keepdim=True)]
-        return behind, up((self.sigma * error + fresh + curved) * (1 + 1e-12)) + rounding
+        if not remainder:
+            return Behind(behind, ball.error, [])
+        curved, bound = self._bend(ball.radius, each, whole, fresh)
+        error = up((self.sigma * ball.error + fresh + curved) * (1 + 1e-12)) + rounding
+        return Behind(behind, error, [bound, fresh, rounding, ball.radius.amax(-1, keepdim=True)])
 
-    def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor, bounds: list[Pair]) -> Tensor:
-        """‖R‖ (…, N, T) of all pairs together, and the bound of each appended. each ≥ |Δp|, whole ≥ ‖Δp‖; fresh: of what is not linear in Δx."""
+    def _bend(self, radius: Tensor, each: Tensor, whole: Tensor, fresh: Tensor) -> tuple[Tensor, Pair]:
+        """(‖R‖ (…, N, T) of all pairs together, the bound of each). each ≥ |Δp|, whole ≥ ‖Δp‖; fresh: of what is not linear in Δx."""
         near = (self.distance - self.unsure.unsqueeze(-1)).clamp_min(0.0)
         if self.together:
             kinks = Kinks(None, near, each, whole, height=2.0)
-            bounds.append(kinks)
-            return kinks.norm()
+            return kinks.norm(), kinks
         matrix = self.reading if self.scope.space == "l2" else None
         if matrix is not None and self.affine is not None:
             fresh = up(fresh + 2.0**-49 * self.affine.frobenius * radius)  # of the matrix as float64 has it
         bound = Crossing(None, None, near, each, whole, matrix, radius, fresh)
-        bounds.append(bound)
-        return torch.minimum(norm_up(bound.crossing), up(2 * bound.share * whole))
+        return torch.minimum(norm_up(bound.crossing), up(2 * bound.share * whole)), bound
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         omega = self.read(g)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Expansion, Pair, Scope, entry_of, expand, register, rows_of, token_norms
+from robustlip.domains.expansion.base import (
+    ADJOINT_SLACK,
+    Ball,
+    Behind,
+    Expansion,
+    Functionals,
+    Pair,
+    Scope,
+    Split,
+    entry_of,
+    expand,
+    register,
+    rows_of,
+    token_norms,
+)
 from robustlip.domains.expansion.convolution import Scaled
 from robustlip.domains.expansion.elementwise import ElementwiseExpansion
 from robustlip.domains.expansion.linear import AffineStep, Composed
@@ -39,8 +53,8 @@ class ToL2(Expansion):
         self.clean = clean
         self.factor = l2_factor(space, clean.shape[-1])
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        return radius * self.factor, error
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        return Behind(ball.radius * self.factor, ball.error, [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g, []
@@ -52,8 +66,8 @@ class Same(Expansion):
     def __init__(self, clean: Tensor, scope: Scope) -> None:
         self.clean, self.space, self.whole = clean, scope.space, scope.whole
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        return radius, error
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        return Behind(ball.radius, ball.error, [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g, []
@@ -74,7 +88,10 @@ def shape_of(part: Expansion) -> tuple[int, ...]:
 
 
 class ChainExpansion(Expansion):
-    """Layers one after the other; an affine step and the functions of its numbers behind it are expanded together."""
+    """Layers one after the other; an affine step and the functions of its numbers behind it are expanded together.
+
+    way_lost: what float64 lost of the way, layer by layer, per unit of ε (N,); None before `with_way`.
+    """
 
     way_lost: Tensor | None = None
 
@@ -117,47 +134,42 @@ class ChainExpansion(Expansion):
             i += 1
         self.clean, self.space, self.whole = clean, space, whole
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        bounds: list[Pair] = []
         for part in self.parts:
-            radius, error = part.advance(radius, error, bounds)
-        return radius, error
+            behind = part.advance(ball, remainder)
+            bounds += behind.bounds
+            ball = Ball(behind.radius, behind.error, ball.weight_radius, self._split_behind(ball.split))
+        return Behind(ball.radius, ball.error, bounds)
+
+    def _split_behind(self, split: Split | None) -> Split | None:
+        """What is known of the change in front of a part, of that in front of the next."""
+        if split is None or self.way_lost is None:
+            return split
+        return Split(split.epsilon, split.beyond + self.way_lost.unsqueeze(-1) * split.epsilon)
 
     @property
     def shaped(self) -> bool:
         return any(part.shaped for part in self.parts)
 
-    def learn_way(self, m: Tensor, before: Tensor) -> None:
-        self.way_lost = None
+    def with_way(self, m: Tensor, before: Tensor) -> Self:
+        parts, way_lost = list(self.parts), None
         for i, part in enumerate(self.parts):
-            part.learn_way(m, before)
+            parts[i] = part.with_way(m, before)
             if not any(later.shaped for later in self.parts[i + 1 :]):
-                return
+                break
             # What float64 lost of J·M is measured against M, the largest so far: a J may nearly annihilate it.
             lost = 2.0**-34 * torch.linalg.matrix_norm(m)
-            self.way_lost = lost if self.way_lost is None else torch.maximum(self.way_lost, lost)
+            way_lost = lost if way_lost is None else torch.maximum(way_lost, lost)
             m, before = part.jacobian() @ m, before * part.lipschitz()
+        return self.replaced(parts=parts, way_lost=way_lost)
 
-    def functionals(self) -> Tensor | None:
+    def functionals(self) -> Functionals | None:
         return self.parts[0].functionals() if self.parts else None
-
-    def known(self, products: Tensor) -> None:
-        if self.parts:
-            self.parts[0].known(products)
-
-    def forget(self) -> None:
-        for part in self.parts:
-            part.forget()
-
-    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
-        for part in self.parts:
-            part.given(epsilon, beyond)
-            beyond = beyond if self.way_lost is None else beyond + self.way_lost.unsqueeze(-1) * epsilon
 
     def then(self, part: Expansion) -> ChainExpansion:
         """This chain with one more part behind it."""
-        chain = copy.copy(self)
-        chain.parts, chain.clean, chain.space, chain.whole = [*self.parts, part], part.clean, part.space, part.whole
-        return chain
+        return self.replaced(parts=[*self.parts, part], clean=part.clean, space=part.space, whole=part.whole)
 
     def lipschitz(self) -> Tensor | float:
         gain: Tensor | float = 1.0
@@ -165,11 +177,13 @@ class ChainExpansion(Expansion):
             gain = gain * part.lipschitz()
         return gain
 
-    def at_rows(self, sample: Tensor, position: Tensor) -> ChainExpansion:
-        chain = copy.copy(self)
-        chain.parts = [part.at_rows(sample, position) for part in self.parts]
-        chain.clean = rows_of(self.clean, sample, position)
-        return chain
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Self:
+        parts: list[Expansion] = []
+        for part in self.parts:
+            if parts:
+                arrived = self.parts[len(parts) - 1].advance(Ball.of(arrived), remainder=False).radius
+            parts.append(part.at_rows(sample, position, arrived))
+        return self.replaced(parts=parts, clean=rows_of(self.clean, sample, position))
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         groups: list[list[Pair]] = []
@@ -199,30 +213,22 @@ class ResidualExpansion(Expansion):
         self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
         self.clean = layer.skip * clean + layer.weight * self.branch.clean
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        inner, inner_error = self.branch.advance(radius, error, bounds)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radius = ball.radius
+        inner, inner_error, bounds = self.branch.advance(ball, remainder)
         skip, weight = abs(self.skip), abs(self.weight)
         sizes = (self.norm + radius, self.branch_norm + inner)
         fresh, norm = weighted_sum_error((skip, weight), sizes, self.clean.shape[-1], self.scope)
         fresh = self.scope.fits(up(fresh), norm)
-        if bounds is not None:
-            bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return up(skip * radius + weight * inner) + fresh, up(skip * error + weight * inner_error) + fresh
+        if remainder:
+            bounds = [*bounds, fresh, radius.amax(-1, keepdim=True)]
+        return Behind(up(skip * radius + weight * inner) + fresh, up(skip * ball.error + weight * inner_error) + fresh, bounds)
 
-    def learn_way(self, m: Tensor, before: Tensor) -> None:
-        self.branch.learn_way(m, before)
+    def with_way(self, m: Tensor, before: Tensor) -> Self:
+        return self.replaced(branch=self.branch.with_way(m, before))
 
-    def given(self, epsilon: Tensor, beyond: Tensor) -> None:
-        self.branch.given(epsilon, beyond)
-
-    def functionals(self) -> Tensor | None:
+    def functionals(self) -> Functionals | None:
         return self.branch.functionals()
-
-    def known(self, products: Tensor) -> None:
-        self.branch.known(products)
-
-    def forget(self) -> None:
-        self.branch.forget()
 
     @property
     def shaped(self) -> bool:
@@ -231,11 +237,8 @@ class ResidualExpansion(Expansion):
     def lipschitz(self) -> Tensor | float:
         return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()
 
-    def at_rows(self, sample: Tensor, position: Tensor) -> Expansion:
-        part = super().at_rows(sample, position)
-        assert isinstance(part, ResidualExpansion)
-        part.branch = self.branch.at_rows(sample, position)
-        return part
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
+        return super().at_rows(sample, position, arrived).replaced(branch=self.branch.at_rows(sample, position, arrived))
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
@@ -257,12 +260,10 @@ class AddPositionsExpansion(Expansion):
         self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
         self.norm = norm_up(self.clean)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        fresh = shift_error(self.norm + radius, self.clean.shape[-1], self.scope)
-        fresh = self.scope.fits(up(fresh), self.norm + radius)
-        if bounds is not None:
-            bounds.append(fresh)
-        return radius + fresh, error + fresh
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        norm = self.norm + ball.radius
+        fresh = self.scope.fits(up(shift_error(norm, self.clean.shape[-1], self.scope)), norm)
+        return Behind(ball.radius + fresh, ball.error + fresh, [fresh] if remainder else [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g, [token_norms(g)]
@@ -277,12 +278,12 @@ class MeanTokensExpansion(Expansion):
         self.norm = norm_up(clean)
         self.clean = clean.mean(1, keepdim=True)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radius = ball.radius
         largest = (self.norm + radius).amax(-1, keepdim=True)
         fresh = self.scope.fits(up(mean_error(largest, self.tokens, self.clean.shape[-1], self.scope)), largest * self.tokens)
-        if bounds is not None:
-            bounds += [fresh, radius.amax(-1, keepdim=True)]
-        return up(radius.mean(-1, keepdim=True)) + fresh, up(error.mean(-1, keepdim=True)) + fresh
+        bounds: list[Pair] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
+        return Behind(up(radius.mean(-1, keepdim=True)) + fresh, up(ball.error.mean(-1, keepdim=True)) + fresh, bounds)
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         norms = token_norms(g)
@@ -299,9 +300,9 @@ class FlattenExpansion(Expansion):
         self.space, self.shape = scope.space, clean.shape[1:]
         self.clean = clean.flatten(1).unsqueeze(1)
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        joined = up(torch.linalg.vector_norm(radius, ord=order_of(self.space), dim=-1, keepdim=True) * (1 + 1e-12))
-        return joined, up(torch.linalg.vector_norm(error, dim=-1, keepdim=True) * (1 + 1e-12))
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        joined = up(torch.linalg.vector_norm(ball.radius, ord=order_of(self.space), dim=-1, keepdim=True) * (1 + 1e-12))
+        return Behind(joined, up(torch.linalg.vector_norm(ball.error, dim=-1, keepdim=True) * (1 + 1e-12)), [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.squeeze(-2).unflatten(-1, self.shape), []
@@ -313,9 +314,9 @@ class ToTokens(Expansion):
     def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
         self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        shape = (*radius.shape[:-1], self.clean.shape[1])
-        return radius.expand(shape), error.expand(shape)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        shape = (*ball.radius.shape[:-1], self.clean.shape[1])
+        return Behind(ball.radius.expand(shape), ball.error.expand(shape), [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.flatten(-2).unsqueeze(-2), []
@@ -331,9 +332,9 @@ class PatchifyExpansion(Expansion):
         self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
         self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
-        shape = (*radius.shape[:-1], self.clean.shape[1])
-        return radius.expand(shape), error.expand(shape)
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        shape = (*ball.radius.shape[:-1], self.clean.shape[1])
+        return Behind(ball.radius.expand(shape), ball.error.expand(shape), [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         (c, h, w), p = self.shape, self.patch
@@ -372,7 +373,8 @@ class NormalizeExpansion(Expansion):
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
         self.factor = l2_factor(scope.space, clean.shape[-1])
 
-    def advance(self, radius: Tensor, error: Tensor, bounds: list[Pair] | None) -> tuple[Tensor, Tensor]:
+    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+        radius = ball.radius
         reach = self.reach + self.factor * radius
         size = self.gain * reach
         root = math.sqrt(self.clean.shape[-1])
@@ -380,10 +382,9 @@ class NormalizeExpansion(Expansion):
         fresh = standardize_error(size, self.gain, self.clean.shape[-1], self.scope)
         # The difference has to fit before it is divided.
         fresh = self.scope.divided(self.scope.fits(up(fresh), torch.maximum(size, reach)), self.smallest)
-        if bounds is not None:
-            bounds += [fresh, radius.amax(-1, keepdim=True)]
+        bounds: list[Pair] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
-        return moved, up(self.gain * error) + fresh
+        return Behind(moved, up(self.gain * ball.error) + fresh, bounds)
 
     def lipschitz(self) -> Tensor | float:
         return self.gain
