@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import robustlip
 from robustlip.attacks import MinimumRadius
 from robustlip.certifiers.constants import constants_of
-from robustlip.domains.expansion import ChainExpansion, Scope, expand
+from robustlip.domains.expansion import Ball, ChainExpansion, Scope, expand
 from robustlip.domains.expansion.dual import Rivals
 from robustlip.domains.expansion.linear import AffineStep
 from robustlip.domains.expansion.local import reference_of
@@ -83,7 +83,7 @@ def test_linear_convnets_have_their_exact_radius(name, norm) -> None:
     y = model(x).argmax(-1)
     exact, _ = exact_radii(model, x, y, norm)
     reference = reference_of(model, x, y, InputBall(norm), Context(torch.float64, constants_of(model)[1]))
-    rivals = Rivals(reference, y, exact.argsort(-1)[:, :3].T)
+    rivals = Rivals.of(reference, y, exact.argsort(-1)[:, :3].T)
     for factor, held in ((1 - 1e-6, True), (1 + 1e-6, False)):
         assert bool(((rivals.losses(reference, exact.amin(-1) * factor) < rivals.margin).all(-1) == held).all())
     radius = robustlip.certify(model, x, y, InputBall(norm), "dual").radius
@@ -277,9 +277,9 @@ def test_composed_steps_lose_what_both_lose() -> None:
     both = ChainExpansion([conv, norm], x, Scope(context, "l2", SHAPE)).parts[0]
     assert isinstance(second, AffineStep) and isinstance(both, AffineStep)
     radius = torch.full((3, 1), 0.1, dtype=torch.float64)
-    moved, lost = first.parts(radius)
-    after, more = second.parts(moved + lost)
-    whole, fresh = both.parts(radius)
+    moved, lost = first.parts(Ball.of(radius))
+    after, more = second.parts(Ball.of(moved + lost))
+    whole, fresh = both.parts(Ball.of(radius))
     assert bool((fresh >= second.sigma * lost + more).all()) and bool((whole >= second.sigma * moved).all())
     assert bool((whole + fresh <= (after + more) * (1 + 1e-9)).all())
     g = torch.randn(2, 3, 1, both.clean.shape[-1], dtype=torch.float64)
