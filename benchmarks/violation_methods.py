@@ -61,7 +61,7 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 NEAR = 1.02
 FAMILIES = ("mlp", "climbed-mlp", "gpt", "mlp-tight", "climbed-gpt", "conv", "joined", "zoo", "transformer", "mlp-residual", "gpt-worst")
-MORE = ("gpt-maxmin", "climbed-gpt-maxmin")  # only when named with --families
+MORE = ("gpt-maxmin", "climbed-gpt-maxmin", "convnet")  # only when named with --families
 # Half precision leaves most small margins without a radius: it comes once in a while.
 DTYPES = (torch.float32, torch.float64, torch.float32, torch.float16, torch.float32, torch.bfloat16)
 # Samples of one unit for each method; what a sample costs differs by a factor of a thousand.

@@ -46,7 +46,7 @@ from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")
-MORE = ("gpt-aligned", "gpt-maxmin", "joined")  # only when named with --families
+MORE = ("gpt-aligned", "gpt-maxmin", "joined", "convnet")  # only when named with --families
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Draw = torch.Generator
 
@@ -241,6 +241,39 @@ def conv(g: Draw) -> tuple[Chain, Tensor]:
     return randomised(model, g), vectors(g, 1024, 2, 6, 6)
 
 
+def convnet(g: Draw) -> tuple[Chain, Tensor]:
+    """Convolutions with all their options, batch norm, pools and joins of images; stages large enough to be maps for crown and ibp."""
+    options: dict[str, Any] = pick(
+        g, ({"padding": 1}, {"padding": "same"}, {"padding": 2, "stride": 2}, {"groups": 2, "padding": 1}, {"dilation": 2}, {"padding": (2, 1)})
+    )
+    mode = pick(g, ("zeros", "zeros", "circular", "replicate", "reflect")) if "padding" in options else "zeros"
+    layers: list[nn.Module] = [nn.Conv2d(2, 8, pick(g, (2, 3, 4)), padding_mode=mode, bias=pick(g, (True, False)), **options)]
+
+    def act() -> nn.Module:
+        return pick(g, (nn.ReLU, nn.ReLU, nn.Tanh, nn.GELU, MaxMin, nn.SiLU, lambda: GroupSort(2)))()
+
+    def branch() -> nn.Module:
+        parts = [nn.Conv2d(8, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if number(g, 0, 1) < 0.5 else []), act(), nn.Conv2d(8, 8, 1)]
+        return nn.Sequential(*parts[: pick(g, (1, len(parts)))])
+
+    layers += [nn.BatchNorm2d(8)] if number(g, 0, 1) < 0.4 else []
+    layers.append(act())
+    for _ in range(pick(g, (0, 1, 1))):
+        joins = (
+            lambda: Sum(branch(), branch(), weights=(pick(g, (1.0, -0.7)), 0.5)), lambda: Residual(branch(), skip=pick(g, (1.0, 0.5))),
+            lambda: Concatenate(nn.Sequential(branch(), Channels(1, 5)), Channels(4, 8)), branch,
+        )  # fmt: skip
+        layers += [pick(g, joins)(), act()]
+    layers += pick(g, ([], [nn.AvgPool2d(2)], [nn.MaxPool2d(2)], [nn.MaxPool2d(3, 1, 1)], [nn.AvgPool2d(3, 2, 1)], [nn.AdaptiveAvgPool2d(1)]))
+    with torch.no_grad():
+        for layer in (m for part in layers for m in part.modules() if isinstance(m, nn.BatchNorm2d)):
+            layer.running_mean.copy_(torch.randn(8, generator=g))
+            layer.running_var.copy_(0.05 + 3 * torch.rand(8, generator=g))
+        behind = nn.Sequential(*layers).eval()(torch.zeros(1, 2, 9, 8))
+    layers += [nn.Flatten(), nn.Linear(behind.numel(), pick(g, (2, 4)))]
+    return randomised(Chain(*layers), g), vectors(g, 512, 2, 9, 8)
+
+
 @functools.cache
 def digits() -> Tensor:
     return load_data("digits").x
@@ -261,7 +294,7 @@ def from_zoo(g: Draw, name: str | None = None) -> tuple[Chain, Tensor]:
 
 BUILD = dict(zip(
     FAMILIES + MORE,
-    (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin, joined),
+    (mlp, mlp_residual, mlp_tight, gpt, gpt_worst, transformer, conv, from_zoo, gpt_aligned, gpt_maxmin, joined, convnet),
     strict=True,
 ))
 

@@ -297,7 +297,7 @@ class Series(LinearMap):
 
     @property
     def device(self) -> torch.device:
-        return self.maps[0].device
+        return next((m.device for m in self.maps if m.device.type != "cpu"), torch.device("cpu"))  # means have no tensors
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
         for m in self.maps:
