@@ -18,9 +18,11 @@ from robustlip.certifiers import lipschitz_bound
 from robustlip.domains.norms import Context, State, run_rules
 from robustlip.errors import BadInput
 from robustlip.layers import (
+    Abs,
     AddPositions,
     Attention,
     Chain,
+    Clamp,
     GroupSort,
     Householder,
     MaxMin,
@@ -31,6 +33,7 @@ from robustlip.layers import (
     as_chain,
 )
 from robustlip.numerics.spectral import spectral_norm_bound
+from robustlip.ops import elementwise_of
 
 UNITS = ("l2", "rms")
 GELU_DIVISOR = 1.1289  # of the published code
@@ -198,7 +201,9 @@ def newhouse2025(model: nn.Module, repair: Collection[int] = ()) -> Claim:
 
 
 _TAKEN_AS_ONE = (
-    nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, MaxMin, GroupSort, Householder, nn.Flatten, nn.Identity, nn.Dropout, MeanTokens, AddPositions,
+    nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.Mish,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.ReLU6, nn.Softshrink, Abs, Clamp, MaxMin, GroupSort, Householder, nn.Flatten, nn.Identity,
+    nn.Dropout, MeanTokens, AddPositions,
 )  # fmt: skip
 
 
@@ -218,6 +223,8 @@ def _product(layer: nn.Module) -> float:
         return 1 / float(layer.get_buffer("std").double().min())
     if type(layer) is ScaledGELU:
         return 1 / layer.divisor
+    if type(layer) in (nn.LeakyReLU, nn.PReLU):
+        return elementwise_of(layer).steepest
     if type(layer) in _TAKEN_AS_ONE:
         return 1.0
     raise BadInput(f"expected layers that the formula product speaks of, got {type(layer).__name__}; audit with --formula ours or --claim")

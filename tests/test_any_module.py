@@ -442,7 +442,7 @@ def foreign(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
         "import torch\nfrom torch import nn\n\n\n"
         "class Scaled(nn.Module):\n    def __init__(self):\n        super().__init__()\n        torch.manual_seed(0)\n"
         "        self.body = nn.Linear(64, 10)\n\n    def forward(self, x):\n        return {'logits': self.body(x.flatten(1))}\n\n\n"
-        "def make():\n    return Scaled()\n\n\ninstance = Scaled()\nno_rule = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softsign())\n"
+        "def make():\n    return Scaled()\n\n\ninstance = Scaled()\nno_rule = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.RReLU())\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -486,13 +486,13 @@ def test_what_cannot_be_certified_is_a_row_with_its_reason(foreign, capsys) -> N
     assert ended.value.code == 0
     rows = {(row["model"], row["threat"]): row for row in json.loads((foreign / "out.json").read_text())["rows"]}
     assert len(rows) == 4
-    for model, reason in (("foreign_models:instance", "Scaled"), ("foreign_models:no_rule", "Softsign")):
+    for model, reason in (("foreign_models:instance", "Scaled"), ("foreign_models:no_rule", "RReLU")):
         row = rows[model, "l2"]
         assert row["certified_accuracy_1"] == 0 and 0 <= row["attacked_accuracy_2"] <= row["clean_accuracy"] and reason in row["not_certified"]
         assert row["median_attacked_radius"] is None or row["median_attacked_radius"] > 0
     for name in ("run/table.md", "run/report.html", "run/table.tex"):
         text = (foreign / name).read_text()
-        assert "certified 0" in text and "Softsign" in text, name
+        assert "certified 0" in text and "RReLU" in text, name
     capsys.readouterr()
 
 

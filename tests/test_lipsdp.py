@@ -53,6 +53,8 @@ def householder(width: int) -> Householder:
 ACTIVATIONS = {
     "relu": lambda width: nn.ReLU(), "tanh": lambda width: nn.Tanh(), "sigmoid": lambda width: nn.Sigmoid(), "gelu": lambda width: nn.GELU(),
     "gelu-tanh": lambda width: nn.GELU("tanh"), "scaled-gelu": lambda width: ScaledGELU(2.0), "silu": lambda width: nn.SiLU(),
+    "leaky": lambda width: nn.LeakyReLU(-0.5), "leaky-steep": lambda width: nn.LeakyReLU(2.0), "identity": lambda width: nn.LeakyReLU(1.0),
+    "hardswish": lambda width: nn.Hardswish(), "selu": lambda width: nn.SELU(),
     "maxmin": lambda width: MaxMin(), "groupsort2": lambda width: GroupSort(2), "groupsort3": lambda width: GroupSort(3),
     "groupsort6": lambda width: GroupSort(6), "householder": householder,
 }  # fmt: skip

@@ -35,10 +35,12 @@ from robustlip.domains.expansion.local import reference_of, search
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import (
+    Abs,
     AddPositions,
     Attention,
     Chain,
     Channels,
+    Clamp,
     Concatenate,
     MaxMin,
     MeanTokens,
@@ -174,6 +176,19 @@ CASES = {
     "linear-l1": vector(lambda: nn.Linear(D, 5), "l1"),
     "relu": Case(nn.ReLU), "gelu": Case(nn.GELU), "gelu-tanh": Case(lambda: nn.GELU("tanh")), "scaled-gelu": Case(lambda: ScaledGELU(0.5)),
     "tanh": Case(nn.Tanh), "sigmoid": Case(nn.Sigmoid), "silu": Case(nn.SiLU),
+    "leaky": Case(nn.LeakyReLU), "leaky-falls": Case(lambda: nn.LeakyReLU(-0.5)), "leaky-steep": Case(lambda: nn.LeakyReLU(2.0)),
+    "prelu": Case(lambda: nn.PReLU(init=-0.7)), "abs": Case(Abs), "clamp": Case(lambda: Clamp(-0.7, 0.9)),
+    "threshold": Case(lambda: nn.Threshold(0.3, 0.3)),
+    "hardtanh": Case(nn.Hardtanh), "relu6": Case(nn.ReLU6, size=4.0), "hardsigmoid": Case(nn.Hardsigmoid, size=3.0),
+    "softshrink": Case(nn.Softshrink),
+    "hardshrink": Case(lambda: nn.Hardshrink(0.0)), "elu": Case(nn.ELU), "elu-steep": Case(lambda: nn.ELU(2.5)),
+    "elu-falls": Case(lambda: nn.ELU(-1.5)),
+    "celu": Case(lambda: nn.CELU(0.3)), "selu": Case(nn.SELU), "softplus": Case(lambda: nn.Softplus(3.0)), "logsigmoid": Case(nn.LogSigmoid),
+    "softsign": Case(nn.Softsign), "tanhshrink": Case(nn.Tanhshrink), "mish": Case(nn.Mish), "hardswish": Case(nn.Hardswish, size=3.0),
+    "linear-leaky": Case(fused(lambda: nn.LeakyReLU(-0.5))), "linear-hardtanh": Case(fused(nn.Hardtanh)),
+    "linear-softshrink": Case(fused(nn.Softshrink)),
+    "linear-elu": Case(fused(lambda: nn.ELU(2.5))), "linear-selu-linf": vector(fused(nn.SELU), "linf"), "linear-abs-l1": vector(fused(Abs), "l1"),
+    "linear-hardswish": Case(fused(nn.Hardswish, 6.0)), "linear-softplus": Case(fused(nn.Softplus)), "linear-mish": Case(fused(nn.Mish)),
     "linear-relu": Case(fused(nn.ReLU)), "linear-gelu": Case(fused(nn.GELU)), "linear-gelu-tanh": Case(fused(lambda: nn.GELU("tanh"))),
     "linear-scaled-gelu": Case(fused(ScaledGELU)), "linear-tanh": Case(fused(nn.Tanh)), "linear-sigmoid": Case(fused(nn.Sigmoid)),
     "linear-silu": Case(fused(nn.SiLU)), "linear-gelu-steep": Case(fused(nn.GELU, 20.0)),
@@ -232,6 +247,27 @@ RADII = (1e-4, 1e-2, 0.3, 3.0, 100.0)
 def case_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[Case, nn.Module]:
     torch.manual_seed(3)
     return CASES[name], CASES[name].build().to(dtype).requires_grad_(False).eval()
+
+
+class Hardsigmoid(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6
+
+
+class CELU(nn.Module):
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, self.alpha * torch.expm1(x.clamp_max(0.0) / self.alpha))
+
+
+def differentiable(layer: nn.Module) -> nn.Module:
+    """The same function with derivatives in float64: torch's own of these two keep float32 numbers in whatever dtype."""
+    if type(layer) is nn.Hardsigmoid:
+        return Hardsigmoid()
+    return CELU(layer.alpha) if type(layer) is nn.CELU else layer
 
 
 def expanded(case: Case, layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64) -> ChainExpansion:
@@ -328,6 +364,7 @@ def test_what_an_expansion_promises_is_never_exceeded(name) -> None:
     case, layer = case_of(name)
     x = samples(case)
     expansion = expanded(case, layer, x)
+    layer = differentiable(layer)
 
     def function(v: Tensor) -> Tensor:
         return layer(v.reshape(len(v), *case.shape)).reshape(len(v), *expansion.clean.shape[1:])
@@ -386,7 +423,7 @@ def test_adjoints_are_those_of_autograd(name) -> None:
     g = torch.randn(2, *expansion.clean.shape, dtype=torch.float64)
     found, _ = expansion.adjoint(g)
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        out = seen(expansion.clean, layer(x))
+        out = seen(expansion.clean, differentiable(layer)(x))
         for i in range(2):
             (wanted,) = torch.autograd.grad(out, x, g[i], retain_graph=True)
             torch.testing.assert_close(found[i], tokens(case, wanted), rtol=1e-9, atol=1e-9)
@@ -409,7 +446,7 @@ def test_rounding_as_executed_is_covered(name, dtype) -> None:
     change = seen(expansion.clean, layer(moved)) - expansion.clean
     # NaN: a bound that overflowed, which no search takes for feasible.
     assert not bool((change.norm(dim=-1) > behind).any())
-    twin = copy.deepcopy(layer).double()
+    twin = differentiable(copy.deepcopy(layer).double())
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         _, pushed = torch.func.jvp(lambda z: seen(expansion.clean, twin(z)), (x.double(),), (moved.double() - x.double(),))
     rest = change - pushed
@@ -511,7 +548,13 @@ def test_a_remainder_reaches_all_layers_behind(monkeypatch) -> None:
         clean, moved = part(clean), part(moved)
 
 
-@pytest.mark.parametrize("activation", [nn.GELU(), ScaledGELU(0.7), nn.Tanh(), nn.ReLU(), MaxMin(), GroupSort(), Householder(D)])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.GELU(), ScaledGELU(0.7), nn.Tanh(), nn.ReLU(), MaxMin(), GroupSort(), Householder(D), nn.LeakyReLU(-0.5), nn.LeakyReLU(2.0), nn.Hardtanh(),
+        nn.ELU(2.5), nn.SELU(), nn.Softshrink(),
+    ],
+)  # fmt: skip
 def test_neurons_of_single_tokens_bend_one_way(activation) -> None:
     """Where every neuron has a curvature of its own, which counts with its sign: adjoints are turned against what was found."""
     torch.manual_seed(4)

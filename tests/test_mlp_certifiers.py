@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 
 import mpmath
 import pytest
 import torch
-from curves import CURVES
+from curves import ACTIVATIONS, CURVES, DIGITS
 from torch import nn
 
 from robustlip.attacks import by_name
@@ -20,7 +21,7 @@ from robustlip.domains.lines import dense as network_module
 from robustlip.domains.lines.crown import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
 from robustlip.domains.lines.dense import network_of
 from robustlip.domains.lines.radii import Problem
-from robustlip.domains.lines.relaxations import RELU, Relu, Smooth, curve_of
+from robustlip.domains.lines.relaxations import RELU, Pieces, Relu, Smooth, curve_of
 from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import GlobalBound, global_radii
@@ -29,8 +30,9 @@ from robustlip.domains.quadratic import sdp_applies, sdp_radii
 from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
 from robustlip.domains.quadratic.multipliers import Search, clean_gradients
 from robustlip.errors import BadInput
-from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Householder, MaxMin, Normalize, Residual, ScaledGELU, Sum, as_chain
+from robustlip.layers import Abs, Chain, Channels, Clamp, Concatenate, GroupSort, Householder, MaxMin, Normalize, Residual, ScaledGELU, Sum, as_chain
 from robustlip.models import LipschitzGPT, LipschitzMLP
+from robustlip.ops import elementwise_of
 from robustlip.ops.maps import mapped_layers
 from robustlip.threats import EmbeddingBall, InputBall
 
@@ -74,6 +76,12 @@ MODELS = {
     "tanh": (lambda: nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 4)), (6,), 3.0),
     "sigmoid": (lambda: nn.Sequential(nn.Linear(6, 20), nn.Sigmoid(), nn.Linear(20, 4)), (6,), 4.0),
     "silu": (lambda: nn.Sequential(nn.Linear(6, 20), nn.SiLU(), nn.Linear(20, 12), nn.SiLU(), nn.Linear(12, 4)), (6,), 3.0),
+    "leaky": (lambda: nn.Sequential(nn.Linear(6, 20), nn.LeakyReLU(-0.3), nn.Linear(20, 12), nn.LeakyReLU(0.05), nn.Linear(12, 4)), (6,), 2.0),
+    "clamps": (lambda: nn.Sequential(nn.Linear(6, 16), nn.Hardtanh(), nn.Linear(16, 12), Clamp(-0.2, 0.9), nn.Linear(12, 4)), (6,), 2.0),
+    "pieces": (lambda: nn.Sequential(nn.Linear(6, 16), Abs(), nn.Linear(16, 12), nn.Softshrink(0.3), nn.Linear(12, 4)), (6,), 1.5),
+    "elu": (lambda: nn.Sequential(nn.Linear(6, 20), nn.ELU(2.0), nn.Linear(20, 12), nn.SELU(), nn.Linear(12, 4)), (6,), 2.0),
+    "softplus": (lambda: nn.Sequential(nn.Linear(6, 20), nn.Softplus(3.0), nn.Linear(20, 12), nn.Mish(), nn.Linear(12, 4)), (6,), 2.0),
+    "hardswish": (lambda: nn.Sequential(nn.Linear(6, 20), nn.Hardswish(), nn.Linear(20, 12), nn.Softsign(), nn.Linear(12, 4)), (6,), 3.0),
     "maxmin": (lambda: nn.Sequential(nn.Linear(6, 16), MaxMin(), nn.Linear(16, 12), GroupSort(2), nn.Linear(12, 4)), (6,), 2.0),
     "residual": (
         lambda: nn.Sequential(nn.Linear(6, 9), Residual.convex(nn.Sequential(nn.Linear(9, 14), nn.ReLU(), nn.Linear(14, 9)), 0.4), nn.Linear(9, 4)),
@@ -271,7 +279,13 @@ def test_every_rivals_bound_is_below_every_margin_in_the_ball(name, norm) -> Non
             assert bool((bounds["crown"] > seen - 0.3 * (1 + seen.abs())).all())
 
 
-@pytest.mark.parametrize("kind", [nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU, lambda: nn.LeakyReLU(-0.4), lambda: nn.LeakyReLU(1.8), nn.Hardtanh, nn.Softshrink, Abs, nn.ELU, nn.SELU,
+        nn.Softplus, nn.Hardswish, nn.Mish, nn.Softsign,
+    ],
+)  # fmt: skip
 def test_bounds_on_a_line_are_below_every_point_of_it(kind) -> None:
     """One input and few neurons: 2001 points are the whole ball. CROWN alone, without the interval's bound that could hide its faults."""
     tight = []
@@ -422,46 +436,40 @@ def test_boxes_hold_every_activation_of_the_ball(name, norm) -> None:
 
 
 def in_digits(name: str, z: float) -> mpmath.mpf:
-    z = mpmath.mpf(z)
-    if name == "relu":
-        return max(z, mpmath.mpf(0))
-    if name == "tanh":
-        return mpmath.tanh(z)
-    if name == "sigmoid":
-        return 1 / (1 + mpmath.exp(-z))
-    if name == "silu":
-        return z / (1 + mpmath.exp(-z))
-    if name == "gelu-none":
-        return z * mpmath.ncdf(z)
-    return z / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf(0.044715) * z**3)))
+    return DIGITS[name](mpmath.mpf(z))
 
 
-INTERVALS = [(-0.3, 0.4), (-3.0, 2.0), (0.1, 0.2), (-1.5, -1.2), (-9.0, 11.0), (-0.7517, -0.7516), (1.0, 1.0), (-2.0, -0.5), (-40.0, 0.01)]
+INTERVALS = [
+    (-0.3, 0.4), (-3.0, 2.0), (0.1, 0.2), (-1.5, -1.2), (-9.0, 11.0), (-0.7517, -0.7516), (1.0, 1.0), (-2.0, -0.5), (-40.0, 0.01), (-3.4, -2.9),
+    (2.8, 3.1), (-0.9, 2.2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_lines_bands_and_slopes_hold_in_forty_digits(name) -> None:
     curve = CURVES[name]
+    flat, steep = elementwise_of(ACTIVATIONS[name][0]).slope
     with mpmath.workdps(40):
         for a, b in INTERVALS:
             low, high = (torch.tensor([v], dtype=torch.float64) for v in (a, b))
             s, t, upper, above = (float(v) for v in curve.lines(low, high))
             below, top = (float(v) for v in curve.band(low, high))
             centres = [torch.tensor([share * a + (1 - share) * b], dtype=torch.float64) for share in (0.7, 0.2)]
-            steeps = [[float(v) for v in curve.slopes((centre, centre), low, high)] for centre in centres]
+            secants = [[float(v) for v in curve.slopes((centre, centre), low, high)] for centre in centres]
             slack = 0.0
             for i in range(301):
                 z = a + (b - a) * i / 300 if i < 300 else b
                 value = in_digits(name, z)
                 assert mpmath.mpf(s) * mpmath.mpf(z) + mpmath.mpf(t) <= value <= mpmath.mpf(upper) * mpmath.mpf(z) + mpmath.mpf(above), (a, b, z)
                 assert below <= value <= top, (a, b, z)
-                for centre, steep in zip(centres, steeps, strict=True):
+                for centre, (least, most) in zip(centres, secants, strict=True):
                     if abs(z - float(centre)) > 1e-3:
                         secant = (value - in_digits(name, float(centre))) / (mpmath.mpf(z) - mpmath.mpf(float(centre)))
-                        assert steep[0] <= secant <= steep[1], (a, b, z)
+                        assert least <= secant <= most, (a, b, z)
                 slack = max(slack, float(mpmath.mpf(upper) * mpmath.mpf(z) + mpmath.mpf(above) - value))
             if b - a < 1:
-                assert slack < 0.3 * (b - a) + 1e-9  # lines that say nothing would pass
+                share = 0.45 if isinstance(curve, Pieces) else 0.3
+                assert slack < share * max(1.0, steep - flat) * (b - a) + 1e-9  # lines that say nothing would pass
 
 
 def test_slopes_from_an_uncertain_centre_hold_from_all_of_it() -> None:
@@ -484,16 +492,59 @@ def test_curvature_and_minimum_are_those_of_forty_digits(name) -> None:
         second = lambda z: mpmath.diff(lambda t: in_digits(name, t), z, 2)  # noqa: E731
         first = lambda z: mpmath.diff(lambda t: in_digits(name, t), z)  # noqa: E731
         grid = [mpmath.mpf(i) / 40 for i in range(-320, 321)]
+        kinks = [0.0, *[place for place, _, _ in curve.kinks]]  # at 0 some second derivatives jump, or are largest
+        grid = [z for z in grid if all(abs(z - k) > 1e-9 for k in kinks)] + [mpmath.mpf(k + side * 1e-6) for k in kinks for side in (-1, 1)]
         top = max(abs(second(z)) for z in grid)
         assert top <= curve.curvature <= float(top) * 1.01
         assert max(abs(first(z)) for z in grid) <= curve.lipschitz
         if curve.lowest is not None:
-            place = mpmath.findroot(first, curve.lowest[0])
+            place = curve.lowest[0] if curve.lowest[0] in kinks else mpmath.findroot(first, curve.lowest[0])
             assert abs(place - curve.lowest[0]) < 1e-4 and curve.lowest[1] <= in_digits(name, place) <= curve.lowest[1] + 1e-5
+            grid.sort()
             before, after = ([in_digits(name, z) for z in part] for part in ([z for z in grid if z <= place], [z for z in grid if z >= place]))
             assert all(a >= b for a, b in pairwise(before)) and all(a <= b for a, b in pairwise(after))
-        for z in (-3.0, -0.4, 0.0, 0.9, 5.0):
+        for z in (-3.1, -0.4, 1e-4, 0.9, 5.0):
             assert abs(float(curve.derivative(torch.tensor(z, dtype=torch.float64))) - float(first(z))) < 1e-12
+
+
+@pytest.mark.parametrize("name", [n for n in CURVES if isinstance(CURVES[n], Pieces)])
+def test_piecewise_linear_curves_have_the_best_lines_and_slopes(name) -> None:
+    """In the middle of the interval no line above φ is lower than the concave envelope there, and theirs is no higher; slopes are attained."""
+    curve = CURVES[name]
+    g = torch.Generator().manual_seed(0)
+    ends = 3 * torch.randn(2, 300, dtype=torch.float64, generator=g)
+    low, high = ends.amin(0), ends.amax(0) + 0.05
+    z = low + (high - low) * torch.linspace(0, 1, 102, dtype=torch.float64)[:, None]  # an even number of points, none in the middle
+    z = torch.cat([z, *(low.clamp_min(k).minimum(high)[None] for k in curve.places)])
+    value, middle = curve.value(z), (low + high) / 2
+    left, right = z < middle, z > middle
+    share = (middle - z[:, None]) / (z - z[:, None] + 1e-300)  # of the right point, (points, points, intervals)
+    height = torch.where(left[:, None] & right, value[:, None] + share * (value - value[:, None]), torch.nan)
+    s, t, upper, above = curve.lines(low, high)
+    top = torch.maximum(height.nan_to_num(-torch.inf).amax((0, 1)), curve.value(middle))
+    bottom = torch.minimum(height.nan_to_num(torch.inf).amin((0, 1)), curve.value(middle))
+    assert bool(((upper * middle + above - top).abs() < 1e-9).all()) and bool(((s * middle + t - bottom).abs() < 1e-9).all())
+    for centre in (low + 0.3 * (high - low), low, high, torch.zeros_like(low)):
+        first, last = centre - 1e-3, centre + 2e-3
+        a, b = curve.slopes((first, last), low, high)
+        starts = torch.stack([first, centre, last, *(first.clamp_min(k).minimum(last) for k in curve.places)])
+        apart = (z[:, None] - starts).abs()
+        secant = (value[:, None] - curve.value(starts)) / (z[:, None] - starts)
+        seen = torch.where(apart > 1e-7, secant, torch.nan)
+        found = seen.nan_to_num(torch.inf).amin((0, 1)), seen.nan_to_num(-torch.inf).amax((0, 1))
+        assert bool((found[0] >= a - 1e-8).all()) and bool((found[1] <= b + 1e-8).all())
+        assert float(torch.stack([(found[0] - a).abs() < 1e-6, (found[1] - b).abs() < 1e-6]).double().mean()) > 0.97
+
+
+@pytest.mark.parametrize("slope", [0.01, -0.5, 2.0, 0.1])
+def test_lines_of_two_slopes_hold_in_exact_arithmetic(slope) -> None:
+    curve, g = curve_of(nn.LeakyReLU(slope)), torch.Generator().manual_seed(1)
+    low, high = (sign * 10 ** (8 * torch.rand(2000, dtype=torch.float64, generator=g) - 4) for sign in (-1, 1))
+    for a, b, *line in zip(*(v.tolist() for v in (low, high, *curve.lines(low, high))), strict=True):
+        lower, bottom, upper, top = map(Fraction, line)
+        for z in (Fraction(a), Fraction(0), Fraction(b)):
+            value = z if z > 0 else Fraction(slope) * z
+            assert lower * z + bottom <= value <= upper * z + top
 
 
 def test_scaled_gelu_divides_everything() -> None:

@@ -76,6 +76,12 @@ LAYERS: dict[str, Callable[[float, float], nn.Module]] = {
     "gelu": lambda a, b: nn.GELU("tanh"),
     "scaled-gelu": lambda a, b: ScaledGELU(a),
     "silu": lambda a, b: nn.SiLU(),
+    "leaky": lambda a, b: nn.LeakyReLU(min(a, 1e6)),
+    "elu": lambda a, b: nn.ELU(min(a, 1e6)),
+    "selu": lambda a, b: nn.SELU(),
+    "softplus": lambda a, b: nn.Softplus(min(max(a, 1e-6), 1e6), 1000.0),
+    "hardswish": lambda a, b: nn.Hardswish(),
+    "mish": lambda a, b: nn.Mish(),
     "normalize": lambda a, b: Normalize([a], [b]),
     "maxmin": lambda a, b: MaxMin(),
     "groupsort": lambda a, b: GroupSort(4),
@@ -87,6 +93,7 @@ LAYERS: dict[str, Callable[[float, float], nn.Module]] = {
 }
 # What overflows on the way alone: the layer's parameters, its input, and how many tokens there are.
 HIDDEN = {
+    "hardswish": (1.0, 1.0, 1e38, 1),
     "normalize": (3e38, 1e10, -1e38, 1),
     "scaled-gelu": (0.01, 1.0, 1e37, 1),
     "layernorm": (3.3e38, 1.0, 1.0, 1),

@@ -20,9 +20,11 @@ from robustlip.domains.norms import Context, State, rule_for
 from robustlip.domains.norms import state as rules_base
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import (
+    Abs,
     AddPositions,
     Attention,
     Channels,
+    Clamp,
     Concatenate,
     GroupSort,
     Householder,
@@ -34,6 +36,7 @@ from robustlip.layers import (
     ScaledGELU,
     Sum,
 )
+from robustlip.ops import elementwise_of
 from robustlip.ops.elementwise import GELU_SLOPE, SILU_SLOPE
 from robustlip.ops.normalization import local_lipschitz
 
@@ -117,6 +120,31 @@ CASES = {
     "attention-distance-bias": (lambda: attention(distance_bias=2, scale=2.0), 3.0),
     "sigmoid": (nn.Sigmoid, 3.0),
     "silu": (nn.SiLU, 5.0),
+    "leaky": (lambda: nn.LeakyReLU(0.2), 3.0),
+    "leaky-falls": (lambda: nn.LeakyReLU(-0.5), 3.0),
+    "leaky-steep": (lambda: nn.LeakyReLU(2.0), 3.0),
+    "prelu": (lambda: nn.PReLU(init=-0.7), 3.0),
+    "abs": (Abs, 3.0),
+    "clamp": (lambda: Clamp(-0.7, 1.9), 3.0),
+    "clamp-above-0": (lambda: Clamp(0.3, 0.9), 3.0),
+    "threshold": (lambda: nn.Threshold(0.3, 0.3), 3.0),
+    "hardtanh": (nn.Hardtanh, 3.0),
+    "relu6": (nn.ReLU6, 3.0),
+    "hardsigmoid": (nn.Hardsigmoid, 8.0),
+    "softshrink": (nn.Softshrink, 3.0),
+    "hardshrink": (lambda: nn.Hardshrink(0.0), 3.0),
+    "elu": (nn.ELU, 3.0),
+    "elu-steep": (lambda: nn.ELU(2.5), 3.0),
+    "elu-falls": (lambda: nn.ELU(-1.5), 3.0),
+    "celu": (lambda: nn.CELU(0.3), 3.0),
+    "selu": (nn.SELU, 3.0),
+    "softplus": (lambda: nn.Softplus(3.0), 3.0),
+    "logsigmoid": (nn.LogSigmoid, 5.0),
+    "softsign": (nn.Softsign, 3.0),
+    "tanhshrink": (nn.Tanhshrink, 5.0),
+    "mish": (nn.Mish, 5.0),
+    "hardswish": (nn.Hardswish, 9.0),
+    "image-elu": (lambda: nn.ELU(0.7), 3.0),
     "dropout": (lambda: nn.Dropout(0.5).eval(), 2.0),
     "dropout1d": (lambda: nn.Dropout1d(0.5).eval(), 2.0),
     "image-dropout2d": (lambda: nn.Dropout2d(0.5).eval(), 2.0),
@@ -304,20 +332,27 @@ def test_bounds_grow_with_everything(name) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "layer",
-    [nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), ScaledGELU(), ScaledGELU(3.0, "tanh")],
+    [
+        nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), ScaledGELU(), ScaledGELU(3.0, "tanh"),
+        nn.LeakyReLU(0.01), nn.LeakyReLU(-0.5), nn.LeakyReLU(2.7), nn.LeakyReLU(1e-9), nn.PReLU(init=0.3), nn.Hardtanh(-0.3, 2.7), nn.ReLU6(),
+        nn.Hardsigmoid(), nn.Threshold(0.3, 0.3), nn.Softshrink(0.3), nn.Hardshrink(0.0), Abs(), Clamp(0.1, 0.9), Clamp(low=1e-5), nn.ELU(),
+        nn.ELU(2.7),
+        nn.ELU(-0.3), nn.CELU(0.1), nn.CELU(30.0), nn.SELU(), nn.Softplus(), nn.Softplus(0.3, 2.0), nn.Softplus(30.0), nn.LogSigmoid(), nn.Softsign(),
+        nn.Tanhshrink(), nn.Mish(), nn.Hardswish(),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_elementwise_functions_round_no_worse_than_said(layer, dtype) -> None:
     """Every number of the 16-bit dtypes, subnormals and extremes included, and 2¹⁶ bit patterns of float32."""
     if dtype == torch.float32:
         x = torch.arange(-(2**31), 2**31, 2**16 - 1).to(torch.int32).view(torch.float32)
     else:
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    x = x[torch.isfinite(x)]
+    x, layer = x[torch.isfinite(x)], layer.to(dtype)
     size = x.double().abs()
     before = State(size, 0 * size, 0 * size, "l2", 1, 1)
     behind = rule_for(layer).step(layer, before, Context(dtype, {}))
-    executed, truth = layer(x).double(), layer(x.double())
+    executed, truth = layer(x).double(), elementwise_of(layer).value(x.double()) / elementwise_of(layer).divisor
     error = (executed - truth).abs().nan_to_num(torch.inf, torch.inf, torch.inf)
     assert bool(((error <= behind.rounding) | (behind.rounding == torch.inf)).all())
     assert bool(((executed.abs() <= behind.norm) | (behind.rounding == torch.inf)).all())

@@ -14,7 +14,7 @@ from robustlip.domains.expansion.base import Ball, Scope
 from robustlip.domains.expansion.structure import ChainExpansion
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput
-from robustlip.layers import AddPositions, Attention, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Residual, ScaledGELU
+from robustlip.layers import AddPositions, Attention, Clamp, GroupSort, Householder, MaxMin, MeanTokens, Normalize, Residual, ScaledGELU
 
 SMALL = 1e-39  # subnormal in float32 and bfloat16
 
@@ -103,6 +103,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "normalize-mean": (lambda: Normalize([SMALL], [2.0**-100]), 1.0),
     "normalize-std": (lambda: Normalize([0.0], [SMALL]), 1e-20),
     "relu": (nn.ReLU, SMALL),
+    "leaky-input": (lambda: nn.LeakyReLU(1e6), -SMALL),
+    "leaky-slope": (lambda: nn.LeakyReLU(SMALL), -1e30),
+    "elu-input": (lambda: nn.ELU(1e6), -SMALL),
+    "elu-alpha": (lambda: nn.ELU(SMALL), -3.0),
+    "celu-input": (lambda: nn.CELU(1e6), -1e-36),
+    "softplus-sharp": (lambda: nn.Softplus(1e6), -1e-4),
+    "softshrink": (lambda: nn.Softshrink(SMALL), 1.5 * SMALL),
+    "clamp": (lambda: Clamp(-SMALL, 1.0), -1.0),
+    "hardswish": (nn.Hardswish, SMALL),
+    "mish": (nn.Mish, -80.0),
     "maxmin": (MaxMin, SMALL),
     "groupsort": (GroupSort, SMALL),
     "householder-input": (lambda: Householder(4), SMALL),

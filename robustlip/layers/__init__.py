@@ -1,6 +1,6 @@
 """The layers that robustlip models are made of; each has its rule of the same subject in `robustlip.domains.norms`."""
 
-from robustlip.layers.activations import ScaledGELU
+from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
 from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
 from robustlip.layers.joins import Channels, Concatenate, Sum
@@ -9,10 +9,12 @@ from robustlip.layers.sorting import GroupSort, Householder, MaxMin
 from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify
 
 __all__ = [
+    "Abs",
     "AddPositions",
     "Attention",
     "Chain",
     "Channels",
+    "Clamp",
     "Concatenate",
     "GroupSort",
     "Householder",

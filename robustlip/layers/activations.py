@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,3 +30,27 @@ class ScaledGELU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"divisor={self.divisor}, approximate={self.approximate!r}"
+
+
+class Abs(nn.Module):
+    """|x|, elementwise, any shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.abs()
+
+
+class Clamp(nn.Module):
+    """min(max(x, low), high), elementwise, any shape. None: no bound on that side; one of the two has to be there."""
+
+    def __init__(self, low: float | None = None, high: float | None = None) -> None:
+        super().__init__()
+        self.low, self.high = (None if bound is None else float(bound) for bound in (low, high))
+        bounds = [bound for bound in (self.low, self.high) if bound is not None]
+        if not bounds or not all(math.isfinite(b) for b in bounds) or (len(bounds) == 2 and not bounds[0] < bounds[1]):
+            raise BadInput(f"expected finite numbers low < high, or one of them and None, got low={low}, high={high}; change the bounds")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(x, self.low, self.high)
+
+    def extra_repr(self) -> str:
+        return f"low={self.low}, high={self.high}"

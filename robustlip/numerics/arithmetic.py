@@ -54,6 +54,11 @@ class Arithmetic:
         return torch.finfo(self.dtype).max
 
     @property
+    def scalars_largest(self) -> float:
+        """The largest number inside a kernel that keeps to itself what it computes: half precision is computed in float32 there."""
+        return torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).max
+
+    @property
     def smallest_divisor(self) -> float:
         """What a processor may take for zero where it divides by it, as soon as it is smaller: scalars of half precision are float32's."""
         return TINY[torch.float64 if self.dtype == torch.float64 else torch.float32]

@@ -3,9 +3,10 @@
 All bounds of a domain (global constants, expansions, linear relaxations, quadratic constraints) follow from the facts below, so a new operation
 is its facts and one call of `register_elementwise`:
 
-    register_elementwise(nn.Softsign, lambda layer: Elementwise(value=F.softsign, derivative=..., slope=(0.0, 1.0), curvature=2.0, executed=ulps(8)))
+    register_elementwise(MyAtan, lambda layer: Elementwise(value=torch.atan, derivative=..., slope=(0.0, 1.0), curvature=0.65, executed=ulps(64)))
 
-tests/test_ops.py checks every registered operation against 50 digits: extremes of φ' and φ'', the minimum, the growth, executed errors by dtype.
+tests/test_ops.py checks every registered operation: extremes of φ' and φ'', kinks, the minimum, the growth, executed errors by dtype. Here are the
+facts themselves and those of ReLU, tanh, the sigmoid, GELU and SiLU; other functions are in piecewise.py (kinks and lines) and smooth.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +39,36 @@ Executed = Callable[[Tensor, float, Arithmetic], Tensor]
 Bend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class Kink(NamedTuple):
+    """Where φ' jumps: its place, φ' to the left of it and φ' to the right."""
+
+    place: float
+    left: float
+    right: float
+
+    @property
+    def jump(self) -> float:
+        """right − left, rounded away from 0 by more than the two may be off where they are no integers."""
+        exact = Fraction(self.right) - Fraction(self.left)
+        return float(exact) if exact.denominator == 1 else float(exact) * (1 + 2.0**-50)
+
+    @property
+    def steepest(self) -> float:
+        """The larger of |left| and |right|."""
+        return max(abs(self.left), abs(self.right))
+
+
+def kinks(*of: tuple[float, float, float]) -> tuple[Kink, ...]:
+    """(place, left, right) where φ' may jump; where both are equal there is no kink."""
+    return tuple(Kink(*kink) for kink in of if kink[1] != kink[2])
+
+
 @dataclass(frozen=True)
 class Elementwise:
-    """The facts of y = φ(x)/divisor, number by number. φ is continuous; smooth, or piecewise linear with one kink at 0.
+    """The facts of y = φ(x)/divisor, number by number. φ is continuous, and smooth between its kinks.
 
-    value, derivative: φ and φ' of float64 tensors of any shape (and of any other dtype).
-    slope: (lower, upper) bounds of φ', rounded outward. curvature: ≥ sup|φ''|, None where φ is piecewise linear (then slope is that of both pieces).
+    value, derivative: φ and φ' of float64 tensors of any shape (and of any other dtype); at a kink any slope between the left and the right one.
+    slope: (lower, upper) bounds of φ', rounded outward. curvature: ≥ sup|φ''| between kinks, 0 where φ is piecewise linear. kinks: in order.
     executed: the error of torch's kernel for finite x, as a bound of norms. at_zero: φ(0). bounded: sup|φ|, infinite unless given.
     growth: |φ(x) − φ(0)| ≤ growth·|x|; sup|φ'| unless given. lowest: (place, value) of the only minimum of a φ that falls and then rises, place to
     ±10⁻³, value rounded down; None where φ rises. bend: sharper bounds of φ'' near a point.
@@ -51,8 +78,9 @@ class Elementwise:
     value: Function
     derivative: Function
     slope: tuple[float, float]
-    curvature: float | None
+    curvature: float
     executed: Executed
+    kinks: tuple[Kink, ...] = ()
     at_zero: float = 0.0
     growth: float | None = None
     bounded: float = math.inf
@@ -67,9 +95,14 @@ class Elementwise:
             raise BadInput(f"expected slope=(lower, upper), finite and in order, got {self.slope}; bound φ' on all numbers")
         if not (self.divisor > 0 and math.isfinite(self.divisor)):
             raise BadInput(f"expected a divisor above 0, got {self.divisor}; change the layer")
-        if self.curvature is None and (self.slope != (0.0, 1.0) or self.divisor != 1.0):
-            got = f"slopes {self.slope} over {self.divisor}"
-            raise BadInput(f"expected a piecewise linear φ that is ReLU, got {got}; others have no linear bounds yet")
+        if not (self.curvature >= 0 and math.isfinite(self.curvature)):
+            raise BadInput(f"expected a finite curvature of at least 0 (0: piecewise linear), got {self.curvature}; bound |φ''| between kinks")
+        if not all(map(math.isfinite, (n for kink in self.kinks for n in kink))) or any(a.place >= b.place for a, b in pairwise(self.kinks)):
+            raise BadInput(f"expected kinks at finite places in order, got {self.kinks}; sort them")
+        if not all(low <= s <= high for kink in self.kinks for s in kink[1:]):
+            raise BadInput(f"expected slopes at kinks within slope={self.slope}, got {self.kinks}; bound φ' on all numbers")
+        if self.curvature == 0 and any(a.right != b.left for a, b in pairwise(self.kinks)):
+            raise BadInput(f"expected a piecewise linear φ of one slope between two kinks, got {self.kinks}; give both kinks the same")
         if self.lowest is None and low < 0:
             raise BadInput(f"expected `lowest` for a φ that falls somewhere (slope {low}), got none; give its only minimum")
 
@@ -198,6 +231,14 @@ def _gelu(layer: nn.GELU | ScaledGELU) -> Elementwise:
     )
 
 
+def parameter(layer: nn.Module, name: str, value: float | None = None, low: float = -1e6, high: float = 1e6) -> float:
+    """A layer's parameter (its attribute of that name unless given), from low to high. Beyond 10⁶ no proof here was made. Raises UnsupportedLayer."""
+    value = float(getattr(layer, name)) if value is None else value
+    if not low <= value <= high:
+        raise UnsupportedLayer(f"expected {type(layer).__name__} with {name} from {low:g} to {high:g}, got {value}; change it")
+    return value
+
+
 _FACTS: dict[type[nn.Module], Callable[[Any], Elementwise]] = {}
 
 
@@ -242,7 +283,7 @@ def elementwise_layers() -> tuple[type[nn.Module], ...]:
 
 
 RELU = Elementwise(
-    value=torch.relu, derivative=lambda z: (z > 0).to(z.dtype), slope=(0.0, 1.0), curvature=None, executed=exact
+    value=torch.relu, derivative=lambda z: (z > 0).to(z.dtype), slope=(0.0, 1.0), curvature=0.0, kinks=kinks((0.0, 0.0, 1.0)), executed=exact
 )  # fmt: skip
 TANH = Elementwise(
     value=torch.tanh, derivative=lambda z: 1 - torch.tanh(z).square(), slope=(0.0, 1.0), curvature=0.7698004, executed=ulps(FUNCTION_ULPS)

@@ -1,18 +1,24 @@
 """Elementwise activations: what of them is proved on an interval. All float64, all rounded outward.
 
 For a curve φ on [l, u]:
-- `band`: l' ≤ φ ≤ u'. ReLU, tanh, sigmoid rise; GELU and SiLU fall to one minimum and rise from there, so their maximum is at an end, and
-  their minimum at an end too, or the global one where the interval may hold its place.
-- `lines`: s z + t_lower ≤ φ(z) ≤ s' z + t_upper. ReLU: the chord above, 0 or z below. Smooth curves: one slope s for both, that of the chord, and
-  the extremes of ψ = φ − s z from a grid: between neighbours at distance w, ψ differs from its chord by at most sup|φ''| w²/8.
+- `band`: l' ≤ φ ≤ u'. A curve rises, or falls to one minimum and rises from there (GELU, SiLU, |z|), so its maximum is at an end, and its minimum at
+  an end too, or the global one where the interval may hold its place. Piecewise linear ones: the extremes of their corners.
+- `lines`: s z + t_lower ≤ φ(z) ≤ s' z + t_upper. ReLU: the chord above, 0 or z below. Piecewise linear curves: for a given slope the intercept is an
+  extreme of φ − s z at a corner or an end, and of all lines above φ the one that is least in the middle of [l, u] supports the concave envelope
+  there, whose edges are secants of two corners: the best of those, which has the least area. Smooth curves: one slope s for both, that of the
+  chord, and the extremes of ψ = φ − s z from a grid that holds all kinks: between neighbours at distance w, ψ differs from its chord by at most
+  sup|φ''| w²/8.
 - `slopes`: a ≤ (φ(z) − φ(z₀))/(z − z₀) ≤ b for all z ≠ z₀ in the interval and all z₀ in one of its own. ReLU: a secant from z₀ > 0 to −d'
-  is z₀/(z₀ + d'), and so on; smooth curves: the extremes of φ', from a grid of φ', which changes by at most sup|φ''| w/2 within half a cell.
+  is z₀/(z₀ + d'), and so on. Piecewise linear curves: with z on one piece and z₀ on another a secant is monotone in each, so its extremes are at
+  corners and ends; on one piece it is the piece's slope. Smooth curves: the extremes of φ', from a grid of φ', which changes by at most
+  sup|φ''| w/2 within half a cell, and its two slopes at each kink.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +90,70 @@ class Relu(Curve):
 
 
 @dataclass(frozen=True)
+class Pieces(Curve):
+    """Piecewise linear: slope pieces[i] between places[i − 1] and places[i]; places in order."""
+
+    function: Callable[[Tensor], Tensor]
+    places: tuple[float, ...]
+    pieces: tuple[float, ...]
+
+    def value(self, z: Tensor) -> Tensor:
+        return self.function(z)
+
+    def _corners(self, low: Tensor, high: Tensor) -> list[Tensor]:
+        """The ends and the kinks between them; kinks elsewhere count as the end that is nearer."""
+        return [low, *(low.clamp_min(place).minimum(high) for place in self.places), high]
+
+    def _secant(self, a: Tensor, b: Tensor) -> Tensor:
+        """(φ(b) − φ(a))/(b − a) as the mean of the slopes between, NaN where a = b: relative to the largest slope there off by a few units."""
+        ends = (-torch.inf, *self.places, torch.inf)
+        total = torch.zeros_like(a)
+        for slope, start, stop in zip(self.pieces, ends[:-1], ends[1:], strict=True):
+            total = total + slope * (b.clamp(start, stop) - a.clamp(start, stop))
+        return total / (b - a)
+
+    def band(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        values = self.value(torch.stack(self._corners(low, high)))
+        slack = _rounding(values[0], values[-1], low, high)
+        return values.amin(0) - slack, values.amax(0) + slack
+
+    def lines(self, low: Tensor, high: Tensor) -> Lines:
+        corners = torch.stack(self._corners(low, high))
+        values, middle, size = self.value(corners), (low + high) / 2, torch.maximum(low.abs(), high.abs())
+        slopes = torch.stack([self._secant(a, b) for a, b in combinations(corners, 2)])
+        # Between two corners that are one there is no secant; any slope makes a line.
+        slopes = torch.where(torch.isfinite(slopes), slopes, torch.full_like(slopes, self.pieces[0]))
+        rest = values - slopes.unsqueeze(1) * corners
+        slack = _rounding(values.abs().amax(0), slopes * size, size)
+        bottom, top = rest.amin(1) - slack, rest.amax(1) + slack
+        lower, upper = (slopes * middle + bottom).argmax(0, keepdim=True), (slopes * middle + top).argmin(0, keepdim=True)
+        return slopes.gather(0, lower)[0], bottom.gather(0, lower)[0], slopes.gather(0, upper)[0], top.gather(0, upper)[0]
+
+    def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = centre
+        least, most = torch.full_like(low, torch.inf), torch.full_like(low, -torch.inf)
+        ends = (-torch.inf, *self.places, torch.inf)
+        for slope, start, stop in zip(self.pieces, ends[:-1], ends[1:], strict=True):
+            both = (low <= stop) & (high >= start) & (first <= stop) & (last >= start)
+            least, most = torch.where(both, least.clamp_max(slope), least), torch.where(both, most.clamp_min(slope), most)
+        for z in self._corners(low, high):
+            for z0 in self._corners(first, last):
+                secant = self._secant(z0, z)
+                least, most = torch.fmin(least, secant), torch.fmax(most, secant)
+        slack = 16 * len(ends) * U64 * self.lipschitz
+        return (least - slack).clamp_min(-self.lipschitz), (most + slack).clamp_max(self.lipschitz)
+
+
+@dataclass(frozen=True)
 class Smooth(Curve):
-    """curvature ≥ sup|φ''|; lowest: (place, value) of the global minimum, each rounded outward by `slack`, or None for rising curves."""
+    """curvature ≥ sup|φ''| between kinks; lowest: (place, value) of the global minimum, each rounded outward by `slack`, or None for rising curves.
+    kinks: (place, slope to the left, slope to the right)."""
 
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     curvature: float
     lowest: tuple[float, float] | None
+    kinks: tuple[tuple[float, float, float], ...] = ()
 
     def value(self, z: Tensor) -> Tensor:
         return self.function(z)
@@ -111,13 +174,16 @@ class Smooth(Curve):
         width = (high - low).clamp_min(0.0)
         grid = torch.minimum(low + share * width, high)
         grid[-1] = high
+        if self.kinks:
+            places = torch.tensor([place for place, _, _ in self.kinks], dtype=low.dtype, device=low.device).view(-1, *[1] * low.dim())
+            grid = torch.cat([torch.minimum(torch.maximum(places, low), high), grid])
         return grid, width / (POINTS - 1) * (1 + 1e-9) + 8 * U64 * (low.abs() + high.abs())
 
     def lines(self, low: Tensor, high: Tensor) -> Lines:
         grid, width = self._grid(low, high)
         values = self.value(grid)
         span = high - low
-        chord = torch.where(span > 1e-12, (values[-1] - values[0]) / span.clamp_min(1e-12), self.derivative(low))
+        chord = torch.where(span > 1e-12, (values[-1] - values[-POINTS]) / span.clamp_min(1e-12), self.derivative(low))
         chord = chord.clamp(-self.lipschitz, self.lipschitz)
         rest = values - chord * grid
         # |ψ − chord of ψ| ≤ sup|φ''| w²/8 between neighbours; never more than what a slope of at most 2·lipschitz can reach in half a cell.
@@ -128,8 +194,13 @@ class Smooth(Curve):
     def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         grid, width = self._grid(torch.minimum(low, centre[0]), torch.maximum(high, centre[1]))
         values = self.derivative(grid)
-        slack = self.curvature * width / 2 + 1e-12
-        return (values.amin(0) - slack).clamp_min(-self.lipschitz), (values.amax(0) + slack).clamp_max(self.lipschitz)
+        least, most = values.amin(0), values.amax(0)
+        for place, left, right in self.kinks:
+            inside = (grid[-POINTS] <= place) & (grid[-1] >= place)
+            least = torch.where(inside, least.clamp_max(min(left, right)), least)
+            most = torch.where(inside, most.clamp_min(max(left, right)), most)
+        slack = self.curvature * width / 2 + 1e-12 * max(1.0, self.lipschitz / 32)  # and what float64 makes of φ'
+        return (least - slack).clamp_min(-self.lipschitz), (most + slack).clamp_max(self.lipschitz)
 
 
 RELU = Relu(1.0, 0.0)
@@ -138,14 +209,17 @@ RELU = Relu(1.0, 0.0)
 def curve_of(layer: nn.Module) -> Curve:
     """The curve of an elementwise layer. Raises UnsupportedLayer for any other."""
     facts = elementwise_of(layer)
-    if facts.curvature is None:
-        return RELU
-    by = facts.divisor
+    by, places = facts.divisor, tuple(kink.place for kink in facts.kinks)
+    if by == 1.0 and facts.curvature == 0:
+        pieces = (*[kink.left for kink in facts.kinks], facts.kinks[-1].right) if facts.kinks else (facts.slope[0],)
+        return RELU if (places, pieces, facts.at_zero) == ((0.0,), (0.0, 1.0), 0.0) else Pieces(
+            facts.steepest, facts.at_zero, facts.value, places, pieces
+        )  # fmt: skip
     if by == 1.0:
-        return Smooth(facts.steepest, facts.at_zero, facts.value, facts.derivative, facts.curvature, facts.lowest)
+        return Smooth(facts.steepest, facts.at_zero, facts.value, facts.derivative, facts.curvature, facts.lowest, facts.kinks)
     more = (1 + 1e-12) / by  # the quotients round
     lowest = None if facts.lowest is None else (facts.lowest[0], facts.lowest[1] / by * (1 + 1e-12))
     return Smooth(
         facts.steepest * more, facts.at_zero / by, lambda z: facts.value(z) / by, lambda z: facts.derivative(z) / by,
-        facts.curvature * more, lowest,
+        facts.curvature * more, lowest, tuple((kink.place, kink.left / by, kink.right / by) for kink in facts.kinks),
     )  # fmt: skip

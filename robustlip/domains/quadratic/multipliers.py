@@ -370,7 +370,7 @@ def sdp_applies(model: nn.Module, threat: Threat) -> str:
         return why
     layers = [m for layer in model for m in layer.modules()]
     if names := [type(m).__name__ for m in layers if type(m) not in _KINKED and not is_affine(m)]:
-        return f"{names[0]} is not piecewise linear"
+        return f"{names[0]} is no ReLU and no sorting of pairs, which is all that this method bounds"
     if not any(type(m) in _KINKED for m in layers):
         return "the model has no hidden layer"
     return ""
