@@ -323,8 +323,8 @@ MUTATIONS = [
     # ---- facts of elementwise functions
     Mutation("facts: half of LeakyReLU's slope", OPS_PIECEWISE, "kinks=kinks((0.0, slope, 1.0))", "kinks=kinks((0.0, slope / 2, 1.0))",
              f"{OPS} -k leaky"),
-    Mutation("facts: LeakyReLU's slope is 1 at most", OPS_PIECEWISE, "low, high = min(slope, 1.0), max(slope, 1.0)",
-             "low, high = min(slope, 1.0), 1.0", f"{OPS} -k 'leaky-steep'"),
+    Mutation("facts: LeakyReLU's slope is 1 at most", OPS_PIECEWISE, "slope=slopes(slope, 1.0)",
+             "slope=slopes(min(slope, 0.9), 1.0)", f"{OPS} -k 'leaky-steep'"),
     Mutation("facts: LeakyReLU grows as x", OPS_PIECEWISE, "growth=size,", "growth=1.0,", f"{OPS} -k 'growth and leaky'"),
     Mutation("facts: rounding of LeakyReLU's slope dropped", OPS_PIECEWISE, "own = (3.1 * arithmetic.unit * abs(slope) + arithmetic.tiny) * norm",
              "own = 0.1 * arithmetic.unit * norm", f"{OPS} -k 'executed and leaky'"),

@@ -25,6 +25,12 @@ def stated(value: float, arithmetic: Arithmetic) -> float:
     return 0.0 if rounded == value else 1.01 * arithmetic.unit * abs(value) + arithmetic.tiny
 
 
+def slopes(*pieces: float) -> tuple[float, float]:
+    """(lower, upper) of φ'. Where all pieces have nearly one slope the upper one is a little more: quadratic constraints divide by the difference."""
+    low, high = min(pieces), max(pieces)
+    return low, max(high, low + 5e-7 * max(1.0, abs(low)))
+
+
 def two_slopes(slope: float) -> Elementwise:
     """x above 0 and slope·x below, for any slope.
 
@@ -37,11 +43,10 @@ def two_slopes(slope: float) -> Elementwise:
         own = (3.1 * arithmetic.unit * abs(slope) + arithmetic.tiny) * norm
         return own + root * (arithmetic.tiny + size * arithmetic.flushed)
 
-    low, high = min(slope, 1.0), max(slope, 1.0)
     return Elementwise(
         value=lambda z: F.leaky_relu(z, slope),
         derivative=lambda z: torch.where(z > 0, torch.ones_like(z), torch.full_like(z, slope)),
-        slope=(low, high if high > low else math.nextafter(high, math.inf)),
+        slope=slopes(slope, 1.0),
         curvature=0.0,
         kinks=kinks((0.0, slope, 1.0)),
         growth=size,
@@ -138,7 +143,7 @@ def _softshrink(layer: nn.Softshrink) -> Elementwise:
     return Elementwise(
         value=lambda z: F.softshrink(z, size),
         derivative=lambda z: ((z.abs() > size) | (size == 0)).to(z.dtype),
-        slope=(0.0, 1.0) if size > 0 else (1.0, math.nextafter(1.0, 2.0)),
+        slope=slopes(0.0, 1.0) if size > 0 else slopes(1.0),
         curvature=0.0,
         kinks=kinks((-size, 1.0, 0.0), (size, 0.0, 1.0)) if size > 0 else (),
         executed=ulps(3.2, underflows=3),
@@ -152,7 +157,7 @@ def _hardshrink(layer: nn.Hardshrink) -> Elementwise:
     if size > 0:
         raise UnsupportedLayer(f"expected a continuous function, got {layer}, which jumps at ±{size}; use Softshrink")
     return Elementwise(
-        value=lambda z: F.hardshrink(z, 0.0), derivative=torch.ones_like, slope=(1.0, math.nextafter(1.0, 2.0)),
+        value=lambda z: F.hardshrink(z, 0.0), derivative=torch.ones_like, slope=slopes(1.0),
         curvature=0.0, executed=exact, growth=1.0,
     )  # fmt: skip
 
