@@ -353,7 +353,7 @@ MUTATIONS = [
     Mutation("facts: Hardswish without its kink at 3", OPS_SMOOTH, "kinks((-3.0, 0.0, -0.5), (3.0, 1.5, 1.0))", "kinks((-3.0, 0.0, -0.5))",
              f"{OPS} -k 'beyond and hardswish'"),
     Mutation("facts: 6x of Hardswish not seen to overflow", OPS_SMOOTH, "largest=lambda norm: 6 * norm", "largest=None",
-             f"{OVERFLOW} -k 'way_is_seen and hardswish'"),
+             f"{OPS} -k overflow_and_divisors"),
     Mutation("facts: Hardsigmoid's kink as steep as a clamp's", OPS_PIECEWISE, "slope=(0.0, math.nextafter(sixth, 1.0))", "slope=(0.0, 1.0)",
              f"{OPS} -k hardsigmoid"),
     Mutation("local: slopes at the clean point for the whole interval", AT_ELEMENTWISE,

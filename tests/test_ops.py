@@ -315,6 +315,9 @@ def test_overflow_and_divisors_that_count_for_zero_have_no_error_bound() -> None
     huge = torch.tensor([1e38], dtype=torch.float64)
     for layer in (nn.GELU("tanh"), ScaledGELU(1e-3), ScaledGELU(1e-39)):
         assert bool(torch.isinf(elementwise_of(layer).error(huge, 1.0, Arithmetic(torch.float32))))
+    seven = torch.tensor([7e37])  # of which the kernel makes 6x before it divides
+    assert bool(torch.isinf(nn.Hardswish()(seven)).all())
+    assert bool(torch.isinf(elementwise_of(nn.Hardswish()).error(seven.double(), 1.0, Arithmetic(torch.float32))))
     assert bool(torch.isfinite(elementwise_of(nn.ReLU()).error(huge / 10, 1.0, Arithmetic(torch.float32))))
 
 
