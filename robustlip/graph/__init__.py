@@ -1,0 +1,12 @@
+"""Any module as a graph of known operations: a Chain of layers, with joins of branches where the computation parts and meets again.
+
+    from robustlip import capture
+    chain = capture(model, example)      # example: two or more samples, (N, …)
+
+Read in this order: `program` (what torch.export recorded, as plain nodes), `operations` (which layer computes a node), `lower` (nodes in series and
+branches), `capture` (all of it, and the proof that the chain is the same program).
+"""
+
+from robustlip.graph.capture import capture
+
+__all__ = ["capture"]

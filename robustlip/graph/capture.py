@@ -1,0 +1,68 @@
+"""Any module as a Chain that is the same program, or the reason why there is none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.graph.lower import lowered
+from robustlip.graph.program import recorded
+from robustlip.layers import Chain
+from robustlip.modes import evaluated, undrawn
+
+# Sizes of the random batches that chain and module have to agree on.
+TRIED = (1, 3)
+
+
+@undrawn()
+def capture(module: nn.Module, example: Tensor) -> Chain:
+    """The module as a Chain of layers and joins with rules, made by torch.export: what certifiers take.
+
+    module: in eval mode, from one tensor (N, …) to logits (N, C). example: inputs of the kind that it takes, on its device; one sample is repeated.
+    The chain shares the module's parameters; weights that the module computes from others (parametrizations: spectral_norm, orthogonal, weight_norm)
+    are those of now. Its outputs were equal to the module's to the bit on the example and on random inputs of two batch sizes.
+    Raises UnsupportedLayer for what cannot be captured, with its place in the module: an operation that no layer computes, one that mixes samples or
+    writes over what is read again, a module that changes its buffers. Raises BadInput for a module in train mode and for a bad example.
+    Source: docs/theory.md, section "Capture".
+    """
+    if not isinstance(module, nn.Module):
+        raise BadInput(f"expected a model that is an nn.Module, got {type(module).__name__}; wrap it in a module with a forward")
+    if not isinstance(example, Tensor) or example.dim() < 2 or not len(example):
+        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise BadInput(f"expected an example of samples (N, …), a tensor, got {got}; give one batch of inputs")
+    if any(part.training for part in module.modules()):
+        raise BadInput("expected a model in eval mode, got one in train mode, where it computes another function; call model.eval()")
+    if not example.is_floating_point():
+        raise UnsupportedLayer(f"expected inputs that are floating-point numbers, got {example.dtype}; token models are captured from their embeddings")
+    example = example.detach().clone()
+    example = example if len(example) > 1 else torch.cat([example, example])
+    with evaluated(module), torch.no_grad():
+        layers = lowered(recorded(module, example))
+        if not layers:
+            raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
+        chain = Chain(layers).eval()
+        chain.input_range = getattr(module, "input_range", None)
+        _check_same(chain, module, example)
+    return chain
+
+
+def _check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
+    """Raises UnsupportedLayer unless chain and module give the same bits on the example and on random batches of other sizes."""
+    generator = torch.Generator().manual_seed(0)
+    spread = float(example.double().std()) or 1.0
+    batches = [example]
+    for size in TRIED:
+        noise = torch.randn(size, *example.shape[1:], generator=generator).to(example)
+        rows = torch.arange(size, device=example.device) % len(example)
+        batches += [noise, example[rows] + spread * noise]
+    for batch in batches:
+        ours, theirs = chain(batch.clone()), module(batch.clone())
+        if not isinstance(theirs, Tensor):
+            raise UnsupportedLayer(f"expected a model that returns one tensor, got {type(theirs).__name__}; wrap it in a module that does")
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
+            apart = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
+            raise UnsupportedLayer(
+                f"expected layers that compute the model's outputs to the bit, got outputs up to {apart:.3g} apart on {len(batch)} samples; "
+                f"its forward may depend on values or draw random numbers: attack it, or write it as nn.Sequential"
+            )

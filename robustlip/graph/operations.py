@@ -1,0 +1,291 @@
+"""Which layer computes a node: one function an operation of torch. A layer's forward calls that very operation, with the same arguments.
+
+`capture` compares the outputs of chain and module to the bit, so a wrong entry here is a refusal, not a false certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.graph.program import Node
+from robustlip.layers import Channels, MeanTokens
+
+Maker = Callable[[Node], nn.Module]
+LAYERS: dict[str, Maker] = {}
+# Joins of several values, which `lower` knows.
+JOINS = ("add", "sub", "cat")
+
+
+def operation(*names: str) -> Callable[[Maker], Maker]:
+    """Function decorator: this makes the layer of nodes with these operations."""
+
+    def add(make: Maker) -> Maker:
+        for name in names:
+            LAYERS[name] = make
+        return make
+
+    return add
+
+
+def refuse(node: Node, why: str, remedy: str = "write it in operations that are, or attack the model, which needs no layers") -> UnsupportedLayer:
+    return UnsupportedLayer(f"expected operations that a layer with a proved rule computes, got {node.where()}: {why}; {remedy}")
+
+
+def layer_of(node: Node) -> nn.Module:
+    """The layer that computes a node of one input. Raises UnsupportedLayer where there is none."""
+    make = LAYERS.get(node.op)
+    if make is None:
+        raise refuse(node, "no layer computes it")
+    for name, value in node.arguments.items():
+        if isinstance(value, Node) and name not in ("self", "input", "tensors"):
+            raise refuse(node, f"its {name} depends on the input")
+    return make(node).eval()
+
+
+def is_identity(node: Node) -> bool:
+    """Whether a node gives its first argument back, number for number."""
+    a = node.arguments
+    if node.op in ("contiguous", "clone", "alias", "detach", "lift_fresh_copy"):
+        return True
+    if node.op in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
+        return a["train"] is False or a["p"] == 0
+    source = _source(node)
+    if source is None:
+        return False
+    if node.op == "slice":
+        whole = node.shape == source.shape and a["step"] == 1
+        return whole and (a["dim"] != 0 or (a["start"] in (0, None) and (a["end"] is None or a["end"] == 2**63 - 1)))
+    if node.op in ("view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "flatten"):
+        return node.shape == source.shape
+    return False
+
+
+def _source(node: Node) -> Node | None:
+    source = node.arguments.get("self", node.arguments.get("input"))
+    return source if isinstance(source, Node) else None
+
+
+def own(value: Tensor | None) -> nn.Parameter | None:
+    """A weight: the module's own parameter, or what was folded as a parameter that is not trained."""
+    if value is None or isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value.detach(), requires_grad=False)
+
+
+def _filled(layer: nn.Module, **values: Tensor | None) -> nn.Module:
+    """A layer made on the meta device, with its weights put in. Number by number they are those of the module."""
+    for name, value in values.items():
+        if name in layer._buffers:
+            layer._buffers[name] = value
+        else:
+            layer.register_parameter(name, own(value))
+    return layer
+
+
+def _ints(value: Any, count: int) -> tuple[int, ...]:
+    found = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+    return found * count if len(found) == 1 else found
+
+
+@operation("linear")
+def _linear(node: Node) -> nn.Module:
+    weight, bias = node.arguments["weight"], node.arguments["bias"]
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return _filled(made, weight=weight, bias=bias)
+
+
+@operation("conv2d")
+def _conv2d(node: Node) -> nn.Module:
+    a, weight = node.arguments, node.arguments["weight"]
+    padding = a["padding"] if isinstance(a["padding"], str) else _ints(a["padding"], 2)
+    groups = int(a["groups"])
+    made = nn.Conv2d(
+        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), _ints(a["stride"], 2), padding, _ints(a["dilation"], 2), groups,
+        a["bias"] is not None, device="meta",
+    )  # fmt: skip
+    return _filled(made, weight=weight, bias=a["bias"])
+
+
+@operation("batch_norm")
+def _batch_norm(node: Node) -> nn.Module:
+    a = node.arguments
+    if a["training"] or a["running_mean"] is None:
+        raise refuse(node, "it normalises by the samples of the batch, which mixes them", "call model.eval(), and keep running statistics")
+    kind = nn.BatchNorm2d if len(node.shape) == 3 else nn.BatchNorm1d
+    if len(node.shape) == 2:
+        raise refuse(node, "it is of signals (N, C, L)")
+    made = kind(len(a["running_mean"]), eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
+    made = _filled(made, weight=a["weight"], bias=a["bias"], running_mean=a["running_mean"], running_var=a["running_var"])
+    made._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+    return made
+
+
+@operation("layer_norm")
+def _layer_norm(node: Node) -> nn.Module:
+    a = node.arguments
+    made = nn.LayerNorm(_ints(a["normalized_shape"], 1), a["eps"], a["weight"] is not None, a["bias"] is not None, device="meta")
+    return _filled(made, weight=a["weight"], bias=a["bias"])
+
+
+@operation("rms_norm")
+def _rms_norm(node: Node) -> nn.Module:
+    a = node.arguments
+    made = nn.RMSNorm(_ints(a["normalized_shape"], 1), a["eps"], a["weight"] is not None, device="meta")
+    return _filled(made, weight=a["weight"])
+
+
+@operation("max_pool2d")
+def _max_pool2d(node: Node) -> nn.Module:
+    a = node.arguments
+    kernel = _ints(a["kernel_size"], 2)
+    stride = _ints(a["stride"], 2) if a["stride"] else kernel
+    return nn.MaxPool2d(kernel, stride, _ints(a["padding"], 2), _ints(a["dilation"], 2), ceil_mode=a["ceil_mode"])
+
+
+@operation("avg_pool2d")
+def _avg_pool2d(node: Node) -> nn.Module:
+    a = node.arguments
+    kernel = _ints(a["kernel_size"], 2)
+    stride = _ints(a["stride"], 2) if a["stride"] else kernel
+    return nn.AvgPool2d(kernel, stride, _ints(a["padding"], 2), a["ceil_mode"], a["count_include_pad"], a["divisor_override"])
+
+
+@operation("adaptive_avg_pool2d")
+def _adaptive_avg_pool2d(node: Node) -> nn.Module:
+    size = _ints(node.arguments["output_size"], 2)
+    return nn.AdaptiveAvgPool2d(1 if size == (1, 1) else size)
+
+
+@operation("mean")
+def _mean(node: Node) -> nn.Module:
+    source = _source(node)
+    assert source is not None
+    rank = len(source.shape) + 1
+    dims = node.arguments.get("dim")
+    dims = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
+    if rank == 4 and dims == [2, 3]:
+        pool = nn.AdaptiveAvgPool2d(1)
+        return pool if node.arguments["keepdim"] else nn.Sequential(pool, nn.Flatten(1))
+    if rank == 3 and dims == [1] and not node.arguments["keepdim"]:
+        return MeanTokens()
+    raise refuse(node, f"it is the mean over dimensions {dims} of {rank}; known are those over pixels and over tokens")
+
+
+@operation("view", "reshape", "flatten", "_unsafe_view")
+def _flatten(node: Node) -> nn.Module:
+    if len(node.shape) != 1:
+        source = _source(node)
+        raise refuse(node, f"it takes {source.shape if source else ()} to {node.shape}; known is one vector a sample")
+    return nn.Flatten(1)
+
+
+@operation("squeeze")
+def _squeeze(node: Node) -> nn.Module:
+    source = _source(node)
+    if source is not None and len(node.shape) == 1 and len(source.shape) > 1:
+        return nn.Flatten(1)
+    raise refuse(node, "it leaves more than one vector a sample")
+
+
+def _channels(node: Node, dim: int, start: int, stop: int) -> nn.Module:
+    source = _source(node)
+    assert source is not None
+    rank = len(source.shape) + 1
+    if dim % rank != (1 if rank == 4 else rank - 1):
+        raise refuse(node, f"it cuts dimension {dim % rank} of {rank}; known is the one of channels")
+    return Channels(start, stop)
+
+
+@operation("narrow")
+def _narrow(node: Node) -> nn.Module:
+    a = node.arguments
+    return _channels(node, a["dim"], a["start"], a["start"] + a["length"])
+
+
+@operation("slice")
+def _slice(node: Node) -> nn.Module:
+    a, source = node.arguments, _source(node)
+    assert source is not None
+    rank, dim = len(source.shape) + 1, a["dim"]
+    if dim % rank == 0 or a["step"] != 1:
+        raise refuse(node, "it leaves samples out, or takes steps")
+    size = source.shape[dim % rank - 1]
+    start, stop, _ = slice(a["start"], a["end"]).indices(size)
+    return _channels(node, dim, start, stop)
+
+
+@operation("getitem")
+def _part(node: Node) -> nn.Module:
+    """One of the parts that chunk and split make."""
+    whole = node.arguments["self"]
+    if not isinstance(whole, Node) or whole.op not in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        raise refuse(node, f"it is a part of {whole.op if isinstance(whole, Node) else 'a constant'}")
+    source, dim = _source(whole), int(whole.arguments["dim"])
+    assert source is not None
+    rank = len(source.shape) + 1
+    size = source.shape[dim % rank - 1] if dim % rank else 0
+    index = int(node.arguments["index"])
+    a = whole.arguments
+    if dim % rank == 0 or whole.op == "tensor_split":
+        raise refuse(node, "it cuts the samples, or is no chunk or split")
+    if whole.op == "chunk":
+        step = -(-size // int(a["chunks"]))
+        sizes = [min(step, size - i) for i in range(0, size, step)]
+    else:
+        given = a.get("split_sizes", a.get("split_size"))
+        sizes = list(given) if isinstance(given, list) else [min(given, size - i) for i in range(0, size, given)]
+    index %= len(sizes)
+    start = sum(sizes[:index])
+    return _channels(Node("getitem", {"self": source, "index": index}, node.shape, node.path, node.name), dim, start, start + sizes[index])
+
+
+# ---- elementwise: the class that calls the operation, with its options
+
+_ELEMENTWISE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "relu": lambda a: nn.ReLU(),
+    "tanh": lambda a: nn.Tanh(),
+    "sigmoid": lambda a: nn.Sigmoid(),
+    "gelu": lambda a: nn.GELU(approximate=a["approximate"]),
+    "silu": lambda a: nn.SiLU(),
+    "leaky_relu": lambda a: nn.LeakyReLU(a["negative_slope"]),
+    "elu": lambda a: nn.ELU(a["alpha"]) if (a["scale"], a["input_scale"]) == (1, 1) else nn.Identity(),
+    "celu": lambda a: nn.CELU(a["alpha"]),
+    "selu": lambda a: nn.SELU(),
+    "softplus": lambda a: nn.Softplus(a["beta"], a["threshold"]),
+    "softsign": lambda a: nn.Softsign(),
+    "hardtanh": lambda a: nn.ReLU6() if (a["min_val"], a["max_val"]) == (0, 6) else nn.Hardtanh(a["min_val"], a["max_val"]),
+    "relu6": lambda a: nn.ReLU6(),
+    "hardswish": lambda a: nn.Hardswish(),
+    "hardsigmoid": lambda a: nn.Hardsigmoid(),
+    "mish": lambda a: nn.Mish(),
+    "log_sigmoid": lambda a: nn.LogSigmoid(),
+}
+
+
+def _elementwise(node: Node) -> nn.Module:
+    return _ELEMENTWISE[node.op](node.arguments)
+
+
+for _name in _ELEMENTWISE:
+    LAYERS[_name] = _elementwise
+
+
+@operation("prelu")
+def _prelu(node: Node) -> nn.Module:
+    weight = node.arguments["weight"]
+    return _filled(nn.PReLU(weight.numel(), device="meta"), weight=weight)
+
+
+@operation("clamp", "clamp_min")
+def _clamp(node: Node) -> nn.Module:
+    low, high = node.arguments.get("min"), node.arguments.get("max")
+    if low == 0 and high is None:
+        return nn.ReLU()
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        return nn.Hardtanh(float(low), float(high))
+    raise refuse(node, f"it clamps to [{low}, {high}]; known are [0, ∞) and two finite numbers")

@@ -1,0 +1,335 @@
+"""What torch.export recorded of a module, as nodes that depend on the input; everything else is folded into constants.
+
+Operations are not decomposed: a linear layer, a convolution, a normalisation stay whole, and the program that is recorded is the one that runs.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn, fx
+
+from robustlip.errors import BadInput, UnsupportedLayer, first_line
+
+# More nodes than a model of this kind has.
+LARGEST_PROGRAM = 50_000
+# Operations whose result may share memory with their first argument. Everything that is neither here nor in _FRESH is taken for one that may.
+_FRESH = frozenset(
+    "linear conv1d conv2d conv3d convolution batch_norm layer_norm group_norm instance_norm relu gelu silu tanh sigmoid elu celu selu leaky_relu prelu "
+    "softplus hardtanh hardswish hardsigmoid relu6 mish log_sigmoid abs clamp clamp_min clamp_max neg add sub mul div rsub cat stack maximum minimum "
+    "max min matmul bmm mm addmm scaled_dot_product_attention softmax log_softmax mean sum max_pool2d avg_pool2d adaptive_avg_pool2d max_pool1d "
+    "avg_pool1d adaptive_avg_pool1d embedding rsqrt sqrt pow sort clone".split()
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operation on values that depend on the input.
+
+    op: its name in torch ('conv2d', 'add'), '' for the input itself. arguments: by the names of torch's schema; a Node where the value depends on
+    the input, a Tensor where it is a constant of the model, lists of those, or plain Python values. shape: without the dimension of the samples.
+    path: where in the module it is called.
+    """
+
+    op: str
+    arguments: dict[str, Any]
+    shape: tuple[int, ...]
+    path: str
+    name: str
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The arguments that depend on the input, in order, with repetitions."""
+        return list(_nodes(self.arguments.values()))
+
+    def where(self) -> str:
+        """For messages: what it is and where."""
+        return f"{self.op or 'the input'} of {self.path or 'the model itself'}"
+
+
+def _nodes(values: Any) -> Iterator[Node]:
+    for value in values:
+        if isinstance(value, Node):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _nodes(value)
+
+
+@dataclass
+class Program:
+    """input → output; every node between them."""
+
+    input: Node
+    output: Node
+    nodes: list[Node] = field(default_factory=list)
+
+    def readers(self) -> dict[Node, list[Node]]:
+        """By node, those that read it."""
+        found: dict[Node, list[Node]] = {self.input: [], **{node: [] for node in self.nodes}}
+        for node in self.nodes:
+            for read in dict.fromkeys(node.inputs):
+                found[read].append(node)
+        return found
+
+
+def recorded(module: nn.Module, example: Tensor) -> Program:
+    """The program that the module runs on inputs like `example` (N ≥ 2, …), for any number of samples.
+
+    Raises UnsupportedLayer where torch.export cannot record one, where samples are mixed, where the module changes its own buffers, or where an
+    operation in place writes over what is read again.
+    """
+    exported, twin = _export(module, example)
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate:
+        names = ", ".join(sorted(signature.buffers_to_mutate.values())[:3])
+        raise UnsupportedLayer(
+            f"expected a model that computes the same function at every call, got one that changes its buffers ({names}) in eval mode; "
+            f"freeze them, e.g. by removing the parametrization that iterates"
+        )
+    outputs = [spec for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+    inputs = [spec for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
+    if len(outputs) != 1 or len(inputs) != 1:
+        raise UnsupportedLayer(
+            f"expected a model from one tensor to one tensor, got {len(inputs)} inputs and {len(outputs)} outputs; wrap it in a module with one of each"
+        )
+    graph = list(exported.graph_module.graph.nodes)
+    twins = dict.fromkeys(graph) if twin is None else _paired(graph, list(twin.graph_module.graph.nodes))
+    if len(graph) > LARGEST_PROGRAM:
+        raise UnsupportedLayer(f"expected a program of at most {LARGEST_PROGRAM} operations, got {len(graph)}; use a smaller model")
+    _check_in_place(graph)
+    reader = _Reader(exported, module, inputs[0].arg.name, twins)
+    with torch.no_grad():
+        for node in graph:
+            reader.read(node)
+    assert reader.input is not None
+    if not isinstance(reader.output, Node):
+        raise UnsupportedLayer("expected a model whose output depends on its input, got a constant; check its forward")
+    return Program(reader.input, reader.output, _needed(reader.output))
+
+
+def _needed(output: Node) -> list[Node]:
+    """The nodes that the output depends on, inputs before what reads them, the program's input left out."""
+    found: dict[Node, None] = {}
+    stack = [(output, False)]
+    while stack:
+        node, done = stack.pop()
+        if node in found or not node.op:
+            continue
+        if done:
+            found[node] = None
+        else:
+            stack.append((node, True))
+            stack += [(read, False) for read in reversed(node.inputs)]
+    return list(found)
+
+
+# Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
+_SIZES = (83, 89)
+
+
+def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedProgram, torch.export.ExportedProgram | None]:
+    """(the program for any number of samples, None); or the programs for two numbers of samples, where the forward reads it as a plain number."""
+    if len(example) < 2:
+        raise BadInput(f"expected an example of two or more samples, so that their number can vary, got {len(example)}; repeat the sample")
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False), None
+            except Exception:
+                rows = [torch.arange(size, device=example.device) % len(example) for size in _SIZES]
+                first, second = (torch.export.export(module, (example[row],), strict=False) for row in rows)
+                return first, second
+    except Exception as error:  # whatever a module of somebody else raises under a tracer
+        raise UnsupportedLayer(
+            f"expected a model that torch.export can record for any number of samples, got {type(error).__name__}: {first_line(error)[:300]}; "
+            f"it can be attacked; to certify it, take out of its forward what depends on values or on the number of samples"
+        ) from error
+
+
+def _name_of(node: fx.Node) -> str:
+    """'conv2d' of aten.conv2d.default."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _writes(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operation writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    found = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            if isinstance(value, fx.Node):
+                found.append(value)
+    return found
+
+
+def _check_in_place(graph: list[fx.Node]) -> None:
+    """Raises UnsupportedLayer where something that may share memory with what was written over is read afterwards."""
+    shares: dict[fx.Node, set[fx.Node]] = {}  # values that may share memory with this one; one set for all of them
+    stale: dict[fx.Node, fx.Node] = {}  # values that were written over, and by which operation
+    for node in graph:
+        for read in node.all_input_nodes:
+            if read in stale:
+                raise UnsupportedLayer(
+                    f"expected operations in place on values that nobody reads again, got {_name_of(stale[read])} of {_path(stale[read])}, "
+                    f"whose argument is read by {_name_of(node)} of {_path(node)}; run it out of place (inplace=False, y = y + x)"
+                )
+        written = _writes(node)
+        if any(value.op == "placeholder" and value.name.startswith(("p_", "b_", "c_")) for old in written for value in shares[old]):
+            raise UnsupportedLayer(
+                f"expected a model that leaves its own weights as they are, got {_name_of(node)} of {_path(node)}, which writes into them; copy first"
+            )
+        group = {node}
+        fresh = node.op == "placeholder" or (_name_of(node) in _FRESH and not written)
+        if not fresh:
+            for read in node.all_input_nodes:
+                group |= shares[read]
+        for old in written:
+            for value in shares[old]:
+                stale[value] = node
+        for value in group:
+            shares[value] = group
+
+
+def _path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(list(stack.values())) if path and not path.startswith("_empty")), "the model itself")
+
+
+def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+    """By node of the program for _SIZES[0] samples, its node of the program for _SIZES[1]. Raises UnsupportedLayer unless they differ in that alone."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            return pairs.get(a) is b
+        if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        return type(a) is type(b) and (a == b or (a, b) == _SIZES)
+
+    pairs: dict[fx.Node, fx.Node | None] = {}
+    for a, b in zip(graph, twin, strict=False):
+        alike = a.op == b.op and a.target == b.target and a.kwargs.keys() == b.kwargs.keys()
+        if not (alike and same(a.args, b.args) and all(same(a.kwargs[key], b.kwargs[key]) for key in a.kwargs)):
+            raise UnsupportedLayer(
+                f"expected a model that runs the same operations for any number of samples, got others at {_name_of(a)} of {_path(a)} for "
+                f"{_SIZES[0]} and {_SIZES[1]}; take out of its forward what depends on that number"
+            )
+        pairs[a] = b
+    if len(graph) != len(twin):
+        raise UnsupportedLayer("expected a model that runs the same operations for any number of samples, got more of them for some; keep samples apart")
+    return pairs
+
+
+class _Reader:
+    """fx nodes → Nodes and constants."""
+
+    def __init__(self, exported: torch.export.ExportedProgram, module: nn.Module, user: str, twins: dict[fx.Node, fx.Node | None]) -> None:
+        self.twins = twins
+        self.values: dict[fx.Node, Any] = {}
+        self.user, self.input, self.output = user, None, None  # type: ignore[var-annotated]
+        self.constants: dict[str, Tensor] = {}
+        own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+        for spec in exported.graph_signature.input_specs:
+            if spec.kind.name == "USER_INPUT":
+                continue
+            # The module's own tensors, so that a change of its weights is one of the chain's.
+            value = own.get(spec.target) if spec.target is not None else None
+            value = exported.constants.get(spec.target) if value is None else value
+            if not isinstance(value, Tensor):
+                raise UnsupportedLayer(f"expected parameters, buffers and constant tensors, got {spec.target}; register it as a buffer")
+            self.constants[spec.arg.name] = value
+        self.batch: Any = None
+
+    def read(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            if node.name == self.user:
+                self.batch = node.meta["val"].shape[0]
+                self.input = Node("", {}, self._shape(node), "", node.name)
+                self.values[node] = self.input
+            else:
+                self.values[node] = self.constants[node.name]
+        elif node.op == "output":
+            self.output = self._argument(node.args[0][0])  # type: ignore[index]
+        elif node.op == "get_attr":
+            raise UnsupportedLayer(f"expected plain operations, got a branch on values ({node.target}); take it out of the forward")
+        else:
+            self.values[node] = self._call(node)
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.values[value]
+        if isinstance(value, list | tuple):
+            return [self._argument(part) for part in value]
+        return value
+
+    def _call(self, node: fx.Node) -> Any:
+        args = [self._argument(value) for value in node.args]
+        kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
+        name, path = _name_of(node), _path(node)
+        if name == "sym_size":
+            return _Size(args[1]) if args[1] == 0 else args[0].shape[args[1] - 1]
+        if any(isinstance(a, _Size) for a in args) and node.target in (operator.mul, operator.add, operator.floordiv, operator.sub):
+            raise UnsupportedLayer(f"expected shapes that take the number of samples as it is, got {name} of it in {path}; keep samples apart")
+        dependent = list(_nodes([*args, *kwargs.values()]))
+        if not dependent:
+            if any(isinstance(a, _Size) or (isinstance(a, list) and any(isinstance(b, _Size) for b in a)) for a in [*args, *kwargs.values()]):
+                return self._expanded(node, args, kwargs, path)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.target is operator.getitem:
+            arguments: dict[str, Any] = {"self": args[0], "index": args[1]}
+        else:
+            schema = node.target._schema.arguments  # type: ignore[union-attr]
+            arguments = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
+            for argument in schema:
+                if argument.name not in arguments:
+                    arguments[argument.name] = argument.default_value
+        return self._node(node, name, arguments, path)
+
+    def _node(self, node: fx.Node, name: str, arguments: dict[str, Any], path: str) -> Node:
+        shape = self._shape(node) if isinstance(node.meta["val"], Tensor) else ()
+        return Node(name.removesuffix("_") if _writes(node) else name, arguments, shape, path, node.name)
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a value without its first dimension. Raises UnsupportedLayer unless that is the number of samples, and no other is."""
+        value, twin = node.meta["val"], self.twins[node]
+        if twin is None:
+            apart = value.dim() > 0 and _is_batch(value.shape[0], self.batch)
+            apart = apart and all(isinstance(n, int) for n in value.shape[1:])
+        else:
+            other = twin.meta["val"].shape
+            apart = value.dim() > 0 and (value.shape[0], other[0]) == _SIZES and value.shape[1:] == other[1:]
+        if not apart:
+            raise UnsupportedLayer(
+                f"expected values with samples along their first dimension alone, got {_name_of(node)} of {_path(node)} with shape "
+                f"{tuple(map(str, value.shape))}; an operation that moves or mixes samples cannot be certified"
+            )
+        return tuple(int(n) for n in value.shape[1:])
+
+    def _expanded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
+        """A constant that is repeated for every sample: itself, with one row."""
+        if _name_of(node) in ("expand", "zeros", "ones", "full", "new_zeros", "new_ones"):
+            one = [[1 if isinstance(b, _Size) else b for b in a] if isinstance(a, list) else 1 if isinstance(a, _Size) else a for a in args]
+            return node.target(*one, **kwargs)  # type: ignore[operator]
+        raise UnsupportedLayer(f"expected constants that do not depend on the number of samples, got {_name_of(node)} of {path}; register them as buffers")
+
+
+class _Size:
+    """The number of samples, in a shape."""
+
+    def __init__(self, dimension: int) -> None:
+        self.dimension = dimension
+
+
+def _is_batch(size: Any, batch: Any) -> bool:
+    """Whether a size is the number of samples itself, whatever that number is."""
+    return isinstance(size, torch.SymInt) and isinstance(batch, torch.SymInt) and size.node.expr == batch.node.expr
