@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "robustlip.models.zoo",
+    "capture": "robustlip.graph",
     "certify": "robustlip.certifiers",
     "load_data": "robustlip.data",
     "Certificate": "robustlip.certificates",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the names that __getattr__ finds, for static tools
     from robustlip.certifiers import certify  # noqa: F401
     from robustlip.data import load_data  # noqa: F401
     from robustlip.errors import BadInput, CertificateViolation, RobustlipError  # noqa: F401
+    from robustlip.graph import capture  # noqa: F401
     from robustlip.layers import Chain  # noqa: F401
     from robustlip.models.zoo import load  # noqa: F401
     from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat  # noqa: F401

@@ -14,7 +14,6 @@ claimed and the recomputed radius. A partial, stale or unverifiable file fails t
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from torch import nn
 
 from robustlip.certificate_file import CertificateFile, Line, Strict, explain
 from robustlip.certificates import Certificate
+from robustlip.certifiers.chains import chain_of
 from robustlip.certifiers.methods import check_method
 from robustlip.checks import check_fit
 from robustlip.data import Dataset, load_data
@@ -37,7 +37,6 @@ from robustlip.execution import covered
 from robustlip.files import read_toml
 from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
 from robustlip.modes import in_eval_mode, undrawn
-from robustlip.numerics.rounding import dtype_of
 from robustlip.target import Target
 from robustlip.threats import InputBall, Threat, order_of, parse_threat
 from robustlip.verification import BATCH, CHEAP, Advance, Budget, Interrupted, Verification, cast, is_training, prove, verify
@@ -246,7 +245,7 @@ def gate(
     """
     if policy.require_attack and attack is None:
         raise BadInput(f"expected the attack {policy.attack!r} that the policy requires, got none; pass attack=")
-    chain, refusal = _as_asked(model, policy.dtype)
+    chain, refusal = _as_asked(model, policy.dtype, data.x)
     found = _Found()
     try:
         usable = _verified(found, policy, model, data, certificates or (), refusal, batch_size, advance)
@@ -366,14 +365,14 @@ def _so_far(stopped: Interrupted, data: Dataset, radius: float) -> str:
     return f"{NOT_MEASURED} after {stopped.done} of {stopped.total} samples, {certified} of them certified"
 
 
-def _as_asked(model: nn.Module, dtype: str) -> tuple[nn.Module, str]:
-    """The model in the dtype of the policy, and why it cannot be certified whatever the threat ('': it is a chain)."""
+def _as_asked(model: nn.Module, dtype: str, x: torch.Tensor) -> tuple[nn.Module, str]:
+    """The model in the dtype of the policy, and why it cannot be certified whatever the threat ('': it can)."""
+    asked = cast(model, dtype)
     try:
-        return cast(model, dtype), ""
+        chain_of(asked, x)
     except UnsupportedLayer as error:
-        wanted = torch.float64 if dtype == "real" else dtype_of(dtype)
-        same = all(p.dtype == wanted for p in model.parameters() if p.is_floating_point())
-        return (model if same else copy.deepcopy(model).to(wanted)), str(error)
+        return asked, str(error)
+    return asked, ""
 
 
 def _proof(

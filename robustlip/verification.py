@@ -28,7 +28,6 @@ that the file names, unless another is asked for.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,12 +42,11 @@ import robustlip.certifiers as certifiers
 from robustlip import plugins
 from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
 from robustlip.certificates import Certificate, concatenate
+from robustlip.certifiers import chains
 from robustlip.certifiers.methods import check_method
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.errors import BadInput
-from robustlip.hashing import architecture_sha256, weights_sha256
-from robustlip.layers import Chain, as_chain
 from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
 from robustlip.numerics.rounding import NAMES, dtype_of
 from robustlip.threats import Threat
@@ -193,13 +191,9 @@ def is_training(data: Dataset) -> bool:
     return data.split.startswith("train")
 
 
-def cast(model: nn.Module, dtype: str) -> Chain:
+def cast(model: nn.Module, dtype: str) -> nn.Module:
     """The model as a certificate of `dtype` covers it: itself, or a copy in that dtype ('real': float64)."""
-    chain = as_chain(model)
-    wanted = torch.float64 if dtype == "real" else dtype_of(dtype)
-    if all(p.dtype == wanted for p in chain.parameters()):
-        return chain
-    return copy.deepcopy(chain).to(wanted)
+    return chains.cast(model, torch.float64 if dtype == "real" else dtype_of(dtype))
 
 
 def prove(
@@ -238,7 +232,7 @@ def verify(
         return Verification((Finding("work", refusal),))
     chain = cast(model, file.dtype)
     notes = _notes(file, data)
-    stale = [*_model_differs(file, model, chain), *_rows_differ(file, data)]
+    stale = [*_model_differs(file, model, chain, data.x), *_rows_differ(file, data)]
     if file.partial:
         sentence = f"expected all {file.data.requested} samples that were requested, got {len(file.samples)}: it is partial; certify to the end"
         stale.append(Finding("partial", sentence))
@@ -268,7 +262,7 @@ def verify(
     return Verification((*stale, *differ), notes, radius, prediction)
 
 
-def _until(file: CertificateFile, stopped: Interrupted, chain: Chain, data: Dataset, rows: list[int]) -> list[Finding]:
+def _until(file: CertificateFile, stopped: Interrupted, chain: nn.Module, data: Dataset, rows: list[int]) -> list[Finding]:
     """What differs among the samples that were recomputed before an interruption."""
     if stopped.proof is None:
         return []
@@ -279,18 +273,18 @@ def _until(file: CertificateFile, stopped: Interrupted, chain: Chain, data: Data
         return []
 
 
-def _model_differs(file: CertificateFile, model: nn.Module, chain: Chain) -> list[Finding]:
+def _model_differs(file: CertificateFile, model: nn.Module, chain: nn.Module, x: torch.Tensor) -> list[Finding]:
     found = []
-    got = weights_sha256(chain)
+    got, architecture = chains.identity_of(chain, x)
     if got != file.weights_sha256:
-        other = next((name for name in NAMES if weights_sha256(cast(model, name)) == file.weights_sha256), None)
+        other = next((name for name in NAMES if chains.identity_of(cast(model, name), x)[0] == file.weights_sha256), None)
         if other is None:
             sentence = f"expected weights with SHA-256 {file.weights_sha256[:12]}…, got {got[:12]}…: it is of other weights; certify this model"
             found.append(Finding("weights", sentence))
         else:
             sentence = f"expected the dtype {other} of the certified weights, got {file.dtype}: the dtype was changed; certify in {file.dtype}"
             found.append(Finding("dtype", sentence))
-    if architecture_sha256(chain) != file.architecture_sha256:
+    if architecture != file.architecture_sha256:
         hint = "" if _same_torch(file) else f" (torch {file.versions['torch']} wrote it and may print layers differently)"
         found.append(Finding("architecture", f"expected the architecture that was certified, got another{hint}; certify this model"))
     rules = certifiers.RULES_VERSION
@@ -327,7 +321,7 @@ def _rows_differ(file: CertificateFile, data: Dataset) -> list[Finding]:
 
 
 def _compare(
-    file: CertificateFile, radius: np.ndarray, prediction: np.ndarray, chain: Chain, data: Dataset, rows: list[int]
+    file: CertificateFile, radius: np.ndarray, prediction: np.ndarray, chain: nn.Module, data: Dataset, rows: list[int]
 ) -> tuple[list[Finding], list[tuple[int, float]]]:
     """(what is not reproduced, (index, relative excess) of what is within rounding)."""
     claims = np.array([sample.radius for sample in file.samples])
@@ -401,5 +395,5 @@ def _same_torch(file: CertificateFile) -> bool:
     return file.versions["torch"] == str(torch.__version__)
 
 
-def _device(chain: Chain) -> str:
+def _device(chain: nn.Module) -> str:
     return next(chain.parameters()).device.type

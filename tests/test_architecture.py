@@ -16,7 +16,7 @@ FLOORS = (
     ("names", "threats", "execution", "modes", "parallel", "plugins", "locks", "foreign", "limits", "figures"),
     ("files", "toml", "numerics", "geometry", "hashing", "checks", "certificates"),
     ("layers", "data", "muon"),
-    ("ops", "target", "samples", "constraints", "checkpoints"),
+    ("graph", "ops", "target", "samples", "constraints", "checkpoints"),
     ("domains.margins", "domains.search"),
     ("domains.norms",),
     ("domains.lines", "domains.expansion"),

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from robustlip import plugins
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
+from robustlip.certifiers.chains import architecture_of, cast, chain_of
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.methods import METHODS, check_method, methods, radii_by
 from robustlip.certifiers.samples import (
@@ -37,8 +37,7 @@ from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
 from robustlip.geometry import length
-from robustlip.hashing import architecture_sha256
-from robustlip.layers import Chain, as_chain
+from robustlip.layers import Chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import NAMES, down, dtype_of, up
 from robustlip.samples import as_request
@@ -63,7 +62,8 @@ def certify(
 ) -> Certificate:
     """Per sample, the largest radius proved for `threat`, rounded down; 0 with the reason where none is.
 
-    model: a Chain or an nn.Sequential of layers with rules. x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
+    model: a Chain, an nn.Sequential of layers with rules, or any module that `robustlip.capture` takes.
+    x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
     y: labels (N,), for next-token models the token after the window. x, y and threat: in the forms of `robustlip.samples`: tensors, arrays, columns,
     lists, a loader in place of both, a name for a threat. method: a key of `methods()`, or 'best': the largest radius of those that
     apply, sample by sample, and which method gave it; with threat.radius set, dearer methods see only samples that it is not yet proved for.
@@ -77,32 +77,38 @@ def certify(
     """
     check_method(method)
     x, y, threat = as_request(x, y, threat)
-    chain = as_chain(model)
+    chain, source = chain_of(model, x)
     own = check_model(chain)
     device = next(chain.parameters()).device
     with proving(device.type):
         check_samples(chain, x, y)
         check_entry(chain, x, threat)
         covers = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
-        if covers != own:
-            chain = copy.deepcopy(chain).to(covers)
+        if covers != own and source is None:
+            chain = cast(chain, covers)  # type: ignore[assignment]
+        elif covers != own:  # what a module computes of its weights, it computes in their dtype
+            chain, source = chain_of(cast(model, covers), x)
         check_arithmetic(chain, covers)
         check_in_place(chain, x)
         training = train_mode_reason(chain)
         with evaluated(chain):
-            return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training)
+            return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training, source)
 
 
 def _certify(
     chain: Chain, x: Tensor, y: Tensor, threat: Threat, method: str, covers: torch.dtype, real: bool, index: Tensor | np.ndarray | None,
-    batch_size: int | None, training: str | None,
+    batch_size: int | None, training: str | None, source: str | None,
 ) -> Certificate:  # fmt: skip
-    """The certificate of checked samples, by a chain that is in the covered dtype, in eval mode and out of place. training: why none counts."""
+    """The certificate of checked samples, by a chain that is in the covered dtype, in eval mode and out of place.
+
+    training: why none counts. source: as `chain_of` gives it.
+    """
     outside = outside_range(chain, x)
     refused: list[str] = []
     if training or bool(outside.any()):
         refused = [training or (f"the input is outside {chain.input_range}, the range of the model" if out else "") for out in outside.tolist()]
     sha, store = constants_of(chain)
+    architecture = architecture_of(chain, source)
     context = Context(dtype=covers, store=store, relative=getattr(threat, "relative", True))
     device = next(chain.parameters()).device
     parts, winners = [], []
@@ -121,7 +127,10 @@ def _certify(
     radius, bound, prediction, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
     name = "real" if real else _name(covers)
-    return _assemble(chain, context, y.cpu(), threat, method, name, sha, index, radius, bound, prediction, finite, refused, winners)
+    return _assemble(
+        chain, context, y.cpu(), threat, method, name, source or sha, architecture, index, radius, bound, prediction, finite,
+        refused, winners,
+    )  # fmt: skip
 
 
 def _batch_size(chain: Chain, x: Tensor, method: str) -> int:
@@ -145,7 +154,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _assemble(
-    chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, index: Tensor | np.ndarray | None,
+    chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, architecture: str,
+    index: Tensor | np.ndarray | None,
     radius: Tensor, bound: Tensor, prediction: Tensor, finite: Tensor, refused: list[str], winners: list[str],
 ) -> Certificate:  # fmt: skip
     from robustlip import __version__
@@ -179,7 +189,7 @@ def _assemble(
         method=method,
         dtype=dtype,
         weights_sha256=sha,
-        architecture_sha256=architecture_sha256(chain),
+        architecture_sha256=architecture,
         index=np.arange(len(y)) if index is None else np.asarray(index, dtype=np.int64),
         label=y.numpy().astype(np.int64),
         prediction=prediction.numpy().astype(np.int64),

@@ -4,9 +4,9 @@
     chain = capture(model, example)      # example: two or more samples, (N, …)
 
 Read in this order: `program` (what torch.export recorded, as plain nodes), `operations` (which layer computes a node), `lower` (nodes in series and
-branches), `capture` (all of it, and the proof that the chain is the same program).
+branches), `capturing` (all of it, and the proof that the chain is the same program).
 """
 
-from robustlip.graph.capture import capture
+from robustlip.graph.capturing import capture
 
 __all__ = ["capture"]

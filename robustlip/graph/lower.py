@@ -54,7 +54,7 @@ class _Lowering:
             if layer is not None:
                 self.made += 1
                 if self.made > MOST_LAYERS:
-                    raise UnsupportedLayer(f"expected a model of at most {MOST_LAYERS} layers, got more once branches are written out; use fewer joins")
+                    raise UnsupportedLayer(f"expected at most {MOST_LAYERS} layers, got more once branches are written out; use fewer joins")
                 found.append((node.name, layer))
             node = before
         return OrderedDict(reversed(found))

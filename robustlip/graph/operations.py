@@ -87,7 +87,7 @@ def _filled(layer: nn.Module, **values: Tensor | None) -> nn.Module:
     return layer
 
 
-def _ints(value: Any, count: int) -> tuple[int, ...]:
+def _ints(value: Any, count: int) -> Any:
     found = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
     return found * count if len(found) == 1 else found
 
@@ -119,7 +119,7 @@ def _batch_norm(node: Node) -> nn.Module:
     kind = nn.BatchNorm2d if len(node.shape) == 3 else nn.BatchNorm1d
     if len(node.shape) == 2:
         raise refuse(node, "it is of signals (N, C, L)")
-    made = kind(len(a["running_mean"]), eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
+    made: nn.Module = kind(len(a["running_mean"]), eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
     made = _filled(made, weight=a["weight"], bias=a["bias"], running_mean=a["running_mean"], running_var=a["running_var"])
     made._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
     return made
@@ -237,7 +237,7 @@ def _part(node: Node) -> nn.Module:
         step = -(-size // int(a["chunks"]))
         sizes = [min(step, size - i) for i in range(0, size, step)]
     else:
-        given = a.get("split_sizes", a.get("split_size"))
+        given: Any = a.get("split_sizes", a.get("split_size"))
         sizes = list(given) if isinstance(given, list) else [min(given, size - i) for i in range(0, size, given)]
     index %= len(sizes)
     start = sum(sizes[:index])

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn, fx
+from torch import Tensor, fx, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 
 # More nodes than a model of this kind has.
 LARGEST_PROGRAM = 50_000
-# Operations whose result may share memory with their first argument. Everything that is neither here nor in _FRESH is taken for one that may.
+# Operations whose result has memory of its own. Every other one is taken for one whose result may share memory with its arguments.
 _FRESH = frozenset(
-    "linear conv1d conv2d conv3d convolution batch_norm layer_norm group_norm instance_norm relu gelu silu tanh sigmoid elu celu selu leaky_relu prelu "
-    "softplus hardtanh hardswish hardsigmoid relu6 mish log_sigmoid abs clamp clamp_min clamp_max neg add sub mul div rsub cat stack maximum minimum "
-    "max min matmul bmm mm addmm scaled_dot_product_attention softmax log_softmax mean sum max_pool2d avg_pool2d adaptive_avg_pool2d max_pool1d "
-    "avg_pool1d adaptive_avg_pool1d embedding rsqrt sqrt pow sort clone".split()
-)  # fmt: skip
+    "linear conv1d conv2d conv3d convolution batch_norm layer_norm group_norm instance_norm relu gelu silu tanh sigmoid elu celu selu leaky_relu "
+    "prelu softplus hardtanh hardswish hardsigmoid relu6 mish log_sigmoid abs clamp clamp_min clamp_max neg add sub mul div rsub cat stack maximum "
+    "minimum max min matmul bmm mm addmm scaled_dot_product_attention softmax log_softmax mean sum max_pool2d avg_pool2d adaptive_avg_pool2d "
+    "embedding rsqrt sqrt pow sort clone".split()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +95,14 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     inputs = [spec for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
     if len(outputs) != 1 or len(inputs) != 1:
         raise UnsupportedLayer(
-            f"expected a model from one tensor to one tensor, got {len(inputs)} inputs and {len(outputs)} outputs; wrap it in a module with one of each"
+            f"expected a model from one tensor to one tensor, got {len(inputs)} inputs and {len(outputs)} outputs; wrap it in such a module"
         )
     graph = list(exported.graph_module.graph.nodes)
     twins = dict.fromkeys(graph) if twin is None else _paired(graph, list(twin.graph_module.graph.nodes))
     if len(graph) > LARGEST_PROGRAM:
         raise UnsupportedLayer(f"expected a program of at most {LARGEST_PROGRAM} operations, got {len(graph)}; use a smaller model")
     _check_in_place(graph)
-    reader = _Reader(exported, module, inputs[0].arg.name, twins)
+    reader: Any = _Reader(exported, module, inputs[0].arg.name, twins)
     with torch.no_grad():
         for node in graph:
             reader.read(node)
@@ -207,7 +207,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node | None]:
-    """By node of the program for _SIZES[0] samples, its node of the program for _SIZES[1]. Raises UnsupportedLayer unless they differ in that alone."""
+    """By node of the program for _SIZES[0] samples, its node of the one for _SIZES[1]. Raises UnsupportedLayer unless they differ in that alone."""
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
@@ -226,7 +226,7 @@ def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node 
             )
         pairs[a] = b
     if len(graph) != len(twin):
-        raise UnsupportedLayer("expected a model that runs the same operations for any number of samples, got more of them for some; keep samples apart")
+        raise UnsupportedLayer("expected the same operations for any number of samples, got more of them for some; keep samples apart")
     return pairs
 
 
@@ -236,7 +236,9 @@ class _Reader:
     def __init__(self, exported: torch.export.ExportedProgram, module: nn.Module, user: str, twins: dict[fx.Node, fx.Node | None]) -> None:
         self.twins = twins
         self.values: dict[fx.Node, Any] = {}
-        self.user, self.input, self.output = user, None, None  # type: ignore[var-annotated]
+        self.user = user
+        self.input: Node | None = None
+        self.output: Any = None
         self.constants: dict[str, Tensor] = {}
         own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
         for spec in exported.graph_signature.input_specs:
@@ -320,7 +322,7 @@ class _Reader:
         if _name_of(node) in ("expand", "zeros", "ones", "full", "new_zeros", "new_ones"):
             one = [[1 if isinstance(b, _Size) else b for b in a] if isinstance(a, list) else 1 if isinstance(a, _Size) else a for a in args]
             return node.target(*one, **kwargs)  # type: ignore[operator]
-        raise UnsupportedLayer(f"expected constants that do not depend on the number of samples, got {_name_of(node)} of {path}; register them as buffers")
+        raise UnsupportedLayer(f"expected constants that are the same for every sample, got {_name_of(node)} of {path}; register them as buffers")
 
 
 class _Size:

@@ -34,7 +34,7 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     if any(part.training for part in module.modules()):
         raise BadInput("expected a model in eval mode, got one in train mode, where it computes another function; call model.eval()")
     if not example.is_floating_point():
-        raise UnsupportedLayer(f"expected inputs that are floating-point numbers, got {example.dtype}; token models are captured from their embeddings")
+        raise UnsupportedLayer(f"expected inputs that are floating-point numbers, got {example.dtype}; capture what stands behind the embedding")
     example = example.detach().clone()
     example = example if len(example) > 1 else torch.cat([example, example])
     with evaluated(module), torch.no_grad():
@@ -43,11 +43,11 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
         chain = Chain(layers).eval()
         chain.input_range = getattr(module, "input_range", None)
-        _check_same(chain, module, example)
+        check_same(chain, module, example)
     return chain
 
 
-def _check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
+def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
     """Raises UnsupportedLayer unless chain and module give the same bits on the example and on random batches of other sizes."""
     generator = torch.Generator().manual_seed(0)
     spread = float(example.double().std()) or 1.0

@@ -1,0 +1,96 @@
+"""What is certified when somebody passes a model: a Chain as it is, an nn.Sequential of known layers, or the capture of any other module."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.domains.norms import rule_for
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.graph import capture
+from robustlip.graph.capturing import check_same
+from robustlip.hashing import architecture_sha256, weights_sha256
+from robustlip.layers import Chain, as_chain
+
+# By module: (hash of its weights, kind of inputs, its chain).
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], Chain]] = weakref.WeakKeyDictionary()
+# Hooks of torch's old spectral_norm and weight_norm, which compute a weight before each call; a capture holds what they compute.
+_WEIGHT_HOOKS = ("SpectralNorm", "WeightNorm")
+
+
+def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
+    """(the chain that is the model, None); or (its capture on inputs like x, SHA-256 of the module's own weights).
+
+    A capture is made again when the weights are others, or when the module no longer gives the chain's bits.
+    Raises UnsupportedLayer for a module that cannot be captured, with both reasons where it is an nn.Sequential.
+    """
+    if isinstance(model, Chain):
+        return as_chain(model), None
+    if type(model) is nn.Sequential:
+        try:
+            chain = as_chain(model)
+            for layer in _inside(chain):
+                rule_for(layer)
+            return chain, None
+        except UnsupportedLayer:
+            if _hooked(model):
+                raise
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"expected a model that is an nn.Module, got {type(model).__name__}; wrap it in a module with a forward")
+    first = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
+    if first is None or not isinstance(x, Tensor) or not x.dim():
+        raise UnsupportedLayer(f"expected a model with weights and inputs to capture it with, got {type(model).__name__} without; build a Chain")
+    example = x[:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype)
+    key = (weights_sha256(model), str(example.dtype), str(example.device), str(tuple(example.shape[1:])))
+    known = _CAPTURED.get(model)
+    if known is not None and known[0] == key:
+        try:
+            check_same(known[1], model, example)
+            return known[1], key[0]
+        except UnsupportedLayer:  # something else than its weights changed
+            pass
+    chain = capture(model, example)
+    _CAPTURED[model] = (key, chain)
+    return chain, key[0]
+
+
+def identity_of(model: nn.Module, x: Tensor) -> tuple[str, str]:
+    """(SHA-256 of the weights, SHA-256 of the architecture) that a certificate of the model names. Of a captured one the latter is of the chain."""
+    chain, source = chain_of(model, x)
+    return source or weights_sha256(chain), architecture_of(chain, source)
+
+
+def architecture_of(chain: Chain, source: str | None) -> str:
+    """Of a capture also its tensors count: what the module computed of its weights is part of the program."""
+    printed = architecture_sha256(chain)
+    return printed if source is None else hashlib.sha256(f"{printed}\0{weights_sha256(chain)}".encode()).hexdigest()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model in another dtype; the model itself where it is in that one."""
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return model
+    return copy.deepcopy(model).to(dtype)
+
+
+def _inside(chain: nn.Module) -> list[nn.Module]:
+    """The layers of a chain and of its branches, but not what is inside of layers with a rule of their own (attention)."""
+    found: list[nn.Module] = []
+    for layer in chain.children():
+        found.append(layer)
+        if type(layer) is nn.Sequential or hasattr(layer, "branches"):
+            found += _inside(layer)
+    return found
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether there are hooks other than those that compute a weight."""
+    for module in model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+        if any(type(hook).__name__ not in _WEIGHT_HOOKS or not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
+            return True
+    return False
