@@ -48,7 +48,9 @@ from robustlip.layers import (
     Normalize,
     Patchify,
     Residual,
+    Scale,
     ScaledGELU,
+    Shift,
     Sum,
 )
 from robustlip.layers.sorting import GroupSort, Householder
@@ -215,6 +217,12 @@ CASES = {
     "sum-attention": Case(lambda: Sum(nn.Identity(), attention(), nn.Linear(D, D), weights=(1.0, 0.5, 2.0))),
     "sum-relu": vector(lambda: Sum(nn.Sequential(nn.Linear(D, 9), nn.ReLU(), nn.Linear(9, 5)), nn.Linear(D, 5)), "l1"),
     "concatenate": Case(lambda: Concatenate(nn.Linear(D, 5), nn.Identity(), nn.Sequential(nn.Linear(D, 3), nn.Tanh()))),
+    "scale": Case(lambda: nn.Sequential(Scale(torch.linspace(-2, 3, D)), nn.Linear(D, 5), nn.GELU())),
+    "scale-divide-linf": vector(lambda: nn.Sequential(Scale(-0.3, divide=True), nn.Linear(D, 5), nn.ReLU()), "linf"),
+    "shift-l1": vector(lambda: nn.Sequential(Shift(torch.linspace(-2, 3, D)), nn.Linear(D, 5), nn.GELU()), "l1"),
+    "image-scale": image(
+        lambda: nn.Sequential(Shift([0.1, 0.2, 0.3, 0.4], subtract=True), Scale([0.5, 1.0, 2.0, -3.0], divide=True), nn.Conv2d(4, 3, 3))
+    ),
     "channels": Case(lambda: nn.Sequential(Channels(1, 4), nn.Linear(3, 5), nn.GELU())),
     "residual-identity": Case(lambda: Residual(nn.Identity(), skip=1 / 3, weight=0.7)),
     "residual-attention": Case(lambda: Residual(attention(), skip=0.5, weight=-1.5)),

@@ -33,7 +33,9 @@ from robustlip.layers import (
     Normalize,
     Patchify,
     Residual,
+    Scale,
     ScaledGELU,
+    Shift,
     Sum,
 )
 from robustlip.ops import elementwise_of
@@ -193,6 +195,13 @@ CASES = {
     "concatenate": (lambda: Concatenate(nn.Linear(D, 5), nn.Identity(), nn.Sequential(nn.Linear(D, 3), nn.Tanh())), 3.0),
     "image-concatenate": (lambda: Concatenate(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU()), 3.0),
     "channels": (lambda: Channels(1, 3), 3.0),
+    "scale": (lambda: Scale(torch.linspace(-2, 3, D)), 3.0),
+    "scale-divide": (lambda: Scale(-0.3, divide=True), 3.0),
+    "vector-scale-divide": (lambda: Scale(torch.linspace(0.2, 3, D), divide=True), 3.0),
+    "image-scale": (lambda: Scale([1.0, -2.0, 0.5, 3.0]), 3.0),
+    "shift": (lambda: Shift(torch.linspace(-2, 3, D)), 3.0),
+    "image-shift": (lambda: Shift([1.0, -2.0, 0.5, 3.0], subtract=True), 3.0),
+    "image-standardised": (lambda: nn.Sequential(Shift([0.1, 0.2, 0.3, 0.4], subtract=True), Scale([0.5, 1.0, 2.0, 3.0], divide=True)), 2.0),
     "image-channels": (lambda: Channels(2, 4), 3.0),
 }
 

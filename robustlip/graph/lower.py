@@ -11,7 +11,7 @@ from collections import OrderedDict
 from torch import nn
 
 from robustlip.errors import UnsupportedLayer
-from robustlip.graph.operations import JOINS, is_identity, layer_of, refuse
+from robustlip.graph.operations import JOINS, is_identity, layer_of, refuse, viewed
 from robustlip.graph.program import Node, Program
 from robustlip.layers import Concatenate, MaxMin, Residual, Sum
 
@@ -67,6 +67,7 @@ class _Lowering:
 
     def _layer(self, node: Node) -> tuple[nn.Module | None, Node]:
         """(the layer of a node, None where it changes nothing; the node in front of it)."""
+        node = viewed(node)
         if is_identity(node):
             return None, node.inputs[0]
         if (pair := _maxmin(node)) is not None:

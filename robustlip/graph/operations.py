@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.program import Node
-from robustlip.layers import Channels, MeanTokens
+from robustlip.layers import Channels, MeanTokens, Scale, Shift
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
+# Operations that give the numbers of a sample another shape and keep their order.
+VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 # Joins of several values, which `lower` knows.
 JOINS = ("add", "sub", "cat")
+# Operations of two terms, of which either may be the constant.
+_TERMS = ("add", "sub", "mul", "subtract", "multiply", "rsub")
 
 
 def operation(*names: str) -> Callable[[Maker], Maker]:
@@ -41,8 +46,10 @@ def layer_of(node: Node) -> nn.Module:
     make = LAYERS.get(node.op)
     if make is None:
         raise refuse(node, "no layer computes it")
+    if len(set(node.inputs)) > 1 and node.op in _TERMS:
+        raise refuse(node, "both of its terms depend on the input")
     for name, value in node.arguments.items():
-        if isinstance(value, Node) and name not in ("self", "input", "tensors"):
+        if isinstance(value, Node) and name not in ("self", "input", "tensors") and node.op not in _TERMS:
             raise refuse(node, f"its {name} depends on the input")
     return make(node).eval()
 
@@ -60,9 +67,18 @@ def is_identity(node: Node) -> bool:
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
         return whole and (a["dim"] != 0 or (a["start"] in (0, None) and (a["end"] is None or a["end"] == 2**63 - 1)))
-    if node.op in ("view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "flatten"):
+    if node.op in VIEWS or node.op in ("expand", "expand_as"):
         return node.shape == source.shape
     return False
+
+
+def viewed(node: Node) -> Node:
+    """A view of a view is one of the first value: row by row, both keep the order of a sample's numbers."""
+    source = _source(node)
+    while node.op in VIEWS and source is not None and source.op in VIEWS:
+        node = replace(node, arguments={**node.arguments, ("self" if "self" in node.arguments else "input"): _source(source)})
+        source = _source(node)
+    return node
 
 
 def _source(node: Node) -> Node | None:
@@ -176,7 +192,7 @@ def _mean(node: Node) -> nn.Module:
     raise refuse(node, f"it is the mean over dimensions {dims} of {rank}; known are those over pixels and over tokens")
 
 
-@operation("view", "reshape", "flatten", "_unsafe_view")
+@operation(*(name for name in VIEWS if name != "squeeze"))
 def _flatten(node: Node) -> nn.Module:
     if len(node.shape) != 1:
         source = _source(node)
@@ -241,7 +257,7 @@ def _part(node: Node) -> nn.Module:
         sizes = list(given) if isinstance(given, list) else [min(given, size - i) for i in range(0, size, given)]
     index %= len(sizes)
     start = sum(sizes[:index])
-    return _channels(Node("getitem", {"self": source, "index": index}, node.shape, node.path, node.name), dim, start, start + sizes[index])
+    return _channels(replace(node, arguments={"self": source, "index": index}), dim, start, start + sizes[index])
 
 
 # ---- elementwise: the class that calls the operation, with its options
@@ -279,6 +295,78 @@ for _name in _ELEMENTWISE:
 def _prelu(node: Node) -> nn.Module:
     weight = node.arguments["weight"]
     return _filled(nn.PReLU(weight.numel(), device="meta"), weight=weight)
+
+
+# ---- constants
+
+
+def _by_channel(node: Node, value: Any) -> Tensor:
+    """A constant as one number or one a channel (C,), in the dtype that torch would compute in. Raises UnsupportedLayer for any other shape."""
+    source = _source(node)
+    assert source is not None
+    if not isinstance(value, Tensor):
+        return torch.tensor([float(value)], dtype=torch.float64)
+    rank = len(source.shape) + 1
+    channel = 1 if rank == 4 else rank - 1
+    sizes = [1] * (rank - value.dim()) + list(value.shape)
+    channels = source.shape[channel - 1]
+    elsewhere = any(n != 1 for i, n in enumerate(sizes) if i != channel)
+    if len(sizes) != rank or node.shape != source.shape or elsewhere or sizes[channel] not in (1, channels):
+        raise refuse(node, f"its constant has shape {tuple(value.shape)} for samples {source.shape}; known are one number and one a channel")
+    return value.detach().reshape(-1)
+
+
+def _typed(node: Node, value: Tensor) -> Tensor:
+    """A plain number is what torch makes of it in the dtype of the samples; a tensor stays as it is."""
+    return value.to(node.dtype) if value.dtype == torch.float64 and node.dtype is not None else value
+
+
+def _plain_terms(node: Node) -> tuple[Any, bool]:
+    """(the constant of a node of two terms, whether it stands in front)."""
+    first, second = node.arguments["self"], node.arguments["other"]
+    if node.arguments.get("alpha", 1) != 1:
+        raise refuse(node, f"it multiplies the second by alpha={node.arguments['alpha']} in the same step")
+    return (second, False) if isinstance(first, Node) else (first, True)
+
+
+@operation("mul", "multiply")
+def _mul(node: Node) -> nn.Module:
+    value, _ = _plain_terms(node)
+    return Scale(_typed(node, _by_channel(_facing(node), value)))
+
+
+@operation("div", "divide", "true_divide")
+def _div(node: Node) -> nn.Module:
+    value, front = _plain_terms(node)
+    if front or node.arguments.get("rounding_mode") is not None:
+        raise refuse(node, "it divides by what depends on the input, or rounds")
+    divisor = _typed(node, _by_channel(node, value))
+    if not bool((divisor != 0).all()):
+        raise refuse(node, "it divides by 0")
+    return Scale(divisor, divide=True)
+
+
+@operation("neg")
+def _neg(node: Node) -> nn.Module:
+    return Scale(_typed(node, torch.tensor([-1.0], dtype=torch.float64)))
+
+
+@operation("add", "sub", "subtract", "rsub")
+def _shift(node: Node) -> nn.Module:
+    value, front = _plain_terms(node)
+    constant = _typed(node, _by_channel(_facing(node), value))
+    if node.op == "add":
+        return Shift(constant)
+    if front != (node.op == "rsub"):  # constant − x
+        return nn.Sequential(Scale(_typed(node, torch.tensor([-1.0], dtype=torch.float64))), Shift(constant))
+    return Shift(constant, subtract=True)
+
+
+def _facing(node: Node) -> Node:
+    """The same node with the value that depends on the input as `self`."""
+    if isinstance(node.arguments["self"], Node):
+        return node
+    return replace(node, arguments={**node.arguments, "self": node.arguments["other"], "other": node.arguments["self"]})
 
 
 @operation("clamp", "clamp_min")

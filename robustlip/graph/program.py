@@ -33,7 +33,7 @@ class Node:
 
     op: its name in torch ('conv2d', 'add'), '' for the input itself. arguments: by the names of torch's schema; a Node where the value depends on
     the input, a Tensor where it is a constant of the model, lists of those, or plain Python values. shape: without the dimension of the samples.
-    path: where in the module it is called.
+    path: where in the module it is called. dtype: of its value.
     """
 
     op: str
@@ -41,6 +41,7 @@ class Node:
     shape: tuple[int, ...]
     path: str
     name: str
+    dtype: torch.dtype | None = None
 
     @property
     def inputs(self) -> list[Node]:
@@ -128,6 +129,8 @@ def _needed(output: Node) -> list[Node]:
     return list(found)
 
 
+# Operations that may take the number of samples, in a shape.
+_TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones full new_zeros new_ones new_full".split())
 # Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
 _SIZES = (83, 89)
 
@@ -209,20 +212,21 @@ def _path(node: fx.Node) -> str:
 def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node | None]:
     """By node of the program for _SIZES[0] samples, its node of the one for _SIZES[1]. Raises UnsupportedLayer unless they differ in that alone."""
 
-    def same(a: Any, b: Any) -> bool:
+    def same(a: Any, b: Any, shapes: bool) -> bool:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
             return pairs.get(a) is b
         if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-            return len(a) == len(b) and all(map(same, a, b))
-        return type(a) is type(b) and (a == b or (a, b) == _SIZES)
+            return len(a) == len(b) and all(same(*both, shapes) for both in zip(a, b, strict=True))
+        return type(a) is type(b) and (a == b or (shapes and (a, b) == _SIZES))
 
     pairs: dict[fx.Node, fx.Node | None] = {}
     for a, b in zip(graph, twin, strict=False):
         alike = a.op == b.op and a.target == b.target and a.kwargs.keys() == b.kwargs.keys()
-        if not (alike and same(a.args, b.args) and all(same(a.kwargs[key], b.kwargs[key]) for key in a.kwargs)):
+        shapes = _name_of(a) in _TAKES_SIZES
+        if not (alike and same(a.args, b.args, shapes) and all(same(a.kwargs[key], b.kwargs[key], shapes) for key in a.kwargs)):
             raise UnsupportedLayer(
-                f"expected a model that runs the same operations for any number of samples, got others at {_name_of(a)} of {_path(a)} for "
-                f"{_SIZES[0]} and {_SIZES[1]}; take out of its forward what depends on that number"
+                f"expected a model that runs the same operations for any number of samples, got {_name_of(a)} of {_path(a)}, which depends on it; "
+                f"take out of its forward what depends on that number"
             )
         pairs[a] = b
     if len(graph) != len(twin):
@@ -280,11 +284,11 @@ class _Reader:
         name, path = _name_of(node), _path(node)
         if name == "sym_size":
             return _Size(args[1]) if args[1] == 0 else args[0].shape[args[1] - 1]
-        if any(isinstance(a, _Size) for a in args) and node.target in (operator.mul, operator.add, operator.floordiv, operator.sub):
-            raise UnsupportedLayer(f"expected shapes that take the number of samples as it is, got {name} of it in {path}; keep samples apart")
+        if name not in _TAKES_SIZES and any(isinstance(a, _Size) for a in _flat([*args, *kwargs.values()])):
+            raise UnsupportedLayer(f"expected the number of samples in shapes alone, got it in {name} of {path}; keep samples apart")
         dependent = list(_nodes([*args, *kwargs.values()]))
         if not dependent:
-            if any(isinstance(a, _Size) or (isinstance(a, list) and any(isinstance(b, _Size) for b in a)) for a in [*args, *kwargs.values()]):
+            if any(isinstance(a, _Size) for a in _flat([*args, *kwargs.values()])):
                 return self._expanded(node, args, kwargs, path)
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.target is operator.getitem:
@@ -299,7 +303,8 @@ class _Reader:
 
     def _node(self, node: fx.Node, name: str, arguments: dict[str, Any], path: str) -> Node:
         shape = self._shape(node) if isinstance(node.meta["val"], Tensor) else ()
-        return Node(name.removesuffix("_") if _writes(node) else name, arguments, shape, path, node.name)
+        dtype = getattr(node.meta["val"], "dtype", None)
+        return Node(name.removesuffix("_") if _writes(node) else name, arguments, shape, path, node.name, dtype)
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of a value without its first dimension. Raises UnsupportedLayer unless that is the number of samples, and no other is."""
@@ -319,10 +324,18 @@ class _Reader:
 
     def _expanded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
         """A constant that is repeated for every sample: itself, with one row."""
-        if _name_of(node) in ("expand", "zeros", "ones", "full", "new_zeros", "new_ones"):
-            one = [[1 if isinstance(b, _Size) else b for b in a] if isinstance(a, list) else 1 if isinstance(a, _Size) else a for a in args]
+        if _name_of(node) in ("expand", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full"):
+            one = [[1 if isinstance(b, _Size) else b for b in a] if isinstance(a, list) else a for a in args]
             return node.target(*one, **kwargs)  # type: ignore[operator]
         raise UnsupportedLayer(f"expected constants that are the same for every sample, got {_name_of(node)} of {path}; register them as buffers")
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 class _Size:

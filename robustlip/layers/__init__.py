@@ -3,6 +3,7 @@
 from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
 from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
+from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.joins import Channels, Concatenate, Sum
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
@@ -24,7 +25,9 @@ __all__ = [
     "Normalize",
     "Patchify",
     "Residual",
+    "Scale",
     "ScaledGELU",
+    "Shift",
     "Sum",
     "as_chain",
     "chain_or_module",

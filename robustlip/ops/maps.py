@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Normalize
+from robustlip.layers import Normalize, Scale, Shift
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
+from robustlip.ops.constants import check_channels
 from robustlip.ops.convolution import Average, Pair, Windows, image_shape, padded_from, pair, sides
 from robustlip.ops.normalization import check_batch
 
@@ -424,6 +425,27 @@ def _scale(layer: nn.Module, shape: Sample, gain: Tensor, shift: Tensor, relativ
     view = (-1, 1, 1) if len(shape) == 3 else (-1,)
     by_number = [t.view(view).expand(shape).reshape(-1) for t in (gain, shift, error)]
     return ScaleMap(shape, shape, 2, 2, relative, by_number[1], by_number[2], weight=by_number[0])
+
+
+def _constant(value: Tensor, shape: Sample) -> Tensor:
+    """One number, or one a channel, by number (n,)."""
+    view = (-1, 1, 1) if len(shape) == 3 and len(value) > 1 else (-1,)
+    return value.view(view).expand(shape).reshape(-1)
+
+
+@register_map(Scale)
+def _factor(layer: Scale, shape: Sample) -> LinearMap:
+    check_channels(layer, shape)
+    value = layer.value.detach().double()
+    factor = _constant(1 / value if layer.divide else value, shape)
+    return ScaleMap(shape, shape, 2, 2, 4 * U64 * layer.divide, weight=factor)
+
+
+@register_map(Shift)
+def _shift(layer: Shift, shape: Sample) -> LinearMap:
+    check_channels(layer, shape)
+    value = _constant(layer.value.detach().double(), shape)
+    return ScaleMap(shape, shape, 2, 2, bias=-value if layer.subtract else value, weight=torch.ones_like(value))
 
 
 @register_map(Normalize)

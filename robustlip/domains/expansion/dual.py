@@ -25,7 +25,7 @@ from robustlip.domains.norms import Context
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.domains.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Sum
+from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Scale, Shift, Sum
 from robustlip.numerics.rounding import up
 from robustlip.ops import is_elementwise
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of
@@ -123,7 +123,7 @@ class Rivals:
 
 # Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
 _BY_TOKEN = (
-    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, Sum, Concatenate, Channels,
+    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, Normalize, Residual, Sum, Concatenate, Channels, Scale, Shift,
     nn.Sequential, nn.Identity,
     *DROPOUTS, *REFLECTIONS,
 )  # fmt: skip

@@ -1,0 +1,32 @@
+"""Multiplication by constants and addition of constants. Both act number by number, so their gains hold in ℓ1, ℓ2 and ℓ∞ alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from robustlip.domains.norms.state import Context, Rule, State, register
+from robustlip.layers import Scale, Shift
+from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted
+
+
+@register(Scale)
+class ScaleRule(Rule):
+    """x·c or x/c: gain max|c| or 1/min|c|."""
+
+    def step(self, layer: Scale, state: State, context: Context) -> State:
+        check_channels(layer, state.whole or (state.width,))
+        gain, smallest = context.constant(layer, f"scale-{layer.divide}", lambda: scale_gain(layer))
+        fresh = scale_error(state.norm, gain, state.width, context)
+        behind = replace(state, norm=gain * state.norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
+        return context.divided(context.finite(behind), smallest)
+
+
+@register(Shift)
+class ShiftRule(Rule):
+    """x + c or x − c: no change grows."""
+
+    def step(self, layer: Shift, state: State, context: Context) -> State:
+        check_channels(layer, state.whole or (state.width,))
+        size = context.constant(layer, "shift", lambda: shift_size(layer))
+        fresh, reach = shifted(state.norm, size, state.width, context)
+        return context.finite(replace(state, norm=reach + fresh, rounding=state.rounding + fresh))

@@ -1,0 +1,383 @@
+"""Any module as a Chain: the same bits, the same radii as the network written by hand, and a sentence for what cannot be captured."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robustlip import capture
+from robustlip.attacks import MinimumRadius
+from robustlip.certifiers import certify
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import Channels, Concatenate, MaxMin, Residual, Scale, Shift, Sum
+from robustlip.threats import InputBall, WeightBall
+
+
+def data(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Written(nn.Module):
+    """A module whose forward is a function of it and the input."""
+
+    def __init__(self, forward, **parts: nn.Module | torch.Tensor) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, nn.Module | nn.Parameter):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
+        self.written = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.written(self, x)
+
+
+def block(channels: int, out: int, stride: int) -> dict[str, nn.Module]:
+    return {
+        "c1": nn.Conv2d(channels, out, 3, stride, 1, bias=False), "n1": nn.BatchNorm2d(out), "c2": nn.Conv2d(out, out, 3, 1, 1, bias=False),
+        "n2": nn.BatchNorm2d(out), "short": nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)),
+    }  # fmt: skip
+
+
+def through_block(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out = F.relu(m.n1(m.c1(x)), inplace=True)
+    out = m.n2(m.c2(out))
+    out += m.short(x)
+    return F.relu(out, inplace=True)
+
+
+def pool_and_flatten(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.head(F.adaptive_avg_pool2d(through_block(m, x), 1).view(x.size(0), -1))
+
+
+def block_by_hand(m: nn.Module) -> nn.Module:
+    inner = nn.Sequential(m.c1, m.n1, nn.ReLU(), m.c2, m.n2)
+    return nn.Sequential(Sum(inner, m.short), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), m.head)
+
+
+def maxmin(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    a, b = m.a(x).chunk(2, dim=-1)
+    return m.b(torch.cat([torch.max(a, b), torch.min(a, b)], dim=-1))
+
+
+def cat_of_images(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = torch.cat([F.relu(m.a(x)), torch.tanh(m.b(x)), x], dim=1)
+    return m.head(h.reshape(len(x), -1))  # the number of samples as a plain number
+
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.2]).view(1, 3, 1, 1)
+
+# name → (module, shape of a sample, the same network by hand)
+MODELS = {
+    "mlp": (
+        lambda: Written(lambda m, x: m.b(torch.relu(m.a(x.flatten(1)))), a=nn.Linear(48, 16), b=nn.Linear(16, 5)), (3, 4, 4),
+        lambda m: nn.Sequential(nn.Flatten(), m.a, nn.ReLU(), m.b),
+    ),
+    "lenet": (
+        lambda: Written(
+            lambda m, x: m.b(F.relu(m.a(torch.flatten(F.max_pool2d(F.relu(m.c(x)), 2), 1)))),
+            c=nn.Conv2d(1, 4, 3), a=nn.Linear(36, 8), b=nn.Linear(8, 4)
+        ), (1, 8, 8),
+        lambda m: nn.Sequential(m.c, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), m.a, nn.ReLU(), m.b),
+    ),
+    "resnet": (lambda: Written(pool_and_flatten, **block(3, 6, 2), head=nn.Linear(6, 4)), (3, 8, 8), block_by_hand),
+    "normalized": (
+        lambda: Written(lambda m, x: m.a(((x - m.mean) / m.std).flatten(1)), a=nn.Linear(48, 4), mean=MEAN, std=STD), (3, 4, 4),
+        lambda m: nn.Sequential(Shift(m.mean.flatten(), subtract=True), Scale(m.std.flatten(), divide=True), nn.Flatten(), m.a),
+    ),
+    "maxmin": (
+        lambda: Written(maxmin, a=nn.Linear(6, 8), b=nn.Linear(8, 3)), (6,), lambda m: nn.Sequential(m.a, MaxMin(), m.b),
+    ),
+    "concatenated": (
+        lambda: Written(cat_of_images, a=nn.Conv2d(3, 2, 3, padding=1), b=nn.Conv2d(3, 2, 1), head=nn.Linear(7 * 16, 4)), (3, 4, 4),
+        lambda m: nn.Sequential(
+            Concatenate(nn.Sequential(m.a, nn.ReLU()), nn.Sequential(m.b, nn.Tanh()), nn.Identity()), nn.Flatten(), m.head
+        ),
+    ),
+    "residual": (
+        lambda: Written(lambda m, x: m.head(x + m.a(F.gelu(m.b(x)))), a=nn.Linear(8, 6), b=nn.Linear(6, 8), head=nn.Linear(6, 3)), (6,),
+        lambda m: nn.Sequential(Residual(nn.Sequential(m.b, nn.GELU(), m.a)), m.head),
+    ),
+    "scaled": (
+        lambda: Written(lambda m, x: 1.0 - 0.5 * m.a(2 * x - 1) / 3, a=nn.Linear(6, 3)), (6,),
+        lambda m: nn.Sequential(
+            Scale(2.0), Shift(1.0, subtract=True), m.a, Scale(0.5), Scale(3.0, divide=True), Scale(-1.0), Shift(1.0)
+        ),
+    ),
+    "slices": (
+        lambda: Written(lambda m, x: m.b(torch.cat([m.a(x)[:, 2:5], x[:, :2]], dim=1))[:, :3], a=nn.Linear(6, 8), b=nn.Linear(5, 4)), (6,),
+        lambda m: nn.Sequential(Concatenate(nn.Sequential(m.a, Channels(2, 5)), Channels(0, 2)), m.b, Channels(0, 3)),
+    ),
+}  # fmt: skip
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(1)
+    build, shape, _ = MODELS[name]
+    module = build()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.uniform_(-0.3, 0.3)
+            part.running_var.uniform_(0.5, 2)
+    return module.eval().to(dtype), data(5, *shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_capture_gives_the_modules_bits(name, dtype) -> None:
+    module, x = made(name, dtype)
+    chain = capture(module, x)
+    for batch in (x, x[:1], torch.cat([x, -3 * x, 100 * x])):
+        assert torch.equal(chain(batch.clone()), module(batch.clone()))
+
+
+@pytest.mark.parametrize("method", ["global", "best"])
+@pytest.mark.parametrize("name", MODELS)
+def test_radii_are_those_of_the_network_written_by_hand(name, method) -> None:
+    module, x = made(name)
+    by_hand = MODELS[name][2](module).eval()
+    y = module(x).argmax(-1)
+    ours, theirs = certify(module, x, y, InputBall("l2"), method), certify(by_hand, x, y, InputBall("l2"), method)
+    assert (ours.radius > 0).any()
+    assert ours.radius.tolist() == theirs.radius.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_attack_succeeds_inside_the_radius_of_a_module(name) -> None:
+    module, x = made(name)
+    y = module(x).argmax(-1)
+    for threat in (InputBall("l2"), InputBall("linf")):
+        radius, broken = certify(module, x, y, threat).radius, MinimumRadius()(module, x, y, threat).radius
+        assert (radius <= broken).all()
+
+
+def test_weights_are_shared_and_a_weight_ball_is_of_the_modules_matrices() -> None:
+    module, x = made("resnet")
+    chain = capture(module, x)
+    assert any(p is module.c1.weight for p in chain.parameters())
+    with torch.no_grad():
+        module.head.weight.mul_(2)
+    assert torch.equal(chain(x), module(x))
+    assert (certify(module, x, module(x).argmax(-1), WeightBall("spectral")).radius > 0).any()
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "orthogonal", "weight_norm", "old spectral_norm", "old weight_norm"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_weights_that_are_computed_from_others_are_folded(kind, sequential) -> None:
+    torch.manual_seed(2)
+    old = {"old spectral_norm": nn.utils.spectral_norm, "old weight_norm": nn.utils.weight_norm}
+    wrap = old.get(kind) or getattr(nn.utils.parametrizations, kind)
+    inner = wrap(nn.Linear(6, 6))
+    module = nn.Sequential(inner, nn.ReLU(), nn.Linear(6, 3)) if sequential else Written(lambda m, x: m.b(F.relu(m.a(x))), a=inner, b=nn.Linear(6, 3))
+    module.train()(data(4, 6))  # a step of power iteration
+    module.eval()
+    x = data(5, 6)
+    chain = capture(module, x)
+    assert [type(layer) for layer in chain] == [nn.Linear, nn.ReLU, nn.Linear]
+    plain = nn.Sequential(copy.deepcopy(chain[0]), nn.ReLU(), copy.deepcopy(chain[2])).eval()
+    y = module(x).argmax(-1)
+    assert certify(module, x, y, InputBall("l2")).radius.tolist() == certify(plain, x, y, InputBall("l2")).radius.tolist()
+
+
+def test_a_certificate_names_the_modules_weights_and_sees_any_change() -> None:
+    module, x = made("residual")
+    y = module(x).argmax(-1)
+    first, again = certify(module, x, y, InputBall("l2")), certify(module, x, y, InputBall("l2"))
+    assert (first.weights_sha256, first.architecture_sha256) == (again.weights_sha256, again.architecture_sha256)
+    from robustlip.hashing import weights_sha256
+
+    assert first.weights_sha256 == weights_sha256(module)
+    with torch.no_grad():
+        module.head.weight.mul_(2)
+    other = certify(module, x, y, InputBall("l2"))
+    assert other.weights_sha256 != first.weights_sha256
+
+
+def test_a_change_that_is_not_of_weights_is_seen_too() -> None:
+    module = Written(lambda m, x: m.a(x * m.factor), a=nn.Linear(6, 3)).eval()
+    module.factor = 1.0
+    x = data(5, 6)
+    y = module(x).argmax(-1)
+    before = certify(module, x, y, InputBall("l2"))
+    module.factor = 10.0
+    y = module(x).argmax(-1)
+    after = certify(module, x, y, InputBall("l2"))
+    assert (after.radius <= MinimumRadius()(module, x, y, InputBall("l2")).radius).all()
+    assert after.architecture_sha256 != before.architecture_sha256
+
+
+def test_real_arithmetic_and_other_dtypes_cast_the_module_before_it_computes_weights() -> None:
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))).eval()
+    x = data(4, 6)
+    y = module(x).argmax(-1)
+    wide = certify(copy.deepcopy(module).double(), x.double(), y, InputBall("l2"))
+    assert certify(module, x, y, InputBall("l2"), dtype="float64").weights_sha256 == wide.weights_sha256
+    assert (certify(module, x, y, InputBall("l2"), dtype="real").radius >= certify(module, x, y, InputBall("l2")).radius).all()
+
+
+# ---- what cannot be captured
+
+
+def mixes(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x - x.mean(0, keepdim=True))
+
+
+def moves(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x.flip(0))
+
+
+def transposes(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a((x @ x.T) @ x)
+
+
+def reads_again(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = m.a(x)
+    view = h[:, :2]
+    h.relu_()
+    return m.b(torch.cat([view, h], dim=1))
+
+
+def writes_weights(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    m.count.add_(1)
+    return m.a(x) * m.count
+
+
+def branches(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x) if x.sum() > 0 else -m.a(x)
+
+
+def by_number(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x) * len(x)
+
+
+def twice(m: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return m.a(x), m.a(x)
+
+
+def unknown(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(torch.fft.fft(x).real)
+
+
+def random(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(F.dropout(x, 0.5, training=True))
+
+
+def product(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x * m.c(x))
+
+
+REFUSED = {
+    mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in place on values that nobody reads again",
+    writes_weights: "changes its buffers|writes into them", branches: "torch.export can record", by_number: "number of samples",
+    twice: "1 inputs and 2 outputs", unknown: "fft|real", random: "dropout", product: "mul",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
+def test_what_is_not_a_known_program_is_refused_with_its_place(forward) -> None:
+    module = Written(forward, a=nn.Linear(6, 3), b=nn.Linear(5, 3), c=nn.Linear(6, 6), count=torch.zeros(1)).eval()
+    with pytest.raises(UnsupportedLayer, match=REFUSED[forward]):
+        capture(module, data(4, 6))
+
+
+def test_train_mode_and_bad_examples_are_refused() -> None:
+    module, x = made("mlp")
+    for wrong, says in ((x[0, 0, 0], "example of samples"), ("x", "example of samples"), (x.long(), "floating-point")):
+        with pytest.raises(BadInput, match=says):
+            capture(module, wrong)
+    with pytest.raises(BadInput, match="eval mode"):
+        capture(module.train(), x)
+
+
+def test_one_sample_is_example_enough() -> None:
+    module, x = made("lenet")
+    assert torch.equal(capture(module, x[:1])(x), module(x))
+
+
+# ---- random modules
+
+
+def grown(draw: st.DrawFn, depth: int = 0) -> list[tuple]:
+    """A program of random steps on vectors of 6 numbers."""
+    steps: list[tuple] = []
+    for _ in range(draw(st.integers(1, 4))):
+        kinds = ["linear", "relu", "relu_", "tanh", "gelu", "scale", "shift", "maxmin", "slice", "view"]
+        kind = draw(st.sampled_from(kinds + (["add", "sub", "cat", "iadd"] if depth < 2 else [])))
+        steps.append((kind, *(grown(draw, depth + 1) for _ in range(2))) if kind in ("add", "sub", "cat", "iadd") else (kind,))
+    return steps
+
+
+class Random(nn.Module):
+    """Runs such a program with weights of its own."""
+
+    def __init__(self, steps: list[tuple], seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.steps, self.weights = steps, nn.ModuleList()
+        self.plan = self._plan(steps)
+        self.head = nn.Linear(6, 3)
+
+    def _plan(self, steps: list[tuple]) -> list[tuple]:
+        plan = []
+        for kind, *inner in steps:
+            if kind in ("linear", "cat"):
+                self.weights.append(nn.Linear(6 if kind == "linear" else 12, 6))
+            elif kind == "slice":
+                self.weights.append(nn.Linear(4, 6))
+            plan.append((kind, len(self.weights) - 1, *map(self._plan, inner)))
+        return plan
+
+    def run(self, plan: list[tuple], x: torch.Tensor) -> torch.Tensor:
+        for kind, at, *inner in plan:
+            if kind == "linear":
+                x = self.weights[at](x)
+            elif kind == "relu_":
+                x = (x * 2.0).relu_()
+            elif kind == "scale":
+                x = 0.7 * x
+            elif kind == "shift":
+                x = x - 0.3
+            elif kind == "maxmin":
+                a, b = x.split(3, dim=-1)
+                x = torch.cat((torch.maximum(a, b), torch.minimum(b, a)), -1)
+            elif kind == "slice":
+                x = self.weights[at](x[:, 1:5])
+            elif kind == "view":
+                x = x.view(-1, 2, 3).flatten(1)
+            elif kind in ("add", "sub", "cat", "iadd"):
+                first, second = (self.run(branch, x) for branch in inner)
+                if kind == "iadd":
+                    x = first * 1.0
+                    x += second
+                else:
+                    x = self.weights[at](torch.cat([first, second], 1)) if kind == "cat" else first + second if kind == "add" else first - second
+            else:
+                x = getattr(torch, kind, getattr(F, kind, None))(x)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.run(self.plan, x))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), st.integers(0, 2**16))
+def test_random_modules_are_captured_to_the_bit(given_data, seed) -> None:
+    module = Random(grown(given_data.draw), seed).eval()
+    x = data(4, 6, seed=seed) * 4 - 2
+    chain = capture(module, x)
+    fresh = data(7, 6, seed=seed + 1) * 40 - 20
+    assert torch.equal(chain(fresh), module(fresh))
+    y = module(x).argmax(-1)
+    radius = torch.as_tensor(certify(chain, x, y, InputBall("l2"), "global").radius)
+    noise = torch.randn(64, *x.shape, generator=torch.Generator().manual_seed(seed))
+    inside = (x + noise / noise.norm(dim=-1, keepdim=True) * radius[:, None] * (1 - 1e-6)).float()
+    held = (inside.double() - x.double()).norm(dim=-1) <= radius
+    assert bool(((module(inside.flatten(0, 1)).argmax(-1).view(64, -1) == y) | ~held)[:, radius > 0].all())
