@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -367,7 +367,8 @@ class Random(nn.Module):
         return self.head(self.run(self.plan, x))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+# No shrinking: an example takes a second.
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 @given(st.data(), st.integers(0, 2**16))
 def test_random_modules_are_captured_to_the_bit(given_data, seed) -> None:
     module = Random(grown(given_data.draw), seed).eval()

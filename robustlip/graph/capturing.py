@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.graph.lower import lowered
 from robustlip.graph.program import recorded
+from robustlip.graph.simplify import simplified
 from robustlip.layers import Chain
 from robustlip.modes import evaluated, undrawn
 
@@ -38,7 +39,7 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     example = example.detach().clone()
     example = example if len(example) > 1 else torch.cat([example, example])
     with evaluated(module), torch.no_grad():
-        layers = lowered(recorded(module, example))
+        layers = lowered(simplified(recorded(module, example)))
         if not layers:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
         chain = Chain(layers).eval()

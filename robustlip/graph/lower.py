@@ -11,9 +11,9 @@ from collections import OrderedDict
 from torch import nn
 
 from robustlip.errors import UnsupportedLayer
-from robustlip.graph.operations import JOINS, is_identity, layer_of, refuse, viewed
+from robustlip.graph.operations import JOINS, is_channel, layer_of, refuse
 from robustlip.graph.program import Node, Program
-from robustlip.layers import Concatenate, MaxMin, Residual, Sum
+from robustlip.layers import Concatenate, Residual, Sum
 
 # Branches that share much are written out once each: what would never end is refused.
 MOST_LAYERS = 20_000
@@ -51,11 +51,10 @@ class _Lowering:
         node = sink
         while node is not source:
             layer, before = self._layer(node)
-            if layer is not None:
-                self.made += 1
-                if self.made > MOST_LAYERS:
-                    raise UnsupportedLayer(f"expected at most {MOST_LAYERS} layers, got more once branches are written out; use fewer joins")
-                found.append((node.name, layer))
+            self.made += 1
+            if self.made > MOST_LAYERS:
+                raise UnsupportedLayer(f"expected at most {MOST_LAYERS} layers, got more once branches are written out; use fewer joins")
+            found.append((node.name, layer))
             node = before
         return OrderedDict(reversed(found))
 
@@ -65,18 +64,11 @@ class _Lowering:
             return nn.Identity()
         return next(iter(layers.values())) if len(layers) == 1 else nn.Sequential(layers)
 
-    def _layer(self, node: Node) -> tuple[nn.Module | None, Node]:
-        """(the layer of a node, None where it changes nothing; the node in front of it)."""
-        node = viewed(node)
-        if is_identity(node):
-            return None, node.inputs[0]
-        if (pair := _maxmin(node)) is not None:
-            return MaxMin(), pair
+    def _layer(self, node: Node) -> tuple[nn.Module, Node]:
+        """(the layer of a node, the node in front of it)."""
         if node.op in JOINS and (len(node.inputs) > 1 or node.op == "cat"):
             return self._join(node)
-        layer = layer_of(node)
-        before = node.inputs[0]
-        return layer, before.inputs[0] if node.op == "getitem" else before
+        return layer_of(node), node.inputs[0]
 
     def _join(self, node: Node) -> tuple[nn.Module, Node]:
         source = self.dominator[node]
@@ -85,7 +77,7 @@ class _Lowering:
             if any(not isinstance(part, Node) for part in parts):
                 raise refuse(node, "it joins a constant")
             rank = len(node.shape) + 1
-            if dim % rank != (1 if rank == 4 else rank - 1):
+            if not is_channel(dim, rank):
                 raise refuse(node, f"it joins along dimension {dim % rank} of {rank}; known is the one of channels")
             return Concatenate(*(self.branch(part, source) for part in parts)), source
         first, second = node.arguments["self"], node.arguments["other"]
@@ -98,38 +90,3 @@ class _Lowering:
             return Residual(self.branch(second if source is first else first, source)), source
         sign = 1.0 if node.op == "add" else -1.0
         return Sum(self.branch(first, source), self.branch(second, source), weights=(1.0, sign)), source
-
-
-def _maxmin(node: Node) -> Node | None:
-    """The value that MaxMin is applied to: cat([max(a, b), min(a, b)]) of the two halves a, b of its channels."""
-    if node.op != "cat" or len(node.arguments["tensors"]) != 2:
-        return None
-    high, low = node.arguments["tensors"]
-    if not (isinstance(high, Node) and isinstance(low, Node) and high.op in ("max", "maximum") and low.op in ("min", "minimum")):
-        return None
-    pairs = [(n.arguments.get("self"), n.arguments.get("other")) for n in (high, low)]
-    if pairs[0] != pairs[1] and pairs[0] != pairs[1][::-1]:
-        return None
-    a, b = pairs[0]
-    whole = _halves(a, b) or _halves(b, a)
-    rank = len(node.shape) + 1
-    return whole if whole is not None and int(node.arguments["dim"]) % rank == (1 if rank == 4 else rank - 1) else None
-
-
-def _halves(a: object, b: object) -> Node | None:
-    """The value of which a is the first half of the channels and b the second."""
-    if not (isinstance(a, Node) and isinstance(b, Node)):
-        return None
-    try:
-        first, second = layer_of(a), layer_of(b)
-    except UnsupportedLayer:
-        return None
-    from robustlip.layers import Channels
-
-    sources = [n.inputs[0].inputs[0] if n.op == "getitem" else n.inputs[0] for n in (a, b)]
-    if not (isinstance(first, Channels) and isinstance(second, Channels) and sources[0] is sources[1]):
-        return None
-    shape = sources[0].shape
-    channels = shape[0] if len(shape) == 3 else shape[-1]
-    cut = (first.start, first.stop, second.start, second.stop)
-    return sources[0] if cut == (0, channels // 2, channels // 2, channels) and channels % 2 == 0 else None

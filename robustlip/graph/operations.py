@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.program import Node
-from robustlip.layers import Channels, MeanTokens, Scale, Shift
+from robustlip.layers import Channels, MaxMin, MeanTokens, Scale, Shift
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
@@ -61,7 +61,7 @@ def is_identity(node: Node) -> bool:
         return True
     if node.op in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
         return a["train"] is False or a["p"] == 0
-    source = _source(node)
+    source = source_of(node)
     if source is None:
         return False
     if node.op == "slice":
@@ -72,16 +72,8 @@ def is_identity(node: Node) -> bool:
     return False
 
 
-def viewed(node: Node) -> Node:
-    """A view of a view is one of the first value: row by row, both keep the order of a sample's numbers."""
-    source = _source(node)
-    while node.op in VIEWS and source is not None and source.op in VIEWS:
-        node = replace(node, arguments={**node.arguments, ("self" if "self" in node.arguments else "input"): _source(source)})
-        source = _source(node)
-    return node
-
-
-def _source(node: Node) -> Node | None:
+def source_of(node: Node) -> Node | None:
+    """The first argument, where it depends on the input."""
     source = node.arguments.get("self", node.arguments.get("input"))
     return source if isinstance(source, Node) else None
 
@@ -179,7 +171,7 @@ def _adaptive_avg_pool2d(node: Node) -> nn.Module:
 
 @operation("mean")
 def _mean(node: Node) -> nn.Module:
-    source = _source(node)
+    source = source_of(node)
     assert source is not None
     rank = len(source.shape) + 1
     dims = node.arguments.get("dim")
@@ -195,69 +187,47 @@ def _mean(node: Node) -> nn.Module:
 @operation(*(name for name in VIEWS if name != "squeeze"))
 def _flatten(node: Node) -> nn.Module:
     if len(node.shape) != 1:
-        source = _source(node)
+        source = source_of(node)
         raise refuse(node, f"it takes {source.shape if source else ()} to {node.shape}; known is one vector a sample")
     return nn.Flatten(1)
 
 
 @operation("squeeze")
 def _squeeze(node: Node) -> nn.Module:
-    source = _source(node)
+    source = source_of(node)
     if source is not None and len(node.shape) == 1 and len(source.shape) > 1:
         return nn.Flatten(1)
     raise refuse(node, "it leaves more than one vector a sample")
 
 
-def _channels(node: Node, dim: int, start: int, stop: int) -> nn.Module:
-    source = _source(node)
-    assert source is not None
-    rank = len(source.shape) + 1
-    if dim % rank != (1 if rank == 4 else rank - 1):
-        raise refuse(node, f"it cuts dimension {dim % rank} of {rank}; known is the one of channels")
-    return Channels(start, stop)
+def is_channel(dim: int, rank: int) -> bool:
+    """Whether a dimension of values of that rank, samples included, is the one of channels."""
+    return dim % rank == (1 if rank == 4 else rank - 1)
 
 
-@operation("narrow")
-def _narrow(node: Node) -> nn.Module:
-    a = node.arguments
-    return _channels(node, a["dim"], a["start"], a["start"] + a["length"])
+def channel_slice(node: Node) -> tuple[int, int] | None:
+    """(start, stop) of the channels that a node takes of its first argument, in their order; None where it takes something else."""
+    source, a = source_of(node), node.arguments
+    if source is None or node.op not in ("narrow", "slice") or not is_channel(a["dim"], len(source.shape) + 1):
+        return None
+    if node.op == "narrow":
+        return a["start"], a["start"] + a["length"]
+    size = source.shape[a["dim"] % (len(source.shape) + 1) - 1]
+    start, stop, step = slice(a["start"], a["end"], a["step"]).indices(size)
+    return (start, stop) if step == 1 and start < stop else None
 
 
-@operation("slice")
-def _slice(node: Node) -> nn.Module:
-    a, source = node.arguments, _source(node)
-    assert source is not None
-    rank, dim = len(source.shape) + 1, a["dim"]
-    if dim % rank == 0 or a["step"] != 1:
-        raise refuse(node, "it leaves samples out, or takes steps")
-    size = source.shape[dim % rank - 1]
-    start, stop, _ = slice(a["start"], a["end"]).indices(size)
-    return _channels(node, dim, start, stop)
+@operation("narrow", "slice")
+def _channels(node: Node) -> nn.Module:
+    cut = channel_slice(node)
+    if cut is None:
+        raise refuse(node, "it takes something else than channels in a row")
+    return Channels(*cut)
 
 
-@operation("getitem")
-def _part(node: Node) -> nn.Module:
-    """One of the parts that chunk and split make."""
-    whole = node.arguments["self"]
-    if not isinstance(whole, Node) or whole.op not in ("chunk", "split", "split_with_sizes", "tensor_split"):
-        raise refuse(node, f"it is a part of {whole.op if isinstance(whole, Node) else 'a constant'}")
-    source, dim = _source(whole), int(whole.arguments["dim"])
-    assert source is not None
-    rank = len(source.shape) + 1
-    size = source.shape[dim % rank - 1] if dim % rank else 0
-    index = int(node.arguments["index"])
-    a = whole.arguments
-    if dim % rank == 0 or whole.op == "tensor_split":
-        raise refuse(node, "it cuts the samples, or is no chunk or split")
-    if whole.op == "chunk":
-        step = -(-size // int(a["chunks"]))
-        sizes = [min(step, size - i) for i in range(0, size, step)]
-    else:
-        given: Any = a.get("split_sizes", a.get("split_size"))
-        sizes = list(given) if isinstance(given, list) else [min(given, size - i) for i in range(0, size, given)]
-    index %= len(sizes)
-    start = sum(sizes[:index])
-    return _channels(replace(node, arguments={"self": source, "index": index}), dim, start, start + sizes[index])
+@operation("maxmin")
+def _maxmin(node: Node) -> nn.Module:
+    return MaxMin()
 
 
 # ---- elementwise: the class that calls the operation, with its options
@@ -302,7 +272,7 @@ def _prelu(node: Node) -> nn.Module:
 
 def _by_channel(node: Node, value: Any) -> Tensor:
     """A constant as one number or one a channel (C,), in the dtype that torch would compute in. Raises UnsupportedLayer for any other shape."""
-    source = _source(node)
+    source = source_of(node)
     assert source is not None
     if not isinstance(value, Tensor):
         return torch.tensor([float(value)], dtype=torch.float64)

@@ -110,10 +110,10 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     assert reader.input is not None
     if not isinstance(reader.output, Node):
         raise UnsupportedLayer("expected a model whose output depends on its input, got a constant; check its forward")
-    return Program(reader.input, reader.output, _needed(reader.output))
+    return Program(reader.input, reader.output, needed(reader.output))
 
 
-def _needed(output: Node) -> list[Node]:
+def needed(output: Node) -> list[Node]:
     """The nodes that the output depends on, inputs before what reads them, the program's input left out."""
     found: dict[Node, None] = {}
     stack = [(output, False)]
