@@ -80,7 +80,43 @@ JOINS, IN_PLACE, MAPS, NETS, MAPPED, OPS = (
     "tests/test_mapped.py", "tests/test_ops.py",
 )
 
+OPS_CONSTANTS, NORMS_CONSTANTS, AT_CONSTANTS = (f"robustlip/{room}/constants.py" for room in ("ops", "domains/norms", "domains/expansion"))
+PROGRAM, LOWER, CAPTURING, CHAINS = (
+    *(f"robustlip/graph/{name}.py" for name in ("program", "lower", "capturing")), "robustlip/certifiers/chains.py",
+)
+CAPTURE = "tests/test_capture.py"
+
 MUTATIONS = [
+    # ---- constants by channel
+    Mutation("constants: a divisor counted as a factor", OPS_CONSTANTS, "return 1 / smallest * (1 + 1e-15), smallest", "return smallest, smallest",
+             f"{RULES} -k 'change and scale'"),
+    Mutation("constants: the smallest factor for the largest", OPS_CONSTANTS, "return float(size.amax()), math.inf",
+             "return float(size.amin()), math.inf", f"{RULES} -k 'change and scale'"),
+    Mutation("constants: a shift leaves the norm", OPS_CONSTANTS, "reach = norm + size * math.sqrt(width) * (1 + 1e-15)", "reach = norm",
+             f"{RULES} -k shift"),
+    Mutation("constants: rounding of a product dropped", OPS_CONSTANTS, "return 2 * arithmetic.unit * gain * norm + root", "return 0 * norm + root",
+             f"{RULES} -k scale"),
+    Mutation("constants: what rounded in front of a factor keeps its size", NORMS_CONSTANTS, "rounding=gain * state.rounding + fresh",
+             "rounding=state.rounding + fresh", f"{RULES} -k carries"),
+    Mutation("constants: maps divide where layers multiply", OPS_MAPS, "1 / value if layer.divide else value", "value if layer.divide else 1 / value",
+             f"{LOCAL} -k scale"),
+    Mutation("constants: maps add what layers subtract", OPS_MAPS, "bias=-value if layer.subtract else value", "bias=value",
+             f"{CAPTURE} -k 'by_hand or inside'"),
+    # ---- captures
+    Mutation("capture: samples may stand anywhere", PROGRAM, "        if not apart:", "        if False:", f"{CAPTURE} -k refused"),
+    Mutation("capture: what is written over may be read again", PROGRAM, "stale[value] = node", "pass",
+             f"{CAPTURE} -k refused"),
+    Mutation("capture: buffers may change", PROGRAM, "if signature.buffers_to_mutate:", "if False:", f"{CAPTURE} -k refused"),
+    Mutation("capture: the number of samples is a number like any other", PROGRAM, "(shapes and (a, b) == _SIZES)", "(a, b) == _SIZES",
+             f"{CAPTURE} -k refused"),
+    Mutation("capture: outputs are not compared", CAPTURING, "        check_same(chain, module, example)\n",
+             "        pass\n", f"{CAPTURE} -k wrong_layer"),
+    Mutation("capture: a join begins at the first value it reads", LOWER, "above = read if above is None else self._common(above, read)",
+             "above = read if above is None else above", f"{CAPTURE} -k 'bits or random'"),
+    Mutation("capture: a capture is kept whatever changes", CHAINS, "check_same(known[1], model, example)", "pass", f"{CAPTURE} -k not_of_weights"),
+    Mutation("capture: a certificate does not name what was computed of the weights", CHAINS,
+             'printed if source is None else hashlib', 'printed if True else hashlib', f"{CAPTURE} -k not_of_weights"),
+    Mutation("capture: a subtraction is a sum", LOWER, 'sign = 1.0 if node.op == "add" else -1.0', "sign = 1.0", f"{CAPTURE} -k random"),
     # ---- joins
     Mutation("sums: weights of branches counted as 1", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = [1.0 for w in layer.weights]",
              f"{JOINS} -k attain"),
@@ -823,7 +859,7 @@ MUTATIONS = [
     Mutation("verify: other weights are no difference", VERIFICATION,
              "if got != file.weights_sha256:", "if False:", f"{FILES} -k one_bit_of_a_weight"),
     Mutation("verify: another architecture is no difference", VERIFICATION,
-             "if architecture_sha256(chain) != file.architecture_sha256:", "if False:", f"{FILES} -k another_architecture"),
+             "if architecture != file.architecture_sha256:", "if False:", f"{FILES} -k another_architecture"),
     Mutation("verify: other rules are no difference", VERIFICATION, 'if file.versions["rules"] != rules:', "if False:", f"{FILES} -k other_rules"),
     Mutation("verify: a changed row is no difference", VERIFICATION, "if sha != sample.row_sha256:", "if False:",
              f"{FILES} -k 'changed_row or another_hash'"),

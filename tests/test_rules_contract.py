@@ -603,3 +603,13 @@ def test_what_has_no_rule_is_refused() -> None:
     parametrized = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
     with pytest.raises(UnsupportedLayer, match="ParametrizedLinear"):
         rule_for(parametrized)
+
+
+@pytest.mark.parametrize(("layer", "gain"), [(Scale(50.0), 50.0), (Scale(0.02, divide=True), 50.0), (Scale([1.0] * (D - 1) + [-50.0]), 50.0)])
+def test_a_factor_carries_what_was_rounded_in_front_of_it(layer, gain) -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    behind = rule_for(layer).step(layer, State(one, 0 * one, 0.5 * one, "l2", 1, D), context())
+    x = torch.zeros(1, D, dtype=torch.float64)
+    x[0, -1] = 0.5  # executed, where 0 is exact
+    assert float(layer(x).norm()) == pytest.approx(0.5 * gain, rel=1e-6)
+    assert float(behind.rounding) >= 0.5 * gain * (1 - 1e-6)
