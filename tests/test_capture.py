@@ -17,7 +17,7 @@ from robustlip.certifiers import certify
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.graph import operations
 from robustlip.hashing import weights_sha256
-from robustlip.layers import Channels, Concatenate, MaxMin, Residual, Scale, Shift, Sum
+from robustlip.layers import Channels, Concatenate, GroupSort, MaxMin, Residual, Scale, Shift, Sum
 from robustlip.threats import InputBall, WeightBall
 
 
@@ -74,6 +74,11 @@ def cat_of_images(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return m.head(h.reshape(len(x), -1))  # the number of samples as a plain number
 
 
+def sorted_in_pairs(x: torch.Tensor) -> torch.Tensor:
+    pairs = x.view(-1, 4, 2)
+    return torch.cat([pairs.min(2, keepdim=True)[0], pairs.max(2, keepdim=True)[0]], dim=2).view(x.shape)
+
+
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.2]).view(1, 3, 1, 1)
 
 # name → (module, shape of a sample, the same network by hand)
@@ -112,6 +117,26 @@ MODELS = {
         lambda m: nn.Sequential(
             Scale(2.0), Shift(1.0, subtract=True), m.a, Scale(0.5), Scale(3.0, divide=True), Scale(-1.0), Shift(1.0)
         ),
+    ),
+    "sorted": (
+        lambda: Written(
+            lambda m, x: m.b(sorted_in_pairs(m.a(x))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)
+        ), (6,),
+        lambda m: nn.Sequential(m.a, GroupSort(2), m.b),
+    ),
+    "sorted images": (
+        lambda: Written(
+            lambda m, x: m.b(m.a(x).reshape(-1, 2, 3, 4, 4).sort(2)[0].reshape(-1, 6, 4, 4).flatten(1)), a=nn.Conv2d(3, 6, 1), b=nn.Linear(96, 3)
+        ), (3, 4, 4),
+        lambda m: nn.Sequential(m.a, GroupSort(3), nn.Flatten(), m.b),
+    ),
+    "padded in a circle": (
+        lambda: Written(lambda m, x: m.b(m.a(x).flatten(1)), a=nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), b=nn.Linear(32, 3)), (3, 4, 4),
+        lambda m: nn.Sequential(m.a, nn.Flatten(), m.b),
+    ),
+    "padded by zeros": (
+        lambda: Written(lambda m, x: m.b(m.a(F.pad(x, (1, 0, 0, 2))).flatten(1)), a=nn.Conv2d(3, 2, 3), b=nn.Linear(24, 3)), (3, 4, 4),
+        lambda m: nn.Sequential(nn.ZeroPad2d((1, 0, 0, 2)), m.a, nn.Flatten(), m.b),
     ),
     "slices": (
         lambda: Written(lambda m, x: m.b(torch.cat([m.a(x)[:, 2:5], x[:, :2]], dim=1))[:, :3], a=nn.Linear(6, 8), b=nn.Linear(5, 4)), (6,),

@@ -219,6 +219,7 @@ CASES = {
     "concatenate": Case(lambda: Concatenate(nn.Linear(D, 5), nn.Identity(), nn.Sequential(nn.Linear(D, 3), nn.Tanh()))),
     "scale": Case(lambda: nn.Sequential(Scale(torch.linspace(-2, 3, D)), nn.Linear(D, 5), nn.GELU())),
     "scale-divide-linf": vector(lambda: nn.Sequential(Scale(-0.3, divide=True), nn.Linear(D, 5), nn.ReLU()), "linf"),
+    "image-zeros": image(lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 3)), nn.Conv2d(4, 3, 3), nn.ReLU()), "linf"),
     "shift-l1": vector(lambda: nn.Sequential(Shift(torch.linspace(-2, 3, D)), nn.Linear(D, 5), nn.GELU()), "l1"),
     "image-scale": image(
         lambda: nn.Sequential(Shift([0.1, 0.2, 0.3, 0.4], subtract=True), Scale([0.5, 1.0, 2.0, -3.0], divide=True), nn.Conv2d(4, 3, 3))

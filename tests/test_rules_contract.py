@@ -199,6 +199,7 @@ CASES = {
     "scale-divide": (lambda: Scale(-0.3, divide=True), 3.0),
     "vector-scale-divide": (lambda: Scale(torch.linspace(0.2, 3, D), divide=True), 3.0),
     "image-scale": (lambda: Scale([1.0, -2.0, 0.5, 3.0]), 3.0),
+    "image-zeros": (lambda: nn.ZeroPad2d((1, 0, 2, 3)), 3.0),
     "shift": (lambda: Shift(torch.linspace(-2, 3, D)), 3.0),
     "image-shift": (lambda: Shift([1.0, -2.0, 0.5, 3.0], subtract=True), 3.0),
     "image-standardised": (lambda: nn.Sequential(Shift([0.1, 0.2, 0.3, 0.4], subtract=True), Scale([0.5, 1.0, 2.0, 3.0], divide=True)), 2.0),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.program import Node
-from robustlip.layers import Channels, MaxMin, MeanTokens, Scale, Shift
+from robustlip.layers import Channels, GroupSort, MaxMin, MeanTokens, Scale, Shift
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
@@ -67,6 +67,8 @@ def is_identity(node: Node) -> bool:
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
         return whole and (a["dim"] != 0 or (a["start"] in (0, None) and (a["end"] is None or a["end"] == 2**63 - 1)))
+    if node.op in ("mul", "div") and not isinstance(a["other"], Tensor | Node) and a["other"] == 1:
+        return node.dtype == source.dtype and a.get("rounding_mode") is None
     if node.op in VIEWS or node.op in ("expand", "expand_as"):
         return node.shape == source.shape
     return False
@@ -114,7 +116,7 @@ def _conv2d(node: Node) -> nn.Module:
     groups = int(a["groups"])
     made = nn.Conv2d(
         weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), _ints(a["stride"], 2), padding, _ints(a["dilation"], 2), groups,
-        a["bias"] is not None, device="meta",
+        a["bias"] is not None, a.get("mode", "zeros"), device="meta",
     )  # fmt: skip
     return _filled(made, weight=weight, bias=a["bias"])
 
@@ -200,9 +202,37 @@ def _squeeze(node: Node) -> nn.Module:
     raise refuse(node, "it leaves more than one vector a sample")
 
 
+def channel_dimension(rank: int) -> int:
+    """The dimension of channels of values of that rank, samples included."""
+    return 1 if rank == 4 else rank - 1
+
+
 def is_channel(dim: int, rank: int) -> bool:
     """Whether a dimension of values of that rank, samples included, is the one of channels."""
-    return dim % rank == (1 if rank == 4 else rank - 1)
+    return dim % rank == channel_dimension(rank)
+
+
+def pads(node: Node) -> tuple[int, int, int, int] | None:
+    """(left, right, top, bottom) of a node that pads images, None where it pads other dimensions or takes away."""
+    given = list(node.arguments["pad"])
+    given += [0] * (4 - len(given))
+    source = source_of(node)
+    if source is None or len(source.shape) != 3 or len(given) != 4 or min(given) < 0:
+        return None
+    return given[0], given[1], given[2], given[3]
+
+
+@operation("pad", "constant_pad_nd")
+def _pad(node: Node) -> nn.Module:
+    sides = pads(node)
+    if sides is None or node.arguments.get("mode", "constant") != "constant" or node.arguments.get("value") not in (None, 0):
+        raise refuse(node, "it pads other dimensions than those of images, or by other numbers than 0, not in front of a convolution")
+    return nn.ZeroPad2d(sides)
+
+
+@operation("group_sort")
+def _group_sort(node: Node) -> nn.Module:
+    return GroupSort(node.arguments["group"])
 
 
 def channel_slice(node: Node) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from robustlip.graph.operations import VIEWS, channel_slice, is_channel, is_identity, source_of
+from robustlip.graph.operations import VIEWS, channel_dimension, channel_slice, is_channel, is_identity, pads, source_of
 from robustlip.graph.program import Node, Program, needed
 
 Rewrite = Callable[[Node], Node]
@@ -24,7 +24,7 @@ def simplified(program: Program) -> Program:
 
     for node in program.nodes:
         new = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-        for rewrite in (_view, _part, _maxmin):
+        for rewrite in (_view, _part, _maxmin, _group_sort, _padded):
             new = rewrite(new)
         source = source_of(new)
         now[node] = source if source is not None and is_identity(new) else new
@@ -81,3 +81,63 @@ def _maxmin(node: Node) -> Node:
     if channels % 2 or halves != [(0, channels // 2), (channels // 2, channels)]:
         return node
     return replace(node, op="maxmin", arguments={"self": whole})
+
+
+def _group_sort(node: Node) -> Node:
+    """Neighbouring channels cut into groups by a view, sorted in each, and put back by a view."""
+    inner = source_of(node)
+    if node.op not in VIEWS or inner is None:
+        return node
+    grouped = _sorted(inner)
+    whole = None if grouped is None else source_of(grouped)
+    if grouped is None or whole is None or grouped.op not in VIEWS or whole.shape != node.shape:
+        return node
+    at = channel_dimension(len(whole.shape) + 1) - 1
+    group = grouped.shape[at + 1] if len(grouped.shape) > at + 1 else 0
+    if not group or grouped.shape != (*whole.shape[:at], whole.shape[at] // group, group, *whole.shape[at + 1 :]):
+        return node
+    return replace(node, op="group_sort", arguments={"self": whole, "group": group})
+
+
+def _sorted(node: Node) -> Node | None:
+    """What a node sorts in ascending order along the groups that follow the channels: sort(v).values, or cat([min(v), max(v)]) of groups of 2."""
+    if node.op == "getitem" and node.arguments["index"] == 0:
+        sort = node.arguments["self"]
+        if sort.op != "sort" or sort.arguments.get("descending"):
+            return None
+        return _along_groups(sort, sort.arguments["dim"])
+    if node.op != "cat" or len(node.arguments["tensors"]) != 2:
+        return None
+    parts = node.arguments["tensors"]
+    if any(not isinstance(part, Node) or part.op != "getitem" or part.arguments["index"] != 0 for part in parts):
+        return None
+    low, high = (part.arguments["self"] for part in parts)
+    if (low.op, high.op) != ("min", "max") or not (low.arguments.get("keepdim") and high.arguments.get("keepdim")):
+        return None
+    grouped, dim = source_of(low), low.arguments["dim"]
+    if grouped is None or source_of(high) is not grouped:
+        return None
+    rank = len(grouped.shape) + 1
+    same = len({d % rank for d in (dim, high.arguments["dim"], node.arguments["dim"])}) == 1
+    return _along_groups(low, dim) if same and grouped.shape[dim % rank - 1] == 2 else None
+
+
+def _along_groups(node: Node, dim: int) -> Node | None:
+    """The first argument of a node that acts along the dimension behind the one of channels."""
+    source = source_of(node)
+    if source is None or len(source.shape) < 2:
+        return None
+    rank = len(source.shape) + 1
+    return source if dim % rank == channel_dimension(rank - 1) % (rank - 1) + 1 else None
+
+
+def _padded(node: Node) -> Node:
+    """A convolution behind a padding that copies numbers: one convolution with a padding mode, which is what nn.Conv2d runs."""
+    pad = source_of(node)
+    if node.op != "conv2d" or pad is None or pad.op != "pad" or pad.arguments["mode"] == "constant":
+        return node
+    sides, mode, source = pads(pad), pad.arguments["mode"], source_of(pad)
+    padding = node.arguments["padding"]
+    if sides is None or sides[0] != sides[1] or sides[2] != sides[3] or any(padding if isinstance(padding, list) else [1]):
+        return node
+    return replace(node, arguments={**node.arguments, "input": source, "padding": [sides[2], sides[0]], "mode": mode})

@@ -1,12 +1,12 @@
-"""Multiplication by constants and addition of constants, one for all numbers or one a channel. docs/theory.md, section 3."""
+"""Multiplication by constants and addition of constants, one for all numbers or one a channel; zeros around images. docs/theory.md, section 3."""
 
 from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Scale, Shift
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.ops.affine import shift_error
@@ -45,3 +45,11 @@ def shifted(norm: Tensor, size: float, width: int, arithmetic: Rounds) -> tuple[
     """(‖fl(x + c) − (x + c)‖₂, ‖x + c‖₂) at most, for ‖x‖₂ ≤ norm and |c| ≤ size in each of `width` numbers."""
     reach = norm + size * math.sqrt(width) * (1 + 1e-15)
     return shift_error(reach, width, arithmetic), reach
+
+
+def zero_sides(layer: nn.ZeroPad2d) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom). Raises UnsupportedLayer for negative ones, which cut."""
+    sides = tuple(int(n) for n in layer.padding)
+    if len(sides) != 4 or min(sides) < 0:
+        raise UnsupportedLayer(f"expected ZeroPad2d with four numbers of at least 0, got {sides}; cut images in front of the model")
+    return sides[0], sides[1], sides[2], sides[3]

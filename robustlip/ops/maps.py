@@ -19,7 +19,7 @@ from torch.nn.grad import conv2d_input
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Normalize, Scale, Shift
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
-from robustlip.ops.constants import check_channels
+from robustlip.ops.constants import check_channels, zero_sides
 from robustlip.ops.convolution import Average, Pair, Windows, image_shape, padded_from, pair, sides
 from robustlip.ops.normalization import check_batch
 
@@ -314,6 +314,24 @@ class Series(LinearMap):
         return min(super().magnitude(), math.prod(m.magnitude() for m in self.maps) * (1 + 1e-12))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PadMap(LinearMap):
+    """Zeros around images. sides: (left, right, top, bottom)."""
+
+    sides: tuple[int, int, int, int]
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        return F.pad(x.reshape(-1, *self.shape), self.sides).reshape(*x.shape[:-1], self.outputs)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        left, _, top, _ = self.sides
+        images = g.reshape(-1, *self.out)[..., top : top + self.shape[1], left : left + self.shape[2]]
+        return images.reshape(*g.shape[:-1], self.inputs)
+
+    def row_norms(self, norm: str) -> Tensor:
+        return self.apply(torch.ones(1, self.inputs, dtype=torch.float64))[0]
+
+
 def dual_norms(rows: Tensor, norm: str) -> Tensor:
     """(m,) ≥ how far ⟨row, x⟩ can go for ‖x‖ ≤ 1 in the norm 'l1', 'l2' or 'linf': rows (m, n), float64."""
     if norm == "linf":
@@ -446,6 +464,13 @@ def _shift(layer: Shift, shape: Sample) -> LinearMap:
     check_channels(layer, shape)
     value = _constant(layer.value.detach().double(), shape)
     return ScaleMap(shape, shape, 2, 2, bias=-value if layer.subtract else value, weight=torch.ones_like(value))
+
+
+@register_map(nn.ZeroPad2d)
+def _zeros(layer: nn.ZeroPad2d, shape: Sample) -> LinearMap:
+    image = _images(layer, shape)
+    sides = zero_sides(layer)
+    return PadMap(shape, (image[0], image[1] + sides[2] + sides[3], image[2] + sides[0] + sides[1]), 1, 1, sides=sides)
 
 
 @register_map(Normalize)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from robustlip.domains.expansion.base import Scope, register
 from robustlip.domains.expansion.convolution import MapStep
 from robustlip.layers import Scale, Shift
 from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted
+from robustlip.ops.convolution import image_shape
 
 
 class ConstantStep(MapStep):
@@ -47,3 +49,17 @@ class ShiftExpansion(ConstantStep):
         width = self.map.outputs
         fresh = self.scope.both(lambda arithmetic: shifted(norm, self.size, width, arithmetic)[0])
         return fresh, shifted(norm, self.size, width, self.scope.context)[1]
+
+
+@register(nn.ZeroPad2d, any_space=True, keeps="any")
+class ZeroPad2dExpansion(MapStep):
+    """Zeros around images: nothing is computed."""
+
+    def __init__(self, layer: nn.ZeroPad2d, clean: Tensor, scope: Scope) -> None:
+        super().__init__(layer, clean, scope, image_shape(layer, scope.whole))
+        self.space = scope.space
+        self.sigma = self.gain = self.frobenius = 1.0
+        self.off()
+
+    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(norm), norm

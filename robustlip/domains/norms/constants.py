@@ -1,12 +1,16 @@
-"""Multiplication by constants and addition of constants. Both act number by number, so their gains hold in ℓ1, ℓ2 and ℓ∞ alike."""
+"""Multiplication by constants, addition of constants, zeros around images. All act number by number, so their gains hold in ℓ1, ℓ2 and ℓ∞ alike."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+
+from torch import nn
 
 from robustlip.domains.norms.state import Context, Rule, State, register
 from robustlip.layers import Scale, Shift
-from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted
+from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted, zero_sides
+from robustlip.ops.convolution import image_shape
 
 
 @register(Scale)
@@ -30,3 +34,14 @@ class ShiftRule(Rule):
         size = context.constant(layer, "shift", lambda: shift_size(layer))
         fresh, reach = shifted(state.norm, size, state.width, context)
         return context.finite(replace(state, norm=reach + fresh, rounding=state.rounding + fresh))
+
+
+@register(nn.ZeroPad2d)
+class ZeroPad2dRule(Rule):
+    """Zeros around images: no norm changes."""
+
+    def step(self, layer: nn.ZeroPad2d, state: State, context: Context) -> State:
+        channels, height, width = image_shape(layer, state.whole)
+        left, right, top, bottom = zero_sides(layer)
+        whole = (channels, height + top + bottom, width + left + right)
+        return replace(state, width=math.prod(whole), whole=whole)
