@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import Scope, register
+from robustlip.domains.expansion.base import Ball, Scope, register
 from robustlip.domains.expansion.convolution import MapStep
 from robustlip.layers import Scale, Shift
 from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted
@@ -21,7 +21,7 @@ class ConstantStep(MapStep):
         super().__init__(layer, clean, scope, shape)
         self.space, self.whole = scope.space, scope.whole
         self.sigma = self.gain = self.frobenius = gain
-        self.off()
+        self.slack = self.adjoint_slack()
 
 
 @register(Scale, any_space=True, keeps="any")
@@ -32,7 +32,7 @@ class ScaleExpansion(ConstantStep):
         gain, self.smallest = scale_gain(layer)
         super().__init__(layer, clean, scope, gain)
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         fresh = self.scope.both(lambda arithmetic: scale_error(norm, self.gain, self.map.outputs, arithmetic))
         return self.scope.divided(fresh, self.smallest), self.gain * norm
 
@@ -45,7 +45,7 @@ class ShiftExpansion(ConstantStep):
         self.size = shift_size(layer)
         super().__init__(layer, clean, scope, 1.0)
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         width = self.map.outputs
         fresh = self.scope.both(lambda arithmetic: shifted(norm, self.size, width, arithmetic)[0])
         return fresh, shifted(norm, self.size, width, self.scope.context)[1]
@@ -59,7 +59,7 @@ class ZeroPad2dExpansion(MapStep):
         super().__init__(layer, clean, scope, image_shape(layer, scope.whole))
         self.space = scope.space
         self.sigma = self.gain = self.frobenius = 1.0
-        self.off()
+        self.slack = self.adjoint_slack()
 
-    def lost(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(norm), norm
