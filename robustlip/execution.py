@@ -124,6 +124,25 @@ def check_plain(module: nn.Module) -> None:
         raise _refuse(f"a {name} with hooks on its state dict, which the hash of the weights reads", "remove them")
 
 
+# Hooks of torch's old spectral_norm and weight_norm, which compute a weight before each call; a capture holds what they compute.
+_WEIGHT_HOOKS = (torch.nn.utils.spectral_norm.__globals__["SpectralNorm"], torch.nn.utils.weight_norm.__globals__["WeightNorm"])
+
+
+def check_capturable(model: nn.Module) -> None:
+    """Raises UnsupportedLayer for a module whose calls could be another program than its classes': hooks, methods of an object's own, compiled calls.
+
+    Hooks of torch's old spectral_norm and weight_norm are what their classes do.
+    """
+    check_modes()
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
+            raise _refuse(f"a {type(module).__name__}, which runs compiled code", "certify the module that was compiled")
+        hooks = [hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values()]
+        if hooks and all(isinstance(hook, _WEIGHT_HOOKS) for hook in hooks):
+            continue
+        _check_object(module)
+
+
 def _check_object(module: nn.Module) -> None:
     check_plain(module)
     kind, name = type(module), type(module).__name__

@@ -441,7 +441,8 @@ def foreign(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
     (tmp_path / "foreign_models.py").write_text(
         "import torch\nfrom torch import nn\n\n\n"
         "class Scaled(nn.Module):\n    def __init__(self):\n        super().__init__()\n        torch.manual_seed(0)\n"
-        "        self.body = nn.Linear(64, 10)\n\n    def forward(self, x):\n        return {'logits': self.body(x.flatten(1))}\n\n\n"
+        "        self.body = nn.Linear(64, 10)\n\n    def forward(self, x):\n"
+        "        return {'logits': self.body(x.flatten(1).cumsum(1))}\n\n\n"
         "def make():\n    return Scaled()\n\n\ninstance = Scaled()\nno_rule = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.RReLU())\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -486,7 +487,7 @@ def test_what_cannot_be_certified_is_a_row_with_its_reason(foreign, capsys) -> N
     assert ended.value.code == 0
     rows = {(row["model"], row["threat"]): row for row in json.loads((foreign / "out.json").read_text())["rows"]}
     assert len(rows) == 4
-    for model, reason in (("foreign_models:instance", "Scaled"), ("foreign_models:no_rule", "RReLU")):
+    for model, reason in (("foreign_models:instance", "cumsum"), ("foreign_models:no_rule", "RReLU")):
         row = rows[model, "l2"]
         assert row["certified_accuracy_1"] == 0 and 0 <= row["attacked_accuracy_2"] <= row["clean_accuracy"] and reason in row["not_certified"]
         assert row["median_attacked_radius"] is None or row["median_attacked_radius"] > 0
@@ -520,7 +521,7 @@ def test_a_gate_fails_with_the_reason(share: float, code: int, foreign, capsys) 
         main(["gate", "foreign_models:instance", "--policy", "policy.toml", "--device", "cpu"])
     assert ended.value.code == code
     if code:
-        assert "Scaled" in capsys.readouterr().err
+        assert "cumsum" in capsys.readouterr().err
 
 
 def test_verbs_that_need_a_forward_only_take_any_module(foreign, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -301,16 +301,25 @@ def product(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 REFUSED = {
     mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in place on values that nobody reads again",
-    writes_weights: "changes its buffers", branches: "torch.export can record", by_number: "number of samples",
-    twice: "1 inputs and 2 outputs", unknown: "fft|real", random: "dropout", product: "mul",
+    writes_weights: "leaves its own weights and buffers as they are", branches: "torch.export can record", by_number: "number of samples",
+    twice: "logits are plain to see", unknown: "fft|real", random: "dropout", product: "mul",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
 def test_what_is_not_a_known_program_is_refused_with_its_place(forward) -> None:
     module = Written(forward, a=nn.Linear(6, 3), b=nn.Linear(5, 3), c=nn.Linear(6, 6), count=torch.zeros(1)).eval()
-    with pytest.raises(UnsupportedLayer, match=REFUSED[forward]):
+    with pytest.raises(BadInput, match=REFUSED[forward]):
         capture(module, data(4, 6))
+
+
+def test_a_buffer_that_is_assigned_is_refused() -> None:
+    def counts(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        m.count = m.count + 1
+        return m.a(x)
+
+    with pytest.raises(UnsupportedLayer, match="leaves its own weights and buffers as they are"):
+        capture(Written(counts, a=nn.Linear(6, 3), count=torch.zeros(1)).eval(), data(4, 6))
 
 
 def test_a_wrong_layer_would_be_seen(monkeypatch) -> None:
@@ -328,6 +337,15 @@ def test_train_mode_and_bad_examples_are_refused() -> None:
             capture(module, wrong)
     with pytest.raises(BadInput, match="eval mode"):
         capture(module.train(), x)
+
+
+@pytest.mark.parametrize("wrap", [lambda z: {"logits": z}, lambda z: (z, None), lambda z: [z]])
+def test_logits_are_found_in_what_a_model_answers(wrap) -> None:
+    module = Written(lambda m, x: wrap(m.a(F.relu(x))), a=nn.Linear(6, 3)).eval()
+    x = data(4, 6)
+    chain = capture(module, x)
+    assert torch.equal(chain(x), module.a(F.relu(x)))
+    assert (certify(module, x, chain(x).argmax(-1), InputBall("l2")).radius > 0).any()
 
 
 def test_one_sample_is_example_enough() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.execution import check_capturable
 from robustlip.graph import capture
 from robustlip.graph.capturing import check_same
 from robustlip.hashing import architecture_sha256, weights_sha256
@@ -18,8 +19,6 @@ from robustlip.layers import Chain, as_chain
 
 # By module: (hash of its weights, kind of inputs, its chain).
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], Chain]] = weakref.WeakKeyDictionary()
-# Hooks of torch's old spectral_norm and weight_norm, which compute a weight before each call; a capture holds what they compute.
-_WEIGHT_HOOKS = ("SpectralNorm", "WeightNorm")
 
 
 def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
@@ -37,10 +36,10 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
                 rule_for(layer)
             return chain, None
         except UnsupportedLayer:
-            if _hooked(model):
-                raise
+            check_capturable(model)  # known layers with hooks, say, stay refused
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected a model that is an nn.Module, got {type(model).__name__}; wrap it in a module with a forward")
+    check_capturable(model)
     first = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     if first is None or not isinstance(x, Tensor) or not x.dim():
         raise UnsupportedLayer(f"expected a model with weights and inputs to capture it with, got {type(model).__name__} without; build a Chain")
@@ -85,12 +84,3 @@ def _inside(chain: nn.Module) -> list[nn.Module]:
         if type(layer) is nn.Sequential or hasattr(layer, "branches"):
             found += _inside(layer)
     return found
-
-
-def _hooked(model: nn.Module) -> bool:
-    """Whether there are hooks other than those that compute a weight."""
-    for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
-        if any(type(hook).__name__ not in _WEIGHT_HOOKS or not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
-            return True
-    return False

@@ -6,14 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.execution import check_capturable
 from robustlip.graph.lower import lowered
 from robustlip.graph.program import recorded
 from robustlip.graph.simplify import simplified
 from robustlip.layers import Chain
 from robustlip.modes import evaluated, undrawn
+from robustlip.target import logits_of
 
 # Sizes of the random batches that chain and module have to agree on.
 TRIED = (1, 3)
+
+
+class Answering(nn.Module):
+    """A module that answers with its logits alone, whatever the module inside puts around them (`robustlip.target.logits_of`)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.module(x), len(x))
 
 
 @undrawn()
@@ -24,7 +37,7 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     The chain shares the module's parameters; weights that the module computes from others (parametrizations: spectral_norm, orthogonal, weight_norm)
     are those of now. Its outputs were equal to the module's to the bit on the example and on random inputs of two batch sizes.
     Raises UnsupportedLayer for what cannot be captured, with its place in the module: an operation that no layer computes, one that mixes samples or
-    writes over what is read again, a module that changes its buffers. Raises BadInput for a module in train mode and for a bad example.
+    writes over what is read again, a module that changes its buffers, is compiled, has hooks or is in train mode. Raises BadInput for a bad example.
     Source: docs/theory.md, section "Capture".
     """
     if not isinstance(module, nn.Module):
@@ -32,18 +45,20 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     if not isinstance(example, Tensor) or example.dim() < 2 or not len(example):
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise BadInput(f"expected an example of samples (N, …), a tensor, got {got}; give one batch of inputs")
+    check_capturable(module)
     if any(part.training for part in module.modules()):
-        raise BadInput("expected a model in eval mode, got one in train mode, where it computes another function; call model.eval()")
+        raise UnsupportedLayer("expected a model in eval mode, got one in train mode, where it computes another function; call model.eval()")
     if not example.is_floating_point():
         raise UnsupportedLayer(f"expected inputs that are floating-point numbers, got {example.dtype}; capture what stands behind the embedding")
     example = example.detach().clone()
     example = example if len(example) > 1 else torch.cat([example, example])
+    module = Answering(module)
     with evaluated(module), torch.no_grad():
         layers = lowered(simplified(recorded(module, example)))
         if not layers:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
         chain = Chain(layers).eval()
-        chain.input_range = getattr(module, "input_range", None)
+        chain.input_range = getattr(module.module, "input_range", None)
         check_same(chain, module, example)
     return chain
 
@@ -58,9 +73,7 @@ def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
         rows = torch.arange(size, device=example.device) % len(example)
         batches += [noise, example[rows] + spread * noise]
     for batch in batches:
-        ours, theirs = chain(batch.clone()), module(batch.clone())
-        if not isinstance(theirs, Tensor):
-            raise UnsupportedLayer(f"expected a model that returns one tensor, got {type(theirs).__name__}; wrap it in a module that does")
+        ours, theirs = chain(batch.clone()), logits_of(module(batch.clone()), len(batch))
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
             apart = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
             raise UnsupportedLayer(

@@ -89,8 +89,7 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     if signature.buffers_to_mutate:
         names = ", ".join(sorted(signature.buffers_to_mutate.values())[:3])
         raise UnsupportedLayer(
-            f"expected a model that computes the same function at every call, got one that changes its buffers ({names}) in eval mode; "
-            f"freeze them, e.g. by removing the parametrization that iterates"
+            f"expected a model that leaves its own weights and buffers as they are, got one that changes {names} in eval mode; {_FREEZE}"
         )
     outputs = [spec for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     inputs = [spec for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -129,6 +128,7 @@ def needed(output: Node) -> list[Node]:
     return list(found)
 
 
+_FREEZE = "freeze them: remove what iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
 # Operations that may take the number of samples, in a shape.
 _TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones full new_zeros new_ones new_full".split())
 # Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
@@ -149,6 +149,8 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
                 rows = [torch.arange(size, device=example.device) % len(example) for size in _SIZES]
                 first, second = (torch.export.export(module, (example[row],), strict=False) for row in rows)
                 return first, second
+    except BadInput:
+        raise
     except Exception as error:  # whatever a module of somebody else raises under a tracer
         raise UnsupportedLayer(
             f"expected a model that torch.export can record for any number of samples, got {type(error).__name__}: {first_line(error)[:300]}; "
@@ -190,7 +192,8 @@ def _check_in_place(graph: list[fx.Node]) -> None:
         written = _writes(node)
         if any(value.op == "placeholder" and value.name.startswith(("p_", "b_", "c_")) for old in written for value in shares[old]):
             raise UnsupportedLayer(
-                f"expected a model that leaves its own weights as they are, got {_name_of(node)} of {_path(node)}, which writes into them; copy first"
+                f"expected a model that leaves its own weights and buffers as they are, got {_name_of(node)} of {_path(node)}, which writes into "
+                f"them; {_FREEZE}"
             )
         group = {node}
         fresh = node.op == "placeholder" or (_name_of(node) in _FRESH and not written)
@@ -206,7 +209,8 @@ def _check_in_place(graph: list[fx.Node]) -> None:
 
 def _path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    return next((path for path, _ in reversed(list(stack.values())) if path and not path.startswith("_empty")), "the model itself")
+    paths = [path.removeprefix("module.") for path, _ in stack.values() if path not in ("", "module") and path[0] != "_"]
+    return paths[-1] if paths else "the model itself"
 
 
 def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node | None]:
