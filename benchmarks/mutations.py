@@ -112,6 +112,7 @@ MUTATIONS = [
              f"{CAPTURE} -k refused"),
     Mutation("capture: outputs are not compared", CAPTURING, "        check_same(chain, module, example)\n",
              "        pass\n", f"{CAPTURE} -k wrong_layer"),
+    Mutation("capture: a state that changes is not looked at", CAPTURING, "    if changed:", "    if False:", f"{CAPTURE} -k assigned"),
     Mutation("capture: a join begins at the first value it reads", LOWER, "above = read if above is None else self._common(above, read)",
              "above = read if above is None else above", f"{CAPTURE} -k 'bits or random'"),
     Mutation("capture: a capture is kept whatever changes", CHAINS, "check_same(known[1], model, example)", "pass", f"{CAPTURE} -k not_of_weights"),

@@ -185,6 +185,28 @@ def test_no_attack_succeeds_inside_the_radius_of_a_module(name) -> None:
         assert (radius <= broken).all()
 
 
+ELEMENTWISE = {
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1), "elu": F.elu, "celu": lambda x: F.celu(x, 0.5), "selu": F.selu, "softplus": F.softplus,
+    "softsign": F.softsign, "tanhshrink": F.tanhshrink, "hardtanh": lambda x: F.hardtanh(x, -0.5, 2), "relu6": F.relu6, "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid, "mish": F.mish, "logsigmoid": F.logsigmoid, "silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "clamp": lambda x: x.clamp(-0.3, 0.4), "clamp_min": lambda x: x.clamp(min=0), "abs": torch.abs, "neg": torch.neg, "sigmoid": torch.sigmoid,
+    "softshrink": lambda x: F.softshrink(x, 0.1), "inplace": lambda x: F.leaky_relu(x * 1.5, 0.2, inplace=True),
+    "minimum with a constant": lambda x: torch.clamp(x, max=0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_functions(name) -> None:
+    torch.manual_seed(4)
+    module = Written(lambda m, x: m.b(ELEMENTWISE[name](m.a(x))), a=nn.Linear(6, 8), b=nn.Linear(8, 3)).eval()
+    x = 4 * data(6, 6) - 2
+    chain = capture(module, x)
+    assert torch.equal(chain(3 * x), module(3 * x))
+    y = module(x).argmax(-1)
+    radius, broken = certify(module, x, y, InputBall("l2")).radius, MinimumRadius()(module, x, y, InputBall("l2")).radius
+    assert (radius > 0).any() and (radius <= broken).all()
+
+
 def test_weights_are_shared_and_a_weight_ball_is_of_the_modules_matrices() -> None:
     module, x = made("resnet")
     chain = capture(module, x)

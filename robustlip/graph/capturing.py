@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_capturable
 from robustlip.graph.lower import lowered
-from robustlip.graph.program import recorded
+from robustlip.graph.program import FREEZE, recorded
 from robustlip.graph.simplify import simplified
 from robustlip.layers import Chain
 from robustlip.modes import evaluated, undrawn
@@ -72,6 +72,7 @@ def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
         noise = torch.randn(size, *example.shape[1:], generator=generator).to(example)
         rows = torch.arange(size, device=example.device) % len(example)
         batches += [noise, example[rows] + spread * noise]
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for batch in batches:
         ours, theirs = chain(batch.clone()), logits_of(module(batch.clone()), len(batch))
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
@@ -80,3 +81,7 @@ def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
                 f"expected layers that compute the model's outputs to the bit, got outputs up to {apart:.3g} apart on {len(batch)} samples; "
                 f"its forward may depend on values or draw random numbers: attack it, or write it as nn.Sequential"
             )
+    changed = [name for name, tensor in module.state_dict().items() if name not in state or not torch.equal(tensor, state[name])]
+    if changed:
+        name = changed[0].removeprefix("module.")
+        raise UnsupportedLayer(f"expected a model that leaves its own weights and buffers as they are, got one that changes {name}; {FREEZE}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.program import Node
-from robustlip.layers import Channels, GroupSort, MaxMin, MeanTokens, Scale, Shift
+from robustlip.layers import Abs, Channels, Clamp, GroupSort, MaxMin, MeanTokens, Scale, Shift
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
@@ -269,7 +269,7 @@ _ELEMENTWISE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "gelu": lambda a: nn.GELU(approximate=a["approximate"]),
     "silu": lambda a: nn.SiLU(),
     "leaky_relu": lambda a: nn.LeakyReLU(a["negative_slope"]),
-    "elu": lambda a: nn.ELU(a["alpha"]) if (a["scale"], a["input_scale"]) == (1, 1) else nn.Identity(),
+    "elu": lambda a: nn.ELU(a["alpha"]),  # whose scales are 1; other scales give other outputs, which `capture` sees
     "celu": lambda a: nn.CELU(a["alpha"]),
     "selu": lambda a: nn.SELU(),
     "softplus": lambda a: nn.Softplus(a["beta"], a["threshold"]),
@@ -280,6 +280,7 @@ _ELEMENTWISE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "hardsigmoid": lambda a: nn.Hardsigmoid(),
     "mish": lambda a: nn.Mish(),
     "log_sigmoid": lambda a: nn.LogSigmoid(),
+    "softshrink": lambda a: nn.Softshrink(a["lambd"]),
 }
 
 
@@ -369,11 +370,14 @@ def _facing(node: Node) -> Node:
     return replace(node, arguments={**node.arguments, "self": node.arguments["other"], "other": node.arguments["self"]})
 
 
-@operation("clamp", "clamp_min")
+@operation("clamp", "clamp_min", "clamp_max")
 def _clamp(node: Node) -> nn.Module:
     low, high = node.arguments.get("min"), node.arguments.get("max")
-    if low == 0 and high is None:
-        return nn.ReLU()
-    if isinstance(low, int | float) and isinstance(high, int | float):
-        return nn.Hardtanh(float(low), float(high))
-    raise refuse(node, f"it clamps to [{low}, {high}]; known are [0, ∞) and two finite numbers")
+    if any(isinstance(bound, Tensor | Node) for bound in (low, high)):
+        raise refuse(node, "its bounds are tensors; known are plain numbers")
+    return Clamp(low, high)
+
+
+@operation("abs")
+def _abs(node: Node) -> nn.Module:
+    return Abs()

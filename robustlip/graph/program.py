@@ -89,7 +89,7 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     if signature.buffers_to_mutate:
         names = ", ".join(sorted(signature.buffers_to_mutate.values())[:3])
         raise UnsupportedLayer(
-            f"expected a model that leaves its own weights and buffers as they are, got one that changes {names} in eval mode; {_FREEZE}"
+            f"expected a model that leaves its own weights and buffers as they are, got one that changes {names} in eval mode; {FREEZE}"
         )
     outputs = [spec for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     inputs = [spec for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -128,7 +128,7 @@ def needed(output: Node) -> list[Node]:
     return list(found)
 
 
-_FREEZE = "freeze them: remove what iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
+FREEZE = "freeze them: remove what iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
 # Operations that may take the number of samples, in a shape.
 _TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones full new_zeros new_ones new_full".split())
 # Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
@@ -193,7 +193,7 @@ def _check_in_place(graph: list[fx.Node]) -> None:
         if any(value.op == "placeholder" and value.name.startswith(("p_", "b_", "c_")) for old in written for value in shares[old]):
             raise UnsupportedLayer(
                 f"expected a model that leaves its own weights and buffers as they are, got {_name_of(node)} of {_path(node)}, which writes into "
-                f"them; {_FREEZE}"
+                f"them; {FREEZE}"
             )
         group = {node}
         fresh = node.op == "placeholder" or (_name_of(node) in _FRESH and not written)

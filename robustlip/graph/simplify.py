@@ -24,7 +24,7 @@ def simplified(program: Program) -> Program:
 
     for node in program.nodes:
         new = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-        for rewrite in (_view, _part, _maxmin, _group_sort, _padded):
+        for rewrite in (_view, _part, _maxmin, _group_sort, _padded, _softsign):
             new = rewrite(new)
         source = source_of(new)
         now[node] = source if source is not None and is_identity(new) else new
@@ -141,3 +141,12 @@ def _padded(node: Node) -> Node:
     if sides is None or sides[0] != sides[1] or sides[2] != sides[3] or any(padding if isinstance(padding, list) else [1]):
         return node
     return replace(node, arguments={**node.arguments, "input": source, "padding": [sides[2], sides[0]], "mode": mode})
+
+
+def _softsign(node: Node) -> Node:
+    """x/(|x| + 1), which is how torch computes it."""
+    x, divisor = node.arguments.get("self"), node.arguments.get("other")
+    if node.op != "div" or not isinstance(x, Node) or not isinstance(divisor, Node) or divisor.op != "add" or divisor.arguments["other"] != 1:
+        return node
+    size = source_of(divisor)
+    return replace(node, op="softsign", arguments={"self": x}) if size is not None and size.op == "abs" and source_of(size) is x else node
