@@ -1,6 +1,7 @@
 """The command line: one file a verb, what verbs share in options.py, batches.py and console.py.
 
-Exit codes: 0 done, 1 a failed run, 2 bad input (one sentence on stderr), 3 a certificate that an attack refutes, 130 interrupted.
+Exit codes: 0 done, 1 a failed run, 2 bad input (one sentence on stderr), 3 a certificate that an attack refutes, 70 a bug of ours,
+130 interrupted.
 torch, pandas, rich and all of ours that need them are imported inside the verbs: `robustlip --help` must not wait for them.
 """
 
