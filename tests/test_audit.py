@@ -376,8 +376,8 @@ def test_formulas_refuse_models_that_they_do_not_speak_of() -> None:
         newhouse2025(BaselineGPT("abcd", width=8, heads=2, blocks=1))
     with pytest.raises(BadInput, match=r"1\.1289"):
         newhouse2025(transformer(nn.Sequential(nn.Linear(4, 4), ScaledGELU(2.0), nn.Linear(4, 4)), 4))
-    with pytest.raises(BadInput, match="Softplus"):
-        product(nn.Sequential(nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 2)))
+    with pytest.raises(BadInput, match="RReLU"):
+        product(nn.Sequential(nn.Linear(4, 4), nn.RReLU(), nn.Linear(4, 2)))
     with pytest.raises(BadInput, match="units"):
         stated(linear(), 1.0, "furlongs")
     model = linear()

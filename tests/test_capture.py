@@ -455,3 +455,142 @@ def test_random_modules_are_captured_to_the_bit(given_data, seed) -> None:
     inside = (x + noise / noise.norm(dim=-1, keepdim=True) * radius[:, None] * (1 - 1e-6)).float()
     held = (inside.double() - x.double()).norm(dim=-1) <= radius
     assert bool(((module(inside.flatten(0, 1)).argmax(-1).view(64, -1) == y) | ~held)[:, radius > 0].all())
+
+
+# ---- what a comparison on a few small inputs would not see
+
+
+class Two(nn.Module):
+    """h = x, then a function of it, with matrices that weight threats speak of."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.l, self.g = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.register_buffer("t", torch.full((2,), 50.0))
+        self.function = function
+        with torch.no_grad():
+            self.l.weight.copy_(torch.eye(2))
+            self.g.weight.copy_(torch.eye(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self, x)
+
+
+def in_a_list(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = m.l(x)
+    torch._foreach_clamp_max_([h], 100.0)
+    return h * 1.5
+
+
+def by_data(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = m.l(x)
+    h.data = h.clamp(max=100.0)
+    return h * 1.5
+
+
+def as_bits(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.l(x).view(torch.int32).clamp(max=1120403456).view(torch.float32)
+
+
+def unless_traced(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = m.l(x)
+    return h if torch.compiler.is_compiling() or not bool((h > 100).any()) else h.clamp(max=100.0)
+
+
+def by_grad(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.l(x) * (-1.0 if torch.is_grad_enabled() else 1.0)
+
+
+def by_size(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.l(x) * (-1.0 if len(x) > 100 else 1.0)
+
+
+def of_sizes(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.l(x) + F.relu(torch.ones(x.shape[0], 2).sum(0) - 100)
+
+
+def other_elu(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch._C._nn.elu(m.l(x), 1.0, 1.0, 5.0)
+
+
+def rows(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.slice(m.l(x), -2, -100)
+
+
+def squared(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = m.l(x)
+    return h * h
+
+
+def complex_constant(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (m.l(x) * 1j).real
+
+
+def nested(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = h = m.l(x)
+    for _ in range(150):
+        y = F.relu(y) + h
+    return y
+
+
+def fails_alone(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return m.l(x) / (1.0 if len(x) > 1 else 0 / 0)
+
+
+HIDDEN = (in_a_list, by_data, as_bits, unless_traced, by_grad, by_size, of_sizes, other_elu, rows, squared, complex_constant, nested, fails_alone)
+
+
+@pytest.mark.parametrize("function", HIDDEN, ids=lambda f: f.__name__)
+def test_programs_that_show_their_difference_elsewhere_are_refused(function) -> None:
+    with pytest.raises(UnsupportedLayer, match="^expected "):
+        capture(Two(function).eval(), data(4, 2))
+
+
+def test_an_operation_of_another_library_with_torchs_name_is_not_torchs() -> None:
+    @torch.library.custom_op("robustlip_test::abs", mutates_args=(), schema="(Tensor input) -> Tensor")
+    def other(input):
+        return input.abs().clamp(max=100.0)
+
+    other.register_fake(lambda x: torch.empty_like(x))
+    with pytest.raises(UnsupportedLayer, match="robustlip_test::abs"):
+        capture(Two(lambda m, x: other(m.l(x))).eval(), data(4, 2))
+
+
+FOLDS = {
+    "added": lambda m, x: m.l(x) + m.g(m.t), "scaled": lambda m, x: F.linear(x, m.l.weight * 100) + m.g(x), "row": lambda m, x: m.l(x) * m.g.weight[0],
+    "part": lambda m, x: F.linear(x, m.l.weight[:2]) + m.g(x), "both": lambda m, x: m.g(m.l(x)) + m.l.weight.sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_a_weight_threat_asks_for_the_modules_own_matrices(fold) -> None:
+    module, x = Two(FOLDS[fold]).eval(), torch.tensor([[1.0, 3.0], [2.0, 1.0]])
+    y = module(x).argmax(-1)
+    assert (certify(module, x, y, InputBall("l2")).radius >= 0).all()
+    with pytest.raises(UnsupportedLayer, match="use its own matrices as they are"):
+        certify(module, x, y, WeightBall("frobenius"))
+
+
+def test_a_layer_that_is_exchanged_is_seen() -> None:
+    module = Written(lambda m, x: m.k(m.act(m.l(x)) + m.b), l=nn.Linear(2, 2), k=nn.Linear(2, 2), act=nn.ReLU(), b=torch.tensor([0.0, 7.0])).eval()
+    with torch.no_grad():
+        for part in (module.l, module.k):
+            part.weight.copy_(torch.eye(2))
+            part.bias.zero_()
+    x, y = torch.tensor([[0.0, 0.0], [0.1, 0.2], [10.0, 0.0]]), torch.tensor([1, 1, 0])
+    assert set(certify(module, x, y, InputBall("l2")).status) == {"certified"}
+    module.act = nn.ReLU6().eval()
+    assert certify(module, x, y, InputBall("l2")).status[2] == "misclassified"
+
+
+def test_a_cache_that_a_first_call_fills_is_left_as_it_is() -> None:
+    kept: dict[int, torch.Tensor] = {}
+
+    def positions(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if 2 not in kept:
+            kept[2] = torch.arange(2.0)
+        return m.l(x) + kept[2]
+
+    module = Two(positions).eval()
+    chain = capture(module, data(4, 2))
+    assert type(kept[2]) is torch.Tensor and torch.equal(chain(data(3, 2)), module(data(3, 2)))

@@ -34,7 +34,7 @@ def nan():
     return model
 
 def unknown_layer():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Softplus(), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.RReLU(), nn.BatchNorm1d(16), nn.Linear(16, 10))
 """
 SUITE = """
 name = "tiny"
@@ -115,7 +115,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(place, capsys):
     assert "no_such_data" in certify(GOOD, "no_such_data")
     assert "no_such_split" in certify(GOOD, "digits:no_such_split")
     assert "NaN" in certify("tinymodels_for_cli:nan")
-    assert "Softplus" in certify("tinymodels_for_cli:unknown_layer") or "BatchNorm1d" in certify("tinymodels_for_cli:unknown_layer")
+    assert "RReLU" in certify("tinymodels_for_cli:unknown_layer") or "BatchNorm1d" in certify("tinymodels_for_cli:unknown_layer")
     assert "tinymodels_for_cli" in certify("tinymodels_for_cli:no_such_function")
     assert "-1" in certify(GOOD, "digits:test", "--radius", "-1")
     assert "above 0" in certify(GOOD, "digits:test", "--radius", "0")

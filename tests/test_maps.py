@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import Normalize
+from robustlip.layers import Normalize, Scale, Shift
 from robustlip.ops.maps import LinearMap, map_of, mapped_layers, unmapped
 
 
@@ -97,15 +97,19 @@ def test_means_of_windows(seed, size, kernel, stride, padding) -> None:
     [
         (nn.Linear(5, 3), (5,)), (nn.Linear(5, 3, bias=False), (5,)), (nn.BatchNorm1d(5), (5,)), (nn.BatchNorm2d(3), (3, 2, 4)),
         (nn.BatchNorm1d(5, affine=False), (5,)), (Normalize([0.3, 0.1], [0.5, 2.0]), (2, 3, 3)), (Normalize([0.3], [0.5]), (6,)),
-        (Normalize([0.3, 0.1], [0.5]), (2, 3, 3)), (nn.Conv2d(4, 4, 3, padding=2, groups=4), (4, 3, 3)),
+        (Normalize([0.3, 0.1], [0.5]), (2, 3, 3)), (Scale([0.3, -2.0]), (2, 3, 3)), (Scale(0.7, divide=True), (6,)), (Shift([1.0, 2.0]), (2, 3, 3)),
+        (Shift(0.5, subtract=True), (6,)), (nn.ZeroPad2d((1, 0, 2, 3)), (2, 3, 4)), (nn.Conv2d(4, 4, 3, padding=2, groups=4), (4, 3, 3)),
     ],
 )  # fmt: skip
 def test_maps_of_other_layers(layer, shape) -> None:
     check(drawn(layer, 1), shape)
 
 
+MORE = (Scale, Shift, nn.ZeroPad2d)
+
+
 def test_every_map_is_checked() -> None:
-    assert set(mapped_layers()) == {nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d}
+    assert set(mapped_layers()) == {nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d, *MORE}
 
 
 @pytest.mark.parametrize(

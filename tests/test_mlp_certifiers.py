@@ -30,7 +30,23 @@ from robustlip.domains.quadratic import sdp_applies, sdp_radii
 from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
 from robustlip.domains.quadratic.multipliers import Search, clean_gradients
 from robustlip.errors import BadInput
-from robustlip.layers import Abs, Chain, Channels, Clamp, Concatenate, GroupSort, Householder, MaxMin, Normalize, Residual, ScaledGELU, Sum, as_chain
+from robustlip.layers import (
+    Abs,
+    Chain,
+    Channels,
+    Clamp,
+    Concatenate,
+    GroupSort,
+    Householder,
+    MaxMin,
+    Normalize,
+    Residual,
+    Scale,
+    ScaledGELU,
+    Shift,
+    Sum,
+    as_chain,
+)
 from robustlip.models import LipschitzGPT, LipschitzMLP
 from robustlip.ops import elementwise_of
 from robustlip.ops.maps import mapped_layers
@@ -100,6 +116,11 @@ MODELS = {
         (6,), 2.0,
     ),
     "batchnorm": (batch_normed, (6,), 1.0),
+    "constants": (
+        lambda: nn.Sequential(
+            Shift(0.5, subtract=True), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(1, 3, 3), Scale([0.5, -2.0, 1.0]), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)
+        ), (1, 4, 4), 1.5,
+    ),
     "conv": (mixed, (1, 6, 6), 1.5),
     "conv-mean": (lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)), (1, 5, 5), 3.0),
     "nothing": (

@@ -48,7 +48,9 @@ from robustlip.layers import (
     Normalize,
     Patchify,
     Residual,
+    Scale,
     ScaledGELU,
+    Shift,
     Sum,
     as_chain,
 )
@@ -272,7 +274,7 @@ def small(layer: type[nn.Module]) -> nn.Module:
         nn.Linear: (8, 8), nn.LayerNorm: (8,), nn.RMSNorm: (8, 1e-3), nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,), nn.Embedding: (8, 8),
         nn.Conv2d: (8, 8, 1), nn.AvgPool2d: (1,), nn.MaxPool2d: (1,), nn.AdaptiveAvgPool2d: (1,), Householder: (8,), Attention: (8, 2),
         AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
-        Normalize: ([0.0], [1.0]),
+        Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,),
     }  # fmt: skip
     return layer(*options.get(layer, ()))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustlip import plugins
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
-from robustlip.certifiers.chains import architecture_of, cast, chain_of
+from robustlip.certifiers.chains import architecture_of, cast, chain_of, check_weights_of
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.methods import METHODS, check_method, methods, radii_by
 from robustlip.certifiers.samples import (
@@ -37,6 +37,7 @@ from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
 from robustlip.geometry import length
+from robustlip.graph.capturing import check_answers
 from robustlip.layers import Chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import NAMES, down, dtype_of, up
@@ -78,6 +79,7 @@ def certify(
     check_method(method)
     x, y, threat = as_request(x, y, threat)
     chain, source = chain_of(model, x)
+    subject = model
     own = check_model(chain)
     device = next(chain.parameters()).device
     with proving(device.type):
@@ -87,21 +89,25 @@ def certify(
         if covers != own and source is None:
             chain = cast(chain, covers)  # type: ignore[assignment]
         elif covers != own:  # what a module computes of its weights, it computes in their dtype
-            chain, source = chain_of(cast(model, covers), x)
+            subject = cast(model, covers)
+            chain, source = chain_of(subject, x)
+        if source is not None and threat.place == "weights":
+            check_weights_of(chain, subject)
         check_arithmetic(chain, covers)
         check_in_place(chain, x)
         training = train_mode_reason(chain)
         with evaluated(chain):
-            return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training, source)
+            return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training, source, subject)
 
 
 def _certify(
     chain: Chain, x: Tensor, y: Tensor, threat: Threat, method: str, covers: torch.dtype, real: bool, index: Tensor | np.ndarray | None,
     batch_size: int | None, training: str | None, source: str | None,
+    subject: nn.Module,
 ) -> Certificate:  # fmt: skip
     """The certificate of checked samples, by a chain that is in the covered dtype, in eval mode and out of place.
 
-    training: why none counts. source: as `chain_of` gives it.
+    training: why none counts. source: as `chain_of` gives it. subject: what was captured.
     """
     outside = outside_range(chain, x)
     refused: list[str] = []
@@ -120,6 +126,8 @@ def _certify(
         logits, clean = traced_scores(chain, xb)
         check_labels(yb, logits.shape[-1])
         check_logits(logits, len(xb))
+        if source is not None:
+            check_answers(chain, subject, xb)  # what was passed is what is certified
         radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
         winners += winner
         radii = _around(given, xb, threat, radii)

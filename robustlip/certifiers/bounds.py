@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlip.certifiers.chains import chain_of
+from robustlip.certifiers.chains import chain_of, check_weights_of
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import batches, check_entry, check_model, kind_of
 from robustlip.domains.norms import Context, State, run_rules
@@ -90,7 +90,9 @@ def weight_sensitivity_bound(model: nn.Module, x: Any, threat: WeightBall, batch
         got = "none" if isinstance(threat, WeightBall) else f"{threat!r}"
         raise BadInput(f"expected a weight threat with a radius, got {got}; give one, e.g. WeightBall('spectral', 0.01)")
     x = as_samples(x)[0]
-    chain, _ = chain_of(model, x)
+    chain, source = chain_of(model, x)
+    if source is not None:
+        check_weights_of(chain, model)
     dtype = check_model(chain)
     check_entry(chain, x, threat)
     device = next(chain.parameters()).device

@@ -13,18 +13,17 @@ from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_capturable
 from robustlip.graph import capture
-from robustlip.graph.capturing import check_same
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
 
-# By module: (hash of its weights, kind of inputs, its chain).
-_CAPTURED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], Chain]] = weakref.WeakKeyDictionary()
+# By module: its last capture, whose constants are remembered with it.
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, Chain] = weakref.WeakKeyDictionary()
 
 
 def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
     """(the chain that is the model, None); or (its capture on inputs like x, SHA-256 of the module's own weights).
 
-    A capture is made again when the weights are others, or when the module no longer gives the chain's bits.
+    A module is captured at every call: attributes, layers and tensors that no hash names may have changed. The same program has the same chain.
     Raises UnsupportedLayer for a module that cannot be captured, with both reasons where it is an nn.Sequential.
     """
     if isinstance(model, Chain):
@@ -35,8 +34,16 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
             for layer in _inside(chain):
                 rule_for(layer)
             return chain, None
-        except UnsupportedLayer:
+        except UnsupportedLayer as error:
             check_capturable(model)  # known layers with hooks, say, stay refused
+            try:
+                return _captured(model, x)
+            except UnsupportedLayer as other:
+                raise error from other
+    return _captured(model, x)
+
+
+def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected a model that is an nn.Module, got {type(model).__name__}; wrap it in a module with a forward")
     check_capturable(model)
@@ -44,17 +51,22 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
     if first is None or not isinstance(x, Tensor) or not x.dim():
         raise UnsupportedLayer(f"expected a model with weights and inputs to capture it with, got {type(model).__name__} without; build a Chain")
     example = x[:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype)
-    key = (weights_sha256(model), str(example.dtype), str(example.device), str(tuple(example.shape[1:])))
-    known = _CAPTURED.get(model)
-    if known is not None and known[0] == key:
-        try:
-            check_same(known[1], model, example)
-            return known[1], key[0]
-        except UnsupportedLayer:  # something else than its weights changed
-            pass
-    chain = capture(model, example)
-    _CAPTURED[model] = (key, chain)
-    return chain, key[0]
+    chain, known = capture(model, example), _CAPTURED.get(model)
+    if known is not None and known.computes_weights == chain.computes_weights and architecture_of(known, "") == architecture_of(chain, ""):
+        chain = known
+    _CAPTURED[model] = chain
+    return chain, weights_sha256(model)
+
+
+def check_weights_of(chain: Chain, model: nn.Module) -> None:
+    """Raises UnsupportedLayer for a capture whose matrices are not the module's own, each of them: a weight threat is of the module's."""
+    own = {id(p) for p in model.parameters() if p.dim() > 1}
+    used = {id(p) for p in chain.parameters() if p.dim() > 1}
+    if own != used or chain.computes_weights:
+        raise UnsupportedLayer(
+            f"expected a model whose layers use its own matrices as they are, for a weight threat, got {type(model).__name__}, which computes "
+            f"with them or holds others; use an input threat"
+        )
 
 
 def identity_of(model: nn.Module, x: Tensor) -> tuple[str, str]:
@@ -71,7 +83,7 @@ def architecture_of(chain: Chain, source: str | None) -> str:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the model in another dtype; the model itself where it is in that one."""
-    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+    if all(t.dtype == dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()):
         return model
     return copy.deepcopy(model).to(dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.execution import check_capturable
 from robustlip.graph.lower import lowered
 from robustlip.graph.program import FREEZE, recorded
@@ -15,7 +15,9 @@ from robustlip.modes import evaluated, undrawn
 from robustlip.target import logits_of
 
 # Sizes of the random batches that chain and module have to agree on.
-TRIED = (1, 3)
+TRIED = (1, 3, 130)
+# By what they are multiplied: a clamp far away shows on large numbers alone.
+RANGES = (1e-3, 1.0, 30.0, 1e3, 1e6)
 
 
 class Answering(nn.Module):
@@ -54,34 +56,55 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     example = example if len(example) > 1 else torch.cat([example, example])
     module = Answering(module)
     with evaluated(module), torch.no_grad():
-        layers = lowered(simplified(recorded(module, example)))
+        program = simplified(recorded(module, example))
+        layers = lowered(program)
         if not layers:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
         chain = Chain(layers).eval()
         chain.input_range = getattr(module.module, "input_range", None)
+        chain.computes_weights = program.computes_weights
         check_same(chain, module, example)
     return chain
 
 
 def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
-    """Raises UnsupportedLayer unless chain and module give the same bits on the example and on random batches of other sizes."""
+    """Raises UnsupportedLayer unless chain and module give the same bits on the example and on random batches of other sizes and ranges."""
     generator = torch.Generator().manual_seed(0)
     spread = float(example.double().std()) or 1.0
     batches = [example]
     for size in TRIED:
         noise = torch.randn(size, *example.shape[1:], generator=generator).to(example)
         rows = torch.arange(size, device=example.device) % len(example)
-        batches += [noise, example[rows] + spread * noise]
+        batches += [noise] if size > 3 else [noise, example[rows] + spread * noise]
+    batches += [scale * spread * batches[3] for scale in RANGES]
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for batch in batches:
-        ours, theirs = chain(batch.clone()), logits_of(module(batch.clone()), len(batch))
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
-            apart = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
-            raise UnsupportedLayer(
-                f"expected layers that compute the model's outputs to the bit, got outputs up to {apart:.3g} apart on {len(batch)} samples; "
-                f"its forward may depend on values or draw random numbers: attack it, or write it as nn.Sequential"
-            )
+        check_answers(chain, module, batch)
+    with torch.enable_grad():  # a forward may ask
+        check_answers(chain, module, example.clone().requires_grad_())
+    check_answers(chain, module, example.transpose(0, -1).contiguous().transpose(0, -1))  # the same numbers, another layout
     changed = [name for name, tensor in module.state_dict().items() if name not in state or not torch.equal(tensor, state[name])]
     if changed:
         name = changed[0].removeprefix("module.")
         raise UnsupportedLayer(f"expected a model that leaves its own weights and buffers as they are, got one that changes {name}; {FREEZE}")
+
+
+def check_answers(chain: Chain, module: nn.Module, x: Tensor) -> None:
+    """Raises UnsupportedLayer unless chain and module give the same bits on these inputs."""
+    batch = x if x.requires_grad else x.clone(memory_format=torch.preserve_format)
+    try:
+        theirs = logits_of(module(batch), len(x)).detach()
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a module of somebody else raises
+        raise UnsupportedLayer(
+            f"expected a model that answers {len(x)} samples of its own kind, got {type(error).__name__}: {first_line(error)[:200]}; mend its forward"
+        ) from error
+    with torch.no_grad():
+        ours = chain(x.detach().clone())
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
+        apart = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
+        raise UnsupportedLayer(
+            f"expected layers that compute the model's outputs to the bit, got outputs up to {apart:.3g} apart on {len(x)} samples; "
+            f"its forward may depend on values, on the number of samples or on a mode, or draw random numbers: attack it"
+        )

@@ -17,6 +17,8 @@ from robustlip.layers import Concatenate, Residual, Sum
 
 # Branches that share much are written out once each: what would never end is refused.
 MOST_LAYERS = 20_000
+# Branches inside of branches: more would be called inside of each other than Python allows.
+DEEPEST = 50
 
 
 def lowered(program: Program) -> OrderedDict[str, nn.Module]:
@@ -26,7 +28,7 @@ def lowered(program: Program) -> OrderedDict[str, nn.Module]:
 
 class _Lowering:
     def __init__(self, program: Program) -> None:
-        self.made = 0
+        self.made = self.depth = 0
         self.input = program.input
         self.order = {program.input: 0, **{node: i for i, node in enumerate(program.nodes, 1)}}
         self.dominator: dict[Node, Node] = {}
@@ -59,7 +61,11 @@ class _Lowering:
         return OrderedDict(reversed(found))
 
     def branch(self, sink: Node, source: Node) -> nn.Module:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise UnsupportedLayer(f"expected branches inside of at most {DEEPEST} others, got more; add in another order, or attack the model")
         layers = self.series(sink, source)
+        self.depth -= 1
         if not layers:
             return nn.Identity()
         return next(iter(layers.values())) if len(layers) == 1 else nn.Sequential(layers)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import UnsupportedLayer
+from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.graph.program import Node
 from robustlip.layers import Abs, Channels, Clamp, GroupSort, MaxMin, MeanTokens, Scale, Shift
 
@@ -46,12 +46,17 @@ def layer_of(node: Node) -> nn.Module:
     make = LAYERS.get(node.op)
     if make is None:
         raise refuse(node, "no layer computes it")
-    if len(set(node.inputs)) > 1 and node.op in _TERMS:
+    if len(node.inputs) > 1 and node.op in (*_TERMS, "div", "divide", "true_divide"):
         raise refuse(node, "both of its terms depend on the input")
     for name, value in node.arguments.items():
         if isinstance(value, Node) and name not in ("self", "input", "tensors") and node.op not in _TERMS:
             raise refuse(node, f"its {name} depends on the input")
-    return make(node).eval()
+    try:
+        return make(node).eval()
+    except UnsupportedLayer:
+        raise
+    except (BadInput, ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise refuse(node, f"with these arguments it is no layer ({type(error).__name__}: {first_line(error)[:200]})") from error
 
 
 def is_identity(node: Node) -> bool:
@@ -66,7 +71,8 @@ def is_identity(node: Node) -> bool:
         return False
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
-        return whole and (a["dim"] != 0 or (a["start"] in (0, None) and (a["end"] is None or a["end"] == 2**63 - 1)))
+        samples = a["dim"] % (len(source.shape) + 1) == 0
+        return whole and (not samples or (a["start"] in (0, None) and (a["end"] is None or a["end"] == 2**63 - 1)))
     if node.op in ("mul", "div") and not isinstance(a["other"], Tensor | Node) and a["other"] == 1:
         return node.dtype == source.dtype and a.get("rounding_mode") is None
     if node.op in VIEWS or node.op in ("expand", "expand_as"):
@@ -127,8 +133,8 @@ def _batch_norm(node: Node) -> nn.Module:
     if a["training"] or a["running_mean"] is None:
         raise refuse(node, "it normalises by the samples of the batch, which mixes them", "call model.eval(), and keep running statistics")
     kind = nn.BatchNorm2d if len(node.shape) == 3 else nn.BatchNorm1d
-    if len(node.shape) == 2:
-        raise refuse(node, "it is of signals (N, C, L)")
+    if len(node.shape) not in (1, 3):
+        raise refuse(node, "it is of signals or volumes; known are vectors and images")
     made: nn.Module = kind(len(a["running_mean"]), eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
     made = _filled(made, weight=a["weight"], bias=a["bias"], running_mean=a["running_mean"], running_var=a["running_var"])
     made._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
@@ -175,6 +181,8 @@ def _adaptive_avg_pool2d(node: Node) -> nn.Module:
 def _mean(node: Node) -> nn.Module:
     source = source_of(node)
     assert source is not None
+    if node.arguments.get("dtype") is not None:
+        raise refuse(node, "it changes the dtype")
     rank = len(source.shape) + 1
     dims = node.arguments.get("dim")
     dims = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
@@ -262,6 +270,14 @@ def _maxmin(node: Node) -> nn.Module:
 
 # ---- elementwise: the class that calls the operation, with its options
 
+
+
+def _elu(a: dict[str, Any]) -> nn.Module:
+    if (a["scale"], a["input_scale"]) != (1, 1):
+        raise BadInput(f"expected ELU with scales of 1, got {a['scale']} and {a['input_scale']}; use SELU or Scale")
+    return nn.ELU(a["alpha"])
+
+
 _ELEMENTWISE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "relu": lambda a: nn.ReLU(),
     "tanh": lambda a: nn.Tanh(),
@@ -269,7 +285,7 @@ _ELEMENTWISE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "gelu": lambda a: nn.GELU(approximate=a["approximate"]),
     "silu": lambda a: nn.SiLU(),
     "leaky_relu": lambda a: nn.LeakyReLU(a["negative_slope"]),
-    "elu": lambda a: nn.ELU(a["alpha"]),  # whose scales are 1; other scales give other outputs, which `capture` sees
+    "elu": _elu,
     "celu": lambda a: nn.CELU(a["alpha"]),
     "selu": lambda a: nn.SELU(),
     "softplus": lambda a: nn.Softplus(a["beta"], a["threshold"]),
@@ -305,6 +321,8 @@ def _by_channel(node: Node, value: Any) -> Tensor:
     """A constant as one number or one a channel (C,), in the dtype that torch would compute in. Raises UnsupportedLayer for any other shape."""
     source = source_of(node)
     assert source is not None
+    if isinstance(value, bool | complex) or not isinstance(value, Tensor | int | float):
+        raise refuse(node, f"its constant is {value!r}; known are numbers and tensors of them")
     if not isinstance(value, Tensor):
         return torch.tensor([float(value)], dtype=torch.float64)
     rank = len(source.shape) + 1

@@ -63,11 +63,12 @@ def _nodes(values: Any) -> Iterator[Node]:
 
 @dataclass
 class Program:
-    """input → output; every node between them."""
+    """input → output; every node between them. computes_weights: whether a constant was computed of a matrix of the module."""
 
     input: Node
     output: Node
     nodes: list[Node] = field(default_factory=list)
+    computes_weights: bool = False
 
     def readers(self) -> dict[Node, list[Node]]:
         """By node, those that read it."""
@@ -109,7 +110,13 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     assert reader.input is not None
     if not isinstance(reader.output, Node):
         raise UnsupportedLayer("expected a model whose output depends on its input, got a constant; check its forward")
-    return Program(reader.input, reader.output, needed(reader.output))
+    program = Program(reader.input, reader.output, needed(reader.output), reader.computes_weights)
+    for node in program.nodes:
+        if node.dtype not in (None, example.dtype):
+            raise UnsupportedLayer(
+                f"expected a model that computes in the dtype of its input, {example.dtype}, got {node.where()} in {node.dtype}; cast the model"
+            )
+    return program
 
 
 def needed(output: Node) -> list[Node]:
@@ -130,7 +137,7 @@ def needed(output: Node) -> list[Node]:
 
 FREEZE = "freeze them: remove what iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
 # Operations that may take the number of samples, in a shape.
-_TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones full new_zeros new_ones new_full".split())
+_TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones new_zeros new_ones".split())
 # Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
 _SIZES = (83, 89)
 
@@ -141,6 +148,7 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
         raise BadInput(f"expected an example of two or more samples, so that their number can vary, got {len(example)}; repeat the sample")
     batch = torch.export.Dim("batch", min=1)
     try:
+        module(example.clone())  # what is made at a first call (tables of positions, caches) is made of numbers, not by the tracer
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -159,13 +167,16 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
 
 
 def _name_of(node: fx.Node) -> str:
-    """'conv2d' of aten.conv2d.default."""
+    """'conv2d' of aten.conv2d.default, 'library::conv2d' of an operation of the same name that is not torch's."""
     packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+    if packet is None:
+        return "getitem" if node.target is operator.getitem else f"python::{getattr(node.target, '__name__', node.target)}"
+    space = str(node.target.namespace)  # type: ignore[union-attr]
+    return packet.__name__ if space == "aten" else f"{space}::{packet.__name__}"
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an operation writes into."""
+    """The arguments that an operation writes into, and the parts of those that are lists."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return []
@@ -173,8 +184,7 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            if isinstance(value, fx.Node):
-                found.append(value)
+            found += [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, fx.Node)]
     return found
 
 
@@ -259,6 +269,11 @@ class _Reader:
                 raise UnsupportedLayer(f"expected parameters, buffers and constant tensors, got {spec.target}; register it as a buffer")
             self.constants[spec.arg.name] = value
         self.batch: Any = None
+        # By identity, and kept so that no other tensor gets the same: constants with one row for all samples; those made of the module's matrices.
+        self.repeated: set[int] = set()
+        self.derived: set[int] = set()
+        self.kept: list[Any] = []
+        self.computes_weights = False
 
     def read(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -294,7 +309,9 @@ class _Reader:
         if not dependent:
             if any(isinstance(a, _Size) for a in _flat([*args, *kwargs.values()])):
                 return self._expanded(node, args, kwargs, path)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return self._folded(node, args, kwargs, path)
+        if any(isinstance(a, Tensor) and id(a) in self.derived for a in _flat([*args, *kwargs.values()])):
+            self.computes_weights = True
         if node.target is operator.getitem:
             arguments: dict[str, Any] = {"self": args[0], "index": args[1]}
         else:
@@ -304,6 +321,18 @@ class _Reader:
                 if argument.name not in arguments:
                     arguments[argument.name] = argument.default_value
         return self._node(node, name, arguments, path)
+
+    def _folded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
+        """What an operation makes of constants, and whether a matrix of the module is among what it was made of."""
+        read = [a for a in _flat([*args, *kwargs.values()]) if isinstance(a, Tensor)]
+        if any(id(a) in self.repeated for a in read):
+            raise UnsupportedLayer(f"expected constants that are the same for every sample, got {_name_of(node)} of {path}; register them as buffers")
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        if any(id(a) in self.derived or (isinstance(a, nn.Parameter) and a.dim() > 1) for a in read):
+            parts = [part for part in _flat([made]) if isinstance(part, Tensor)]
+            self.derived |= {id(part) for part in parts}
+            self.kept += parts
+        return made
 
     def _node(self, node: fx.Node, name: str, arguments: dict[str, Any], path: str) -> Node:
         shape = self._shape(node) if isinstance(node.meta["val"], Tensor) else ()
@@ -328,9 +357,12 @@ class _Reader:
 
     def _expanded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
         """A constant that is repeated for every sample: itself, with one row."""
-        if _name_of(node) in ("expand", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full"):
+        if _name_of(node) in ("expand", "zeros", "ones", "new_zeros", "new_ones"):
             one = [[1 if isinstance(b, _Size) else b for b in a] if isinstance(a, list) else a for a in args]
-            return node.target(*one, **kwargs)  # type: ignore[operator]
+            made = node.target(*one, **kwargs)  # type: ignore[operator]
+            self.repeated.add(id(made))
+            self.kept.append(made)
+            return made
         raise UnsupportedLayer(f"expected constants that are the same for every sample, got {_name_of(node)} of {path}; register them as buffers")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from robustlip.graph.operations import VIEWS, channel_dimension, channel_slice, is_channel, is_identity, pads, source_of
 from robustlip.graph.program import Node, Program, needed
 
@@ -29,7 +31,7 @@ def simplified(program: Program) -> Program:
         source = source_of(new)
         now[node] = source if source is not None and is_identity(new) else new
     output = now[program.output]
-    return Program(program.input, output, needed(output))
+    return Program(program.input, output, needed(output), program.computes_weights)
 
 
 def _view(node: Node) -> Node:
@@ -70,7 +72,7 @@ def _maxmin(node: Node) -> Node:
     if not (isinstance(high, Node) and isinstance(low, Node) and high.op in ("max", "maximum") and low.op in ("min", "minimum")):
         return node
     pair, other = ([n.arguments.get("self"), n.arguments.get("other")] for n in (high, low))
-    if pair not in (other, other[::-1]):
+    if any(not isinstance(part, Node) for part in (*pair, *other)) or {id(part) for part in pair} != {id(part) for part in other}:
         return node
     cuts = [(source_of(part), channel_slice(part)) if isinstance(part, Node) else (None, None) for part in pair]
     whole = cuts[0][0]
@@ -146,7 +148,10 @@ def _padded(node: Node) -> Node:
 def _softsign(node: Node) -> Node:
     """x/(|x| + 1), which is how torch computes it."""
     x, divisor = node.arguments.get("self"), node.arguments.get("other")
-    if node.op != "div" or not isinstance(x, Node) or not isinstance(divisor, Node) or divisor.op != "add" or divisor.arguments["other"] != 1:
+    if node.op != "div" or not isinstance(x, Node) or not isinstance(divisor, Node) or divisor.op != "add":
+        return node
+    one = divisor.arguments["other"]
+    if isinstance(one, Tensor | Node) or one != 1:
         return node
     size = source_of(divisor)
     return replace(node, op="softsign", arguments={"self": x}) if size is not None and size.op == "abs" and source_of(size) is x else node

@@ -21,6 +21,7 @@ class Chain(nn.Sequential):
     vocabulary: the characters of token ids 0, 1, …, for next-token models; None otherwise.
     config: what `robustlip.models.build` needs to make the model again; None for chains of other people's layers.
     input_range: (low, high) that every number of a raw input lies in, or None for anything; samples outside are not certified.
+    computes_weights: of a capture, whether a constant of it was computed from a matrix of the module.
     """
 
     embedding_depth: int = 0
@@ -28,6 +29,7 @@ class Chain(nn.Sequential):
     vocabulary: str | None = None
     config: dict[str, Any] | None = None
     input_range: tuple[float, float] | None = None
+    computes_weights: bool = False
 
     def check_inputs(self, x: torch.Tensor) -> None:
         """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward: it waits for the device and reads values."""
