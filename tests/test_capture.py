@@ -542,7 +542,7 @@ HIDDEN = (in_a_list, by_data, as_bits, unless_traced, by_grad, by_size, of_sizes
 
 @pytest.mark.parametrize("function", HIDDEN, ids=lambda f: f.__name__)
 def test_programs_that_show_their_difference_elsewhere_are_refused(function) -> None:
-    with pytest.raises(UnsupportedLayer, match="^expected "):
+    with pytest.raises(UnsupportedLayer, match=r"^expected "):
         capture(Two(function).eval(), data(4, 2))
 
 
@@ -557,7 +557,8 @@ def test_an_operation_of_another_library_with_torchs_name_is_not_torchs() -> Non
 
 
 FOLDS = {
-    "added": lambda m, x: m.l(x) + m.g(m.t), "scaled": lambda m, x: F.linear(x, m.l.weight * 100) + m.g(x), "row": lambda m, x: m.l(x) * m.g.weight[0],
+    "added": lambda m, x: m.l(x) + m.g(m.t), "scaled": lambda m, x: F.linear(x, m.l.weight * 100) + m.g(x),
+    "row": lambda m, x: m.l(x) * m.g.weight[0],
     "part": lambda m, x: F.linear(x, m.l.weight[:2]) + m.g(x), "both": lambda m, x: m.g(m.l(x)) + m.l.weight.sum(),
 }  # fmt: skip
 

@@ -118,7 +118,8 @@ MODELS = {
     "batchnorm": (batch_normed, (6,), 1.0),
     "constants": (
         lambda: nn.Sequential(
-            Shift(0.5, subtract=True), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(1, 3, 3), Scale([0.5, -2.0, 1.0]), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)
+            Shift(0.5, subtract=True), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(1, 3, 3), Scale([0.5, -2.0, 1.0]), nn.ReLU(), nn.Flatten(),
+            nn.Linear(27, 4),
         ), (1, 4, 4), 1.5,
     ),
     "conv": (mixed, (1, 6, 6), 1.5),

@@ -39,6 +39,7 @@ from robustlip.layers import (
     Attention,
     Chain,
     Channels,
+    Clamp,
     Concatenate,
     GroupSort,
     Householder,
@@ -54,7 +55,7 @@ from robustlip.layers import (
     Sum,
     as_chain,
 )
-from robustlip.ops import elementwise_of, maps
+from robustlip.ops import elementwise_layers, elementwise_of, maps
 from robustlip.ops import normalization as ops_normalization
 from robustlip.threats import InputBall
 from robustlip.training import ibp, losses, reparametrize
@@ -274,7 +275,7 @@ def small(layer: type[nn.Module]) -> nn.Module:
         nn.Linear: (8, 8), nn.LayerNorm: (8,), nn.RMSNorm: (8, 1e-3), nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,), nn.Embedding: (8, 8),
         nn.Conv2d: (8, 8, 1), nn.AvgPool2d: (1,), nn.MaxPool2d: (1,), nn.AdaptiveAvgPool2d: (1,), Householder: (8,), Attention: (8, 2),
         AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
-        Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,),
+        Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,), nn.Threshold: (0.0, 0.0), nn.Hardshrink: (0.0,), Clamp: (0.0,),
     }  # fmt: skip
     return layer(*options.get(layer, ()))
 
@@ -292,12 +293,12 @@ def test_tables_of_slope_one_have_slope_one() -> None:
 
 
 def test_every_activation_with_a_constraint_has_a_case() -> None:
-    """tests/test_lipsdp.py attacks the constraints of a table of activations: those are all that there are."""
+    """tests/test_lipsdp.py attacks the constraints of a table of activations. What is not in it is elementwise: slopes alone, which test_ops.py attacks."""
     root = Path(__file__).parent
     table = runpy.run_path(str(root / "test_lipsdp.py"))["ACTIVATIONS"]
     covered = {type(build(8)) for build in table.values()}
     known = {kind for kind in rules_base.known_layers() if sdp_quadratic.known(small(kind))}
-    assert known == covered
+    assert covered <= known and known - covered <= set(elementwise_layers())
 
 
 def test_a_constraint_does_not_hold_a_matrix_that_is_used_otherwise() -> None:
