@@ -323,7 +323,7 @@ def product(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 REFUSED = {
     mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in place on values that nobody reads again",
-    writes_weights: "leaves its own weights and buffers as they are", branches: "torch.export can record", by_number: "number of samples",
+    writes_weights: "which writes into them", branches: "torch.export can record", by_number: "the same operations for any number of samples",
     twice: "logits are plain to see", unknown: "fft|real", random: "dropout", product: "mul",
 }  # fmt: skip
 
@@ -546,6 +546,11 @@ def test_programs_that_show_their_difference_elsewhere_are_refused(function) -> 
         capture(Two(function).eval(), data(4, 2))
 
 
+def test_another_dtype_on_the_way_is_named() -> None:
+    with pytest.raises(UnsupportedLayer, match=r"in the dtype of its input, torch.float32, got view of .* in torch.int32"):
+        capture(Two(as_bits).eval(), data(4, 2))
+
+
 def test_an_operation_of_another_library_with_torchs_name_is_not_torchs() -> None:
     @torch.library.custom_op("robustlip_test::abs", mutates_args=(), schema="(Tensor input) -> Tensor")
     def other(input):
@@ -582,6 +587,14 @@ def test_a_layer_that_is_exchanged_is_seen() -> None:
     assert set(certify(module, x, y, InputBall("l2")).status) == {"certified"}
     module.act = nn.ReLU6().eval()
     assert certify(module, x, y, InputBall("l2")).status[2] == "misclassified"
+
+
+def test_what_is_certified_is_compared() -> None:
+    """Of seven samples, which capture does not try."""
+    module, x = Two(lambda m, x: m.l(x) * (-1.0 if len(x) == 7 else 1.0)).eval(), data(7, 2)
+    capture(module, x[:4])
+    with pytest.raises(UnsupportedLayer, match="to the bit"):
+        certify(module, x, module(x).argmax(-1), InputBall("l2"))
 
 
 def test_a_cache_that_a_first_call_fills_is_left_as_it_is() -> None:

@@ -293,7 +293,7 @@ def test_tables_of_slope_one_have_slope_one() -> None:
 
 
 def test_every_activation_with_a_constraint_has_a_case() -> None:
-    """tests/test_lipsdp.py attacks the constraints of a table of activations. What is not in it is elementwise: slopes alone, which test_ops.py attacks."""
+    """tests/test_lipsdp.py attacks the constraints of a table of activations. The others are elementwise: slopes, which test_ops.py attacks."""
     root = Path(__file__).parent
     table = runpy.run_path(str(root / "test_lipsdp.py"))["ACTIVATIONS"]
     covered = {type(build(8)) for build in table.values()}
