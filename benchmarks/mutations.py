@@ -84,7 +84,7 @@ OPS_CONSTANTS, NORMS_CONSTANTS, AT_CONSTANTS = (f"robustlip/{room}/constants.py"
 PROGRAM, LOWER, CAPTURING, CHAINS = (
     *(f"robustlip/graph/{name}.py" for name in ("program", "lower", "capturing")), "robustlip/certifiers/chains.py",
 )
-CAPTURE = "tests/test_capture.py"
+CAPTURE, GEOMETRY = "tests/test_capture.py", "robustlip/geometry.py"
 
 MUTATIONS = [
     # ---- constants by channel
@@ -451,8 +451,8 @@ MUTATIONS = [
     Mutation("local: LayerNorm's gain at the centre", AT_NORMALIZATION,
              "gain = local_lipschitz(self.layer, self.input, radius)  #", "gain = local_lipschitz(self.layer, self.input, 0 * radius)  #",
              f"{LOCAL} -k 'promises and (layernorm or rmsnorm)'"),
-    Mutation("local: sign of the residual weight kept", AT_STRUCTURE,
-             "return Behind(up(skip * radius + weight * inner) + fresh,", "return Behind(up(skip * radius + self.weight * inner) + fresh,",
+    Mutation("local: sign of the residual weight kept", AT_JOINS,
+             "sizes = [abs(w) for w in self.weights]", "sizes = list(self.weights)",
              f"{LOCAL} -k 'promises and residual'"),
     Mutation("local: rounding of the residual's sum dropped", OPS_JOINS,
              "fresh = (terms + 2) * arithmetic.unit * norm",
@@ -461,7 +461,7 @@ MUTATIONS = [
              "self.factor = l2_factor(space, clean.shape[-1])", "self.factor = 1.0",
              f"{LOCAL} -k 'promises and linf'"),
     Mutation("local: flattened tokens move as the largest of them", AT_STRUCTURE,
-             "vector_norm(ball.radius, ord=order_of(self.space)", "vector_norm(ball.radius, ord=torch.inf", f"{LOCAL} -k 'promises and flatten'"),
+             "length(ball.radius, self.space,", "length(ball.radius, 'linf',", f"{LOCAL} -k 'promises and flatten'"),
     Mutation("local: Patchify's adjoint with rows and columns swapped", AT_STRUCTURE,
              "order = (*range(k - 5), k - 3, k - 5, k - 2, k - 4, k - 1)", "order = (*range(k - 5), k - 3, k - 4, k - 2, k - 5, k - 1)",
              f"{LOCAL} -k 'adjoints and patches'"),
@@ -514,11 +514,11 @@ MUTATIONS = [
     Mutation("dual: rounding of the head dropped", BY_DUAL,
              "2 * reference.largest_row * hidden + 2 * reference.single(hidden, epsilon)", "2 * reference.largest_row * hidden",
              f"{LOCAL} -k rounding_attacks"),
-    Mutation("dual: ℓ2 norm of the gradient for every threat", BY_DUAL,
-             "ord=dual_order_of(threat.norm)", "ord=2.0", f"{LOCAL} -k 'first_order'"),
-    Mutation("dual: tokens moved on their own, joined by root of squares", BY_DUAL,
-             "return up(torch.linalg.vector_norm(chosen, dim=-1).sum(-1) * (1 + 1e-12))",
-             "return up(torch.linalg.vector_norm(chosen, dim=-1).square().sum(-1).sqrt() * (1 + 1e-12))", f"{LOCAL} -k 'first_order'"),
+    Mutation("dual: ℓ2 norm of the gradient for every threat", GEOMETRY,
+             "return dual_length(g, threat.norm, keep)", "return length(g, 'l2', keep)", f"{LOCAL} -k 'first_order'"),
+    Mutation("dual: tokens moved on their own, joined by root of squares", GEOMETRY,
+             "return torch.linalg.vector_norm(chosen, dim=-1).sum(-1)",
+             "return torch.linalg.vector_norm(chosen, dim=-1).square().sum(-1).sqrt()", f"{LOCAL} -k 'first_order'"),
     Mutation("dual: rivals beyond the first few never looked at", BY_DUAL,
              "if not bool(open_.any()):", "if True:", f"{LOCAL} -k all_rivals"),
     Mutation("a change that vanishes between tiny weights counts as none", BASE,
@@ -572,7 +572,7 @@ MUTATIONS = [
              '- torch.einsum("ncm,nm->nc", weight.abs(), half)', '- torch.einsum("ncm,nm->nc", weight, half)',
              f"{EXACT} -k 'extreme_points and interval'"),
     Mutation("balls: the dual norm of ℓ∞ taken for ℓ2", MLP_LINEAR,
-             "ord=dual_order_of(self.norm)", "ord=2.0 if self.norm == 'linf' else dual_order_of(self.norm)",
+             "dual_length(rows, self.norm,", "dual_length(rows, 'l2' if self.norm == 'linf' else self.norm,",
              f"{EXACT} -k 'dual_norms'"),
     Mutation("balls: √n of ℓ∞ to ℓ2 dropped", MLP_LINEAR,
              "up(self.radius * l2_factor(self.norm, self.x.shape[-1]))", "up(self.radius)", f"{EXACT} -k 'dual_norms'"),

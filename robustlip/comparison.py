@@ -5,7 +5,6 @@ For choosing a method and for tables; it is no certificate, and its document is 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,10 @@ from robustlip.attacks import Attack
 from robustlip.attacks.base import box_of
 from robustlip.certificates import Certificate
 from robustlip.certifiers import certify, methods
+from robustlip.certifiers.chains import cast
 from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer, first_line
 from robustlip.layers import Chain
-from robustlip.numerics.rounding import dtype_of
+from robustlip.numerics.rounding import evaluated_in
 from robustlip.threats import Threat
 
 # Minutes for the first batch of a model.
@@ -205,7 +205,7 @@ def _run(
             running.finish()
     if attack is not None:
         # What is attacked is the arithmetic that is covered; float64 stands in for exact arithmetic.
-        attacked = chain if dtype is None else copy.deepcopy(chain).to(torch.float64 if dtype == "real" else dtype_of(dtype))
+        attacked = chain if dtype is None else cast(chain, evaluated_in(dtype))
         generator = torch.Generator().manual_seed(seed)
         running.start(f"attack {attack.name}")
         try:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._device import DeviceContext
 
 from robustlip.errors import BadInput, UnsupportedLayer
@@ -125,7 +127,7 @@ def check_plain(module: nn.Module) -> None:
 
 
 # Hooks of torch's old spectral_norm and weight_norm, which compute a weight before each call; a capture holds what they compute.
-_WEIGHT_HOOKS = (torch.nn.utils.spectral_norm.__globals__["SpectralNorm"], torch.nn.utils.weight_norm.__globals__["WeightNorm"])
+_WEIGHT_HOOKS = (SpectralNorm, WeightNorm)
 
 
 def check_capturable(model: nn.Module) -> None:

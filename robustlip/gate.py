@@ -35,10 +35,11 @@ from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
 from robustlip.execution import covered
 from robustlip.files import read_toml
+from robustlip.geometry import length
 from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.target import Target
-from robustlip.threats import InputBall, Threat, order_of, parse_threat
+from robustlip.threats import InputBall, Threat, parse_threat
 from robustlip.verification import BATCH, CHEAP, Advance, Budget, Interrupted, Verification, cast, is_training, prove, verify
 
 CERTIFIED, ATTACKED = "certified", "attacked"
@@ -463,7 +464,7 @@ def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: 
     if x.is_floating_point() and x.dtype != target.dtype(x):
         seen = x.to(target.dtype(x))
         if isinstance(ball, InputBall):  # the attack starts from the cast point; radii count from the given one
-            moved = torch.linalg.vector_norm((seen.double() - x.double()).flatten(1), ord=order_of(ball.norm), dim=1).numpy()
+            moved = length(seen.double() - x.double(), ball.norm).numpy()
         x = seen
     generator = torch.Generator().manual_seed(seed)
     observed = attack(chain, x.to(where), data.y.to(where), ball, generator=generator, index=data.index)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from robustlip.errors import BadInput, first_line
@@ -26,10 +26,16 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 @functools.cache
+def _points(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group: packages are looked through once a process."""
+    return tuple(entry_points(group=group))
+
+
+@functools.cache
 def plugins(group: str) -> dict[str, Any]:
     """{name: object} of the entry points of a group. Raises BadInput for one that cannot be loaded, and for two of one name."""
     found: dict[str, Any] = {}
-    for point in entry_points(group=group):
+    for point in _points(group):
         owner = point.dist.name if point.dist is not None else "a package"
         if point.name in found:
             raise BadInput(f"expected one entry point {point.name!r} of {group}, got another one of {owner}; uninstall one of the two packages")
@@ -45,7 +51,7 @@ def plugins(group: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """{package: version} of those that add operations or methods: a certificate rests on their proofs too."""
-    points = [point for group in ("robustlip.ops", "robustlip.methods") for point in entry_points(group=group)]
+    points = [*_points("robustlip.ops"), *_points("robustlip.methods")]
     return {point.dist.name: point.dist.version for point in points if point.dist is not None}
 
 

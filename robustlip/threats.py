@@ -95,6 +95,8 @@ class EmbeddingBall:
     """
 
     place: ClassVar = "embedding"  # what is changed
+    space: ClassVar = "l2"  # as of InputBall
+    box: ClassVar = None
     radius: float | None = None
     tokens: tuple[int, ...] | None = None
     joint: bool = False
@@ -112,14 +114,6 @@ class EmbeddingBall:
     def name(self) -> str:
         base = "embedding-fro" if self.joint else "embedding-l2"
         return base if self.tokens is None else f"{base}@{','.join(map(str, self.tokens))}"
-
-    @property
-    def space(self) -> str:
-        return "l2"
-
-    @property
-    def box(self) -> None:
-        return None
 
     @property
     def units(self) -> str:
@@ -147,6 +141,8 @@ class WeightBall:
     """
 
     place: ClassVar = "weights"  # what is changed
+    space: ClassVar = "l2"  # as of InputBall
+    box: ClassVar = None
     norm: Literal["spectral", "frobenius"] = "spectral"
     radius: float | None = None
     relative: bool = True
@@ -159,14 +155,6 @@ class WeightBall:
     @property
     def name(self) -> str:
         return f"weights-{self.norm}" if self.relative else f"weights-{self.norm}-absolute"
-
-    @property
-    def space(self) -> str:
-        return "l2"
-
-    @property
-    def box(self) -> None:
-        return None
 
     @property
     def units(self) -> str:

@@ -48,7 +48,7 @@ from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.errors import BadInput
 from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
-from robustlip.numerics.rounding import NAMES, dtype_of
+from robustlip.numerics.rounding import NAMES, evaluated_in
 from robustlip.threats import Threat
 
 BATCH = 256
@@ -193,7 +193,7 @@ def is_training(data: Dataset) -> bool:
 
 def cast(model: nn.Module, dtype: str) -> nn.Module:
     """The model as a certificate of `dtype` covers it: itself, or a copy in that dtype ('real': float64)."""
-    return chains.cast(model, torch.float64 if dtype == "real" else dtype_of(dtype))
+    return chains.cast(model, evaluated_in(dtype))
 
 
 def prove(

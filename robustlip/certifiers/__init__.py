@@ -40,7 +40,7 @@ from robustlip.geometry import length
 from robustlip.graph.capturing import check_answers
 from robustlip.layers import Chain
 from robustlip.modes import evaluated
-from robustlip.numerics.rounding import NAMES, down, dtype_of, up
+from robustlip.numerics.rounding import NAMES, down, evaluated_in, up
 from robustlip.samples import as_request
 from robustlip.threats import InputBall, Threat
 
@@ -85,7 +85,7 @@ def certify(
     with proving(device.type):
         check_samples(chain, x, y)
         check_entry(chain, x, threat)
-        covers = own if dtype is None else torch.float64 if dtype == "real" else dtype_of(dtype)
+        covers = own if dtype is None else evaluated_in(dtype)
         if covers != own and source is None:
             chain = cast(chain, covers)  # type: ignore[assignment]
         elif covers != own:  # what a module computes of its weights, it computes in their dtype

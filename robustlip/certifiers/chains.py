@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.execution import check_capturable
 from robustlip.graph import capture
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
@@ -35,7 +34,6 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
                 rule_for(layer)
             return chain, None
         except UnsupportedLayer as error:
-            check_capturable(model)  # known layers with hooks, say, stay refused
             try:
                 return _captured(model, x)
             except UnsupportedLayer as other:
@@ -46,7 +44,6 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
 def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected a model that is an nn.Module, got {type(model).__name__}; wrap it in a module with a forward")
-    check_capturable(model)
     first = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     if first is None or not isinstance(x, Tensor) or not x.dim():
         raise UnsupportedLayer(f"expected a model with weights and inputs to capture it with, got {type(model).__name__} without; build a Chain")

@@ -37,10 +37,10 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
 
     module: in eval mode, from one tensor (N, …) to logits (N, C). example: inputs of the kind that it takes, on its device; one sample is repeated.
     The chain shares the module's parameters; weights that the module computes from others (parametrizations: spectral_norm, orthogonal, weight_norm)
-    are those of now. Its outputs were equal to the module's to the bit on the example and on random inputs of two batch sizes.
+    are those of now. Its outputs were equal to the module's to the bit on the example and on random inputs, by `check_same`.
     Raises UnsupportedLayer for what cannot be captured, with its place in the module: an operation that no layer computes, one that mixes samples or
     writes over what is read again, a module that changes its buffers, is compiled, has hooks or is in train mode. Raises BadInput for a bad example.
-    Source: docs/theory.md, section "Capture".
+    Source: docs/theory.md, section 13.
     """
     if not isinstance(module, nn.Module):
         raise BadInput(f"expected a model that is an nn.Module, got {type(module).__name__}; wrap it in a module with a forward")

@@ -29,7 +29,6 @@ def lowered(program: Program) -> OrderedDict[str, nn.Module]:
 class _Lowering:
     def __init__(self, program: Program) -> None:
         self.made = self.depth = 0
-        self.input = program.input
         self.order = {program.input: 0, **{node: i for i, node in enumerate(program.nodes, 1)}}
         self.dominator: dict[Node, Node] = {}
         for node in program.nodes:  # inputs come before what reads them, so one pass is enough

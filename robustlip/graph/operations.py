@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.graph.program import Node
 from robustlip.layers import Abs, Channels, Clamp, GroupSort, MaxMin, MeanTokens, Scale, Shift
+from robustlip.layers.sorting import channels_at
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
@@ -211,8 +212,8 @@ def _squeeze(node: Node) -> nn.Module:
 
 
 def channel_dimension(rank: int) -> int:
-    """The dimension of channels of values of that rank, samples included."""
-    return 1 if rank == 4 else rank - 1
+    """The dimension of channels of values of that rank, samples included, counted from the front."""
+    return channels_at(rank) % rank
 
 
 def is_channel(dim: int, rank: int) -> bool:
@@ -326,7 +327,7 @@ def _by_channel(node: Node, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor([float(value)], dtype=torch.float64)
     rank = len(source.shape) + 1
-    channel = 1 if rank == 4 else rank - 1
+    channel = channel_dimension(rank)
     sizes = [1] * (rank - value.dim()) + list(value.shape)
     channels = source.shape[channel - 1]
     elsewhere = any(n != 1 for i, n in enumerate(sizes) if i != channel)

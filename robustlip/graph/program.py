@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,16 +67,8 @@ class Program:
 
     input: Node
     output: Node
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[Node]
     computes_weights: bool = False
-
-    def readers(self) -> dict[Node, list[Node]]:
-        """By node, those that read it."""
-        found: dict[Node, list[Node]] = {self.input: [], **{node: [] for node in self.nodes}}
-        for node in self.nodes:
-            for read in dict.fromkeys(node.inputs):
-                found[read].append(node)
-        return found
 
 
 def recorded(module: nn.Module, example: Tensor) -> Program:
@@ -103,7 +95,7 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     if len(graph) > LARGEST_PROGRAM:
         raise UnsupportedLayer(f"expected a program of at most {LARGEST_PROGRAM} operations, got {len(graph)}; use a smaller model")
     _check_in_place(graph)
-    reader: Any = _Reader(exported, module, inputs[0].arg.name, twins)
+    reader = _Reader(exported, module, inputs[0].arg.name, twins)
     with torch.no_grad():
         for node in graph:
             reader.read(node)
@@ -302,7 +294,7 @@ class _Reader:
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         name, path = _name_of(node), _path(node)
         if name == "sym_size":
-            return _Size(args[1]) if args[1] == 0 else args[0].shape[args[1] - 1]
+            return _Size() if args[1] == 0 else args[0].shape[args[1] - 1]
         if name not in _TAKES_SIZES and any(isinstance(a, _Size) for a in _flat([*args, *kwargs.values()])):
             raise UnsupportedLayer(f"expected the number of samples in shapes alone, got it in {name} of {path}; keep samples apart")
         dependent = list(_nodes([*args, *kwargs.values()]))
@@ -376,9 +368,6 @@ def _flat(values: Any) -> Iterator[Any]:
 
 class _Size:
     """The number of samples, in a shape."""
-
-    def __init__(self, dimension: int) -> None:
-        self.dimension = dimension
 
 
 def _is_batch(size: Any, batch: Any) -> bool:

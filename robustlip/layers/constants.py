@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from robustlip.errors import BadInput
+from robustlip.layers.sorting import channel_dimension
 
 
 class _Constant(nn.Module):
@@ -25,10 +26,11 @@ class _Constant(nn.Module):
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """The constant in a shape that torch spreads over x."""
-        channels = x.shape[1 if x.dim() == 4 else -1]
+        dim = channel_dimension(x)
+        channels = x.shape[dim]
         if len(self.value) not in (1, channels):
             raise BadInput(f"expected {channels} channels or one number in {type(self).__name__}, got {len(self.value)}; match them")
-        return self.value.view((-1, 1, 1) if x.dim() == 4 else (-1,))
+        return self.value.view((-1, 1, 1) if dim == 1 else (-1,))
 
 
 class Scale(_Constant):

@@ -11,9 +11,14 @@ from torch import nn
 from robustlip.errors import BadInput
 
 
+def channels_at(rank: int) -> int:
+    """The dimension of channels of values of that rank: 1 of images (N, C, H, W), −1 of vectors (N, n) and tokens (N, T, D)."""
+    return 1 if rank == 4 else -1
+
+
 def channel_dimension(x: torch.Tensor) -> int:
-    """1 for images (N, C, H, W), −1 for vectors (N, n) and tokens (N, T, D)."""
-    return 1 if x.dim() == 4 else -1
+    """`channels_at` of its rank."""
+    return channels_at(x.dim())
 
 
 def _check_divisible(x: torch.Tensor, group: int) -> int:

@@ -79,3 +79,8 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in NAMES:
         raise BadInput(f"expected a dtype among {', '.join(NAMES)} or 'real', got {name!r}; name one of them")
     return NAMES[name]
+
+
+def evaluated_in(arithmetic: str) -> torch.dtype:
+    """The dtype that a certificate of this arithmetic is evaluated in: float64 for 'real', else its own. Raises BadInput as `dtype_of` does."""
+    return torch.float64 if arithmetic == "real" else dtype_of(arithmetic)

@@ -25,10 +25,11 @@ from robustlip.domains.norms import Context
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.domains.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
+from robustlip.geometry import largest
 from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Scale, Shift, Sum
 from robustlip.numerics.rounding import up
 from robustlip.ops import is_elementwise
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, dual_order_of
+from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
 # Rivals whose adjoints are carried at once.
 RIVALS = 4
@@ -50,13 +51,7 @@ def dual_applies(model: Chain, threat: Threat) -> str:
 
 def first_order(g: Tensor, threat: Threat) -> Tensor:
     """The largest ⟨g, δ⟩ over the unit ball of the threat: g (A, N, T, D) → (A, N), rounded up."""
-    if isinstance(threat, InputBall):
-        return up(torch.linalg.vector_norm(g.flatten(2), ord=dual_order_of(threat.norm), dim=-1) * (1 + 1e-12))
-    assert isinstance(threat, EmbeddingBall)
-    chosen = g[..., threat.positions(g.shape[-2]), :]
-    if threat.joint:
-        return up(torch.linalg.vector_norm(chosen.flatten(2), dim=-1) * (1 + 1e-12))
-    return up(torch.linalg.vector_norm(chosen, dim=-1).sum(-1) * (1 + 1e-12))
+    return up(largest(g, threat, keep=2) * (1 + 1e-12))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Functionals, Pair, Scope, register, token_norms
 from robustlip.domains.expansion.structure import ChainExpansion, shape_of
 from robustlip.errors import BadInput
-from robustlip.layers.joins import Channels, Concatenate, Sum
+from robustlip.layers import Channels, Concatenate, Residual, Sum
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
@@ -83,6 +83,14 @@ class SumExpansion(Branches):
         norms = token_norms(g)
         assert through is not None
         return through, [*weights, norms, ADJOINT_SLACK * sum(abs(w) for w in self.weights) * norms.sum(-1, keepdim=True)]
+
+
+@register(Residual, keeps="images")
+class ResidualExpansion(SumExpansion):
+    """skip·x + weight·f(x). What x moves by is what f's first layer sees, so functionals of that layer are asked for."""
+
+    def functionals(self) -> Functionals | None:
+        return self.branches[1].functionals()
 
 
 @register(Concatenate, keeps="images")

@@ -23,7 +23,7 @@ from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.affine import Matrix, row_error
-from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
+from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
 
 def local_applies(model: Chain, threat: Threat) -> str:
@@ -114,7 +114,7 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
     if inside.is_floating_point():
         start = inside.double()
         if not isinstance(threat, EmbeddingBall):
-            space = threat.norm if isinstance(threat, InputBall) else "l2"
+            space = threat.space
             whole = tuple(start.shape[1:]) if start.dim() > 2 else None
             start = start.flatten(1).unsqueeze(1)
     else:

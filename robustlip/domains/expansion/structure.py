@@ -31,12 +31,13 @@ from robustlip.domains.expansion.neurons import Neurons
 from robustlip.domains.expansion.sorting import REFLECTIONS, ReflectionExpansion
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Residual
+from robustlip.geometry import length
+from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.affine import shift_error, standardize_error
-from robustlip.ops.joins import mean_error, weighted_sum_error
-from robustlip.threats import l2_factor, order_of
+from robustlip.ops.joins import mean_error
+from robustlip.threats import l2_factor
 
 
 def _bending(layer: nn.Module | None) -> type[Neurons] | None:
@@ -198,55 +199,6 @@ def _sequential(layer: nn.Sequential, clean: Tensor, scope: Scope) -> Expansion:
     return ChainExpansion(layer, clean, scope)
 
 
-@register(Residual, keeps="images")
-class ResidualExpansion(Expansion):
-    """skip·x + weight·f(x), token by token."""
-
-    by_token = ("clean", "norm", "branch_norm")
-
-    def __init__(self, layer: Residual, clean: Tensor, scope: Scope) -> None:
-        self.scope, self.skip, self.weight = scope, layer.skip, layer.weight
-        self.branch = ChainExpansion([layer.branch], clean, scope)
-        self.whole = scope.whole
-        if (got := shape_of(self.branch)) != (wanted := scope.whole or tuple(clean.shape[1:])):
-            raise BadInput(f"expected a residual branch that keeps the shape, got {got} from {wanted}; match the widths")
-        self.norm, self.branch_norm = norm_up(clean), norm_up(self.branch.clean)
-        self.clean = layer.skip * clean + layer.weight * self.branch.clean
-
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
-        radius = ball.radius
-        inner, inner_error, bounds = self.branch.advance(ball, remainder)
-        skip, weight = abs(self.skip), abs(self.weight)
-        sizes = (self.norm + radius, self.branch_norm + inner)
-        fresh, norm = weighted_sum_error((skip, weight), sizes, self.clean.shape[-1], self.scope)
-        fresh = self.scope.fits(up(fresh), norm)
-        if remainder:
-            bounds = [*bounds, fresh, radius.amax(-1, keepdim=True)]
-        return Behind(up(skip * radius + weight * inner) + fresh, up(skip * ball.error + weight * inner_error) + fresh, bounds)
-
-    def with_way(self, m: Tensor, before: Tensor) -> Self:
-        return self.replaced(branch=self.branch.with_way(m, before))
-
-    def functionals(self) -> Functionals | None:
-        return self.branch.functionals()
-
-    @property
-    def shaped(self) -> bool:
-        return self.branch.shaped
-
-    def lipschitz(self) -> Tensor | float:
-        return abs(self.skip) + abs(self.weight) * self.branch.lipschitz()
-
-    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
-        return super().at_rows(sample, position, arrived).replaced(branch=self.branch.at_rows(sample, position, arrived))
-
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
-        norms = token_norms(g)
-        through, weights = self.branch.adjoint(self.weight * g, two_sided)
-        slack = ADJOINT_SLACK * (abs(self.skip) + abs(self.weight)) * norms.sum(-1, keepdim=True)
-        return self.skip * g + through, [*weights, norms, slack]
-
-
 @register(AddPositions)
 class AddPositionsExpansion(Expansion):
     """x_t + p_t: one rounding of the sum."""
@@ -301,7 +253,7 @@ class FlattenExpansion(Expansion):
         self.clean = clean.flatten(1).unsqueeze(1)
 
     def advance(self, ball: Ball, remainder: bool = True) -> Behind:
-        joined = up(torch.linalg.vector_norm(ball.radius, ord=order_of(self.space), dim=-1, keepdim=True) * (1 + 1e-12))
+        joined = up(length(ball.radius, self.space, ball.radius.dim() - 1).unsqueeze(-1) * (1 + 1e-12))
         return Behind(joined, up(torch.linalg.vector_norm(ball.error, dim=-1, keepdim=True) * (1 + 1e-12)), [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from robustlip.domains.lines.dense import Network
 from robustlip.domains.lines.relaxations import Relu
 from robustlip.domains.lines.stages import Affine, Stage
+from robustlip.geometry import dual_length
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
-from robustlip.threats import dual_order_of, l2_factor
+from robustlip.threats import l2_factor
 
 # Samples are taken so many at a time that the rows of all of them are at most this many numbers: what a processor's cache holds.
 CHUNK = 2**21
@@ -37,7 +38,7 @@ class Ball:
 
     def dual(self, rows: Tensor) -> Tensor:
         """max ⟨row, δ⟩ over ‖δ‖ ≤ 1, rounded up: the dual norm over the last dimension. Squares below 1e-300 may vanish: 1e-140 covers them."""
-        return torch.linalg.vector_norm(rows, ord=dual_order_of(self.norm), dim=-1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
+        return dual_length(rows, self.norm, rows.dim() - 1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
 
     def part(self, index: slice) -> Ball:
         return Ball(self.x[index], self.radius[index], self.norm)
