@@ -12,6 +12,8 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +254,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+def libraries() -> dict[str, str]:
+    """{library: version} of those that are installed."""
+    found = {}
+    for name in ("deel-torchlip", "orthogonium", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def row(name: str) -> dict[str, Any]:
     """What becomes of one model: seconds of its capture, layers, medians of proved and found radii, or why it is not captured."""
     build, shape = MODELS[name]
@@ -317,7 +328,7 @@ def main() -> None:
             rows.append(row(name))
             print(rows[-1], flush=True)
             if asked.markdown:  # row by row: a run that is stopped leaves what it has
-                in_words = ", ".join(f"{key} {value}" for key, value in machine().items())
+                in_words = ", ".join(f"{key} {value}" for key, value in machine(**libraries()).items())
                 missing = "" if len(rows) == len(MODELS) else f" {len(rows)} of {len(MODELS)} models."
                 write_text(asked.markdown, f"{HEAD}{table(rows)}\n\nMachine: {in_words}.{missing}\n")
     finish(rows, asked.json)
