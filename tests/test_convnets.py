@@ -189,7 +189,7 @@ def test_weight_balls_reach_convolutions() -> None:
 @pytest.mark.parametrize(
     ("layers", "message", "error"),
     [
-        (lambda: (nn.Conv2d(2, 2, 1), Residual(nn.Conv2d(2, 3, 1)), nn.Flatten()), "keeps the shape", BadInput),
+        (lambda: (nn.Conv2d(2, 2, 1), Residual(nn.Conv2d(2, 3, 1)), nn.Flatten()), "branches that put out one shape", BadInput),
         (lambda: (nn.MaxPool2d(2, padding=1, dilation=2), nn.Flatten()), "only padding", UnsupportedLayer),
         (lambda: (nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), "ceil_mode", UnsupportedLayer),
         (lambda: (nn.AdaptiveAvgPool2d(2), nn.Flatten()), "AdaptiveAvgPool2d", UnsupportedLayer),
