@@ -69,6 +69,7 @@ SDP_PROGRAM, SDP_VERIFY, SDP_CONSTANTS, SDP_REACH, SDP_QUADRATIC, SDP_ECLIPSE, S
 )
 CONVOLUTION, SEQUENCE = "robustlip/domains/norms/convolution.py", "robustlip/certifiers/sequence.py"
 OPS_CONVOLUTION, OPS_MAPS = "robustlip/ops/convolution.py", "robustlip/ops/maps.py"
+OPS_MOVES, NORMS_MOVES, AT_MOVES = "robustlip/ops/moves.py", "robustlip/domains/norms/moves.py", "robustlip/domains/expansion/moves.py"
 VERIFICATION, CERTIFICATE_FILE, GATE = "robustlip/verification.py", "robustlip/certificate_file.py", "robustlip/gate.py"
 
 NORMS_JOINS, AT_JOINS, LAYERS_JOINS, EXECUTION = (
@@ -92,7 +93,7 @@ MUTATIONS = [
              f"{RULES} -k 'change and scale'"),
     Mutation("constants: the smallest factor for the largest", OPS_CONSTANTS, "return float(size.amax()), math.inf",
              "return float(size.amin()), math.inf", f"{RULES} -k 'change and scale'"),
-    Mutation("constants: a shift leaves the norm", OPS_CONSTANTS, "reach = norm + size * math.sqrt(width) * (1 + 1e-15)", "reach = norm",
+    Mutation("constants: a shift leaves the norm", OPS_CONSTANTS, "reach = norm + size", "reach = norm",
              f"{RULES} -k shift"),
     Mutation("constants: rounding of a product dropped", OPS_CONSTANTS, "return 2 * arithmetic.unit * gain * norm + root", "return 0 * norm + root",
              f"{RULES} -k scale"),
@@ -748,6 +749,17 @@ MUTATIONS = [
     Mutation("dual: one logit rounds, not two", BY_DUAL,
              "hidden + 2 * reference.single(hidden, epsilon)", "hidden + reference.single(hidden, epsilon)",
              f"{EXACT} -k 'methods_of_expansions and dual'"),
+    # ---- moves
+    Mutation("moves: tokens that are mixed keep the norm of one", NORMS_MOVES, "many = len(m.read) if", "many = 1 if",
+             f"{RULES} -k 'tokens-turned and change_is'"),
+    Mutation("moves: constant tokens have no norm", NORMS_MOVES, "if not size:", "if True:", f"{RULES} -k 'prepend-token and norm_and'"),
+    Mutation("local: tokens that are mixed keep the radius of one", AT_MOVES,
+             "radius = length(ball.radius[..., read], self.space, ball.radius.dim() - 1).unsqueeze(-1)", "radius = ball.radius[..., :1]",
+             f"{LOCAL} -k 'promises and tokens-turned'"),
+    Mutation("local: the adjoint of a move leaves numbers where they are", AT_MOVES,
+             "back[..., self.source[self.moved]] = flat", "back[..., : flat.shape[-1]] = flat", f"{LOCAL} -k 'autograd and select-token'"),
+    Mutation("shift: a table by its largest row where samples are one vector", OPS_CONSTANTS,
+             "norm_up(table).amax() if by_token else", "norm_up(table).amax() if True else", f"{RULES} -k 'image-shift-table and norm_and'"),
     # ---- rules/convolution.py
     Mutation("convolution: windows counted along one dimension", OPS_CONVOLUTION,
              "reach = math.sqrt(rows.reads * columns.reads) * (1 + 1e-15)", "reach = math.sqrt(rows.reads) * (1 + 1e-15)", f"{CONVS} -k 'true_norm'"),

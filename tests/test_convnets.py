@@ -20,7 +20,23 @@ from robustlip.domains.expansion.local import reference_of
 from robustlip.domains.expansion.sorting import pairs_of
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Householder, MaxMin, Normalize, Residual, Sum, as_chain
+from robustlip.layers import (
+    Chain,
+    Channels,
+    Concatenate,
+    GroupSort,
+    Householder,
+    MaxMin,
+    Normalize,
+    PrependToken,
+    Residual,
+    Scale,
+    SelectToken,
+    Shift,
+    Sum,
+    Tokens,
+    as_chain,
+)
 from robustlip.threats import InputBall, WeightBall
 
 DUAL = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}
@@ -50,6 +66,11 @@ def headed(*layers: nn.Module, shape: tuple[int, ...] = SHAPE) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(body(torch.zeros(1, *shape)).shape[1], 4))
 
 
+def spread(*shape: int) -> Tensor:
+    """Constants that are all different."""
+    return torch.linspace(-1, 1.5, int(np.prod(shape))).view(shape)
+
+
 LINEAR = {
     "conv": lambda: headed(nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 3, 2)),
     "stride": lambda: headed(nn.Conv2d(2, 4, (3, 2), stride=(2, 3), padding=(1, 0)), nn.Conv2d(4, 4, 2, dilation=(2, 1))),
@@ -65,6 +86,8 @@ LINEAR = {
         Concatenate(Channels(1, 3), nn.Conv2d(4, 2, 3, padding=1)), Residual(nn.Conv2d(4, 4, 3, padding=1), skip=0.5, weight=-1.0),
     ),
     "vectors": lambda: nn.Sequential(*headed(nn.Conv2d(2, 4, 3))[:-1], nn.Linear(48, 9), nn.BatchNorm1d(9), nn.Linear(9, 4)),
+    "tokens": lambda: headed(nn.Conv2d(2, 3, 2), Tokens(), Shift(spread(20, 3)), PrependToken(spread(2, 3)), Scale(spread(22, 1))),
+    "one token": lambda: nn.Sequential(nn.Conv2d(2, 4, 3), Shift(spread(4, 4, 3), subtract=True), Tokens(), SelectToken(-2), nn.Linear(4, 4)),
 }  # fmt: skip
 
 

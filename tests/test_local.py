@@ -47,16 +47,20 @@ from robustlip.layers import (
     NextTokenChain,
     Normalize,
     Patchify,
+    PrependToken,
     Residual,
     Scale,
     ScaledGELU,
+    SelectToken,
     Shift,
     Sum,
+    Tokens,
 )
 from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
 from robustlip.ops import elementwise_layers, elementwise_of
 from robustlip.ops.elementwise import GELU_THIRD
+from robustlip.ops.moves import moving_layers
 from robustlip.ops.normalization import CURVATURE
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
 
@@ -72,6 +76,10 @@ def scaled(layer: nn.Module, factor: float) -> nn.Module:
 
 def attention(gain: float = 2.0, **options) -> Attention:
     return scaled(Attention(D, H, **options), gain)
+
+
+def attention_of(width: int) -> Attention:
+    return scaled(Attention(width, 2, causal=False), 2.0)
 
 
 def drawn(layer: nn.Module, low: float = -2.0, high: float = 2.0) -> nn.Module:
@@ -224,6 +232,18 @@ CASES = {
     "image-scale": image(
         lambda: nn.Sequential(Shift([0.1, 0.2, 0.3, 0.4], subtract=True), Scale([0.5, 1.0, 2.0, -3.0], divide=True), nn.Conv2d(4, 3, 3))
     ),
+    "select-token": Case(lambda: nn.Sequential(nn.Linear(D, 6), nn.GELU(), SelectToken(-1), nn.Linear(6, 2))),
+    "select-token-whole": Case(lambda: nn.Sequential(SelectToken(1), nn.Linear(D, 5)), space="linf", whole=True),
+    "prepend-token": Case(lambda: nn.Sequential(PrependToken(torch.randn(1, 2, D)), attention(causal=False), SelectToken())),
+    "prepend-token-whole": Case(lambda: nn.Sequential(PrependToken(torch.randn(D)), nn.GELU()), space="l1", whole=True),
+    "tokens-of-images": image(
+        lambda: nn.Sequential(Tokens(), Shift(torch.randn(20, 4)), attention_of(4), nn.LayerNorm(4, eps=1e-3), SelectToken(3)), "linf"
+    ),
+    "tokens-turned": Case(lambda: nn.Sequential(Tokens(), nn.Linear(T, 5), nn.GELU())),
+    "shift-table": Case(lambda: nn.Sequential(Shift(torch.randn(1, T, D), subtract=True), nn.Linear(D, 5), nn.GELU())),
+    "shift-table-whole": Case(lambda: nn.Sequential(Shift(torch.randn(T, D)), nn.Flatten(), nn.Linear(T * D, 5)), space="l1", whole=True),
+    "scale-table": Case(lambda: nn.Sequential(Scale(torch.randn(T, D)), Scale(torch.rand(T, 1) + 0.2, divide=True), nn.Linear(D, 5), nn.GELU())),
+    "image-tables": image(lambda: nn.Sequential(Shift(torch.randn(4, 5, 4)), Scale(torch.randn(1, 5, 1)), nn.Conv2d(4, 3, 3), nn.ReLU()), "linf"),
     "channels": Case(lambda: nn.Sequential(Channels(1, 4), nn.Linear(3, 5), nn.GELU())),
     "residual-identity": Case(lambda: Residual(nn.Identity(), skip=1 / 3, weight=0.7)),
     "residual-attention": Case(lambda: Residual(attention(), skip=0.5, weight=-1.5)),
@@ -409,7 +429,7 @@ BY_HAND = {nn.Embedding: test_an_expansion_of_a_table_of_tokens}
 
 def test_every_expansion_has_a_case() -> None:
     covered = {type(m) for case in CASES.values() for m in case.build().modules()} | BY_HAND.keys()
-    assert {kind.__name__ for kind in {*local_base._EXPANSIONS, *elementwise_layers()} - covered} == set()
+    assert {kind.__name__ for kind in {*local_base._EXPANSIONS, *elementwise_layers(), *moving_layers()} - covered} == set()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -48,6 +48,7 @@ from robustlip.layers import (
     NextTokenChain,
     Normalize,
     Patchify,
+    PrependToken,
     Residual,
     Scale,
     ScaledGELU,
@@ -276,6 +277,7 @@ def small(layer: type[nn.Module]) -> nn.Module:
         nn.Conv2d: (8, 8, 1), nn.AvgPool2d: (1,), nn.MaxPool2d: (1,), nn.AdaptiveAvgPool2d: (1,), Householder: (8,), Attention: (8, 2),
         AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
         Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,), nn.Threshold: (0.0, 0.0), nn.Hardshrink: (0.0,), Clamp: (0.0,),
+        PrependToken: (torch.ones(8),),
     }  # fmt: skip
     return layer(*options.get(layer, ()))
 

@@ -7,7 +7,7 @@ from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.joins import Channels, Concatenate, Sum
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
-from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify
+from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify, PrependToken, SelectToken, Tokens
 
 __all__ = [
     "Abs",
@@ -24,11 +24,14 @@ __all__ = [
     "NextTokenChain",
     "Normalize",
     "Patchify",
+    "PrependToken",
     "Residual",
     "Scale",
     "ScaledGELU",
+    "SelectToken",
     "Shift",
     "Sum",
+    "Tokens",
     "as_chain",
     "chain_or_module",
 ]

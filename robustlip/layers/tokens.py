@@ -71,3 +71,56 @@ class MeanTokens(nn.Module):
         if x.dim() != 3:
             raise BadInput(f"expected tokens (N, T, D), got {tuple(x.shape)}: without a batch dimension the mean would be over samples; add it")
         return x.mean(dim=-2)
+
+
+class Tokens(nn.Module):
+    """Images (N, C, H, W) → tokens (N, H·W, C), one a pixel; (N, C, …) → (N, product of the rest, C)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() < 3:
+            raise BadInput(f"expected samples of channels and places (N, C, …), got {tuple(x.shape)}; give it images")
+        return x.flatten(2).transpose(1, 2)
+
+
+class SelectToken(nn.Module):
+    """One token: (N, T, D) → (N, D). index: from 0, or from the last by −1."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__()
+        self.index = int(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            raise BadInput(f"expected tokens (N, T, D), got {tuple(x.shape)}; add the missing dimension")
+        if not -x.shape[1] <= self.index < x.shape[1]:
+            raise BadInput(f"expected a token among {x.shape[1]}, got index {self.index}; count from 0")
+        return x[:, self.index]
+
+    def extra_repr(self) -> str:
+        return f"index={self.index}"
+
+
+class PrependToken(nn.Module):
+    """Constant tokens in front of the others, the same for every sample: (N, T, D) → (N, k + T, D).
+
+    value: (D,), (k, D) or (1, k, D), a buffer that shares its memory with what is given.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        held = value.detach()
+        held = held[0] if held.dim() == 3 and len(held) == 1 else held
+        held = held.unsqueeze(0) if held.dim() == 1 else held
+        if held.dim() != 2 or not len(held) or not held.is_floating_point() or not bool(torch.isfinite(held).all()):
+            raise BadInput(f"expected finite tokens (D,), (k, D) or (1, k, D) in PrependToken, got {tuple(value.shape)}, {value.dtype}; give those")
+        self.register_buffer("value", held)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.value.shape[-1]:
+            raise BadInput(f"expected tokens (N, T, {self.value.shape[-1]}) in front of PrependToken, got {tuple(x.shape)}; match the widths")
+        return torch.cat([self.value.expand(len(x), -1, -1), x], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.value)}, {self.value.shape[-1]}"

@@ -1,4 +1,4 @@
-"""Multiplication by constants and addition of constants, one for all numbers or one a channel; zeros around images. docs/theory.md, section 3."""
+"""Factors and constants that are added: one for all numbers, one a channel, or a table; zeros around images. docs/theory.md, section 3."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Scale, Shift
+from robustlip.layers.constants import check_spread
 from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.rounding import norm_up
 from robustlip.ops.affine import shift_error
 
 
 def check_channels(layer: Scale | Shift, shape: tuple[int, ...]) -> None:
-    """Raises BadInput unless there is one constant, or one for each channel of samples (C, H, W), (T, D) or (n,): torch would spread another."""
+    """Raises BadInput unless there is one constant, one for each channel of samples (C, H, W), (T, D) or (n,), or a table that fits them."""
+    if layer.value.dim() > 1:
+        check_spread(layer, shape)
+        return
     channels = shape[0] if len(shape) == 3 else shape[-1]
     if len(layer.value) not in (1, channels):
         raise BadInput(f"expected {channels} channels or one number in {type(layer).__name__}, got {len(layer.value)}; match them")
@@ -36,14 +41,18 @@ def scale_error(norm: Tensor, gain: float, width: int, arithmetic: Rounds) -> Te
     return 2 * arithmetic.unit * gain * norm + root * (arithmetic.tiny * (1 + gain) + 2 * gain * arithmetic.flushed) + 2 * norm * arithmetic.flushed
 
 
-def shift_size(layer: Shift) -> float:
-    """max|c|."""
-    return float(layer.value.detach().double().abs().amax())
+def shift_size(layer: Shift, shape: tuple[int, ...], by_token: bool) -> float:
+    """≥ the ℓ2 norm of what is added to samples of that shape, or by token to each of (T, D): √n·max|c|, of a table its own norm."""
+    value = layer.value.detach().double()
+    if value.dim() == 1:
+        return float(value.abs().amax()) * math.sqrt(shape[-1] if by_token else math.prod(shape)) * (1 + 1e-15)
+    table = value.reshape(value.shape[-len(shape) :]).expand(shape)
+    return float(norm_up(table).amax() if by_token else norm_up(table.flatten(), 0))
 
 
 def shifted(norm: Tensor, size: float, width: int, arithmetic: Rounds) -> tuple[Tensor, Tensor]:
-    """(‖fl(x + c) − (x + c)‖₂, ‖x + c‖₂) at most, for ‖x‖₂ ≤ norm and |c| ≤ size in each of `width` numbers."""
-    reach = norm + size * math.sqrt(width) * (1 + 1e-15)
+    """(‖fl(x + c) − (x + c)‖₂, ‖x + c‖₂) at most, for ‖x‖₂ ≤ norm and ‖c‖₂ ≤ size, of `width` numbers."""
+    reach = norm + size
     return shift_error(reach, width, arithmetic), reach
 
 

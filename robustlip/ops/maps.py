@@ -446,7 +446,9 @@ def _scale(layer: nn.Module, shape: Sample, gain: Tensor, shift: Tensor, relativ
 
 
 def _constant(value: Tensor, shape: Sample) -> Tensor:
-    """One number, or one a channel, by number (n,)."""
+    """One number, one a channel or a table, by number (n,)."""
+    if value.dim() > 1:
+        return value.reshape(value.shape[-len(shape) :]).expand(shape).reshape(-1)
     view = (-1, 1, 1) if len(shape) == 3 and len(value) > 1 else (-1,)
     return value.view(view).expand(shape).reshape(-1)
 

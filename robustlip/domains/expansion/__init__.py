@@ -1,6 +1,6 @@
 """Layers expanded at clean activations; one file per kind of layer, as in robustlip.domains.norms."""
 
-from robustlip.domains.expansion import attention, constants, convolution, elementwise, joins, linear, normalization, sorting, structure  # noqa: F401  (each registers its expansions)
+from robustlip.domains.expansion import attention, constants, convolution, elementwise, joins, linear, moves, normalization, sorting, structure  # noqa: F401  (each registers its expansions)
 from robustlip.domains.expansion.base import (
     Ball,
     Behind,

@@ -1,6 +1,8 @@
-"""Multiplication by constants and addition of constants: affine, so their adjoints are exact."""
+"""Multiplication by constants and addition of constants: affine, so their adjoints are exact. Tables of tokens are spread over the tokens."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +12,30 @@ from robustlip.domains.expansion.convolution import MapStep
 from robustlip.layers import Scale, Shift
 from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted
 from robustlip.ops.convolution import image_shape
+from robustlip.ops.maps import LinearMap, ScaleMap, map_of
+
+
+def sample_shape(clean: Tensor, scope: Scope) -> tuple[int, ...]:
+    """Of a sample as far as a table of constants can tell: (T, D) of a single token is (D,)."""
+    return scope.whole or tuple(clean.shape[1:] if clean.shape[1] > 1 else clean.shape[2:])
 
 
 class ConstantStep(MapStep):
-    """One constant, or one a channel. gain: the largest |factor|."""
+    """One constant, one a channel, or a table. gain: the largest |factor|."""
 
     def __init__(self, layer: Scale | Shift, clean: Tensor, scope: Scope, gain: float) -> None:
-        shape = scope.whole or tuple(clean.shape[-1:])
+        shape, width = sample_shape(clean, scope), tuple(clean.shape[-1:])
         check_channels(layer, shape)
-        super().__init__(layer, clean, scope, shape)
+
+        def by_token() -> LinearMap:
+            m = map_of(layer, shape)
+            assert isinstance(m, ScaleMap)
+            bias = None if m.bias is None else m.bias.reshape(shape)
+            return replace(m, shape=width, out=width, weight=m.weight.reshape(shape), bias=bias)
+
+        # A table (T, D) has other factors for every token.
+        spread = scope.whole is None and layer.value.dim() > 1 and len(shape) > 1
+        super().__init__(layer, clean, scope, scope.whole or width, by_token if spread else None)
         self.space, self.whole = scope.space, scope.whole
         self.sigma = self.gain = self.frobenius = gain
         self.slack = self.adjoint_slack()
@@ -42,7 +59,9 @@ class ShiftExpansion(ConstantStep):
     """x + c or x − c."""
 
     def __init__(self, layer: Shift, clean: Tensor, scope: Scope) -> None:
-        self.size = shift_size(layer)
+        shape = sample_shape(clean, scope)
+        check_channels(layer, shape)
+        self.size = shift_size(layer, shape, scope.whole is None)
         super().__init__(layer, clean, scope, 1.0)
 
     def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:

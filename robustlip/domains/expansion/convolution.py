@@ -7,6 +7,7 @@ exact, and the constants and executed errors are those of the norms domain. A ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -31,9 +32,12 @@ class MapStep(AffineStep):
 
     by_token: ClassVar[tuple[str, ...]] = ("clean", "norm")
 
-    def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, layer: nn.Module, clean: Tensor, scope: Scope, shape: tuple[int, ...], make: Callable[[], LinearMap] | None = None
+    ) -> None:
+        """make: the map, where it is not that of the layer on samples of that shape."""
         self.scope = scope
-        self.map: LinearMap = scope.context.constant(layer, f"map-{shape}-{layer}", lambda: map_of(layer, shape))
+        self.map: LinearMap = scope.context.constant(layer, f"map-{shape}-{layer}", make or (lambda: map_of(layer, shape)))
         self.rows = scope.context.constant(layer, f"rows-{shape}-{scope.space}-{layer}", lambda: self.map.row_norms(scope.space).to(clean.device))
         self.norm, self.factor = norm_up(clean), l2_factor(scope.space, clean.shape[-1])
         self.clean = self.map.affine(clean)

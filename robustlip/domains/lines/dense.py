@@ -28,7 +28,8 @@ from robustlip.layers import Chain, Channels, Concatenate, GroupSort, MaxMin, Re
 from robustlip.numerics.rounding import U64, gamma, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
-from robustlip.ops.maps import AverageMap, ConvolutionMap, LinearMap, Mixing, OnPart, is_linear, map_of, unmapped
+from robustlip.ops.maps import AverageMap, ConvolutionMap, LinearMap, Mixing, OnPart, ScaleMap, is_linear, map_of, unmapped
+from robustlip.ops.moves import is_move, moves_of
 from robustlip.threats import InputBall, Threat
 
 
@@ -221,10 +222,23 @@ class _Builder:
         self.combine((torch.cat([self._numbers(h), self._numbers(h + layer.start * inner, h + layer.stop * inner)]), 1.0))
         self.shape = (layer.stop - layer.start, *self.shape[1:])
 
+    def move(self, layer: nn.Module) -> None:
+        moves = moves_of(layer, self.shape, 1, math.prod(self.shape))
+        h, source = self.held, moves.source.to(self.device)
+        moved = (source >= 0).double()
+        kept = torch.ones(h, dtype=torch.float64, device=self.device)
+        self.combine((torch.cat([self._numbers(h), h + source.clamp_min(0)]), torch.cat([kept, moved])))
+        if moves.size:
+            m, fixed = moves.outputs, moves.fixed.to(self.device)
+            self.steps.append(OnPart.of(ScaleMap((m,), (m,), 2, 2, bias=fixed, weight=torch.ones_like(fixed)), h))
+        self.shape = moves.out
+
     def layers(self, layers: Iterable[nn.Module]) -> None:
         for layer in layers:
             if is_linear(layer):
                 self.linear(layer)
+            elif is_move(layer):
+                self.move(layer)
             elif is_elementwise(layer):
                 self.activation(curve_of(layer))
             elif type(layer) in _STEPS:
@@ -253,12 +267,12 @@ _STEPS: dict[type, Callable[[_Builder, Any], None]] = {
 
 def is_affine(layer: nn.Module) -> bool:
     """Whether the layer is affine by itself, or made of layers that are looked at by themselves."""
-    return is_linear(layer) or (type(layer) in _STEPS and type(layer) not in _SORTS)
+    return is_linear(layer) or is_move(layer) or (type(layer) in _STEPS and type(layer) not in _SORTS)
 
 
 def _refused(layer: nn.Module) -> str:
     """'' where the layer itself has a map or a curve, whatever is inside of it, else what has none and with which options."""
-    if is_elementwise(layer):
+    if is_elementwise(layer) or is_move(layer):
         return ""
     if type(layer) not in _STEPS:
         return unmapped(layer)

@@ -13,12 +13,17 @@ from robustlip.ops.constants import check_channels, scale_error, scale_gain, shi
 from robustlip.ops.convolution import image_shape
 
 
+def sample_shape(state: State) -> tuple[int, ...]:
+    """Of a sample as far as a table of constants can tell: (T, D) of a single token is (D,)."""
+    return state.whole or ((state.tokens, state.width) if state.tokens > 1 else (state.width,))
+
+
 @register(Scale)
 class ScaleRule(Rule):
     """x·c or x/c: gain max|c| or 1/min|c|."""
 
     def step(self, layer: Scale, state: State, context: Context) -> State:
-        check_channels(layer, state.whole or (state.width,))
+        check_channels(layer, sample_shape(state))
         gain, smallest = context.constant(layer, f"scale-{layer.divide}", lambda: scale_gain(layer))
         fresh = scale_error(state.norm, gain, state.width, context)
         behind = replace(state, norm=gain * state.norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
@@ -30,8 +35,9 @@ class ShiftRule(Rule):
     """x + c or x − c: no change grows."""
 
     def step(self, layer: Shift, state: State, context: Context) -> State:
-        check_channels(layer, state.whole or (state.width,))
-        size = context.constant(layer, "shift", lambda: shift_size(layer))
+        shape, by_token = sample_shape(state), state.whole is None
+        check_channels(layer, shape)
+        size = context.constant(layer, f"shift-{shape}-{by_token}", lambda: shift_size(layer, shape, by_token))
         fresh, reach = shifted(state.norm, size, state.width, context)
         return context.finite(replace(state, norm=reach + fresh, rounding=state.rounding + fresh))
 

@@ -19,6 +19,7 @@ from robustlip.execution import check_plain
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.numerics.rounding import SMALLEST, up
 from robustlip.ops import elementwise_layers
+from robustlip.ops.moves import moving_layers
 from robustlip.threats import l2_factor
 
 # More than the few products of one rule can lose by underflow.
@@ -145,7 +146,7 @@ def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[type[Rule
 
 def known_layers() -> tuple[type, ...]:
     """The layer classes with a rule."""
-    return (*_RULES, *elementwise_layers())
+    return (*_RULES, *elementwise_layers(), *moving_layers())
 
 
 def rule_for(layer: nn.Module) -> Rule:
