@@ -526,6 +526,19 @@ def test_single_tokens_agree_with_all_and_are_never_exceeded(position, jacobian,
         assert bool((mine[:, 0] <= theirs[:, position] * (1 + 1e-9)).all())
 
 
+@pytest.mark.parametrize("name", ["shift-table", "scale-table"])
+def test_single_tokens_read_their_own_row_of_a_table(name) -> None:
+    case, layer = case_of(name)
+    x = samples(case, 6)
+    full, position = expanded(case, layer, x), torch.arange(6) % T
+    rows = full.at_rows(torch.arange(6), position, torch.zeros(6, T, dtype=torch.float64))
+    torch.testing.assert_close(rows.clean[:, 0], full.clean[torch.arange(6), position])
+    g = torch.randn(2, 6, 1, 5, dtype=torch.float64)
+    spread = torch.zeros(2, 6, T, 5, dtype=torch.float64)
+    spread[:, torch.arange(6), position] = g[:, :, 0]
+    torch.testing.assert_close(rows.adjoint(g)[0][:, :, 0], full.adjoint(spread)[0][:, torch.arange(6), position])
+
+
 def nested() -> dict[str, Callable[[], list[nn.Module]]]:
     def mlp() -> nn.Module:
         return nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))

@@ -24,6 +24,7 @@ from robustlip.domains.expansion.local import Reference, reference_of
 from robustlip.domains.norms import Context
 from robustlip.layers import MaxMin, MeanTokens
 from robustlip.models import LipschitzGPT
+from robustlip.ops.moves import is_move
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
 FOLDER = Path(__file__).resolve().parents[1] / "robustlip" / "domains" / "expansion"
@@ -107,7 +108,7 @@ CHAINS: dict[str, Callable[[], list[nn.Module]]] = {
 }
 BY_TOKEN = [
     name for name, case in CASES.items()
-    if case.shape == (T, D) and not case.whole and not any(isinstance(m, (nn.Flatten, MeanTokens)) for m in case.build().modules())
+    if case.shape == (T, D) and not case.whole and not any(isinstance(m, (nn.Flatten, MeanTokens)) or is_move(m) for m in case.build().modules())
 ]  # fmt: skip
 
 

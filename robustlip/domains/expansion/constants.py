@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import Ball, Scope, register
+from robustlip.domains.expansion.base import Ball, Expansion, Scope, register
 from robustlip.domains.expansion.convolution import MapStep
 from robustlip.layers import Scale, Shift
 from robustlip.ops.constants import check_channels, scale_error, scale_gain, shift_size, shifted
@@ -39,6 +39,11 @@ class ConstantStep(MapStep):
         self.space, self.whole = scope.space, scope.whole
         self.sigma = self.gain = self.frobenius = gain
         self.slack = self.adjoint_slack()
+
+    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
+        part, m = super().at_rows(sample, position, arrived), self.map
+        assert isinstance(m, ScaleMap)
+        return part if m.weight.dim() == 1 else part.replaced(map=replace(m, weight=m.weight[position].unsqueeze(1), bias=None))
 
 
 @register(Scale, any_space=True, keeps="any")

@@ -127,8 +127,6 @@ _BY_TOKEN = (
 def is_causal(model: Chain) -> bool:
     """Whether every logit of a next-token model depends on the tokens up to its own alone: attention has to be causal, other layers act by token."""
     layers = [m for layer in model for m in layer.modules()]
-    if any(isinstance(m, Scale | Shift) and m.value.dim() > 1 for m in layers):  # tables have other constants for every token
-        return False
     return model.task == "next-token" and all(m.causal if type(m) is Attention else type(m) in _BY_TOKEN or is_elementwise(m) for m in layers)
 
 
