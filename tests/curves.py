@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import mpmath
+from formulas import ELEMENTWISE
 from torch import nn
 
 from robustlip.domains.lines.relaxations import curve_of
@@ -54,6 +55,12 @@ ACTIVATIONS: dict[str, tuple[nn.Module, Callable[[mpmath.mpf], mpmath.mpf]]] = {
     "softsign": (nn.Softsign(), lambda z: z / (1 + abs(z))),
     "tanhshrink": (nn.Tanhshrink(), lambda z: z - mpmath.tanh(z)),
     "mish": (nn.Mish(), lambda z: z * mpmath.tanh(mpmath.log1p(mpmath.exp(z)))),
+    "gelu-new": (
+        ELEMENTWISE["gelu-new"],
+        lambda z: z / 2 * (1 + mpmath.tanh(mpmath.mpf(0.7978845608028654) * (z + mpmath.mpf(0.044715) * z**3))),
+    ),
+    "gelu-erf": (ELEMENTWISE["gelu-erf"], lambda z: z / 2 * (1 + mpmath.erf(z / mpmath.mpf(1.4142135623730951)))),
+    "gelu-quick": (ELEMENTWISE["gelu-quick"], lambda z: z / (1 + mpmath.exp(-mpmath.mpf(1.702) * z))),
     "hardswish": (nn.Hardswish(), lambda z: z * min(max(z + 3, mpmath.mpf(0)), mpmath.mpf(6)) / 6),
 }  # fmt: skip
 

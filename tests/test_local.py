@@ -18,6 +18,8 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from formulas import ELEMENTWISE as FORMULAS
+from formulas import NORMS
 from processors import flushing
 from torch import Tensor, nn
 
@@ -219,6 +221,8 @@ CASES = {
     "attention-peaked": Case(lambda: attention(6.0, scale=8.0), size=3.0),
     "layernorm": Case(lambda: drawn(nn.LayerNorm(D, eps=1e-3))),
     "layernorm-plain": Case(lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), size=0.3),
+    **{name: Case(lambda name=name: NORMS[name](D, 1e-3), size=0.3) for name in NORMS},
+    "linear-formula": Case(fused(lambda: FORMULAS["gelu-erf"])), "linear-gelu-new": Case(fused(lambda: FORMULAS["gelu-new"])),
     "rmsnorm": Case(lambda: drawn(nn.RMSNorm(D, eps=1e-3)), size=0.3),
     "residual-mlp": Case(lambda: Residual(nn.Sequential(nn.Linear(D, 12), nn.GELU(), nn.Linear(12, D)), skip=-0.5, weight=1.5)),
     "sum": Case(lambda: Sum(nn.Linear(D, 5), nn.Sequential(nn.Linear(D, 9), nn.GELU(), nn.Linear(9, 5)), weights=(0.7, -1.5))),

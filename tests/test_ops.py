@@ -10,6 +10,7 @@ import mpmath
 import pytest
 import torch
 from curves import ACTIVATIONS
+from formulas import ELEMENTWISE as FORMULAS
 from torch import Tensor, nn
 
 import robustlip
@@ -35,7 +36,7 @@ MADE: dict[str, nn.Module] = {
     "hardtanh-below": nn.Hardtanh(-7.1, -2.3),
     "clamp": Clamp(-0.7, 1.9), "clamp-low": Clamp(low=0.3), "clamp-high": Clamp(high=1 / 3), "clamp-relu": Clamp(low=0.0),
     "threshold": nn.Threshold(0.3, 0.3), "softshrink": nn.Softshrink(), "softshrink-wide": nn.Softshrink(2.3), "softshrink-0": nn.Softshrink(0.0),
-    "hardshrink": nn.Hardshrink(0.0),
+    "hardshrink": nn.Hardshrink(0.0), **FORMULAS,
 }  # fmt: skip
 MADE |= {kind.__name__.lower(): kind() for kind in elementwise_layers() if kind not in {type(layer) for layer in MADE.values()}}
 

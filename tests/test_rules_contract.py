@@ -13,6 +13,8 @@ from dataclasses import replace
 import mpmath
 import pytest
 import torch
+from formulas import ELEMENTWISE as FORMULAS
+from formulas import NORMS
 from torch import nn
 
 from robustlip.attacks.worst_weights import worst_attention
@@ -160,6 +162,8 @@ CASES = {
     "chain": (lambda: nn.Sequential(nn.Linear(D, 12), nn.ReLU(), nn.Linear(12, D)), 3.0),
     "rmsnorm": (rmsnorm, 0.3),
     "layernorm-plain": (lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), 0.3),
+    **{name: (lambda name=name: NORMS[name](D, 0.3 if "std" in name or "outside" in name else 1e-2), 0.3) for name in NORMS},
+    "formula": (lambda: FORMULAS["gelu-new"], 4.0),
     "groupsort": (lambda: GroupSort(4), 3.0),
     "maxmin": (MaxMin, 3.0),
     "householder": (householder, 3.0),
@@ -364,7 +368,7 @@ def test_bounds_grow_with_everything(name) -> None:
         nn.Hardsigmoid(), nn.Threshold(0.3, 0.3), nn.Softshrink(0.3), nn.Hardshrink(0.0), Abs(), Clamp(0.1, 0.9), Clamp(low=1e-5), nn.ELU(),
         nn.ELU(2.7),
         nn.ELU(-0.3), nn.CELU(0.1), nn.CELU(30.0), nn.SELU(), nn.Softplus(), nn.Softplus(0.3, 2.0), nn.Softplus(30.0), nn.LogSigmoid(), nn.Softsign(),
-        nn.Tanhshrink(), nn.Mish(), nn.Hardswish(),
+        nn.Tanhshrink(), nn.Mish(), nn.Hardswish(), *FORMULAS.values(),
     ],
     ids=str,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.graph.program import Node
-from robustlip.layers import Abs, Channels, Clamp, GroupSort, MaxMin, MeanTokens, Scale, Shift
+from robustlip.layers import Abs, Channels, Clamp, Formula, GroupSort, MaxMin, MeanTokens, Scale, Shift, WrittenNorm
 from robustlip.layers.sorting import channels_at
 
 Maker = Callable[[Node], nn.Module]
@@ -70,6 +70,8 @@ def is_identity(node: Node) -> bool:
     source = source_of(node)
     if source is None:
         return False
+    if node.op in ("to", "_to_copy", "type_as"):  # of a dtype that the value has already
+        return node.dtype == source.dtype and node.shape == source.shape
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
         samples = a["dim"] % (len(source.shape) + 1) == 0
@@ -267,6 +269,16 @@ def _channels(node: Node) -> nn.Module:
 @operation("maxmin")
 def _maxmin(node: Node) -> nn.Module:
     return MaxMin()
+
+
+@operation("formula")
+def _formula(node: Node) -> nn.Module:
+    return Formula(node.arguments["expression"])
+
+
+@operation("written_norm")
+def _written_norm(node: Node) -> nn.Module:
+    return WrittenNorm(node.shape[-1], node.arguments["expression"], own(node.arguments["weight"]))
 
 
 # ---- elementwise: the class that calls the operation, with its options

@@ -4,6 +4,7 @@ from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
 from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
 from robustlip.layers.constants import Scale, Shift
+from robustlip.layers.formulas import Formula, WrittenNorm
 from robustlip.layers.joins import Channels, Concatenate, Sum
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
@@ -17,6 +18,7 @@ __all__ = [
     "Channels",
     "Clamp",
     "Concatenate",
+    "Formula",
     "GroupSort",
     "Householder",
     "MaxMin",
@@ -32,6 +34,7 @@ __all__ = [
     "Shift",
     "Sum",
     "Tokens",
+    "WrittenNorm",
     "as_chain",
     "chain_or_module",
 ]

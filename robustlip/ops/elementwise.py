@@ -166,18 +166,22 @@ GELU_THIRD = 0.7787700
 GELU_CONCAVE = 0.107982
 
 
-def _gelu_prime(z: Tensor) -> Tensor:
+# c and a of the tanh form, x/2·(1 + tanh(c·(x + a·x³))).
+GELU_TANH = (_C, _A)
+
+
+def gelu_prime(z: Tensor) -> Tensor:
     return torch.special.ndtr(z) + z * torch.exp(-0.5 * z * z) / _ROOT2PI
 
 
-def _gelu_tanh_prime(z: Tensor) -> Tensor:
+def gelu_tanh_prime(z: Tensor, c: float = _C, a: float = _A) -> Tensor:
     # Beyond ±20 tanh is ±1 in float64, and z² would only overflow.
     z = z.clamp(-20, 20)
-    t = torch.tanh(_C * (z + _A * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _C * (1 + 3 * _A * z * z)
+    t = torch.tanh(c * (z + a * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * a * z * z)
 
 
-def _gelu_bend(distance: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_bend(distance: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """gelu'' = φ(z)(2 − z²) is even: it falls from z = 0 on, is 0 at √2, lowest at 2, then rises to 0.
 
     −½κ⁻Δ² ≤ gelu(z + Δ) − gelu(z) − gelu'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ reach, where the middle is ∫(1 − τ)gelu''(z + τΔ)dτ·Δ²: gelu'' may be taken
@@ -218,13 +222,13 @@ def _gelu(layer: nn.GELU | ScaledGELU) -> Elementwise:
     plain = form == "none"
     return Elementwise(
         value=lambda z: F.gelu(z, approximate=form),
-        derivative=_gelu_prime if plain else _gelu_tanh_prime,
+        derivative=gelu_prime if plain else gelu_tanh_prime,
         # Φ(x) + Φ(−x) = 1, so the slopes at x and −x sum to 1: the smallest is 1 − the largest. The same holds of tanh and of the sigmoid.
         slope=(1 - GELU_SLOPE[form], GELU_SLOPE[form]),
         curvature=GELU_CURVATURE,
         growth=1.0,  # |gelu x| ≤ |x|
         lowest=(-0.7517916, -0.1699713) if plain else (-0.7524614, -0.1700410),
-        bend=_gelu_bend if plain else None,
+        bend=gelu_bend if plain else None,
         executed=ulps(FUNCTION_ULPS + 2, underflows=2),  # half of x, and its product with 1 + erf or 1 + tanh
         # The tanh form cubes its argument.
         largest=None if plain else lambda norm: torch.maximum(norm, norm**3),

@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm of single tokens: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity.
 
+`WrittenNorm` runs them as a model wrote them: without β, perhaps with D − 1 in the place of D (m below), or with s = ‖c‖/√m + eps.
+
 Batch norm in eval mode is affine: y = g·x + (β − g·mean) by channel, g = γ/sqrt(var + eps) of the running statistics.
 
 docs/theory.md, section 3.
@@ -14,16 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers.formulas import WrittenNorm
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import TINY, U64, gamma, norm_up, up
+from robustlip.ops.elementwise import FUNCTION_ULPS
+from robustlip.ops.formulas import norm_facts
 
 # ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√D s²), C = 2/√3 = 1.1547005… rounded up.
 CURVATURE = 1.15471
+# The same of s = ‖c‖/√m + eps: 2, at c = 0 and u along c.
+CURVATURE_OUTSIDE = 2.0
+
+Normalization = nn.LayerNorm | nn.RMSNorm | WrittenNorm
 
 
-def normalized(layer: nn.LayerNorm | nn.RMSNorm, state_width: int | None = None) -> tuple[int, float]:
+def normalized(layer: Normalization, state_width: int | None = None) -> tuple[int, float]:
     """(width D of the tokens that are normalised, eps). Raises UnsupportedLayer for layers that no constant here is proved for."""
     name = type(layer).__name__
+    if isinstance(layer, WrittenNorm):
+        if state_width not in (None, layer.width):
+            raise BadInput(f"expected tokens of width {layer.width} in front of {name}, got {state_width}; match them")
+        return layer.width, float(norm_facts(layer).eps)
     if type(layer) not in (nn.LayerNorm, nn.RMSNorm):
         raise UnsupportedLayer(f"expected LayerNorm or RMSNorm, got {name}; replace it or add a rule")
     if len(layer.normalized_shape) != 1:
@@ -38,57 +51,107 @@ def normalized(layer: nn.LayerNorm | nn.RMSNorm, state_width: int | None = None)
     return width, float(layer.eps)
 
 
-def largest_gain(layer: nn.LayerNorm | nn.RMSNorm) -> float:
+def centres(layer: Normalization) -> bool:
+    """Whether the mean of a token is taken off before it is divided."""
+    return norm_facts(layer).centred if isinstance(layer, WrittenNorm) else isinstance(layer, nn.LayerNorm)
+
+
+def divided_by(layer: Normalization) -> tuple[int, bool]:
+    """(m, whether eps stands outside of the root): what a token's numbers are divided by, √(‖c‖²/m + eps) or ‖c‖/√m + eps."""
+    if isinstance(layer, WrittenNorm):
+        facts = norm_facts(layer)
+        return facts.count, facts.outside
+    return normalized(layer)[0], False
+
+
+def largest_gain(layer: Normalization) -> float:
     """‖γ‖_∞."""
     return 1.0 if layer.weight is None else float(layer.weight.detach().abs().amax())
 
 
-def largest_shift(layer: nn.LayerNorm | nn.RMSNorm) -> float:
+def largest_shift(layer: Normalization) -> float:
     """‖β‖₂, rounded up; 0 without one."""
     bias = layer.bias if isinstance(layer, nn.LayerNorm) else None
     return 0.0 if bias is None else float(norm_up(bias.detach(), 0))
 
 
-def local_lipschitz(layer: nn.LayerNorm | nn.RMSNorm, x: Tensor, radius: Tensor | float) -> Tensor:
+def least_size(layer: Normalization) -> float:
+    """s ≥ this of every token: √eps, or eps where it stands outside of the root."""
+    eps = normalized(layer)[1]
+    return eps if divided_by(layer)[1] else math.sqrt(eps)
+
+
+def curvature(layer: Normalization) -> float:
+    """C of ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√m s²)."""
+    return CURVATURE_OUTSIDE if divided_by(layer)[1] else CURVATURE
+
+
+def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float) -> Tensor:
     """A Lipschitz constant (…), float64, of the layer on the ℓ2 balls of `radius` (…) around the tokens x (…, D): ‖f(x') − f(x)‖₂ ≤ it·‖x' − x‖₂.
 
-    The Jacobian at x' is γ(I − ccᵀ/(D s²))/s·P with c = Px', s² = ‖c‖²/D + eps, of norm at most ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the
-    ball, which is convex. Exact arithmetic; rounding comes on top.
+    The Jacobian at x' is γ(I − ccᵀ/(m s²))/s·P with c = Px', s² = ‖c‖²/m + eps, of norm at most ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the
+    ball, which is convex. With s = ‖c‖/√m + eps it is (I − ccᵀ/(√m‖c‖s))/s. Exact arithmetic; rounding comes on top.
     """
     width, eps = normalized(layer, x.shape[-1])
+    count, outside = divided_by(layer)
     x = x.detach().double()
-    centred = x - x.mean(-1, keepdim=True) if isinstance(layer, nn.LayerNorm) else x
+    centred = x - x.mean(-1, keepdim=True) if centres(layer) else x
     # The computed ‖Px‖ is off by γ_{D+4} of itself and, through the mean, of ‖x‖.
     size = torch.linalg.vector_norm(centred, dim=-1) * (1 - 2 * gamma(width + 8, U64)) - 2 * gamma(width + 8, U64) * norm_up(x)
     least = ((size - radius) * (1 - 8 * U64)).clamp_min(0.0)
-    return up(largest_gain(layer) / (least.square() / width * (1 - 8 * U64) + eps * (1 - 8 * U64)).sqrt())
+    if outside:
+        return up(largest_gain(layer) / (least / math.sqrt(count) * (1 - 8 * U64) + eps * (1 - 8 * U64)))
+    return up(largest_gain(layer) / (least.square() / count * (1 - 8 * U64) + eps * (1 - 8 * U64)).sqrt())
 
 
-def normalization_error(
-    layer: nn.LayerNorm | nn.RMSNorm, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: Rounds
-) -> Tensor:
+def normalization_error(layer: Normalization, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: Rounds) -> Tensor:
     """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ behind and 1/s ≤ inverse there; infinite where nothing is known.
 
     Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and LeVeque
     1983), so 1/s by a relative ½D·u(1 + |μ|√v/s²), twice that here, where |μ| ≤ ‖x‖/√D and √v/s² ≤ min(1/s, 1/(2√eps)). RMSNorm subtracts no mean.
     """
+    if isinstance(layer, WrittenNorm):
+        return _written_error(layer, norm, behind, inverse, arithmetic)
     width, eps = normalized(layer)
-    centres = isinstance(layer, nn.LayerNorm)
+    centred = centres(layer)
     root = math.sqrt(width)
     g = arithmetic.gamma(2 * width + 16)
     # Squares that vanish (torch sums them in float32 at least) move s² by a tiny/eps.
     relative = g + 2 * TINY[torch.float32] / eps + 0 * norm
-    if centres:
+    if centred:
         inverse = torch.as_tensor(inverse, dtype=norm.dtype, device=norm.device)
         relative = relative + g * (norm / root) * inverse.clamp_max(1 / (2 * math.sqrt(eps)))
     # The first-order form holds while the variance keeps its size; beyond, its square root may be of anything.
     relative = torch.where(relative < 0.5, relative, torch.full_like(relative, math.inf))
     gain = largest_gain(layer) * inverse
-    centring = g * norm * gain * (1 + relative) if centres else 0 * norm
+    centring = g * norm * gain * (1 + relative) if centred else 0 * norm
     lost = 4 * root * arithmetic.tiny * (1 + behind)
     lost = lost + 2 * root * (gain + (1 + norm) / math.sqrt(eps)) * arithmetic.flushed  # subnormal x, γ
     # 0·inf is NaN: a bound that holds for no number.
     return (centring + (relative + 8 * arithmetic.unit) * behind + lost).nan_to_num(math.inf, math.inf)
+
+
+def _written_error(layer: WrittenNorm, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: Rounds) -> Tensor:
+    """`normalization_error` of an expression that runs operation by operation, in any of the orders that `norm_of` knows.
+
+    The mean is off by γ_D‖x‖/√D and the difference by u, so the computed ĉ by ‖e‖ ≤ E = g‖x‖, g = γ_{D+8}. Squares, their sum, the quotient, eps
+    (its number and the sum) round to γ_{D+3} of s², the root halves that and rounds; ĉ in the place of c moves s by at most E/√m. A kernel that takes
+    the variance itself loses ½D·u(1 + |μ|√v/s²), as above, |μ| ≤ ‖x‖/√m. Squares that vanish move s² by 4·tiny, outside s by 2√tiny. Together s is
+    off by ρ = g(1 + ‖x‖/(√m s)) + what vanished while that is below 0.3, its inverse by ρ/(1 − ρ), and a kernel of rsqrt or pow by k·u
+    (k = FUNCTION_ULPS). So y = γĉ/ŝ is off by ‖γ‖_∞E/ŝ, by that fraction of ‖y‖, and by the roundings of two products.
+    """
+    width, eps = normalized(layer)
+    count, outside = divided_by(layer)
+    root, inverse = math.sqrt(width), torch.as_tensor(inverse, dtype=norm.dtype, device=norm.device)
+    g = arithmetic.gamma(width + 8)
+    vanished = 4 * math.sqrt(arithmetic.tiny) / eps if outside else 4 * arithmetic.tiny / eps
+    relative = g + g * (norm / math.sqrt(count)) * inverse * centres(layer) + vanished
+    relative = torch.where(relative < 0.3, relative / (1 - relative), torch.full_like(relative, math.inf))
+    relative = relative + FUNCTION_ULPS * arithmetic.unit * (1 + relative)
+    gain = largest_gain(layer) * inverse
+    moved = (g * norm * centres(layer) + 2 * root * (arithmetic.tiny + arithmetic.flushed)) * gain * (1 + relative)
+    lost = 4 * root * arithmetic.tiny * (1 + inverse + gain + behind) + 2 * root * inverse * (1 + norm) * arithmetic.flushed  # a subnormal gain
+    return (moved + (relative + 4 * arithmetic.unit * (1 + relative)) * behind + lost).nan_to_num(math.inf, math.inf)
 
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d

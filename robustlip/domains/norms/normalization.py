@@ -10,26 +10,41 @@ import torch
 from torch import nn
 
 from robustlip.domains.norms.state import Context, Rule, State, register
-from robustlip.ops.normalization import BatchScale, batch_positions, check_batch, largest_gain, largest_shift, normalization_error, normalized
+from robustlip.layers.formulas import WrittenNorm
+from robustlip.ops.normalization import (
+    BatchScale,
+    Normalization,
+    batch_positions,
+    centres,
+    check_batch,
+    divided_by,
+    largest_gain,
+    largest_shift,
+    least_size,
+    normalization_error,
+    normalized,
+)
 
 
-@register(nn.LayerNorm, nn.RMSNorm)
+@register(nn.LayerNorm, nn.RMSNorm, WrittenNorm)
 class NormalizationRule(Rule):
     """y = γ·c/s + β with c = Px, s = sqrt(‖c‖²/D + eps), P centring (LayerNorm) or the identity (RMSNorm, without β).
 
     The Jacobian in c is (I − ccᵀ/(D s²))/s, of norm at most 1/s ≤ 1/√eps, and ‖c/s‖ ≤ √D. Without β y(0) = 0, so ‖y‖ ≤ ‖γ‖_∞‖x‖/√eps too.
+    `WrittenNorm` may divide by √(‖c‖²/(D − 1) + eps), or by ‖c‖/√m + eps, whose Jacobian is of norm at most 1/s ≤ 1/eps.
     """
 
-    def step(self, layer: nn.LayerNorm | nn.RMSNorm, state: State, context: Context) -> State:
+    def step(self, layer: Normalization, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
-        width, eps = normalized(layer, state.width)
+        normalized(layer, state.width)
+        least, root = least_size(layer), math.sqrt(divided_by(layer)[0])
         scale = context.constant(layer, "scale", lambda: largest_gain(layer))
         shift = context.constant(layer, "shift", lambda: largest_shift(layer))
-        gain = scale / math.sqrt(eps) * (1 + 1e-15)
-        norm = torch.full_like(state.norm, scale * math.sqrt(width) * (1 + 1e-15)) + shift
-        if isinstance(layer, nn.RMSNorm):
+        gain = scale / least * (1 + 1e-15)
+        norm = torch.full_like(state.norm, scale * root * (1 + 1e-15)) + shift
+        if not centres(layer):
             norm = torch.minimum(gain * state.norm, norm)
-        fresh = normalization_error(layer, state.norm, norm, 1 / math.sqrt(eps), context)
+        fresh = normalization_error(layer, state.norm, norm, 1 / least, context)
         behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.finite(behind, state.norm**2)
 
