@@ -13,15 +13,16 @@ from robustlip import capture
 from robustlip.attacks import MinimumRadius
 from robustlip.certifiers import certify
 from robustlip.domains.expansion import Scope, expand
+from robustlip.domains.expansion.dual import is_causal
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import Formula, Scale, Shift, WrittenNorm
+from robustlip.layers import Attention, Formula, NextTokenChain, Residual, Scale, Shift, WrittenNorm
 from robustlip.layers.formulas import WEIGHT, X, layer_norm, rms_norm
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.ops import elementwise_of
 from robustlip.ops.formulas import facts_of, norm_of
 from robustlip.ops.normalization import CURVATURE_OUTSIDE, divided_by, least_size, normalization_error, normalized
-from robustlip.threats import InputBall
+from robustlip.threats import EmbeddingBall, InputBall
 
 EPS = 1e-3
 
@@ -244,3 +245,19 @@ def test_formulas_print_their_numbers_exactly(name) -> None:
     for number in (0.5, 0.044715, 0.7978845608028654, 0.70710678, 1.702):
         if str(number) in str(layer.expression):
             assert any(repr(number) in word for word in numbers)
+
+
+def test_a_last_token_that_moves_alone_goes_through_written_layers() -> None:
+    """A causal model of the layers that a capture of GPT-2 or Llama has: single tokens, every rival, exact Jacobians."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(rms_norm(8, EPS), Scale(torch.linspace(0.5, 2, 8)), nn.Linear(8, 12), ELEMENTWISE["gelu-new"], nn.Linear(12, 8))
+    attend = nn.Sequential(layer_norm(8, EPS), Attention(8, 2))
+    model = NextTokenChain(nn.Embedding(11, 8), Residual(attend), Residual(mlp), nn.Linear(8, 11)).eval()
+    assert is_causal(model)
+    x = torch.randint(0, 11, (6, 5))
+    y, threat = model(x)[:, -1].argmax(-1), EmbeddingBall(tokens=(-1,))
+    broken = MinimumRadius()(model, x, y, threat).radius
+    for method in ("global", "local", "dual"):
+        radius = certify(model, x, y, threat, method).radius
+        assert (radius <= broken).all() and (radius > 0).any()
+    assert (radius > 0.2 * broken).mean() > 0.8
