@@ -311,7 +311,7 @@ What happens to models as they come, by `robustlip.capture` ([theory, section 13
 `python benchmarks/models.py --markdown docs/models.md`. Weights are random (ordinary training makes gains larger), radii are
 medians of four random images in ℓ2; *attack* is the smallest perturbation that `min` found. No radius is above its sample's
 attack. What is "attacked only" has no certificate; the last column says which operation stands in the way. `dual` is asked of
-models of at most a million parameters.
+models of at most a million parameters. ONNX files: [onnx.md](onnx.md).
 
 """
 

@@ -19,6 +19,7 @@ from robustlip.foreign import place, told
 from robustlip.layers import as_chain, chain_or_module
 from robustlip.models.build import build
 from robustlip.modes import undrawn
+from robustlip.onnx import read_onnx
 from robustlip.target import check_values
 
 FOLDER = Path(__file__).parent / "zoo"
@@ -99,14 +100,18 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
     """A model in eval mode whose forward takes raw inputs (images in [0, 1] or vectors, or token ids) and gives logits.
 
     The global random states of torch, numpy and Python are left as they are.
-    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; or 'package.module:callable', a function that
-    returns a module or a module itself, which is imported and run, so only name code you trust. A Chain, but for modules that are none: those can
-    be attacked and not certified (typed Any for that). Raises BadInput when there is no such model, its weights do not fit their card or hash, or are
-    not finite.
+    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; an .onnx file (or .onnx.gz; `robustlip.onnx`); or
+    'package.module:callable', a function that returns a module or a module itself, which is imported and run, so only name code you trust. A Chain,
+    but for modules that are none (typed Any for that): those are attacked as they are, and certified where `robustlip.capture` takes them.
+    Raises BadInput when there is no such model, its weights do not fit their card or hash, or are not finite.
     """
     text = str(name)
     if text.endswith(".safetensors"):
         return as_chain(load_into(Path(text), build)).to(device)
+    if text.endswith((".onnx", ".onnx.gz")):
+        network = read_onnx(Path(text)).to(device)
+        check_finite_weights(network, text)
+        return network
     if ":" in text:
         model = chain_or_module(_from_callable(text)).to(device)
         model.eval()

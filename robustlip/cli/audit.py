@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -40,7 +40,6 @@ def audit(
     from robustlip.attacks.audit import audit as run
     from robustlip.attacks.audit import recheck, save_witness, save_worst
     from robustlip.cli.console import Out, Progress, choose_device
-    from robustlip.layers import as_chain
     from robustlip.models.zoo import load
 
     out = Out(json, model, data, witness)
@@ -50,7 +49,9 @@ def audit(
     if data is None and any(value is not None for value in columns):
         raise BadInput("expected --subset and the names of columns with --data, got them without; name the data")
     where = choose_device(device, out)
-    chain = as_chain(load(model, device=where))
+    given = load(model, device=where)
+    x = torch.as_tensor(samples_for(given, data, context, data_dir, limit or 16, seed, columns).x) if data else None
+    chain = _chain_of(given, x)
     if witness is not None:
         _show(model, recheck(witness, chain), [witness], out, "measured again")
         return
@@ -61,7 +62,6 @@ def audit(
     else:
         said = formulas.claim_of(chain, formula or "ours")
         said = said.in_units(units) if units else said
-    x = torch.as_tensor(samples_for(chain, data, context, data_dir, limit or 16, seed, columns).x) if data else None
     with Progress() as progress:
         result = run(
             chain, said, x, starts=starts, tokens=tokens or 8, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
@@ -78,6 +78,18 @@ def audit(
         if own is not None and said.domain is not None and own > said.domain * (1 + 1e-6):
             out.say(f"note: the model's own embeddings have norms up to {own:.4g}, outside the domain {said.domain:.4g} that the formula speaks of")
     _show(model, result, files, out, "searched")
+
+
+def _chain_of(model: Any, x: Any) -> Any:
+    """The chain that a model is, or its capture on inputs like x, or on inputs of the shape that it says it takes."""
+    import torch
+
+    from robustlip.certifiers.chains import chain_of
+    from robustlip.layers import as_chain
+
+    if x is None and (shape := getattr(model, "input_shape", None)) is not None:
+        x = torch.zeros(2, *shape)
+    return as_chain(model) if x is None else chain_of(model, x)[0]
 
 
 def _check(formula: str | None, claim: float | None, domain: float | None, units: str | None, witness: Path | None, worst_weights: bool) -> None:

@@ -8,14 +8,14 @@ from typing import Annotated, Optional
 import typer
 
 from robustlip.cli.batches import end_interrupted
-from robustlip.cli.options import DataDir, Device, FileBatchSize, Json
+from robustlip.cli.options import MODEL_HELP, DataDir, Device, FileBatchSize, Json
 from robustlip.errors import BadInput, CertificateViolation, RobustlipError
 from robustlip.limits import VERIFIED_ROWS, VERIFIED_SECONDS
 
 
 def verify(
     certificate: Annotated[Optional[Path], typer.Argument(metavar="CERTIFICATE", help="a file that `robustlip certify --json` wrote")] = None,
-    model: Annotated[Optional[str], typer.Option("--model", help="a zoo name, a .safetensors file of ours, or package.module:callable")] = None,
+    model: Annotated[Optional[str], typer.Option("--model", help=MODEL_HELP)] = None,
     data: Annotated[Optional[str], typer.Option("--data", help="where the rows are, when not where the certificate says  [checked by hash]")] = None,
     methods: Annotated[Optional[list[str]], typer.Option("--allow", help="recompute this method; repeatable  [default: the quick ones]")] = None,
     max_samples: Annotated[int, typer.Option("--max-samples", min=1, help="refuse certificates of more")] = VERIFIED_ROWS,
