@@ -99,6 +99,12 @@ def _sigma(weight: Tensor) -> float:
     return float(spectral_norm_bound(weight.detach()))
 
 
+def _check_papers(layer: Attention, formula: str) -> None:
+    """Raises BadInput for an attention that the formula does not speak of."""
+    if not layer.is_papers:
+        raise BadInput(f"expected attention in the paper's form for the formula {formula}, got {layer.extra_repr()}; audit with --formula ours")
+
+
 def _mlp_of(layer: nn.Module) -> tuple[nn.Linear, ScaledGELU, nn.Linear] | None:
     """(W_in, GELU, W_out) of the paper's MLP, or None."""
     if type(layer) is nn.Sequential and [type(m) for m in layer] == [nn.Linear, ScaledGELU, nn.Linear]:
@@ -139,11 +145,12 @@ def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) 
         skip, weight = abs(layer.skip), abs(layer.weight)
         return skip + weight * constant, skip + weight * growth
     if type(layer) is Attention:
-        q, k, v, o = (_sigma(getattr(layer, name).weight) for name in ("query", "key", "value", "output"))
+        _check_papers(layer, "newhouse2025")
+        q, k, v, o = (_sigma(layer.matrices()[name]) for name in ("query", "key", "value", "output"))
         third = abs(layer.output_scale)
         on_values, on_logits = (1.0, layer.scale) if 4 in repair else (layer.scale, layer.scale)
         if 1 in repair:
-            stacks = (getattr(layer, n).weight.detach() for n in ("query", "key", "value"))
+            stacks = (layer.matrices()[n].detach() for n in ("query", "key", "value"))
             heads = [spectral_norm_bound(stack.unflatten(0, (layer.heads, -1))) for stack in stacks]
             # In RMS the logits of one head are H·σ_q,h σ_k,h‖x‖²/D: section 4's a²/d = H·norm².
             each = heads[2] * (on_values + 2 * on_logits * heads[0] * heads[1] * layer.heads * norm**2)
@@ -216,7 +223,9 @@ def _product(layer: nn.Module) -> float:
     if type(layer) is nn.Linear:
         return _sigma(layer.weight)
     if type(layer) is Attention:
-        return abs(layer.output_scale) * _sigma(layer.output.weight) * _sigma(layer.value.weight)
+        _check_papers(layer, "product")
+        matrices = layer.matrices()
+        return abs(layer.output_scale) * _sigma(matrices["output"]) * _sigma(matrices["value"])
     if type(layer) is nn.LayerNorm:
         return 1.0 if layer.weight is None else float(layer.weight.detach().abs().amax())
     if type(layer) is Normalize:

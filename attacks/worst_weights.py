@@ -88,9 +88,11 @@ def worst_attention_like(
     """The worst weights for a given layer: its shape, scale, mask and positions, and for each matrix the spectral norm that it has now
     (with per_head, for each head's slice of query, key and value). Tokens at ‖x_t‖₂ ≤ domain.
     """
+    if not layer.is_papers:
+        raise BadInput(f"expected attention in the paper's form for its worst weights, got {layer.extra_repr()}; audit the weights as they are")
     norms = {}
     for name in _NAMES:
-        weight = getattr(layer, name).weight.detach().double().cpu()
+        weight = layer.matrices()[name].detach().double().cpu()
         parts = weight.unflatten(0, (layer.heads, -1)) if per_head and name != "output" else weight[None]
         norms[name] = torch.linalg.matrix_norm(parts, 2)
     return _ascend(layer, norms, tokens, domain, steps, starts, seed)

@@ -83,19 +83,20 @@ _FUNCTIONAL = (
 )  # fmt: skip
 _TORCH = (
     "relu", "tanh", "sigmoid", "layer_norm", "rms_norm", "batch_norm", "embedding", "maximum", "minimum", "cat", "sort", "mean", "max_pool2d",
-    "flatten", "arange", "conv2d", "matmul", "addmm",
+    "flatten", "arange", "conv2d", "matmul", "addmm", "softmax",
 )  # fmt: skip
 _METHODS = (
     "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__neg__", "__getitem__", "view", "reshape", "permute",
     "transpose", "flatten", "unflatten", "chunk", "sort", "mean", "masked_fill", "to", "double", "sin", "cos", "abs", "clamp_max", "unsqueeze",
-    "__torch_function__",
+    "__matmul__", "__invert__", "__le__", "softmax", "split", "repeat_interleave", "expand", "__torch_function__",
 )  # fmt: skip
 # Parts of names of operators that those end in; a kernel that Python registered for one is not torch's.
 _KERNELS = frozenset(
     "linear addmm mm matmul bmm baddbmm conv2d convolution _convolution embedding relu gelu silu tanh sigmoid layer_norm native_layer_norm rms_norm "
     "_fused_rms_norm batch_norm native_batch_norm softmax _softmax scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_attention_math add sub mul div rsub maximum minimum cat sort mean sum max_pool2d max_pool2d_with_indices avg_pool2d "
-    "_adaptive_avg_pool2d constant_pad_nd view reshape permute transpose masked_fill _to_copy sin cos clamp_max index select slice".split()
+    "_adaptive_avg_pool2d constant_pad_nd view reshape permute transpose masked_fill _to_copy sin cos clamp_max index select slice expand neg "
+    "split split_with_sizes repeat_interleave bitwise_not le".split()
 )
 # Variables that libraries under torch read, and that make float32 products less than float32 or other sums of products.
 _ENVIRONMENT = {

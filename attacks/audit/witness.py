@@ -99,6 +99,9 @@ def save_worst(path: Path, worst: WorstLayer) -> None:
 
 def _describe(layer: nn.Module) -> dict[str, Any]:
     if type(layer) is Attention:
+        if not layer.is_papers:
+            got = layer.extra_repr()
+            raise BadInput(f"expected attention in the paper's form in a file of worst weights, got {got}; audit the weights as they are")
         distances = 0 if layer.distance_bias is None else layer.distance_bias.shape[1]
         keys = ("width", "heads", "scale", "causal", "rope", "output_scale")
         return {"type": "Attention", **{k: getattr(layer, k) for k in keys}, "distance_bias": distances}

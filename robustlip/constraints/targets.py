@@ -109,8 +109,9 @@ def targets_of(
     by_head: dict[int, tuple[int, int]] = {}
     for module in model.modules():
         if isinstance(module, Attention) and per_head:
-            for linear in (module.query, module.key, module.value):
-                by_head[id(linear.weight)] = (module.heads, 0)
+            for name, linear in module.projections().items():
+                if name != "output":
+                    by_head[id(linear.weight)] = (linear.out_features // module.head_width, 0)
     linears = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
     # Added to scores, multiplied with nothing.
     added = {id(m.distance_bias) for m in model.modules() if type(m) is Attention}

@@ -1,7 +1,8 @@
 """Attention, head by head: what execution loses in each of its steps. docs/theory.md, section 3.
 
-x_t → q, k, v of width d → rotation → logits s·q·k/d + bias → softmax → weighted sum. All kernels that a certificate covers compute these steps, in
-any order of summation; a blockwise softmax calls exp once more per block of at least 16 keys.
+x_t → q, k, v of width d → rotation → logits c·q·k + mask → softmax → weighted sum; c = s/d in the paper. All kernels that a certificate covers
+compute these steps, in any order of summation: torch's fused ones (a blockwise softmax calls exp once more per block of at least 16 keys), and
+matmul, a product or quotient, a mask, softmax, matmul ('logits', 'query' and 'divide' of `Attention`).
 """
 
 from __future__ import annotations
@@ -22,18 +23,37 @@ def projection_error(frobenius: Tensor, norm: Tensor, width: int, head_width: in
     return error + math.sqrt(width) * (frobenius + root * norm) * arithmetic.flushed  # subnormal inputs and weights
 
 
+def offset_error(bias: Tensor | float, size: Tensor, width: int, out: int, arithmetic: Rounds) -> Tensor:
+    """What the bias adds to the error of fl(Wx + b), `out` numbers: ‖b‖₂ ≤ bias, ‖W‖_F‖x‖₂ ≤ size, x of `width` numbers.
+
+    The sum may begin with the bias, so that every partial sum rounds at its size. A subnormal bias may count for zero.
+    """
+    return arithmetic.gamma(width + 2) * bias + 2 * arithmetic.unit * size + math.sqrt(out) * arithmetic.flushed
+
+
+def table_error(norm: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
+    """‖fl(Rx) − Rx‖₂ of a query or key rotated by tables of cos and sin, for ‖x‖₂ ≤ norm: `rotation_error`, and numbers of the tables that vanish."""
+    return rotation_error(norm, head_width, arithmetic) + 2 * (norm + math.sqrt(head_width)) * arithmetic.flushed
+
+
 def rotation_error(norm: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
     """‖fl(Rx) − Rx‖₂ of a rotated query or key: cos and sin are rounded once, each number is a difference of two products, at most 6u of ‖x‖₂."""
     return 6 * arithmetic.unit * norm + 4 * head_width * arithmetic.tiny
 
 
-def logit_error(logit: Tensor, query: Tensor, key: Tensor, scale: float, head_width: int, arithmetic: Rounds) -> Tensor:
-    """|fl(s·q·k/d) − s·q·k/d| for |s·q·k/d| ≤ logit, ‖q‖₂ ≤ query, ‖k‖₂ ≤ key, scale = s/d.
+def logit_error(
+    logit: Tensor, query: Tensor, key: Tensor, scale: float, head_width: int, arithmetic: Rounds, explicit: str | None = None
+) -> Tensor:
+    """|fl(c·q·k) − c·q·k| for |c·q·k| ≤ logit, ‖q‖₂ ≤ query, ‖k‖₂ ≤ key, c = scale.
 
-    Kernels may scale queries and keys by √scale each first, and what vanishes there is multiplied by the other.
+    Fused kernels may scale queries and keys by √c each first, explicit ones queries by c; what vanishes there is multiplied by the other, and
+    where products are scaled afterwards, a subnormal number that counts for zero costs c times the other. c, or what divides in its place (a
+    processor may multiply by the reciprocal), is rounded, and the product with it.
     """
     error = arithmetic.gamma(head_width + 6) * logit + (head_width + 4) * arithmetic.tiny * (1 + scale)
-    return error + math.sqrt(head_width * scale) * arithmetic.tiny * (query + key)
+    if explicit is not None:
+        return error + 2 * math.sqrt(head_width) * max(1.0, scale) * arithmetic.tiny * (query + key)
+    return error + math.sqrt(head_width * max(scale, scale**2)) * arithmetic.tiny * (query + key)
 
 
 def shifted(error: Tensor, logit: Tensor, bias: float, arithmetic: Rounds) -> Tensor:
@@ -46,9 +66,9 @@ def mixing_error(length: int, arithmetic: Rounds) -> float:
     return arithmetic.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16))
 
 
-def mixing_underflow(length: int, value: Tensor, arithmetic: Rounds) -> Tensor:
-    """What underflow takes from that sum, for ‖v_j‖₂ ≤ value."""
-    return 2 * length * arithmetic.tiny * (value + 1)
+def mixing_underflow(length: int, value: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
+    """What underflow takes from that sum, for ‖v_j‖₂ ≤ value: weights that vanish, and each of the products, `head_width` of them a token."""
+    return 2 * length * arithmetic.tiny * (value + math.sqrt(head_width))
 
 
 def scaled_error(lost: Tensor, scale: float, norm: Tensor, width: int, arithmetic: Rounds) -> Tensor:
@@ -58,11 +78,23 @@ def scaled_error(lost: Tensor, scale: float, norm: Tensor, width: int, arithmeti
     return lost + (by * root + norm) * arithmetic.flushed
 
 
-def largest_in_kernel(projected: Tensor, value: Tensor, scale: float, tokens: int, dtype: torch.dtype) -> Tensor:
+def largest_in_kernel(
+    projected: Tensor, value: Tensor, scale: float, tokens: int, dtype: torch.dtype, explicit: str | None = None
+) -> Tensor:
     """The largest number that a kernel may hold beside the logits. projected: of queries, keys and values; value: of values; scale: of the logits.
 
-    Rotations add two products; queries and keys may be multiplied by √scale each; a blockwise softmax sums e^(S_j − max)·v_j over all tokens
-    before it divides. Sums of float16 numbers are float32, of which so many do not overflow.
+    Rotations add two products; queries and keys may be multiplied by √scale each, queries by scale where a program does so; a blockwise softmax
+    sums e^(S_j − max)·v_j over all tokens before it divides. Sums of float16 numbers are float32, of which so many do not overflow.
     """
-    turned = max(2.0, math.sqrt(scale)) * projected
+    turned = max(2.0, scale if explicit == "query" else math.sqrt(scale)) * projected
     return turned if dtype == torch.float16 else torch.maximum(turned, tokens * value)
+
+
+def within_mask(largest: Tensor, depth: float) -> Tensor:
+    """The largest logit that a kernel may hold, infinite where keys that a mask hides `depth` below 0 could be seen all the same.
+
+    A hidden key's weight is at most e^(2·largest − depth); less than e^(−10⁴) counts for zero in every dtype.
+    """
+    if depth == math.inf:
+        return largest
+    return torch.where(2 * largest + 1e4 < depth, largest, torch.inf)

@@ -13,6 +13,10 @@ The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. I
 ways (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij). In Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
 The usual form, with the adjoint outside the head, has ‖γ_i‖‖W_o‖‖v_j − o_i‖ where this has |⟨γ_i, v_j − o_i⟩|, and the mean of the bilinear part
 drops out.
+
+Biases are in the clean q, k, v already; a change meets them in norms and in rounding alone, and where they are the same for all keys of a row they
+leave the centred keys and values as they were. Masks and tables of angles are constants: p_ij = 0 where a mask hides j from i. Heads of keys and
+values that serve several heads of queries are repeated, and their adjoints summed.
 """
 
 from __future__ import annotations
@@ -37,10 +41,9 @@ from robustlip.domains.expansion.base import (
     rows_of,
     token_norms,
 )
-from robustlip.domains.norms.attention import Heads, check_projections, join_heads
+from robustlip.domains.norms.attention import Heads, check_projections, join_heads, turn_error
 from robustlip.errors import BadInput
 from robustlip.layers import Attention
-from robustlip.layers.attention import rotary
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import spectral_norm_bound, spectral_norm_quick
 from robustlip.ops.attention import (
@@ -48,10 +51,11 @@ from robustlip.ops.attention import (
     logit_error,
     mixing_error,
     mixing_underflow,
+    offset_error,
     projection_error,
-    rotation_error,
     scaled_error,
     shifted,
+    within_mask,
 )
 
 # Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
@@ -148,31 +152,38 @@ class AttentionExpansion(Expansion):
         check_projections(layer)
         if clean.shape[-1] != layer.width:
             raise BadInput(f"expected tokens of width {layer.width} in front of Attention, got {clean.shape[-1]}; match them")
+        layer.check_length(clean.shape[1])
         self.layer, self.scope = layer, scope
         self.heads: Heads = scope.context.constant(layer, "heads", lambda: Heads.of(layer))
         self.length = clean.shape[1]
-        self.s = abs(layer.scale) / layer.head_width
+        self.s = abs(layer.logit_scale)
         self.factor = layer.output_scale
         device = clean.device
         self.sigma = {n: getattr(self.heads, n).to(device) for n in ("query", "key", "value", "output")}
         self.frobenius = {n: f.to(device) for n, f in self.heads.frobenius.items()}
-        self.matrices = {n: getattr(layer, n).weight.detach().double() for n in ("query", "key", "value", "output")}
-        q, k, v = (layer.split(clean @ self.matrices[n].T) for n in ("query", "key", "value"))
-        position = torch.arange(self.length, device=device)
-        self.position = position
-        if layer.rope:
-            q, k = rotary(q), rotary(k)
+        self.offsets = {n: None if norm is None else norm.to(device) for n, norm in self.heads.offsets.items()}
+        self.matrices = {n: matrix.detach().double() for n, matrix in layer.matrices().items()}
+        offsets = {n: None if offset is None else offset.detach().double() for n, offset in layer.offsets().items()}
+
+        def affine(name: str, x: Tensor) -> Tensor:
+            offset = offsets[name]
+            return x @ self.matrices[name].T if offset is None else x @ self.matrices[name].T + offset
+
+        q, k, v = (layer.split(affine(n, clean)) for n in ("query", "key", "value"))
+        self.position = torch.arange(self.length, device=device)
+        q, k = layer.turned(q), layer.spread(layer.turned(k))
+        v = layer.spread(v)
         self.q, self.k, self.v = q, k, v  # (N, H, T, d)
-        logits = (layer.scale / layer.head_width) * (q @ k.mT)
-        everything = torch.ones(self.length, self.length, dtype=torch.bool, device=device)
-        self.seen = everything.tril() if layer.causal else everything
-        bias = None if layer.distance_bias is None else layer.distance_bias.detach().double()
-        if bias is not None:
-            distance = (position[:, None] - position[None, :]).abs().clamp_max(bias.shape[1] - 1)
-            logits = logits + bias[:, distance]
+        logits = layer.logit_scale * (q @ k.mT)
+        self.seen = layer.seen(self.length)  # (T, T), or (H, T, T)
+        self.order = "causal" if torch.equal(self.seen, torch.ones_like(self.seen).tril()) else "all" if bool(self.seen.all()) else ""
+        added = layer.added(self.length)
+        if added is not None:
+            logits = logits + added.detach().double()
         self.p = logits.masked_fill(~self.seen, -torch.inf).softmax(-1)  # (N, H, T, T)
         self.o = self.p @ v
-        self.clean = (self.o.transpose(1, 2).flatten(-2) @ self.matrices["output"].T) * layer.output_scale
+        joined = self.o.transpose(1, 2).flatten(-2)
+        self.clean = (joined if layer.output is None else affine("output", joined)) * layer.output_scale
 
         self.norm = norm_up(clean)
         self.nq, self.nk, self.nv = norm_up(q), norm_up(k), norm_up(v)  # (N, H, T)
@@ -194,7 +205,11 @@ class AttentionExpansion(Expansion):
 
     def _top(self, x: Tensor) -> Tensor:
         """max over the keys that each query sees of x (…, N, H, T keys) → (…, N, H, T)."""
-        return x.cummax(-1).values if self.layer.causal else x.amax(-1, keepdim=True).expand_as(x)
+        if self.order == "causal":
+            return x.cummax(-1).values
+        if self.order == "all":
+            return x.amax(-1, keepdim=True).expand_as(x)
+        return torch.where(self.seen, x.unsqueeze(-2), torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1)
 
     def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
         """(radii that are a linear function's argument, radii of tokens whose whole effect counts as remainder), by key, (…, N, 1, T)."""
@@ -220,7 +235,7 @@ class AttentionExpansion(Expansion):
         """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
         out: dict[str, Tensor | float] = {}
         for name in self.matrices:
-            change = self.scope.weight_change(ball, self.heads.whole[name])
+            change = self.scope.weight_change(ball, self.heads.unit[name])
             out[name] = change.unsqueeze(-1) if isinstance(change, Tensor) else change
         return out
 
@@ -247,9 +262,13 @@ class AttentionExpansion(Expansion):
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
             fresh = projection_error(frobenius, norm, width, d, self.scope) + change * norm + sigma * other
+            offset = self.offsets[name]
+            if offset is not None:
+                fresh = fresh + offset_error(column(offset), frobenius * norm, width, d, self.scope)
             moved = self._moved(name, sigma * r, ball)
-            if layer.rope and name != "value":
-                fresh = fresh + rotation_error(clean + moved + fresh, d, self.scope)
+            if layer.turns and name != "value":
+                fresh = self.heads.turned(fresh)
+                fresh = fresh + turn_error(layer, clean + moved + fresh, self.scope)
             return up(moved), up(fresh)
 
         q_moved, q_fresh = projected("query", self.nq, r_q, norm_q)
@@ -260,7 +279,7 @@ class AttentionExpansion(Expansion):
 
         top_k = self._top(k_size)
         logit = self.s * q_size * top_k
-        lost = logit_error(logit, q_size, top_k, self.s, d, self.scope)
+        lost = logit_error(logit, q_size, top_k, self.s, d, self.scope, layer.explicit)
         rounding = up(shifted(lost, logit, self.heads.bias, self.scope))  # (…, N, H, T)
 
         def pairs(query: Tensor, key: Tensor) -> Tensor:
@@ -282,25 +301,38 @@ class AttentionExpansion(Expansion):
 
         mixed = torch.minimum((upper @ rho_v.unsqueeze(-1)).squeeze(-1), self._top(rho_v))
         value_size = self.top_value + self._top(rho_v)
-        after = mixing_error(length, self.scope) * 3 * value_size + mixing_underflow(length, value_size, self.scope)
+        after = mixing_error(length, self.scope) * 3 * value_size + mixing_underflow(length, value_size, d, self.scope)
         head = up((dev * self.value_distance).sum(-1) * (1 + 1e-12) + mixed * (1 + 1e-12)) + after  # (…, N, H, T)
 
         by_token = head.transpose(-1, -2)  # (…, N, T, H)
-        e_o = e["output"]
+        e_o = e.get("output", 0.0)
         e_o = e_o.squeeze(-1) if isinstance(e_o, Tensor) else e_o  # (…, N, 1) against tokens
         columns = self.sigma["output"] + (e_o.unsqueeze(-1) if isinstance(e_o, Tensor) else e_o)
-        moved = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, by_token)
+        whole = self.heads.whole + e_o
+        moved = abs(self.factor) * join_heads(columns, whole, by_token)
         mixed_size = norm_up((self.top_value + head).transpose(-1, -2))
-        fresh = self.scope.both(lambda context: self.heads.output_matrix.rounding(mixed_size, e_o, context))
-        fresh = abs(self.factor) * (fresh + e_o * mixed_size)
-        fresh = scaled_error(fresh, self.factor, (self.heads.whole["output"] + e_o) * mixed_size, width, self.scope)
-        queries = self._reach((column(self.frobenius["query"]) + math.sqrt(d) * e["query"]) * norm_q, by_query=True)
-        keys, values = (self._reach((column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm_k) for name in ("key", "value"))
+        fresh = e_o * mixed_size
+        if layer.output is not None:
+            fresh = self.scope.both(lambda context: self.heads.output_error(mixed_size, e_o, layer, context)) + fresh
+        fresh = abs(self.factor) * fresh
+        if layer.output is not None or self.factor != 1.0:
+            size = whole * mixed_size if self.heads.offset is None else whole * mixed_size + self.heads.offset
+            fresh = scaled_error(fresh, self.factor, size, layer.out_width, self.scope)
+
+        def sums(name: str, norm: Tensor) -> Tensor:
+            """Partial sums of queries, keys or values."""
+            size, offset = (column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm, self.offsets[name]
+            return self._reach(size if offset is None else size + column(offset), by_query=name == "query")
+
+        queries, keys, values = sums("query", norm_q), sums("key", norm_k), sums("value", norm_k)
+        within = largest_in_kernel(
+            torch.maximum(queries, torch.maximum(keys, values)), values, self.s, length, self.scope.context.dtype, layer.explicit
+        )
         largest = torch.stack(
             [
-                (q_size * top_k).amax(-2) * (self.s + 1) + self.heads.bias,
-                largest_in_kernel(torch.maximum(queries, torch.maximum(keys, values)), values, self.s, length, self.scope.context.dtype),
-                mixed_size * (self.heads.output_matrix.frobenius + math.sqrt(width) * e_o) * max(1.0, abs(self.factor)),
+                within_mask((q_size * top_k).amax(-2) * (self.s + 1) + self.heads.bias, self.heads.depth),
+                within,
+                self.heads.output_sums(mixed_size, e_o, layer) * max(1.0, abs(self.factor)),
             ]
         ).amax(0)
         fresh = self.scope.divided(self.scope.fits(up(fresh), largest), self.s)  # a scale that counts for zero makes NaN of what is masked
@@ -310,21 +342,21 @@ class AttentionExpansion(Expansion):
         spread, drawn = softmax.second_order()
         curved = spread + drawn
         # What is not first order is also at most all there is and all that is first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow as b².
-        whole = dev + self.p * b
+        anything = dev + self.p * b
         rest = self.p * bilinear
         crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
         v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
         bounds: list[Pair] = [
-            Either(spread.flatten(-2), drawn.flatten(-2), up(whole * (1 + 1e-12)).flatten(-2)),
+            Either(spread.flatten(-2), drawn.flatten(-2), up(anything * (1 + 1e-12)).flatten(-2)),
             up(rest * (1 + 1e-12)).flatten(-3),
             up(crossed * (1 + 1e-12)).flatten(-2),
             (up(v_rounding * (1 + 1e-12)) + after).flatten(-2),
             fresh,
             radius.amax(-1, keepdim=True),
         ]
-        bent = torch.minimum((curved * self.value_distance).sum(-1), (whole * self.value_distance).sum(-1))
+        bent = torch.minimum((curved * self.value_distance).sum(-1), (anything * self.value_distance).sum(-1))
         beyond = bent + (rest * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
-        outer = abs(self.factor) * join_heads(columns, self.heads.whole["output"] + e_o, up(beyond * (1 + 1e-12)).transpose(-1, -2))
+        outer = abs(self.factor) * join_heads(columns, whole, up(beyond * (1 + 1e-12)).transpose(-1, -2))
         return Behind(up(moved) + fresh, up(outer + self.gain * ball.error.amax(-1, keepdim=True)) + fresh, bounds)
 
     def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
@@ -333,27 +365,36 @@ class AttentionExpansion(Expansion):
 
     def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
         """Adjoints of the logits (A, N, H, R, T) and of the mixed values (A, N, H, R, d) → of the tokens (A, N, R, D)."""
-        s = self.layer.scale / self.layer.head_width
+        s = self.layer.logit_scale
         dq, dk, dv = s * times(ds, self.k), s * times(ds.mT, self.q), times(outer.mT, self.p).mT
         return self._join(dq, dk, dv, self.position)
 
     def _join(self, dq: Tensor, dk: Tensor, dv: Tensor, position: Tensor) -> Tensor:
-        if self.layer.rope:
-            dq, dk = rotary(dq, position=-position), rotary(dk, position=-position)
-        parts = (("query", dq), ("key", dk), ("value", dv))
+        dq, dk = (self.layer.turned(x, position, back=True) for x in (dq, self._gathered(dk)))
+        parts = (("query", dq), ("key", dk), ("value", self._gathered(dv)))
         return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """Adjoints of keys or values (…, H, R, d), summed over the heads that share them (…, Hk, R, d)."""
+        shared = self.layer.key_heads
+        return x if shared == self.layer.heads else x.unflatten(-3, (shared, -1)).sum(-3)
+
+    def _by_head(self, name: str) -> Tensor:
+        """The matrix of query, key or value by head of queries (H, d, D)."""
+        by_head = self.matrices[name].unflatten(0, (-1, self.layer.head_width))
+        return by_head if name == "query" else self.layer.spread(by_head, 0)
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         layer = self.layer
-        outer = layer.split((self.factor * g) @ self.matrices["output"])  # γ (A, N, H, T, d)
+        outer = self.factor * g
+        outer = layer.split(outer if layer.output is None else outer @ self.matrices["output"])  # γ (A, N, H, T, d)
         # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
         omega = times(outer, self.v.mT) - (outer * self.o).sum(-1, keepdim=True)
         size = token_norms(outer)
         lost = cancelled(self.length) * layer.head_width * size * 2 * self.top_value
         weights = omega.abs() + lost.unsqueeze(-1)
         back = self._back(self.p * omega, outer)
-        by_head = self.matrices["value"].unflatten(0, (layer.heads, -1))  # (H, d, D)
-        crossed = token_norms(by_heads(outer, by_head))
+        crossed = token_norms(by_heads(outer, self._by_head("value")))
         norms = token_norms(g)
         slack = 4 * ADJOINT_SLACK * self.gain * norms.sum(-1, keepdim=True)
         # Σ_j p^τ_j(η_j − η̄)²ω_j lowers the margin only where ω_j < 0.
@@ -363,11 +404,11 @@ class AttentionExpansion(Expansion):
         return back, [either, weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
 
 
-def _own_form(query: Tensor, key: Tensor) -> Tensor:
-    """‖½(W_qᵀW_k + W_kᵀW_q)‖₂ by head (H,), rounded up; query, key (H, d, D)."""
+def _own_form(query: Tensor, key: Tensor, turn: float) -> Tensor:
+    """‖½(W_qᵀRᵀRW_k + W_kᵀRᵀRW_q)‖₂ by head (H,), rounded up, for any R with ‖RᵀR − I‖₂ ≤ turn² − 1; query, key (H, d, D)."""
     form = query.mT @ key
     size = torch.linalg.matrix_norm(query) * torch.linalg.matrix_norm(key)
-    return up(spectral_norm_bound((form + form.mT) / 2) + 2.0**-40 * size)
+    return up(spectral_norm_bound((form + form.mT) / 2) + (2.0**-40 + (turn**2 - 1)) * size)
 
 
 @dataclass(frozen=True)
@@ -412,25 +453,22 @@ class AttentionRow(AttentionExpansion):
         for name in ("k", "v", "nk", "nv", "gain"):
             setattr(self, name, getattr(full, name)[sample])
         self.mine = torch.arange(full.length, device=sample.device) == position[:, None]  # (M, T)
-        seen = full.position <= position[:, None] if full.layer.causal else torch.ones_like(self.mine)
-        self.seen, self.position = seen[:, None, None, :], position
+        seen = full.seen[..., position, :]  # (M, T), or (H, M, T)
+        self.seen, self.position = (seen if seen.dim() == 2 else seen.transpose(0, 1)).reshape(len(sample), -1, 1, full.length), position
         # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
         mean = self.p @ self.k
         centred = self.k - mean
-        turn = -position[:, None, None]
-        if full.layer.rope:
-            centred, query = rotary(centred, position=turn), rotary(self.q, position=turn)
-        else:
-            query = self.q
-        self.by_head = {n: self.matrices[n].unflatten(0, (full.layer.heads, -1)) for n in ("query", "key", "value")}  # (H, d, D)
-        query_heads, key_heads = self.by_head["query"], self.by_head["key"]
-        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(query_heads, key_heads)).to(position.device)
+        centred, query = (full.layer.turned(x, position[:, None, None], back=True) for x in (centred, self.q))
+        self.by_head = {n: self._by_head(n) for n in ("query", "key", "value")}  # (H, d, D)
+        query_heads, key_heads, turn = self.by_head["query"], self.by_head["key"], self.heads.turn
+        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(query_heads, key_heads, turn)).to(position.device)
         # ‖xW‖ = ‖xRᵀ‖ for W = RᵀQᵀ, up to what QR loses: (T, d) numbers where (T, D) would do the same.
         self.centred = centred
         lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]
         triangle = torch.linalg.qr(self.by_head["query"].mT).R
         self.query_rows = (self.s * up(norm_up(centred @ triangle.mT) + lost * (norm_up(centred) + self.nk))).unsqueeze(2)
-        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + cancelled(1) * full.layer.width * self.nq * self.sigma["key"][:, None])
+        summed = max(full.layer.width, full.layer.head_width)
+        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + cancelled(1) * summed * self.nq * self.sigma["key"][:, None])
 
     def _top(self, x: Tensor) -> Tensor:
         return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)
@@ -457,7 +495,8 @@ class AttentionRow(AttentionExpansion):
         gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
         for name, matrix in self.by_head.items():
             z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
-            gain[name] = up(spectral_norm_quick(z) + 2.0**-34 * self.frobenius[name] * size).unsqueeze(-1)
+            through = spectral_norm_quick(z) + 2.0**-34 * self.frobenius[name] * size
+            gain[name] = up(through if name == "value" else self.heads.turned(through)).unsqueeze(-1)
         forms = self.s * (self.centred @ (self.by_head["query"] @ m.unsqueeze(1)))  # (M, H, T, D₀)
         lost = 2.0**-30 * self.s * size * torch.linalg.matrix_norm(self.by_head["query"])  # (M, H)
         rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)
@@ -491,7 +530,7 @@ class AttentionRow(AttentionExpansion):
         return sizes.amax(-2) if by_query else sizes.amax((-1, -2)).unsqueeze(-1)
 
     def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
-        s = self.layer.scale / self.layer.head_width
+        s = self.layer.logit_scale
         where = self.mine[:, None, None, :].expand(-1, self.p.shape[1], 1, -1)
         mine = torch.where(where, ds, torch.zeros((), dtype=ds.dtype, device=ds.device)).sum(-1, keepdim=True)  # (A, M, H, 1, 1)
         weight = torch.where(where, self.p, torch.zeros((), dtype=ds.dtype, device=ds.device)).sum(-1, keepdim=True)

@@ -127,7 +127,7 @@ _BY_TOKEN = (
 def is_causal(model: Chain) -> bool:
     """Whether every logit of a next-token model depends on the tokens up to its own alone: attention has to be causal, other layers act by token."""
     layers = [m for layer in model for m in layer.modules()]
-    return model.task == "next-token" and all(m.causal if type(m) is Attention else type(m) in _BY_TOKEN or is_elementwise(m) for m in layers)
+    return model.task == "next-token" and all(m.looks_back if type(m) is Attention else type(m) in _BY_TOKEN or is_elementwise(m) for m in layers)
 
 
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:

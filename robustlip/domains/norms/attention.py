@@ -4,8 +4,12 @@ For one head on a path through the domain, with logits s·q·k/d + constant:
     dp_ij = p_ij (η_ij − η̄_i),   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|,
 so with ‖x_t‖ ≤ a everywhere on the path and changes r of the tokens,  Σ_j|p'_ij − p_ij| ≤ min(2, 2·s σ_q σ_k a r/d), and from
     o'_i − o_i = Σ_j p'_ij (v'_j − v_j) + Σ_j (p'_ij − p_ij) v_j,   ‖o'_i − o_i‖ ≤ σ_v r + σ_v a·min(2, 2·s σ_q σ_k a r/d).
-A bias by distance is a constant and drops out.
+A bias by distance and a mask are constants and drop out.
 Rotary positions are orthogonal and change no norm. The published formula uses norms of the stacked matrices instead; see docs/theory.md, section 5.
+
+Biases of queries and keys enlarge what a change is multiplied with: |η_ij| ≤ c(‖dq_i‖(σ_k a + κ) + (σ_q a + ‖b_q‖)‖dk_j‖), c in the place of s/d.
+κ is ‖b_k‖ where keys are rotated, 0 elsewhere: dq_i·b_k is the same for all keys of the row, and a shift of a row moves no weight. Nor does b_v
+move Σ_j (p'_ij − p_ij) v_j, since both p sum to 1. Tables that turn by more than a rotation, ‖Rx‖ ≤ ρ‖x‖, count in σ_q, σ_k and the biases.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from robustlip.domains.norms.state import Context, Rule, State, register, rule_for
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention
+from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.ops.affine import Matrix
@@ -27,41 +32,128 @@ from robustlip.ops.attention import (
     logit_error,
     mixing_error,
     mixing_underflow,
+    offset_error,
     projection_error,
     rotation_error,
     scaled_error,
     shifted,
+    table_error,
+    within_mask,
 )
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Guaranteed norms of the four matrices, whole and by head (tensors (H,))."""
+    """Guaranteed norms of the matrices, whole and by head of queries (tensors (H,)); keys and values that heads share stand at each of them.
+
+    unit: of the matrix that a threat on the weights changes, by name; a joined projection's for query, key and value. offsets: norms of the biases,
+    of query, key and value by head, of the output as one number; None without. bias: the largest number that is added to a logit that is seen;
+    depth: how far below 0 a mask puts the others. turn: as in `Attention.turn`; it counts in the norms and biases of queries and keys already.
+    output_matrix: None, with ones for its norms, without an output projection.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     output: Tensor
-    whole: dict[str, float]
+    whole: float
+    unit: dict[str, float]
     frobenius: dict[str, Tensor]
-    output_matrix: Matrix
+    output_matrix: Matrix | None
+    offsets: dict[str, Tensor | None]
+    offset: float | None
     bias: float
+    depth: float
+    turn: float
 
     @classmethod
     def of(cls, layer: Attention) -> Heads:
-        h = layer.heads
-        slices = {n: getattr(layer, n).weight.detach().unflatten(0, (h, -1)) for n in ("query", "key", "value")}
-        slices["output"] = layer.output.weight.detach().unflatten(1, (h, -1)).movedim(1, 0)
+        matrices, offsets = layer.matrices(), layer.offsets()
+        slices = {n: matrices[n].detach().unflatten(0, (-1, layer.head_width)) for n in ("query", "key", "value")}
+        matrix = None
+        if layer.output is not None:
+            slices["output"] = matrices["output"].detach().unflatten(1, (layer.heads, -1)).movedim(1, 0)
+            matrix = Matrix.of(matrices["output"])
         # States live on the CPU, where a dozen numbers a sample cost less than launching kernels for them.
         sigma = {n: spectral_norm_bound(w).cpu() for n, w in slices.items()}
-        bias = 0.0 if layer.distance_bias is None else float(layer.distance_bias.detach().abs().amax())
+        frobenius = {n: norm_up(w, (-2, -1)).cpu() for n, w in slices.items()}
+        if layer.output is None:
+            sigma["output"] = torch.ones(layer.heads, dtype=torch.float64)
+        last, turn = offsets.pop("output", None), layer.turn()
+        norms = {n: norm_up(b.detach().unflatten(0, (-1, layer.head_width))).cpu() for n, b in offsets.items() if b is not None}
+        for of in (sigma, frobenius, norms):
+            of.update({n: layer.spread(of[n], 0) for n in ("key", "value") if n in of})
+        # A joined projection stands for three.
+        units = {id(linear): float(spectral_norm_bound(linear.weight)) for n, linear in layer.projections().items() if n != "output"}
+        unit = {n: units[id(linear)] for n, linear in layer.holders().items() if n != "output"}
+        if turn != 1.0:
+            for of in (sigma, norms):
+                of.update({n: of[n] * turn for n in ("query", "key") if n in of})
         return cls(
             **sigma,
-            whole={n: float(spectral_norm_bound(getattr(layer, n).weight)) for n in slices},
-            frobenius={n: norm_up(w, (-2, -1)).cpu() for n, w in slices.items()},
-            output_matrix=Matrix.of(layer.output.weight),
-            bias=bias,
+            whole=1.0 if matrix is None else matrix.sigma,
+            unit=unit if matrix is None else unit | {"output": matrix.sigma},
+            frobenius=frobenius,
+            output_matrix=matrix,
+            offsets={n: norms.get(n) for n in ("query", "key", "value")},
+            offset=None if last is None else float(norm_up(last.detach(), 0)),
+            bias=_largest_added(layer),
+            depth=layer.depth(),
+            turn=turn,
         )
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether queries or keys have a bias."""
+        return self.offsets["query"] is not None or self.offsets["key"] is not None
+
+    def plus(self, name: str, size: Tensor) -> Tensor:
+        """size (…, H) and the norm of that bias."""
+        offset = self.offsets[name]
+        return size if offset is None else size + offset
+
+    def turned(self, size: Tensor) -> Tensor:
+        """size·ρ, of queries or keys in front of their rotation."""
+        return size if self.turn == 1.0 else size * self.turn
+
+    def projected_error(self, name: str, change: Tensor | float, norm: Tensor, layer: Attention, arithmetic: Rounds) -> Tensor:
+        """‖fl((W_h + E)x + b_h) − ((W_h + E)x + b_h)‖₂ by head (…, H), for ‖x‖₂ ≤ norm (…, 1), ‖E‖₂ ≤ change."""
+        frobenius = self.frobenius[name] + math.sqrt(layer.head_width) * change
+        error = projection_error(frobenius, norm, layer.width, layer.head_width, arithmetic)
+        offset = self.offsets[name]
+        if offset is None:
+            return error
+        return error + offset_error(offset, frobenius * norm, layer.width, layer.head_width, arithmetic)
+
+    def output_error(self, norm: Tensor, change: Tensor | float, layer: Attention, arithmetic: Rounds) -> Tensor:
+        """‖fl((W_o + E)x + b_o) − ((W_o + E)x + b_o)‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change; 0 without an output projection."""
+        matrix = self.output_matrix
+        if matrix is None:
+            return torch.zeros_like(norm)
+        error = matrix.rounding(norm, change, arithmetic)
+        if self.offset is None:
+            return error
+        return error + offset_error(self.offset, matrix.largest(norm, change), matrix.fan_in, layer.width, arithmetic)
+
+    def output_sums(self, mixed: Tensor, change: Tensor | float, layer: Attention) -> Tensor:
+        """≥ every partial sum of every number of the output, for mixed values of norm ≤ mixed."""
+        if self.output_matrix is None:
+            return mixed
+        sums = mixed * (self.output_matrix.frobenius + math.sqrt(layer.width) * change)
+        return sums if self.offset is None else sums + self.offset
+
+
+def _largest_added(layer: Attention) -> float:
+    if layer.distance_bias is not None:
+        return float(layer.distance_bias.detach().abs().amax())
+    added = None if layer.mask is None else layer.added(layer.mask.shape[-1])
+    return 0.0 if added is None else float(added.double().abs().amax())
+
+
+def turn_error(layer: Attention, norm: Tensor, arithmetic: Rounds) -> Tensor:
+    """‖fl(Rx) − Rx‖₂ of a query or key with ‖x‖₂ ≤ norm, where the layer rotates them."""
+    by_table = layer.cos is not None
+    return (table_error if by_table else rotation_error)(norm, layer.head_width, arithmetic)
 
 
 def join_heads(output: Tensor, whole: float | Tensor, per_head: Tensor) -> Tensor:
@@ -70,13 +162,18 @@ def join_heads(output: Tensor, whole: float | Tensor, per_head: Tensor) -> Tenso
 
 
 def check_projections(layer: Attention) -> None:
-    """Raises UnsupportedLayer for projections that are not plain matrices: the rule reads their weights and nothing else."""
-    for name in ("query", "key", "value", "output"):
-        projection: nn.Module = getattr(layer, name)
-        plain = isinstance(projection, nn.Linear) and type(projection) is nn.Linear and projection.bias is None
-        if not plain or tuple(layer.get_parameter(f"{name}.weight").shape) != (layer.width, layer.width):
+    """Raises UnsupportedLayer for projections that are not plain matrices: the rule reads their weights and biases and nothing else."""
+    joined, d = layer.joined, layer.head_width
+    rows = (layer.heads + 2 * layer.key_heads) * d if joined else layer.heads * d
+    shapes = {"query": (rows, layer.width), "projection": (rows, layer.width), "output": (layer.width, layer.heads * d)}
+    biases = dict(zip(("query", "key", "value", "output"), layer.biases, strict=True)) | {"projection": layer.biases[0]}
+    for name, projection in layer.projections().items():
+        shape = shapes.get(name, (layer.key_heads * d, layer.width))
+        plain = isinstance(projection, nn.Linear) and type(projection) is nn.Linear and (projection.bias is not None) == biases[name]
+        if not plain or tuple(layer.get_parameter(f"{name}.weight").shape) != shape:
+            with_bias = "with a bias" if biases[name] else "without a bias"
             raise UnsupportedLayer(
-                f"expected Attention's {name} to be Linear({layer.width}, {layer.width}) without a bias, got {projection}; leave it as it was built"
+                f"expected Attention's {name} to be Linear({shape[1]}, {shape[0]}) {with_bias}, got {projection}; leave it as it was built"
             )
         rule_for(projection)  # refuses hooks
 
@@ -88,43 +185,58 @@ class AttentionRule(Rule):
     def step(self, layer: Attention, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
         check_projections(layer)
+        layer.check_length(state.tokens)
         heads: Heads = context.constant(layer, "heads", lambda: Heads.of(layer))
-        scale, d, factor = abs(layer.scale) / layer.head_width, layer.head_width, abs(layer.output_scale)
+        scale, d, factor = abs(layer.logit_scale), layer.head_width, abs(layer.output_scale)
         a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
 
         def perturbed(name: str) -> Tensor | float:
-            change = context.weight_change(heads.whole[name])
+            change = context.weight_change(heads.unit[name])
+            if name != "value" and heads.turn != 1.0:
+                change = change * heads.turn
             return change.unsqueeze(-1) if isinstance(change, Tensor) and change.dim() else change
 
         e_q, e_k, e_v = perturbed("query"), perturbed("key"), perturbed("value")
-        e_o = context.weight_change(heads.whole["output"])
+        e_o = 0.0 if layer.output is None else context.weight_change(heads.unit["output"])
         s_q, s_k, s_v = heads.query + e_q, heads.key + e_k, heads.value + e_v
-        value_norm = s_v * a  # (..., H)
+        value_norm = s_v * a  # (..., H), without the bias
+        mixed_norm = heads.plus("value", value_norm)
+        # What a change of a query is multiplied with, and of a key, beyond s_k·a and s_q·a. A shift of a whole row moves nothing.
+        on_query, on_key = heads.offsets["key"] if layer.turns else None, heads.offsets["query"]
 
         def head_change(r: Tensor, e_q: Tensor | float, e_k: Tensor | float, e_v: Tensor | float) -> Tensor:
             """‖o' − o‖ of each head (..., H) for token changes r and weight changes e."""
             logits = scale * (2 * s_q * s_k * a * r + (e_q * s_k + s_q * e_k) * a * a)
+            if on_query is not None:
+                logits = logits + scale * (s_q * r + e_q * a) * on_query
+            if on_key is not None:
+                logits = logits + scale * (s_k * r + e_k * a) * on_key
             return s_v * r + e_v * a + value_norm * logits.clamp_max(2.0)
 
         output_columns = heads.output + (e_o.unsqueeze(-1) if isinstance(e_o, Tensor) and e_o.dim() else e_o)
-        whole = heads.whole["output"] + e_o
-        mixed = norm_up(value_norm)
-        change = join_heads(heads.output, heads.whole["output"], head_change(r, e_q, e_k, e_v)) + e_o * mixed
-        norm = factor * join_heads(output_columns, whole, value_norm)
+        whole = heads.whole + e_o
+        mixed = norm_up(mixed_norm)
+        change = join_heads(heads.output, heads.whole, head_change(r, e_q, e_k, e_v)) + e_o * mixed
+        size = join_heads(output_columns, whole, mixed_norm)
+        if heads.offset is not None:
+            size = size + heads.offset
+        norm = factor * size
 
         # Rounding made here, on executed inputs (whose norm `a` bounds too), and rounding that arrives and is passed on like a change.
         head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v))
-        fresh = heads.output_matrix.rounding(mixed + norm_up(head_error), e_o, context)
+        fresh = heads.output_error(mixed + norm_up(head_error), e_o, layer, context)
         fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
-        fresh = scaled_error(fresh, factor, join_heads(output_columns, whole, value_norm), layer.width, context)
+        if layer.output is not None or factor != 1.0:
+            fresh = scaled_error(fresh, factor, size, layer.out_width, context)
         passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
-        behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.width)
-        largest_logit = (scale + 1) * (s_q * s_k * a * a).amax(-1) + heads.bias
+        behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.out_width)
+        product = s_q * s_k * a * a if not heads.is_shifted else heads.plus("query", s_q * a) * heads.plus("key", s_k * a)
+        largest_logit = within_mask((scale + 1) * product.amax(-1) + heads.bias, heads.depth)
         # Partial sums of queries, keys and values: one that overflows is lost even where the logits are small.
         inner = (("query", e_q), ("key", e_k), ("value", e_v))
-        projected = torch.stack([(heads.frobenius[name] + math.sqrt(d) * e) * a for name, e in inner]).amax(-1)
-        held = largest_in_kernel(projected.amax(0), projected[-1], scale, state.tokens, context.dtype)
-        mixed_sums = mixed * (heads.output_matrix.frobenius + math.sqrt(layer.width) * e_o)
+        projected = torch.stack([heads.plus(name, (heads.frobenius[name] + math.sqrt(d) * e) * a) for name, e in inner]).amax(-1)
+        held = largest_in_kernel(projected.amax(0), projected[-1], scale, state.tokens, context.dtype, layer.explicit)
+        mixed_sums = heads.output_sums(mixed, e_o, layer)
         # A scale that counts for zero makes NaN of what is masked.
         return context.divided(context.finite(behind, torch.stack([largest_logit, held, mixed_sums]).amax(0)), scale)
 
@@ -139,22 +251,23 @@ class AttentionRule(Rule):
     ) -> Tensor:
         """‖fl(o_i) − o_i‖₂ of each head (..., H), given the executed input: products, rotation, logits, softmax, weighted sum, in turn."""
         d, length = layer.head_width, state.tokens
-        scale = abs(layer.scale) / d
+        scale = abs(layer.logit_scale)
         a = state.norm.unsqueeze(-1)
 
         def projected(i: int, name: str) -> tuple[Tensor, Tensor]:
-            error = projection_error(heads.frobenius[name] + math.sqrt(d) * perturbed[i], a, layer.width, d, context)
-            return sigma[i] * a + error, error
+            error = heads.projected_error(name, perturbed[i], a, layer, context)
+            error = heads.turned(error) if name != "value" else error
+            return heads.plus(name, sigma[i] * a) + error, error
 
         q, q_error = projected(0, "query")
         k, k_error = projected(1, "key")
         v, v_error = projected(2, "value")
-        if layer.rope:
-            turned = rotation_error(q, d, context), rotation_error(k, d, context)
+        if layer.turns:
+            turned = turn_error(layer, q, context), turn_error(layer, k, context)
             q_error, k_error, q, k = q_error + turned[0], k_error + turned[1], q + turned[0], k + turned[1]
         logit = scale * q * k
         passed = scale * (q_error * k + q * k_error + q_error * k_error)
-        error = shifted(passed + logit_error(logit, q, k, scale, d, context), logit, heads.bias, context)
+        error = shifted(passed + logit_error(logit, q, k, scale, d, context, layer.explicit), logit, heads.bias, context)
         grown = torch.expm1(2 * error)
         relative = grown * (1 + 1e-12) + mixing_error(length, context) * (2 + grown)
-        return relative * v + v_error + mixing_underflow(length, v, context)
+        return relative * v + v_error + mixing_underflow(length, v, d, context)
