@@ -26,11 +26,20 @@ def check_weights_are_there(model: nn.Module, of: str = "") -> None:
 
 
 def check_finite_weights(model: nn.Module, of: str = "") -> None:
-    """Raises BadInput when a parameter or buffer holds NaN or infinity. of: the file or model to name in the sentence."""
+    """Raises BadInput when a parameter or buffer holds NaN or infinity. of: the file or model to name in the sentence.
+
+    −inf in a buffer of a mask hides a token: of the layers that say so, and of other people's modules.
+    """
+    masks = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name in getattr(type(module), "may_hide", ()) or not type(module).__module__.startswith(("torch.", "robustlip."))
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         where = f"{name} of {of}" if of else name
         try:
-            finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+            finite = not tensor.is_floating_point() or bool((tensor < torch.inf if name in masks else torch.isfinite(tensor)).all())
         except (RuntimeError, ValueError, TypeError) as error:  # of tensor subclasses, which implement what they please
             kind = type(tensor).__name__
             raise BadInput(f"expected weights that can be read, got {kind} as {where} ({first_line(error)}); convert it to plain tensors") from None

@@ -18,6 +18,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from attention_forms import FORMS, form
 from formulas import ELEMENTWISE as FORMULAS
 from formulas import NORMS
 from processors import flushing
@@ -275,6 +276,7 @@ CASES = {
     "mlp-maxmin": Case(lambda: nn.Sequential(scaled(nn.Linear(D, 32, bias=False), 3.0), MaxMin(), nn.Linear(32, D, bias=False))),
     "blocks-maxmin": Case(lambda: gpt_blocks(False, MaxMin)),
     "blocks": Case(gpt_blocks), "blocks-relu": Case(lambda: gpt_blocks(False, nn.ReLU)),
+    **{f"attention-{name}": Case(lambda name=name: form(name, T, 2.0, 2.0)) for name in FORMS},
 }  # fmt: skip
 
 RADII = (1e-4, 1e-2, 0.3, 3.0, 100.0)

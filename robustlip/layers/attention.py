@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,9 @@ class Attention(nn.Module):
     mask_fill: the mask fills logits with −inf instead of being added, as one of bools always does. output False: the heads side by side are the
     output, (N, T, H·d).
     """
+
+    # Buffers that may hold −inf.
+    may_hide: ClassVar[tuple[str, ...]] = ("mask",)
 
     output: nn.Linear | None
     mask: torch.Tensor | None

@@ -38,7 +38,6 @@ from robustlip.ops.attention import (
     scaled_error,
     shifted,
     table_error,
-    within_mask,
 )
 
 
@@ -68,6 +67,8 @@ class Heads:
 
     @classmethod
     def of(cls, layer: Attention) -> Heads:
+        if layer.mask is not None:
+            layer.seen(layer.mask.shape[-1])  # refuses rows of nothing
         matrices, offsets = layer.matrices(), layer.offsets()
         slices = {n: matrices[n].detach().unflatten(0, (-1, layer.head_width)) for n in ("query", "key", "value")}
         matrix = None
@@ -231,7 +232,8 @@ class AttentionRule(Rule):
         passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
         behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.out_width)
         product = s_q * s_k * a * a if not heads.is_shifted else heads.plus("query", s_q * a) * heads.plus("key", s_k * a)
-        largest_logit = within_mask((scale + 1) * product.amax(-1) + heads.bias, heads.depth)
+        # Where a mask hides keys by a number, logits of its size round by more than any softmax survives.
+        largest_logit = (scale + 1) * product.amax(-1) + heads.bias
         # Partial sums of queries, keys and values: one that overflows is lost even where the logits are small.
         inner = (("query", e_q), ("key", e_k), ("value", e_v))
         projected = torch.stack([heads.plus(name, (heads.frobenius[name] + math.sqrt(d) * e) * a) for name, e in inner]).amax(-1)
