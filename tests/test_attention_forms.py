@@ -25,11 +25,12 @@ from robustlip.attacks.pgd import PGD
 from robustlip.attacks.weight_space import matrices_of
 from robustlip.attacks.worst_weights import worst_attention_like
 from robustlip.certifiers import certify
+from robustlip.checks import check_finite_weights
 from robustlip.constraints.targets import targets_of
 from robustlip.domains.expansion import Ball, ChainExpansion, Scope
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput
-from robustlip.layers import Attention, NextTokenChain, Residual
+from robustlip.layers import Attention, NextTokenChain, Residual, Shift
 from robustlip.layers.attention import rotate_half
 from robustlip.ops.attention import offset_error
 from robustlip.threats import EmbeddingBall
@@ -573,3 +574,70 @@ def test_heads_are_capped_one_by_one_in_every_form() -> None:
     assert slices == {"query.weight": 4, "key.weight": 2, "value.weight": 2, "output.weight": 1}
     slices = {t.name: t.slices for t in targets_of(form("divide", LENGTH, 1.0, 1.0), 1.0)}
     assert slices == {"projection.weight": 4, "output.weight": 1}
+
+
+def test_tables_turn_by_no_more_than_they_should() -> None:
+    """Tables 0.4 % too long: clean logits, and all that moves them, are ρ² too large, and one token's query and key turn together by that."""
+    ones, zeros = torch.full((2, 4), 1.0 + 2.0**-8), torch.zeros(2, 4)
+    layer = Attention(4, 1, angles=(ones, zeros), logit_scale=1e-3, causal=False, output_scale=1.0).double().requires_grad_(False)
+    plain = Attention(4, 1, rope=False, logit_scale=1e-3 * (1 + 2.0**-8) ** 2, causal=False, output_scale=1.0).double().requires_grad_(False)
+    plain.load_state_dict({n: w for n, w in layer.state_dict().items() if n not in ("cos", "sin")})
+    assert torch.allclose(layer(torch.ones(1, 2, 4).double()), plain(torch.ones(1, 2, 4).double()), rtol=1e-6)
+    before = state(30.0, 1e-3, 2, 4)
+    assert float(stepped(layer, before).change) >= float(stepped(plain, before).change) * (1 - 1e-9)
+    x = torch.randn(4, 2, 4, dtype=torch.float64)
+    full = [ChainExpansion([one], x, Scope(Context(torch.float64, {}))) for one in (layer, plain)]
+    every = torch.arange(4)
+    rows = [f.at_rows(every, torch.ones_like(every), torch.zeros(4, 2, dtype=torch.float64)).parts[0] for f in full]
+    assert bool((1e-3 * rows[0].own >= 1e-3 * (1 + 2.0**-8) ** 2 * rows[1].own * (1 - 1e-9)).all())
+    for made, radii in ((full, torch.full((4, 2), 10.0)), (rows, torch.full((4, 1), 10.0))):
+        one, two = (e.advance(Ball.of(radii.double())).radius for e in made)
+        assert bool((one >= two * (1 - 1e-9)).all()) and bool((one <= two * 1.05).all())
+
+
+def test_the_largest_keys_are_those_that_a_mask_shows() -> None:
+    """The first query sees the last key alone, which is large: what it can do is not what the first key can."""
+    mask = torch.eye(3).flip(0).bool()
+    layer = Attention(4, 1, rope=False, mask=mask, logit_scale=1.0, output_scale=1.0).double().requires_grad_(False)
+    x = torch.randn(2, 3, 4, dtype=torch.float64) * torch.tensor([1.0, 1.0, 100.0], dtype=torch.float64)[:, None]
+    expansion = ChainExpansion([layer], x, Scope(Context(torch.float64, {})))
+    for top in (expansion.parts[0].top_value, expansion.parts[0]._top(expansion.parts[0].nk)):
+        assert bool((top[..., 0] > 5 * top[..., 2]).all())
+    assert torch.equal(expansion.parts[0].top_value, expansion.parts[0].nv.flip(-1))
+
+
+def test_queries_that_overflow_before_they_meet_their_keys_are_seen() -> None:
+    """float16: a query of 2,048 times a scale of 1,024 is infinite, though a key of 2⁻²⁰ would have made a small logit of it."""
+    for explicit, fits in (("query", False), ("logits", True)):
+        layer = Attention(2, 1, rope=False, explicit=explicit, logit_scale=1024.0, output_scale=1.0).requires_grad_(False)
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.query.weight[0, 0] = 2048.0
+        layer.key.weight[0, 0] = 2.0**-20
+        layer.half()
+        x = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]], dtype=torch.float16)
+        assert bool(torch.isfinite(layer(x)).all()) is fits
+        behind = stepped(layer, state(1.0, 0.0, 2, 2), torch.float16)
+        radius = ChainExpansion([copy.deepcopy(layer).double()], x.double(), Scope(Context(torch.float16, {}))).advance(
+            Ball.of(torch.zeros(1, 2, dtype=torch.float64))
+        ).radius
+        assert math.isfinite(float(behind.rounding)) is fits and bool(torch.isfinite(radius).all()) is fits
+
+
+def test_masks_alone_may_hold_minus_infinity() -> None:
+    layer = form("joined", LENGTH, 1.0, 1.0)
+    check_finite_weights(layer)
+    for value in (math.nan, math.inf):
+        layer.mask[..., 0, 0] = value
+        with pytest.raises(BadInput, match="NaN or infinity in mask"):
+            check_finite_weights(layer)
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean[0] = -math.inf
+    shift = Shift([1.0, 2.0, 0.0])
+    shift.value[1] = -math.inf
+    weight = nn.Linear(2, 2)
+    with torch.no_grad():
+        weight.weight[0, 0] = -math.inf
+    for other in (norm, shift, weight):
+        with pytest.raises(BadInput, match="NaN or infinity"):
+            check_finite_weights(nn.Sequential(other))

@@ -66,7 +66,7 @@ def test_power_iteration_would_be_fooled_and_attention_is_not(heads) -> None:
     norms = Heads.of(layer)
     for name in ("query", "key", "value"):
         assert float(getattr(norms, name).min()) >= 1.02 * (1 - 1e-12)
-    assert norms.whole["output"] >= 1.02 * (1 - 1e-12) and norms.output_matrix.sigma >= 1.02 * (1 - 1e-12)
+    assert norms.whole >= 1.02 * (1 - 1e-12) and norms.output_matrix.sigma >= 1.02 * (1 - 1e-12)
 
 
 def test_nothing_that_certifies_names_power_iteration() -> None:

@@ -86,7 +86,7 @@ def largest_in_kernel(
     Rotations add two products; queries and keys may be multiplied by √scale each, queries by scale where a program does so; a blockwise softmax
     sums e^(S_j − max)·v_j over all tokens before it divides. Sums of float16 numbers are float32, of which so many do not overflow.
     """
-    turned = max(2.0, scale if explicit == "query" else math.sqrt(scale)) * projected
+    turned = max(2.0, {None: math.sqrt(scale), "query": scale}.get(explicit, 1.0)) * projected
     return turned if dtype == torch.float16 else torch.maximum(turned, tokens * value)
 
 
