@@ -77,6 +77,9 @@ NORMS_JOINS, AT_JOINS, LAYERS_JOINS, EXECUTION = (
     "robustlip/domains/norms/joins.py", "robustlip/domains/expansion/joins.py", "robustlip/layers/joins.py", "robustlip/execution.py",
 )
 STAGES = "robustlip/domains/lines/stages.py"
+NORMS_PRODUCTS, AT_PRODUCTS, PRODUCTS = (
+    "robustlip/domains/norms/products.py", "robustlip/domains/expansion/products.py", "tests/test_products.py",
+)
 OPS_FORMULAS, FORMULAS = "robustlip/ops/formulas.py", "tests/test_formulas.py"
 JOINS, IN_PLACE, MAPS, NETS, MAPPED, OPS = (
     "tests/test_joins.py", "tests/test_execution.py", "tests/test_maps.py", "tests/test_convnets.py",
@@ -370,6 +373,23 @@ MUTATIONS = [
              f"{RULES} -k sizes_behind"),
     Mutation("RMSNorm's size without its gain", NORMALIZATION, "torch.minimum(gain * state.norm, norm)", "torch.minimum(state.norm, norm)",
              f"{RULES} -k sizes_behind"),
+    Mutation("product: half of the remainder", AT_PRODUCTS, "bent = r_a * r_b", "bent = 0.5 * r_a * r_b", f"{PRODUCTS} -k reached"),
+    Mutation("product: each branch meets its own numbers, not the other's", AT_PRODUCTS,
+             "through, weights = a.adjoint(g * self._spread(self.second), two_sided)", "through, weights = a.adjoint(g * self.first, two_sided)",
+             f"{LOCAL} -k 'product'"),
+    Mutation("product: a channel of the adjoint counts with its largest number", AT_PRODUCTS,
+             "[*weights, *more, channel_norms(g, self.spread)", "[*weights, *more, channel_norms(g, 1)", f"{PRODUCTS} -k reached"),
+    Mutation("product: the change of the second branch counts with the largest number of the first, beside a channel too", NORMS_PRODUCTS,
+             "reach, reach_run = torch.minimum(a.norm, root * first), ", "reach, reach_run = torch.minimum(a.norm, first / root), ",
+             f"{PRODUCTS} -k rule_of"),
+    Mutation("product: one of two changes dropped", NORMS_PRODUCTS, "change = reach * b.change + second * a.change", "change = second * a.change",
+             f"{RULES} -k 'change and product'"),
+    Mutation("product: rounding that arrives is not passed on", NORMS_PRODUCTS,
+             "rounding = reach_run * b.rounding + second * a.rounding + fresh", "rounding = fresh", f"{PRODUCTS} -k rule_of"),
+    Mutation("maximum: the larger of two changes", NORMS_PRODUCTS, "change=root_of_squares([a.change, b.change])",
+             "change=torch.maximum(a.change, b.change)", f"{RULES} -k 'change and (maximum or minimum)'"),
+    Mutation("minimum for maximum", AT_PRODUCTS, "if type(layer) is Minimum else", "if type(layer) is Maximum else",
+             f"{LOCAL} -k 'maximum or minimum'"),
     Mutation("written out: the second derivative of ‖c‖/√m + eps as if eps stood inside", OPS_NORMALIZATION,
              "CURVATURE_OUTSIDE = 2.0", "CURVATURE_OUTSIDE = 1.15471", f"{FORMULAS} -k second"),
     Mutation("written out: D in the place of D − 1", OPS_FORMULAS, "return Norm(True, width - int(inner[2]), constant, True)",

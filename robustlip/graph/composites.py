@@ -45,6 +45,23 @@ def composite(node: Node) -> Node:
     return node
 
 
+def gated(node: Node) -> Node:
+    """glu: one half of a value times the sigmoid of the other, which is how torch computes it in float32 and float64."""
+    source = node.arguments.get("self")
+    if node.op != "glu" or not isinstance(source, Node):
+        return node
+    dim = int(node.arguments["dim"]) % (len(source.shape) + 1)
+    if dim == 0 or source.shape[dim - 1] % 2:
+        return node
+    half = source.shape[dim - 1] // 2
+    parts = [
+        replace(node, op="narrow", name=f"{node.name}_{i}", arguments={"self": source, "dim": dim, "start": i * half, "length": half})
+        for i in (0, 1)
+    ]
+    gate = replace(node, op="sigmoid", name=f"{node.name}_gate", arguments={"self": parts[1]})
+    return replace(node, op="mul", arguments={"self": parts[0], "other": gate})
+
+
 def _behind(node: Node) -> list[Node]:
     """The first nodes in front of a node, nearest first."""
     found: dict[Node, None] = {}

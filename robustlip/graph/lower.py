@@ -13,10 +13,12 @@ from torch import nn
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.operations import JOINS, is_channel, layer_of, refuse
 from robustlip.graph.program import Node, Program
-from robustlip.layers import Concatenate, Residual, Sum
+from robustlip.layers import Concatenate, Maximum, Minimum, Product, Residual, Sum
 
 # Branches that share much are written out once each: what would never end is refused.
 MOST_LAYERS = 20_000
+# Operations of two values, number by number. Both commute, to the bit.
+_PAIRS = {"mul": Product, "multiply": Product, "maximum": Maximum, "max": Maximum, "minimum": Minimum, "min": Minimum}
 # Branches inside of branches: more would be called inside of each other than Python allows.
 DEEPEST = 50
 
@@ -86,6 +88,8 @@ class _Lowering:
                 raise refuse(node, f"it joins along dimension {dim % rank} of {rank}; known is the one of channels")
             return Concatenate(*(self.branch(part, source) for part in parts)), source
         first, second = node.arguments["self"], node.arguments["other"]
+        if node.op in _PAIRS:
+            return self._pair(node, first, second, source), source
         if node.arguments["alpha"] != 1:
             raise refuse(node, f"it multiplies the second by alpha={node.arguments['alpha']} in the same step")
         if first.shape != second.shape:
@@ -95,3 +99,13 @@ class _Lowering:
             return Residual(self.branch(second if source is first else first, source)), source
         sign = 1.0 if node.op == "add" else -1.0
         return Sum(self.branch(first, source), self.branch(second, source), weights=(1.0, sign)), source
+
+    def _pair(self, node: Node, first: Node, second: Node, source: Node) -> nn.Module:
+        kind, shapes = _PAIRS[node.op], [first.shape, second.shape]
+        if kind is Product and len(node.shape) == 3:
+            if first.shape == (node.shape[0], 1, 1):
+                first, second = second, first
+            shapes = [first.shape, node.shape if second.shape == (node.shape[0], 1, 1) else second.shape]
+        if any(shape != node.shape for shape in shapes):
+            raise refuse(node, f"its factors have shapes {first.shape} and {second.shape}, of which one is repeated otherwise than over pixels")
+        return kind(self.branch(first, source), self.branch(second, source))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.graph.program import Node
-from robustlip.layers import Abs, Channels, Clamp, Formula, GroupSort, MaxMin, MeanTokens, Scale, Shift, WrittenNorm
+from robustlip.layers import Abs, Channels, Clamp, Formula, GroupSort, MaxMin, MeanTokens, Product, Scale, Shift, WrittenNorm
 from robustlip.layers.sorting import channels_at
 
 Maker = Callable[[Node], nn.Module]
@@ -22,7 +22,7 @@ LAYERS: dict[str, Maker] = {}
 # Operations that give the numbers of a sample another shape and keep their order.
 VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 # Joins of several values, which `lower` knows.
-JOINS = ("add", "sub", "cat")
+JOINS = ("add", "sub", "cat", "mul", "multiply", "maximum", "minimum", "max", "min")
 # Operations of two terms, of which either may be the constant.
 _TERMS = ("add", "sub", "mul", "subtract", "multiply", "rsub")
 
@@ -376,6 +376,15 @@ def _div(node: Node) -> nn.Module:
     if not bool((divisor != 0).all()):
         raise refuse(node, "it divides by 0")
     return Scale(divisor, divide=True)
+
+
+@operation("square", "pow")
+def _power(node: Node) -> nn.Module:
+    exponent = node.arguments.get("exponent", 2)
+    if not isinstance(node.arguments["self"], Node) or isinstance(exponent, Tensor | Node) or exponent not in (2, 3):
+        raise refuse(node, f"it raises to the power {exponent if not isinstance(exponent, Tensor | Node) else 'of a tensor'}; known are 2 and 3")
+    square = Product(nn.Identity(), nn.Identity())
+    return square if exponent == 2 else Product(square, nn.Identity())
 
 
 @operation("neg")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustlip.graph.composites import composite
+from robustlip.graph.composites import composite, gated
 from robustlip.graph.operations import VIEWS, channel_dimension, channel_slice, is_channel, is_identity, pads, source_of
 from robustlip.graph.program import Node, Program, needed
 
@@ -27,7 +27,7 @@ def simplified(program: Program) -> Program:
 
     for node in program.nodes:
         new = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-        for rewrite in (_view, _part, _maxmin, _group_sort, _padded, _softsign, composite):
+        for rewrite in (_view, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
             new = rewrite(new)
         source = source_of(new)
         now[node] = source if source is not None and is_identity(new) else new

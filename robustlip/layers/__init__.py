@@ -5,7 +5,7 @@ from robustlip.layers.attention import Attention
 from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
 from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.formulas import Formula, WrittenNorm
-from robustlip.layers.joins import Channels, Concatenate, Sum
+from robustlip.layers.joins import Channels, Concatenate, Maximum, Minimum, Product, Sum
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
 from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify, PrependToken, SelectToken, Tokens
@@ -22,10 +22,13 @@ __all__ = [
     "GroupSort",
     "Householder",
     "MaxMin",
+    "Maximum",
     "MeanTokens",
+    "Minimum",
     "NextTokenChain",
     "Normalize",
     "Patchify",
+    "Product",
     "PrependToken",
     "Residual",
     "Scale",

@@ -1,4 +1,4 @@
-"""Branches that read the same input and are joined: a weighted sum, a concatenation; and a slice of channels, which splits."""
+"""Branches that read the same input and are joined: a sum, a concatenation, a product, a maximum; and a slice of channels, which splits."""
 
 from __future__ import annotations
 
@@ -66,6 +66,53 @@ class Concatenate(Branching):
         self.check_in_place()
         parts = [branch(x) for branch in self.branches]
         return torch.cat(parts, dim=channel_dimension(parts[0]))
+
+
+class _Two(Branching):
+    """Two branches, joined number by number."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__(first, second)
+
+    def both(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.check_in_place()
+        first, second = self.branches
+        return first(x), second(x)
+
+
+class Product(_Two):
+    """x → a(x)·b(x), number by number: gates. Both put out one shape, or b one number a channel of images, (N, C, 1, 1) against (N, C, H, W)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.both(x)
+        if a.shape != b.shape and not (a.dim() == 4 and b.shape == (*a.shape[:2], 1, 1)):  # torch would broadcast
+            raise BadInput(
+                f"expected branches of Product that put out one shape, or (N, C, 1, 1) behind the second of images, got {tuple(a.shape)} and "
+                f"{tuple(b.shape)}; match them"
+            )
+        return a * b
+
+
+class Maximum(_Two):
+    """x → max(a(x), b(x)), number by number; both put out one shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(*self.both(x))
+
+    def both(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = super().both(x)
+        if a.shape != b.shape:  # torch would broadcast
+            raise BadInput(
+                f"expected branches of {type(self).__name__} that put out one shape, got {tuple(a.shape)} and {tuple(b.shape)}; match the widths"
+            )
+        return a, b
+
+
+class Minimum(Maximum):
+    """x → min(a(x), b(x)), number by number; both put out one shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(*self.both(x))
 
 
 class Channels(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robustlip.errors import BadInput
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up
 
@@ -23,6 +24,26 @@ def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width:
     for a, n in zip(scalars, norms, strict=True):
         fresh = fresh + (root * a + n) * arithmetic.flushed  # subnormal operands
     return fresh, norm
+
+
+def product_error(norm: Tensor, first: Tensor, second: Tensor, width: int, arithmetic: Rounds) -> Tensor:
+    """‖fl(a∘b) − a∘b‖₂ for executed ‖a∘b‖₂ ≤ norm, ‖a‖₂ ≤ first, ‖b‖₂ ≤ second, a and b of `width` numbers: one rounding each."""
+    # Products vanish, and so may a or b where a processor takes subnormals for zero.
+    return 2 * arithmetic.unit * norm + math.sqrt(width) * arithmetic.tiny + (first + second) * arithmetic.flushed
+
+
+def spread_over(shape: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How often each number of the second branch of a product stands beside one of the first. Shapes of samples, (C, H, W), (T, D) or (n,).
+
+    Raises BadInput for shapes that torch would spread otherwise, or not at all.
+    """
+    if shape == other:
+        return 1
+    if len(shape) == 3 and other == (shape[0], 1, 1):
+        return shape[1] * shape[2]
+    raise BadInput(
+        f"expected branches of Product that put out one shape, or (C, 1, 1) behind the second of images, got {shape} and {other}; match them"
+    )
 
 
 def root_of_squares(norms: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,18 @@
-"""Layers expanded at clean activations; one file per kind of layer, as in robustlip.domains.norms."""
+"""Layers expanded at clean activations; one file per kind of layer, as in robustlip.domains.norms; importing this package registers all."""
 
-from robustlip.domains.expansion import attention, constants, convolution, elementwise, joins, linear, moves, normalization, sorting, structure  # noqa: F401  (each registers its expansions)
+from robustlip.domains.expansion import (  # noqa: F401
+    attention,
+    constants,
+    convolution,
+    elementwise,
+    joins,
+    linear,
+    moves,
+    normalization,
+    products,
+    sorting,
+    structure,
+)
 from robustlip.domains.expansion.base import (
     Ball,
     Behind,

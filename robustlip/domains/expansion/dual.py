@@ -26,7 +26,22 @@ from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.domains.search import TOLERANCE
 from robustlip.errors import UnsupportedLayer
 from robustlip.geometry import largest
-from robustlip.layers import AddPositions, Attention, Chain, Channels, Concatenate, Normalize, Residual, Scale, Shift, Sum, WrittenNorm
+from robustlip.layers import (
+    AddPositions,
+    Attention,
+    Chain,
+    Channels,
+    Concatenate,
+    Maximum,
+    Minimum,
+    Normalize,
+    Product,
+    Residual,
+    Scale,
+    Shift,
+    Sum,
+    WrittenNorm,
+)
 from robustlip.numerics.rounding import up
 from robustlip.ops import is_elementwise
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
@@ -119,7 +134,7 @@ class Rivals:
 # Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
 _BY_TOKEN = (
     nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, WrittenNorm, Normalize, Residual, Sum, Concatenate, Channels, Scale,
-    Shift, nn.Sequential, nn.Identity,
+    Shift, Product, Maximum, Minimum, nn.Sequential, nn.Identity,
     *DROPOUTS, *REFLECTIONS,
 )  # fmt: skip
 

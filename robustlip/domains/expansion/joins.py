@@ -11,6 +11,7 @@ from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expans
 from robustlip.domains.expansion.structure import ChainExpansion, shape_of
 from robustlip.errors import BadInput
 from robustlip.layers import Channels, Concatenate, Residual, Sum
+from robustlip.layers.joins import Branching
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
@@ -20,7 +21,7 @@ class Branches(Expansion):
 
     by_token: ClassVar[tuple[str, ...]] = ("clean",)
 
-    def __init__(self, layer: Sum | Concatenate, clean: Tensor, scope: Scope) -> None:
+    def __init__(self, layer: Branching, clean: Tensor, scope: Scope) -> None:
         self.scope = scope
         self.branches = [ChainExpansion([branch], clean, scope) for branch in layer.branches]
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from robustlip.domains.norms.state import Context, Rule, State, apply_rule, register
 from robustlip.errors import BadInput
 from robustlip.layers import Channels, Concatenate, Residual, Sum
+from robustlip.layers.joins import Branching
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
 
-def _branches(layer: Sum | Concatenate, state: State, context: Context) -> tuple[list[State], State]:
+def branches_behind(layer: Branching, state: State, context: Context) -> tuple[list[State], State]:
     """(the state behind each branch, the state in front): tokens by token, images as a whole, changes in ℓ2."""
     if state.whole is None or len(state.whole) != 3:
         state = state.by_token(layer)
@@ -26,7 +27,7 @@ class SumRule(Rule):
     """Σ_i w_i f_i(x): each bound is the weighted sum of the branches' bounds."""
 
     def step(self, layer: Sum, state: State, context: Context) -> State:
-        behind, _ = _branches(layer, state, context)
+        behind, _ = branches_behind(layer, state, context)
         shapes = {(s.tokens, s.width, s.whole) for s in behind}
         if len(shapes) > 1:
             got = [s.whole or (s.tokens, s.width) for s in behind]
@@ -46,7 +47,7 @@ class ConcatenateRule(Rule):
     """(f_1(x), f_2(x), …): ‖·‖₂² adds over the branches; nothing is computed."""
 
     def step(self, layer: Concatenate, state: State, context: Context) -> State:
-        behind, _ = _branches(layer, state, context)
+        behind, _ = branches_behind(layer, state, context)
         wholes = [s.whole for s in behind]
         if len({s.tokens for s in behind}) > 1 or len({w is None for w in wholes}) > 1 or len({w[1:] for w in wholes if w is not None}) > 1:
             got = [w or (s.tokens, s.width) for w, s in zip(wholes, behind, strict=True)]
