@@ -15,6 +15,8 @@ from torch import nn
 
 from robustlip.attacks import by_name
 from robustlip.certifiers import METHODS, certify, lipschitz_bound, weight_sensitivity_bound
+from robustlip.domains.expansion import Ball, ChainExpansion, Scope
+from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Attention, NextTokenChain, as_chain
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
@@ -368,3 +370,30 @@ def test_scores_by_token_are_refused(method) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(BadInput, match=r"^expected .*, got .*(2, 5, 3|5, 4).*;"):
         certify(model, torch.rand(2, 5, 4), torch.tensor([0, 1]), InputBall("l2"), method)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_sum_that_begins_with_its_bias_is_covered(kind) -> None:
+    """torch's CPU kernel adds blocks of products to the bias: each sum may round at its size. What loses most are products that vanish beside it."""
+    n, out, lost = 2048, 32, 0.49 * 2.0**-23
+    layer = (nn.Linear(n, out) if kind == "linear" else nn.Conv2d(n, out, 1)).requires_grad_(False)
+    layer.weight.fill_(1e-4)
+    layer.bias.fill_(1.0)
+    errors = []
+    for block in (1, 192):
+        x = torch.full((64, n, 1, 1) if kind == "conv" else (64, n), lost / block / 1e-4)
+        truth = copy.deepcopy(layer).double()(x.double()).flatten(1)
+        total = layer.bias.expand(len(x), -1)
+        for i in range(0, n, block):  # a block's sum is exact to its own last digits
+            total = total + (x[:, i : i + block].flatten(1).double() @ layer.weight.flatten(1)[:, i : i + block].double().T).float()
+        for made in (total, layer(x).flatten(1)):
+            error = float((made.double() - truth).norm(dim=-1).max())
+            errors.append(error)
+            size = torch.linalg.vector_norm(x[:1].double().flatten(1), dim=-1)
+            before = State(size, 0 * size, 0 * size, "l2", 1, n, (n, 1, 1) if kind == "conv" else None)
+            assert error <= float(rule_for(layer).step(layer, before, Context(torch.float32, {})).rounding)
+            start = x[:1].double().flatten(1).unsqueeze(1)
+            scope = Scope(Context(torch.float32, {}), whole=(n, 1, 1) if kind == "conv" else None)
+            expansion = ChainExpansion([copy.deepcopy(layer).double()], start, scope)
+            assert error <= float(expansion.advance(Ball.of(torch.zeros(1, 1, dtype=torch.float64))).radius.max())
+    assert max(errors) > 1000 * 2.0**-24 * out**0.5

@@ -12,6 +12,15 @@ from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound
 
 
+def offset_error(bias: Tensor | float, size: Tensor, terms: int, width: int, arithmetic: Rounds) -> Tensor:
+    """What the bias adds to ‖fl(Ax + b) − (Ax + b)‖₂, `width` numbers of `terms` products each: ‖b‖₂ ≤ bias, ‖|A||x|‖₂ ≤ size.
+
+    The sum may begin with the bias, as torch's own kernels do, so that every partial sum rounds at its size: γ of terms + 1 of all that is summed,
+    of which Ax has γ of terms already. A subnormal bias may count for zero.
+    """
+    return arithmetic.gamma(terms + 2) * bias + 2 * arithmetic.unit * size + math.sqrt(width) * arithmetic.flushed
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Guaranteed norms of one weight matrix (fan_out, fan_in), rounded up: spectral, Frobenius."""
@@ -45,8 +54,7 @@ class Matrix:
         """‖fl((W + E)x + b) − ((W + E)x + b)‖₂ for executed ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change. bias: ‖b‖₂, None without one."""
         fresh = self.rounding(norm, change, arithmetic)
         if bias is not None:
-            # The sum rounds at the size of what was computed; a subnormal bias may count for zero.
-            fresh = fresh + 2 * arithmetic.unit * ((self.sigma + change) * norm + bias + fresh) + math.sqrt(self.fan_out) * arithmetic.flushed
+            fresh = fresh + offset_error(bias, self.largest(norm, change), self.fan_in, self.fan_out, arithmetic)
         return fresh
 
 

@@ -23,14 +23,6 @@ def projection_error(frobenius: Tensor, norm: Tensor, width: int, head_width: in
     return error + math.sqrt(width) * (frobenius + root * norm) * arithmetic.flushed  # subnormal inputs and weights
 
 
-def offset_error(bias: Tensor | float, size: Tensor, width: int, out: int, arithmetic: Rounds) -> Tensor:
-    """What the bias adds to the error of fl(Wx + b), `out` numbers: ‖b‖₂ ≤ bias, ‖W‖_F‖x‖₂ ≤ size, x of `width` numbers.
-
-    The sum may begin with the bias, so that every partial sum rounds at its size. A subnormal bias may count for zero.
-    """
-    return arithmetic.gamma(width + 2) * bias + 2 * arithmetic.unit * size + math.sqrt(out) * arithmetic.flushed
-
-
 def table_error(norm: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
     """‖fl(Rx) − Rx‖₂ of a query or key rotated by tables of cos and sin, for ‖x‖₂ ≤ norm: `rotation_error`, and numbers of the tables that vanish."""
     return rotation_error(norm, head_width, arithmetic) + 2 * (norm + math.sqrt(head_width)) * arithmetic.flushed

@@ -22,6 +22,7 @@ from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound, symbol_bound
+from robustlip.ops.affine import offset_error
 
 Pair = tuple[int, int]
 Shape = tuple[int, int, int]
@@ -156,8 +157,7 @@ class Convolution:
         fresh = arithmetic.gamma(self.terms) * frobenius * norm + lost
         fresh = fresh + math.sqrt(self.terms) * math.sqrt(width) * norm * arithmetic.flushed  # subnormal weights
         if self.bias is not None:
-            # A subnormal bias may count for zero.
-            fresh = fresh + 2 * arithmetic.unit * ((self.gain + change) * norm + self.bias + fresh) + math.sqrt(width) * arithmetic.flushed
+            fresh = fresh + offset_error(self.bias, frobenius * norm, self.terms, width, arithmetic)
         return fresh
 
 

@@ -46,12 +46,12 @@ from robustlip.errors import BadInput
 from robustlip.layers import Attention
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import spectral_norm_bound, spectral_norm_quick
+from robustlip.ops.affine import offset_error
 from robustlip.ops.attention import (
     largest_in_kernel,
     logit_error,
     mixing_error,
     mixing_underflow,
-    offset_error,
     projection_error,
     scaled_error,
     shifted,
@@ -313,7 +313,7 @@ class AttentionExpansion(Expansion):
         mixed_size = norm_up((self.top_value + head).transpose(-1, -2))
         fresh = e_o * mixed_size
         if layer.output is not None:
-            fresh = self.scope.both(lambda context: self.heads.output_error(mixed_size, e_o, layer, context)) + fresh
+            fresh = self.scope.both(lambda context: self.heads.output_error(mixed_size, e_o, context)) + fresh
         fresh = abs(self.factor) * fresh
         if layer.output is not None or self.factor != 1.0:
             size = whole * mixed_size if self.heads.offset is None else whole * mixed_size + self.heads.offset

@@ -26,13 +26,12 @@ from robustlip.layers import Attention
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound
-from robustlip.ops.affine import Matrix
+from robustlip.ops.affine import Matrix, offset_error
 from robustlip.ops.attention import (
     largest_in_kernel,
     logit_error,
     mixing_error,
     mixing_underflow,
-    offset_error,
     projection_error,
     rotation_error,
     scaled_error,
@@ -126,15 +125,12 @@ class Heads:
             return error
         return error + offset_error(offset, frobenius * norm, layer.width, layer.head_width, arithmetic)
 
-    def output_error(self, norm: Tensor, change: Tensor | float, layer: Attention, arithmetic: Rounds) -> Tensor:
+    def output_error(self, norm: Tensor, change: Tensor | float, arithmetic: Rounds) -> Tensor:
         """‖fl((W_o + E)x + b_o) − ((W_o + E)x + b_o)‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change; 0 without an output projection."""
         matrix = self.output_matrix
         if matrix is None:
             return torch.zeros_like(norm)
-        error = matrix.rounding(norm, change, arithmetic)
-        if self.offset is None:
-            return error
-        return error + offset_error(self.offset, matrix.largest(norm, change), matrix.fan_in, layer.width, arithmetic)
+        return matrix.error(self.offset, norm, change, arithmetic)
 
     def output_sums(self, mixed: Tensor, change: Tensor | float, layer: Attention) -> Tensor:
         """≥ every partial sum of every number of the output, for mixed values of norm ≤ mixed."""
@@ -225,7 +221,7 @@ class AttentionRule(Rule):
 
         # Rounding made here, on executed inputs (whose norm `a` bounds too), and rounding that arrives and is passed on like a change.
         head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v))
-        fresh = heads.output_error(mixed + norm_up(head_error), e_o, layer, context)
+        fresh = heads.output_error(mixed + norm_up(head_error), e_o, context)
         fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
         if layer.output is not None or factor != 1.0:
             fresh = scaled_error(fresh, factor, size, layer.out_width, context)
