@@ -49,7 +49,7 @@ def drawn(model: nn.Module, seed: int = 0, scale: float = 1.0) -> Chain:
         for p in model.parameters():
             p.copy_(scale * torch.randn(p.shape, generator=g) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.2))
         for m in model.modules():
-            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
                 m.running_mean.copy_(0.3 * torch.randn(m.num_features, generator=g))
                 m.running_var.copy_(0.3 + torch.rand(m.num_features, generator=g))
                 m.weight.copy_(0.5 + torch.rand(m.num_features, generator=g))
@@ -86,8 +86,20 @@ LINEAR = {
         Concatenate(Channels(1, 3), nn.Conv2d(4, 2, 3, padding=1)), Residual(nn.Conv2d(4, 4, 3, padding=1), skip=0.5, weight=-1.0),
     ),
     "vectors": lambda: nn.Sequential(*headed(nn.Conv2d(2, 4, 3))[:-1], nn.Linear(48, 9), nn.BatchNorm1d(9), nn.Linear(9, 4)),
+    "transposed": lambda: headed(nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(3, 4, (3, 2), (2, 1), 1, (1, 0)), nn.ConvTranspose2d(4, 2, 2, dilation=2)),
     "tokens": lambda: headed(nn.Conv2d(2, 3, 2), Tokens(), Shift(spread(20, 3)), PrependToken(spread(2, 3)), Scale(spread(22, 1))),
     "one token": lambda: nn.Sequential(nn.Conv2d(2, 4, 3), Shift(spread(4, 4, 3), subtract=True), Tokens(), SelectToken(-2), nn.Linear(4, 4)),
+}  # fmt: skip
+
+
+# Signals and volumes: (network, shape of a sample).
+OTHERS = {
+    "signal": (lambda: headed(
+        nn.Conv1d(2, 4, 3, 2, 1), nn.BatchNorm1d(4), Residual(nn.Conv1d(4, 4, 3, padding=1)), nn.ConvTranspose1d(4, 2, 2, 2), nn.AvgPool1d(2),
+        shape=(2, 9)), (2, 9)),
+    "volume": (lambda: headed(
+        nn.Conv3d(2, 3, 2, padding=1), nn.BatchNorm3d(3), nn.AvgPool3d(2, 1), Sum(nn.Conv3d(3, 2, 1), nn.Conv3d(3, 2, 3, padding=1)),
+        nn.ConvTranspose3d(2, 2, 2, padding=1), shape=(2, 3, 4, 2)), (2, 3, 4, 2)),
 }  # fmt: skip
 
 
@@ -99,10 +111,11 @@ def exact_radii(model: nn.Module, x: Tensor, y: Tensor, norm: str) -> tuple[Tens
 
 
 @pytest.mark.parametrize("norm", DUAL)
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", [*LINEAR, *OTHERS])
 def test_linear_convnets_have_their_exact_radius(name, norm) -> None:
     """margin/‖difference of rows‖ to a millionth: a dropped bias, a wrong adjoint or a padding that is off would all show."""
-    model, x = drawn(LINEAR[name]()).double(), points().double()
+    build, shape = OTHERS.get(name, (LINEAR.get(name), SHAPE))
+    model, x = drawn(build()).double(), points(16, *shape).double()
     y = model(x).argmax(-1)
     exact, _ = exact_radii(model, x, y, norm)
     reference = reference_of(model, x, y, InputBall(norm), Context(torch.float64, constants_of(model)[1]))

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Normalize, Scale, Shift
+from robustlip.ops.convolution import CONVOLUTIONS, MEANS, TRANSPOSED
 from robustlip.ops.maps import LinearMap, map_of, mapped_layers, unmapped
+from robustlip.ops.normalization import BATCH_NORMS
 
 
 def drawn(layer: nn.Module, seed: int) -> nn.Module:
@@ -21,7 +23,7 @@ def drawn(layer: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_()
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(layer, BATCH_NORMS):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.1, 3)
     return layer.double().eval().requires_grad_(False)
@@ -99,6 +101,11 @@ def test_means_of_windows(seed, size, kernel, stride, padding) -> None:
         (nn.BatchNorm1d(5, affine=False), (5,)), (Normalize([0.3, 0.1], [0.5, 2.0]), (2, 3, 3)), (Normalize([0.3], [0.5]), (6,)),
         (Normalize([0.3, 0.1], [0.5]), (2, 3, 3)), (Scale([0.3, -2.0]), (2, 3, 3)), (Scale(0.7, divide=True), (6,)), (Shift([1.0, 2.0]), (2, 3, 3)),
         (Shift(0.5, subtract=True), (6,)), (nn.ZeroPad2d((1, 0, 2, 3)), (2, 3, 4)), (nn.Conv2d(4, 4, 3, padding=2, groups=4), (4, 3, 3)),
+        (nn.Conv1d(4, 6, 3, 2, 2, 2, 2), (4, 6)), (nn.Conv3d(2, 4, (3, 1, 2), (1, 2, 1), 1, groups=2), (2, 3, 3, 2)), (nn.AvgPool1d(3, 2, 1), (2, 7)),
+        (nn.AvgPool3d(2, 1), (2, 3, 2, 3)), (nn.AdaptiveAvgPool1d(1), (2, 5)), (nn.AdaptiveAvgPool3d(1), (2, 2, 3, 2)),
+        (nn.ConvTranspose1d(4, 6, 5, 2, 1, 1, 2), (4, 5)), (nn.ConvTranspose2d(2, 3, (3, 2), (2, 3), 1, (1, 0)), (2, 3, 4)),
+        (nn.ConvTranspose2d(2, 2, 3, 1, 1, 1, dilation=2), (2, 3, 2)), (nn.ConvTranspose3d(2, 3, 2, 2), (2, 2, 1, 2)),
+        (nn.BatchNorm1d(3), (3, 4)), (nn.BatchNorm3d(2), (2, 2, 1, 3)), (Scale(torch.randn(3, 1)), (2, 3, 4)), (Shift(torch.randn(3, 4)), (2, 3, 4)),
     ],
 )  # fmt: skip
 def test_maps_of_other_layers(layer, shape) -> None:
@@ -109,7 +116,7 @@ MORE = (Scale, Shift, nn.ZeroPad2d)
 
 
 def test_every_map_is_checked() -> None:
-    assert set(mapped_layers()) == {nn.Linear, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, Normalize, nn.BatchNorm1d, nn.BatchNorm2d, *MORE}
+    assert set(mapped_layers()) == {nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *MEANS, Normalize, *BATCH_NORMS, *MORE}
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def positions() -> AddPositions:
 
 
 # Shape of one sample where it is not (T, D): images, and vectors for BatchNorm1d.
-SHAPES = {"image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6)}
+SHAPES = {"image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6), "signal": (4, 9), "volume": (2, 4, 3, 5)}
 
 
 def shape_of(name: str) -> tuple[int, ...]:
@@ -224,6 +224,24 @@ CASES = {
     "image-shift": (lambda: Shift([1.0, -2.0, 0.5, 3.0], subtract=True), 3.0),
     "image-standardised": (lambda: nn.Sequential(Shift([0.1, 0.2, 0.3, 0.4], subtract=True), Scale([0.5, 1.0, 2.0, 3.0], divide=True)), 2.0),
     "image-channels": (lambda: Channels(2, 4), 3.0),
+    "signal-conv": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2), 3.0),
+    "signal-conv-circular": (lambda: nn.Conv1d(4, 2, 4, padding="same", groups=2, padding_mode="circular"), 3.0),
+    "signal-conv-transposed": (lambda: nn.ConvTranspose1d(4, 6, 5, stride=2, padding=1, output_padding=1, groups=2), 3.0),
+    "signal-batchnorm": (lambda: batchnorm(nn.BatchNorm1d(4)), 3.0),
+    "signal-avgpool": (lambda: nn.AvgPool1d(3, 2, 1), 3.0),
+    "signal-globalpool": (lambda: nn.AdaptiveAvgPool1d(1), 3.0),
+    "signal-maxpool": (lambda: nn.MaxPool1d(3, 1, 1), 3.0),
+    "signal-residual-conv": (lambda: Residual(nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU()), skip=0.5, weight=-0.7), 3.0),
+    "image-conv-transposed": (lambda: nn.ConvTranspose2d(4, 3, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 0)), 3.0),
+    "image-conv-transposed-dilated": (lambda: nn.ConvTranspose2d(4, 4, 3, dilation=2, padding=1, output_padding=1, groups=2, bias=False), 3.0),
+    "volume-conv": (lambda: nn.Conv3d(2, 4, (3, 2, 3), stride=(1, 2, 1), padding=1), 3.0),
+    "volume-conv-replicate": (lambda: nn.Conv3d(2, 2, 2, padding=1, groups=2, padding_mode="replicate"), 3.0),
+    "volume-conv-transposed": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2), 3.0),
+    "volume-batchnorm": (lambda: batchnorm(nn.BatchNorm3d(2)), 3.0),
+    "volume-avgpool": (lambda: nn.AvgPool3d((2, 3, 2), 1), 3.0),
+    "volume-globalpool": (lambda: nn.AdaptiveAvgPool3d(1), 3.0),
+    "volume-maxpool": (lambda: nn.MaxPool3d(2, 1, padding=1), 3.0),
+    "volume-sum": (lambda: Sum(nn.Conv3d(2, 3, 1), nn.Sequential(nn.ReLU(), nn.Conv3d(2, 3, 1))), 3.0),
     "shift-table": (lambda: Shift(torch.randn(1, T, D)), 3.0),
     "image-shift-table": (lambda: Shift(torch.randn(6, 1)), 3.0),
     "scale-table": (lambda: Scale(torch.randn(T, 1), divide=True), 3.0),
@@ -241,8 +259,9 @@ CASES = {
 def state(norm: float, change: float, shape: tuple[int, ...] = (T, D), space: str = "l2") -> State:
     """Bounds on samples of that shape: tokens (T, D) one by one, images and vectors as one vector."""
     one = torch.ones(1, dtype=torch.float64)
-    tokens, width = shape if len(shape) == 2 else (1, math.prod(shape))
-    return State(one * norm, one * change, one * 0, space, tokens, width, shape if len(shape) == 3 else None)
+    whole = len(shape) > 2 or shape == SHAPES["signal"]
+    tokens, width = shape if len(shape) == 2 and not whole else (1, math.prod(shape))
+    return State(one * norm, one * change, one * 0, space, tokens, width, shape if whole else None)
 
 
 def sizes(x: torch.Tensor, together: bool = False) -> torch.Tensor:
@@ -262,11 +281,12 @@ def lipschitz(layer: nn.Module, domain: float, tokens: int, width: int) -> float
 
 
 def into_ball(x: torch.Tensor, radius: float) -> torch.Tensor:
-    return x * (radius / sizes(x)).clamp_max(1.0).view(len(x), *([1] * (x.dim() - 1) if x.dim() != 3 else [-1, 1]))
+    signal = tuple(x.shape[1:]) == SHAPES["signal"]
+    return x * (radius / sizes(x, signal)).clamp_max(1.0).view(len(x), *([-1, 1] if x.dim() == 3 and not signal else [1] * (x.dim() - 1)))
 
 
 def matrices(layer: nn.Module) -> dict[str, nn.Parameter]:
-    owners = [(n, m) for n, m in layer.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    owners = [(n, m) for n, m in layer.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     return {f"{n}.weight" if n else "weight": m.weight for n, m in owners}
 
 
@@ -324,7 +344,10 @@ def test_change_is_never_exceeded(name) -> None:
         assert found > bound / 60  # a bound that nothing comes near would hide a broken attack
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if any(part in n for part in ("linear", "attention", "residual", "conv"))])
+WITH_MATRICES = [n for n in CASES if any(part in n for part in ("linear", "attention", "residual", "conv")) and "transposed" not in n]
+
+
+@pytest.mark.parametrize("name", WITH_MATRICES)
 def test_weight_perturbations_are_never_exceeded(name) -> None:
     build, domain = CASES[name]
     torch.manual_seed(3)
@@ -348,7 +371,10 @@ def test_norm_and_rounding_are_never_exceeded(name, dtype) -> None:
     behind = rule_for(layer).step(layer, state(domain, 0.0, shape), context(dtype))
     spread = torch.logspace(-4, 1, 500).view(500, *[1] * len(shape))
     x = into_ball(torch.randn(500, *shape) * spread, domain * (1 - 2**-7)).to(dtype)
-    executed, truth = layer(x).double(), exact(x.double())
+    try:
+        executed, truth = layer(x).double(), exact(x.double())
+    except NotImplementedError as error:  # means of volumes in half precision, on processors
+        pytest.skip(str(error).splitlines()[0])
     assert executed.shape[1:].numel() == behind.tokens * behind.width
     if behind.whole is not None:
         assert executed.shape[1:] == behind.whole
@@ -364,11 +390,12 @@ def test_bounds_grow_with_everything(name) -> None:
     torch.manual_seed(3)
     layer = build().double()
     shape = shape_of(name)
-    base = rule_for(layer).step(layer, state(domain, 0.1, shape), context(weight_radius=0.01))
+    small, large = (None, None) if "transposed" in name else (0.01, 0.02)
+    base = rule_for(layer).step(layer, state(domain, 0.1, shape), context(weight_radius=small))
     for more in (
-        rule_for(layer).step(layer, state(domain, 0.2, shape), context(weight_radius=0.01)),
-        rule_for(layer).step(layer, state(2 * domain, 0.1, shape), context(weight_radius=0.01)),
-        rule_for(layer).step(layer, state(domain, 0.1, shape), context(weight_radius=0.02)),
+        rule_for(layer).step(layer, state(domain, 0.2, shape), context(weight_radius=small)),
+        rule_for(layer).step(layer, state(2 * domain, 0.1, shape), context(weight_radius=small)),
+        rule_for(layer).step(layer, state(domain, 0.1, shape), context(weight_radius=large)),
     ):
         assert float(more.change) >= float(base.change) and float(more.norm) >= float(base.norm)
 
@@ -622,6 +649,12 @@ BY_HAND = {nn.Embedding: test_tables_of_tokens}
 def test_every_rule_has_a_case() -> None:
     covered = {type(build()) for build, _ in CASES.values()} | BY_HAND.keys()
     assert {kind.__name__ for kind in set(rules_base.known_layers()) - covered} == set()
+
+
+def test_weights_of_transposed_convolutions_may_not_change() -> None:
+    layer = nn.ConvTranspose2d(4, 3, 2)
+    with pytest.raises(UnsupportedLayer, match="ConvTranspose2d; use another threat"):
+        rule_for(layer).step(layer, state(3.0, 0.1, SHAPES["image"]), context(weight_radius=0.01))
 
 
 def test_what_has_no_rule_is_refused() -> None:

@@ -58,6 +58,7 @@ from robustlip.layers import (
 )
 from robustlip.ops import elementwise_layers, elementwise_of, maps
 from robustlip.ops import normalization as ops_normalization
+from robustlip.ops.convolution import CONVOLUTIONS, MAXIMA, MEANS, TRANSPOSED
 from robustlip.threats import InputBall
 from robustlip.training import ibp, losses, reparametrize
 
@@ -274,10 +275,11 @@ def small(layer: type[nn.Module]) -> nn.Module:
     """A layer of a class of the rule table, on 8 numbers."""
     options: dict[type, tuple] = {
         nn.Linear: (8, 8), nn.LayerNorm: (8,), nn.RMSNorm: (8, 1e-3), nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,), nn.Embedding: (8, 8),
-        nn.Conv2d: (8, 8, 1), nn.AvgPool2d: (1,), nn.MaxPool2d: (1,), nn.AdaptiveAvgPool2d: (1,), Householder: (8,), Attention: (8, 2),
+        Householder: (8,), Attention: (8, 2),
         AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
         Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,), nn.Threshold: (0.0, 0.0), nn.Hardshrink: (0.0,), Clamp: (0.0,),
-        PrependToken: (torch.ones(8),),
+        PrependToken: (torch.ones(8),), nn.BatchNorm3d: (8,), **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), (8, 8, 1)),
+        **dict.fromkeys((*MEANS, *MAXIMA), (1,)),
     }  # fmt: skip
     return layer(*options.get(layer, ()))
 

@@ -188,28 +188,42 @@ def one_to_two_bound(weight: Tensor) -> Tensor:
     return norm_up(a, 0).amax()
 
 
-def symbol_bound(kernel: Tensor, torus: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
+def symbol_work(kernel: Tensor, torus: tuple[int, ...]) -> int:
+    """About how many products `symbol_bound` takes."""
+    return math.prod(torus) // 2 * (2 * max(kernel.shape[:2])) ** 3 * 8
+
+
+def symbol_bound(kernel: Tensor, torus: tuple[int, ...], dilation: tuple[int, ...] = (1, 1)) -> Tensor:
     """σ ≥ the operator norm of the circular convolution (stride 1) with `kernel` (out, in, kh, kw) on a torus: float64 scalar.
+
+    Of signals and volumes too, kernels (out, in, k) and (out, in, kd, kh, kw); images are what is written here.
 
     The discrete Fourier transform is unitary and makes it block diagonal: one out×in matrix Σ_ab W[:, :, a, b]·exp(2πi(u·a·dh/H + v·b·dw/W))
     for each frequency (u, v) of the torus (H, W) (Sedghi, Gupta & Long 2019). Real kernels: −(u, v) has the conjugate matrix, so
     half of the v suffice. Each complex matrix is bounded by its real embedding [[Re, −Im], [Im, Re]], of the same norm.
     """
-    out, into, kh, kw = kernel.shape
+    out, into, *sizes = kernel.shape
     flat, exponent = _scaled(kernel.flatten(1))
-    taps = kh * kw
+    taps, count = math.prod(sizes), len(sizes)
     device = kernel.device
-    h, w = torus
 
     def turns(count: int, size: int, step: int, frequencies: int) -> Tensor:
         """(frequency·tap·step mod size)/size: the angle as a fraction of a turn, reduced exactly (frequencies, taps)."""
         frequency = torch.arange(frequencies, device=device)[:, None]
         return (frequency * torch.arange(count, device=device) * step % size).double() / size
 
-    turn = turns(kh, h, dilation[0], h)[:, None, :, None] + turns(kw, w, dilation[1], w // 2 + 1)[None, :, None, :]
+    turn: Tensor | None = None
+    for i in range(count):
+        last = i == count - 1
+        one = turns(sizes[i], torus[i], dilation[i], torus[i] // 2 + 1 if last else torus[i])
+        shape = [1] * (2 * count)
+        shape[i], shape[count + i] = one.shape
+        turn = one.view(shape) if turn is None else turn + one.view(shape)
+    assert turn is not None
     phases = (2 * math.pi * turn).reshape(-1, taps)
     # turn < 2 is off by 4u (two divisions, one sum), so the angle by 25u, and by another 25u for π and the product; cos and sin add an ulp or two.
-    phase_error = 64 * U64
+    # Of volumes turn < 3 is off by 8u (three divisions, two sums): 51u and 38u.
+    phase_error = (64 if count < 3 else 128) * U64
     rows = flat.reshape(out * into, taps)
     biggest = 2 * max(out, into)
     chunk = max(1, 2**24 // biggest**2)

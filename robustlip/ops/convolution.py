@@ -1,8 +1,8 @@
-"""Convolutions and pools of images: windows, guaranteed constants, what execution loses. docs/theory.md, sections 1, 2 and 3.
+"""Convolutions and pools of signals, images and volumes: windows, guaranteed constants, what execution loses. docs/theory.md, sections 1, 2 and 3.
 
 All are the same three maps in a row. Padding copies numbers: with a number copied at most m times, ‖pad(x)‖₂ ≤ √m‖x‖₂. Windows copy numbers:
 with a number read by at most c windows and taps (padding included), ‖patches(x)‖_F ≤ √c‖x‖₂. Then a matrix, a mean or a maximum acts on each
-window. c is a product over the two dimensions, so it is counted along each.
+window. c is a product over the dimensions, so it is counted along each.
 
 A convolution W without stride, on images already padded to (P, Q), is a part of the rows of the circular one on the torus (P, Q), since no window
 wraps; a stride deletes rows. So its operator norm is at most that of the circular convolution, max over frequencies of a norm of an out×in matrix
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,37 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up
-from robustlip.numerics.spectral import spectral_norm_bound, symbol_bound
+from robustlip.numerics.spectral import spectral_norm_bound, symbol_bound, symbol_work
 from robustlip.ops.affine import offset_error
 
 Pair = tuple[int, int]
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MEANS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+GLOBAL_MEANS = MEANS[3:]
+MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Mean = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d | nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
+Maximum = nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d
+# What samples are called that have so many dimensions behind their channels.
+SAMPLES = {1: "signals (N, C, L)", 2: "images (N, C, H, W)", 3: "volumes (N, C, D, H, W)"}
+
+
+def for_signals(layer: nn.Module) -> bool:
+    """Whether a layer, or one inside of it, is for signals (N, C, L), whose samples have the shape of tokens."""
+    return any(type(m) in (CONVOLUTIONS[0], TRANSPOSED[0], *MEANS[::3], MAXIMA[0]) for m in layer.modules())
+
+
+def dimensions(layer: nn.Module) -> int:
+    """How many dimensions behind the channels a layer of torch is for: 2 of Conv2d."""
+    return int(type(layer).__name__[-2])
+
+
+def along(value: Any, count: int) -> tuple[int, ...]:
+    """An option of a layer as one number for each of `count` dimensions."""
+    return (value,) * count if isinstance(value, int) else tuple(value) * count if len(value) == 1 else tuple(value)
 
 
 def pair(value: int | tuple[int, ...]) -> Pair:
@@ -67,16 +94,20 @@ class Windows:
 
 
 def image_shape(layer: nn.Module, whole: tuple[int, ...] | None) -> Shape:
-    """(C, H, W) of the images in front of the layer. Raises BadInput where samples are none, or nothing is known of their shape (None)."""
-    if whole is None or len(whole) != 3:
-        name = type(layer).__name__
-        raise BadInput(f"expected images (N, C, H, W) in front of {name}, got vectors or tokens; put it in front of Flatten and Patchify")
-    return whole[0], whole[1], whole[2]
+    """(C, H, W) of the images in front of the layer, (C, L) of signals, (C, D, H, W) of volumes, whichever it is for.
+
+    Raises BadInput where samples are none, or nothing is known of their shape (None).
+    """
+    count = dimensions(layer)
+    if whole is None or len(whole) != count + 1:
+        name, got = type(layer).__name__, "vectors or tokens" if whole is None or len(whole) < 3 else f"samples of shape {whole}"
+        raise BadInput(f"expected {SAMPLES[count]} in front of {name}, got {got}; put it in front of Flatten and Patchify")
+    return whole
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """Guaranteed constants of one Conv2d on images of one size."""
+    """Guaranteed constants of one convolution on samples of one size."""
 
     gain: float  # ℓ2 → ℓ2, of the weights as they are
     from_linf: float
@@ -90,28 +121,24 @@ class Convolution:
     out: Shape
 
     @classmethod
-    def of(cls, layer: nn.Conv2d, shape: Shape) -> Convolution:
+    def of(cls, layer: Conv, shape: Shape) -> Convolution:
         weight = layer.weight.detach()
-        groups, (kh, kw) = layer.groups, weight.shape[2:]
-        dilation, stride = pair(layer.dilation), pair(layer.stride)
-        (top, bottom), (left, right) = (sides(layer, i, weight.shape[2 + i]) for i in (0, 1))
-        mode = layer.padding_mode
-        rows = Windows.along(shape[1], kh, stride[0], dilation[0], top, bottom, mode)
-        columns = Windows.along(shape[2], kw, stride[1], dilation[1], left, right, mode)
-        reach = math.sqrt(rows.reads * columns.reads) * (1 + 1e-15)
-        copies = rows.copies * columns.copies
+        groups, kernel, mode = layer.groups, weight.shape[2:], layer.padding_mode
+        windows = windows_of(layer, shape)
+        dilation, padded = along(layer.dilation, len(kernel)), tuple(w.padded for w in windows)
+        reach = math.sqrt(math.prod(w.reads for w in windows)) * (1 + 1e-15)
+        copies = math.prod(w.copies for w in windows)
         grouped = weight.unflatten(0, (groups, -1))  # (G, out/G, in/G, kh, kw): groups act on channels of their own
         matrices = spectral_norm_bound(grouped.flatten(2))
-        symbols = [float(symbol_bound(w, (rows.padded, columns.padded), dilation)) * math.sqrt(copies) for w in grouped]
-        circular = max(symbols) * (1 + 1e-15)
-        if mode == "circular" and all(
-            padded - d * (k - 1) <= size
-            for padded, d, k, size in zip((rows.padded, columns.padded), dilation, (kh, kw), shape[1:], strict=True)
-        ):
-            # No more outputs than pixels: they are rows of the circular convolution of the image itself, each at most once.
-            circular = max(float(symbol_bound(w, (shape[1], shape[2]), dilation)) for w in grouped)
-        gain = min(circular, float(matrices.amax()) * reach)
-        positions = rows.positions * columns.positions
+        gain = float(matrices.amax()) * reach
+        if len(kernel) < 3 or symbol_work(grouped[0], padded) * groups <= LARGEST_SYMBOL:
+            symbols = [float(symbol_bound(w, padded, dilation)) * math.sqrt(copies) for w in grouped]
+            circular = max(symbols) * (1 + 1e-15)
+            if mode == "circular" and all(p - d * (k - 1) <= size for p, d, k, size in zip(padded, dilation, kernel, shape[1:], strict=True)):
+                # No more outputs than pixels: they are rows of the circular convolution of the image itself, each at most once.
+                circular = max(float(symbol_bound(w, shape[1:], dilation)) for w in grouped)
+            gain = min(circular, gain)
+        positions = math.prod(w.positions for w in windows)
         sums = norm_up(weight.double().abs().flatten(1).sum(-1), 0)  # |W| on pixels of size 1, padded by 0 or copies
         by_rows = float(sums) * math.sqrt(positions) * (1 + 1e-12)
         # A unit input at one pixel, copied at most `copies` times; each copy meets every tap at most once.
@@ -127,7 +154,34 @@ class Convolution:
             bias=bias,
             terms=weight[0].numel(),
             rank=math.sqrt(min(weight.shape[0] // groups, weight[0].numel())),
-            out=(weight.shape[0], rows.positions, columns.positions),
+            out=(weight.shape[0], *(w.positions for w in windows)),
+        )
+
+    @classmethod
+    def transposed(cls, layer: Transposed, shape: Shape) -> Convolution:
+        """A transposed convolution: the adjoint A of a convolution B, whose norm and whose |B|'s are its own. B reads what A puts out."""
+        weight, groups, count = layer.weight.detach(), layer.groups, dimensions(layer)
+        out = transposed_out(layer, shape)
+        kernel, stride, dilation, padding = (
+            along(value, count) for value in (layer.kernel_size, layer.stride, layer.dilation, layer.padding)
+        )
+        make: Any = CONVOLUTIONS[count - 1]
+        back = make(out[0], weight.shape[0], kernel, stride, padding, dilation, groups, bias=False, device="meta")
+        back.weight = nn.Parameter(weight, requires_grad=False)
+        inner = cls.of(back, out)
+        sums = norm_up(weight.double().abs().unflatten(0, (groups, -1)).sum((1, *range(3, 3 + count))).flatten(), 0)  # |A| on numbers of size 1
+        positions = math.prod(out[1:])
+        return cls(
+            gain=inner.gain,
+            from_linf=min(float(sums) * math.sqrt(positions) * (1 + 1e-12), inner.gain * math.sqrt(math.prod(shape)) * (1 + 1e-15)),
+            from_l1=min(float(norm_up(weight.flatten(1)).amax()), inner.gain),  # one number in front meets every tap at most once
+            matrix=math.nan,
+            reach=inner.reach,
+            frobenius=inner.frobenius,
+            bias=None if layer.bias is None else float(norm_up(layer.bias.detach(), 0)) * math.sqrt(positions) * (1 + 1e-15),
+            terms=weight.shape[0] // groups * math.prod(kernel),
+            rank=0.0,
+            out=out,
         )
 
     @property
@@ -161,45 +215,71 @@ class Convolution:
         return fresh
 
 
-def sides(layer: nn.Conv2d, i: int, kernel: int) -> Pair:
+def transposed_out(layer: Transposed, shape: Shape) -> Shape:
+    """The shape behind a transposed convolution."""
+    count = dimensions(layer)
+    if shape[0] != layer.weight.shape[0]:
+        raise BadInput(f"expected {layer.weight.shape[0]} channels in front of {type(layer).__name__}, got {shape[0]}; match them")
+    options = (along(value, count) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding))
+    sizes = [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in zip(shape[1:], *options, strict=True)]
+    if min(sizes) < 1:
+        raise BadInput(f"expected larger samples in front of {type(layer).__name__}, got {shape}, of which nothing is left; pad less")
+    return (layer.out_channels, *sizes)
+
+
+# Products that bounds of a volume's convolution over all frequencies may take.
+LARGEST_SYMBOL = 2**40
+
+
+def windows_of(layer: Conv, shape: Shape) -> list[Windows]:
+    """How the windows of a convolution slide along each dimension behind the channels."""
+    count = dimensions(layer)
+    kernel, stride, dilation = layer.weight.shape[2:], along(layer.stride, count), along(layer.dilation, count)
+    return [Windows.along(shape[1 + i], kernel[i], stride[i], dilation[i], *sides(layer, i, kernel[i]), layer.padding_mode) for i in range(count)]
+
+
+def sides(layer: Conv, i: int, kernel: int) -> Pair:
     """(before, after): how much dimension i of the images is padded; torch puts the odd one of 'same' behind."""
+    count = dimensions(layer)
     if layer.padding == "same":
-        total = pair(layer.dilation)[i] * (kernel - 1)
+        total = along(layer.dilation, count)[i] * (kernel - 1)
         return total // 2, total - total // 2
-    before = 0 if isinstance(layer.padding, str) else pair(layer.padding)[i]  # 'valid'
+    before = 0 if isinstance(layer.padding, str) else along(layer.padding, count)[i]  # 'valid'
     return before, before
 
 
-def check_algorithm(layer: nn.Conv2d) -> None:
+def check_algorithm(layer: nn.Module) -> None:
     """Raises UnsupportedLayer where torch may choose Winograd or FFT, whose rounding no rule here bounds."""
-    if layer.weight.device.type == "cuda" and torch.backends.cudnn.enabled:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.device.type == "cuda" and torch.backends.cudnn.enabled:
         raise UnsupportedLayer(
             "expected convolutions that sum products, got cuDNN, which may choose Winograd or FFT or TF32, whose rounding has no proved bound; "
             "run it inside robustlip.execution.covered('cuda'), as certify does"
         )
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     nnpack = torch.backends.nnpack.is_available() and torch._C._get_nnpack_enabled()
-    if layer.weight.device.type == "cpu" and not onednn and nnpack:
+    if weight.device.type == "cpu" and not onednn and nnpack:
         raise UnsupportedLayer(
             "expected convolutions that sum products, got NNPACK without oneDNN, which may choose Winograd; "
             "run it inside robustlip.execution.covered('cpu'), as certify does"
         )
 
 
-def pooled(layer: nn.AvgPool2d | nn.MaxPool2d, shape: Shape) -> tuple[int, int, Shape]:
+def pooled(layer: Mean | Maximum, shape: Shape) -> tuple[int, int, Shape]:
     """(c: how many windows read one number at most, numbers in a window, shape behind).
 
     Raises UnsupportedLayer where windows may see only padding.
     """
     if layer.ceil_mode:
         raise UnsupportedLayer(f"expected {type(layer).__name__} with ceil_mode=False, got True; pad the images instead")
-    kernel, stride, padding = pair(layer.kernel_size), pair(layer.stride), pair(layer.padding)
-    dilation = pair(getattr(layer, "dilation", 1))
-    if dilation != (1, 1) and padding != (0, 0):
+    count = dimensions(layer)
+    kernel, stride, padding, dilation = (along(getattr(layer, name, 1), count) for name in ("kernel_size", "stride", "padding", "dilation"))
+    if any(d != 1 for d in dilation) and any(padding):
         name = type(layer).__name__
         raise UnsupportedLayer(f"expected {name} with dilation or padding, not both, got both: a window may see only padding; drop one")
-    rows, columns = (Windows.along(shape[1 + i], kernel[i], stride[i], dilation[i], padding[i], padding[i]) for i in (0, 1))
-    return rows.reads * columns.reads, kernel[0] * kernel[1], (shape[0], rows.positions, columns.positions)
+    windows = [Windows.along(shape[1 + i], kernel[i], stride[i], dilation[i], padding[i], padding[i]) for i in range(count)]
+    return math.prod(w.reads for w in windows), math.prod(kernel), (shape[0], *(w.positions for w in windows))
 
 
 @dataclass(frozen=True)
@@ -211,14 +291,16 @@ class Average:
     out: Shape
 
     @classmethod
-    def of(cls, layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d, shape: Shape) -> Average:
+    def of(cls, layer: Mean, shape: Shape) -> Average:
         """Raises UnsupportedLayer for options that other windows come of."""
-        if isinstance(layer, nn.AdaptiveAvgPool2d):
-            if layer.output_size not in (1, (1, 1), [1, 1]):
-                raise UnsupportedLayer(f"expected AdaptiveAvgPool2d(1), got output_size {layer.output_size}; use AvgPool2d for other sizes")
-            return cls(1, shape[1] * shape[2], (shape[0], 1, 1))
-        if layer.divisor_override is not None or (not layer.count_include_pad and pair(layer.padding) != (0, 0)):
-            raise UnsupportedLayer("expected AvgPool2d that divides by its kernel's size, got another divisor; leave the options at their defaults")
+        name = type(layer).__name__
+        if isinstance(layer, GLOBAL_MEANS):
+            if not is_global(layer):
+                raise UnsupportedLayer(f"expected {name}(1), got output_size {layer.output_size}; use the map of other sizes")
+            return cls(1, math.prod(shape[1:]), (shape[0], *[1] * len(shape[1:])))
+        other = getattr(layer, "divisor_override", None) is not None
+        if other or (not layer.count_include_pad and any(along(layer.padding, dimensions(layer)))):
+            raise UnsupportedLayer(f"expected {name} that divides by its kernel's size, got another divisor; leave the options at their defaults")
         return cls(*pooled(layer, shape))
 
     @property
@@ -237,6 +319,12 @@ class Average:
     def error(self, norm: Tensor, arithmetic: Rounds) -> Tensor:
         """‖fl(means) − means‖₂ for ‖x‖₂ ≤ norm: a sum and a division a window."""
         return arithmetic.gamma(self.size + 2) * self.gain * norm + 2 * math.sqrt(math.prod(self.out)) * arithmetic.tiny
+
+
+def is_global(layer: nn.Module) -> bool:
+    """Whether an adaptive mean is the mean of each channel."""
+    size = layer.output_size
+    return all(n == 1 for n in (size if isinstance(size, tuple | list) else (size,)))
 
 
 def maxima_error(out: Shape, arithmetic: Rounds) -> float:

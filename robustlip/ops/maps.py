@@ -14,14 +14,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Normalize, Scale, Shift
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops.constants import check_channels, zero_sides
-from robustlip.ops.convolution import Average, Pair, Windows, image_shape, padded_from, pair, sides
-from robustlip.ops.normalization import check_batch
+from robustlip.ops.convolution import (
+    CONVOLUTIONS,
+    GLOBAL_MEANS,
+    MEANS,
+    SAMPLES,
+    TRANSPOSED,
+    Average,
+    Conv,
+    Mean,
+    Pair,
+    Transposed,
+    along,
+    dimensions,
+    image_shape,
+    is_global,
+    padded_from,
+    sides,
+    transposed_out,
+    windows_of,
+)
+from robustlip.ops.normalization import BATCH_NORMS, BatchNorm, check_batch
 
 Sample = tuple[int, ...]
 
@@ -133,14 +152,14 @@ class ScaleMap(LinearMap):
 class ConvolutionMap(LinearMap):
     """Pads, then sums weight (out, in/groups, kh, kw) over windows. padding: (before, behind) of rows and of columns; mode: as in nn.Conv2d.
 
-    copies: how often padding copies one number at most.
+    copies: how often padding copies one number at most. Signals and volumes alike, with one number or three in the place of two.
     """
 
     weight: Tensor
-    stride: Pair
-    dilation: Pair
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
-    padding: tuple[Pair, Pair]
+    padding: tuple[Pair, ...]
     mode: str
     copies: int
 
@@ -149,11 +168,12 @@ class ConvolutionMap(LinearMap):
         return self.weight.device
 
     def _convolved(self, images: Tensor, weight: Tensor) -> Tensor:
-        (top, bottom), (left, right) = self.padding
-        if self.mode == "zeros" and top == bottom and left == right:
-            return F.conv2d(images, weight, None, self.stride, (top, left), self.dilation, self.groups)
-        padded = F.pad(images, (left, right, top, bottom), mode={"zeros": "constant"}.get(self.mode, self.mode))
-        return F.conv2d(padded, weight, None, self.stride, 0, self.dilation, self.groups)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.padding) - 1]
+        if self.mode == "zeros" and all(before == behind for before, behind in self.padding):
+            return convolve(images, weight, None, self.stride, tuple(before for before, _ in self.padding), self.dilation, self.groups)
+        around = [n for both in reversed(self.padding) for n in both]
+        padded = F.pad(images, around, mode={"zeros": "constant"}.get(self.mode, self.mode))
+        return convolve(padded, weight, None, self.stride, 0, self.dilation, self.groups)
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
         images = x.reshape(-1, *self.shape)
@@ -161,15 +181,16 @@ class ConvolutionMap(LinearMap):
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
         weight = self.weight.abs() if absolute else self.weight
-        size = [self.shape[1 + i] + sum(self.padding[i]) for i in (0, 1)]  # of the padded images
+        size = [self.shape[1 + i] + sum(both) for i, both in enumerate(self.padding)]  # of the padded images
         images = g.reshape(-1, *self.out)
-        spread = conv2d_input((len(images), self.shape[0], *size), weight, images, self.stride, 0, self.dilation, self.groups)
+        back = (conv1d_input, conv2d_input, conv3d_input)[len(size) - 1]
+        spread = back((len(images), self.shape[0], *size), weight, images, self.stride, 0, self.dilation, self.groups)
         return self._unpadded(spread).reshape(*g.shape[:-1], self.inputs)
 
     def _unpadded(self, padded: Tensor) -> Tensor:
         """The adjoint of padding: numbers of padding dropped, those of copies added where they come from."""
-        for i in (0, 1):
-            dim, size, (before, behind) = 2 + i, self.shape[1 + i], self.padding[i]
+        for i, (before, behind) in enumerate(self.padding):
+            dim, size = 2 + i, self.shape[1 + i]
             if self.mode == "zeros" or (before, behind) == (0, 0):
                 padded = padded.narrow(dim, before, size)
                 continue
@@ -182,7 +203,7 @@ class ConvolutionMap(LinearMap):
     def row_norms(self, norm: str) -> Tensor:
         if norm == "l1":
             each = self.weight.abs().flatten(1).amax(-1) * self.copies
-            return up(each[:, None, None].expand(self.out).reshape(-1))
+            return up(each.view(-1, *[1] * len(self.padding)).expand(self.out).reshape(-1))
         ones = torch.ones(1, *self.shape, dtype=torch.float64, device=self.weight.device)
         if norm == "linf":
             return up(self._convolved(ones, self.weight.abs()).reshape(-1) * (1 + self.loss))
@@ -194,23 +215,70 @@ class ConvolutionMap(LinearMap):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransposedMap(LinearMap):
+    """The adjoint of a convolution: weight (in, out/groups, kh, kw), options as in nn.ConvTranspose2d, with as many numbers as dimensions."""
+
+    weight: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    more: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def _spread(self, images: Tensor, weight: Tensor) -> Tensor:
+        spread = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.stride) - 1]
+        return spread(images, weight, None, self.stride, self.padding, self.more, self.groups, self.dilation)
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        images = x.reshape(-1, *self.shape)
+        return self._spread(images, self.weight.abs() if absolute else self.weight).reshape(*x.shape[:-1], self.outputs)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        weight = self.weight.abs() if absolute else self.weight
+        x = convolve(g.reshape(-1, *self.out), weight, None, self.stride, self.padding, self.dilation, self.groups)
+        for i, n in enumerate(self.shape[1:]):  # more than the stride behind the end would be windows of their own
+            x = x.narrow(2 + i, 0, n)
+        return x.reshape(*g.shape[:-1], self.inputs)
+
+    def row_norms(self, norm: str) -> Tensor:
+        grouped = self.weight.abs().unflatten(0, (self.groups, -1))  # a number behind meets each number in front in one tap at most
+        if norm == "l1":
+            return up(grouped.amax((1, *range(3, grouped.dim()))).view(-1, *[1] * len(self.stride)).expand(self.out).reshape(-1))
+        ones = torch.ones(1, *self.shape, dtype=torch.float64, device=self.weight.device)
+        if norm == "linf":
+            return up(self._spread(ones, self.weight.abs()).reshape(-1) * (1 + self.loss))
+        largest = self.weight.abs().amax()
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))  # squares of small weights do not vanish
+        squares = self._spread(ones, (self.weight / scale).square()).reshape(-1)
+        return up((squares * (1 + self.loss + 8 * U64)).sqrt() * scale + 2.0**-500 * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AverageMap(LinearMap):
     """Means of windows of each channel, padding counted as 0."""
 
-    kernel: Pair
-    stride: Pair
-    padding: Pair = (0, 0)
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
-        return F.avg_pool2d(x.reshape(-1, *self.shape), self.kernel, self.stride, self.padding).reshape(*x.shape[:-1], self.outputs)
+        mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
+        return mean(x.reshape(-1, *self.shape), self.kernel, self.stride, self.padding).reshape(*x.shape[:-1], self.outputs)
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
         weight = torch.full((1, 1, *self.kernel), 1 / math.prod(self.kernel), dtype=torch.float64, device=g.device)
         images = g.reshape(-1, 1, *self.out[1:])
-        size = [self.shape[1 + i] + 2 * self.padding[i] for i in (0, 1)]
-        spread = conv2d_input((len(images), 1, *size), weight, images, self.stride)
-        top, left = self.padding
-        return spread[..., top : top + self.shape[1], left : left + self.shape[2]].reshape(*g.shape[:-1], self.inputs)
+        size = [n + 2 * around for n, around in zip(self.shape[1:], self.padding, strict=True)]
+        back = (conv1d_input, conv2d_input, conv3d_input)[len(size) - 1]
+        spread = back((len(images), 1, *size), weight, images, self.stride)
+        for i, around in enumerate(self.padding):
+            spread = spread.narrow(2 + i, around, self.shape[1 + i])
+        return spread.reshape(*g.shape[:-1], self.inputs)
 
     def row_norms(self, norm: str) -> Tensor:
         size = math.prod(self.kernel)
@@ -391,56 +459,73 @@ def _matrix(layer: nn.Linear, shape: Sample) -> LinearMap:
     return MatrixMap(shape, (weight.shape[0],), weight.shape[1], weight.shape[0], bias=bias, weight=weight)
 
 
-def _images(layer: nn.Module, shape: Sample) -> tuple[int, int, int]:
-    if len(shape) != 3:
-        raise UnsupportedLayer(f"expected images (C, H, W) in front of {type(layer).__name__}, got samples of shape {shape}; flatten behind it")
+def _images(layer: nn.Module, shape: Sample) -> Sample:
+    if len(shape) != dimensions(layer) + 1:
+        kind = SAMPLES[dimensions(layer)].replace("(N, ", "(")
+        raise UnsupportedLayer(f"expected {kind} in front of {type(layer).__name__}, got samples of shape {shape}; flatten behind it")
     return image_shape(layer, shape)
 
 
-@register_map(nn.Conv2d)
-def _convolution(layer: nn.Conv2d, shape: Sample) -> LinearMap:
+@register_map(*CONVOLUTIONS)
+def _convolution(layer: Conv, shape: Sample) -> LinearMap:
     image, weight = _images(layer, shape), layer.weight.detach().double()
     if weight.shape[1] * layer.groups != image[0]:
-        raise UnsupportedLayer(f"expected {weight.shape[1] * layer.groups} channels in front of Conv2d, got {image[0]}; match them")
-    stride, dilation, mode = pair(layer.stride), pair(layer.dilation), layer.padding_mode
-    padding = sides(layer, 0, weight.shape[2]), sides(layer, 1, weight.shape[3])
-    windows = [Windows.along(image[1 + i], weight.shape[2 + i], stride[i], dilation[i], *padding[i], mode) for i in (0, 1)]
-    out = (weight.shape[0], windows[0].positions, windows[1].positions)
-    reads, copies = windows[0].reads * windows[1].reads, windows[0].copies * windows[1].copies
-    bias = None if layer.bias is None else layer.bias.detach().double()[:, None, None].expand(out).reshape(-1)
+        raise UnsupportedLayer(f"expected {weight.shape[1] * layer.groups} channels in front of {type(layer).__name__}, got {image[0]}; match them")
+    count, windows = dimensions(layer), windows_of(layer, image)
+    out = (weight.shape[0], *(w.positions for w in windows))
+    reads, copies = math.prod(w.reads for w in windows), math.prod(w.copies for w in windows)
     return ConvolutionMap(
-        shape, out, weight[0].numel(), weight.shape[0] // layer.groups * reads, bias=bias, weight=weight, stride=stride, dilation=dilation,
-        groups=layer.groups, padding=padding, mode=mode, copies=copies,
+        shape, out, weight[0].numel(), weight.shape[0] // layer.groups * reads, bias=_spread(layer.bias, out), weight=weight,
+        stride=along(layer.stride, count), dilation=along(layer.dilation, count), groups=layer.groups,
+        padding=tuple(sides(layer, i, n) for i, n in enumerate(weight.shape[2:])), mode=layer.padding_mode, copies=copies,
     )  # fmt: skip
 
 
-def _other_mean(layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d) -> str:
+def _spread(bias: Tensor | None, out: Sample) -> Tensor | None:
+    """One number a channel, by number (n,)."""
+    return None if bias is None else bias.detach().double().view(-1, *[1] * (len(out) - 1)).expand(out).reshape(-1)
+
+
+@register_map(*TRANSPOSED)
+def _transposed(layer: Transposed, shape: Sample) -> LinearMap:
+    image, weight, count = _images(layer, shape), layer.weight.detach().double(), dimensions(layer)
+    out, taps = transposed_out(layer, image), math.prod(weight.shape[2:])
+    stride, padding, more, dilation = (along(value, count) for value in (layer.stride, layer.padding, layer.output_padding, layer.dilation))
+    return TransposedMap(
+        shape, out, weight.shape[0] // layer.groups * taps, weight.shape[1] * taps, bias=_spread(layer.bias, out), weight=weight, stride=stride,
+        padding=padding, more=more, dilation=dilation, groups=layer.groups,
+    )  # fmt: skip
+
+
+def _other_mean(layer: Mean) -> str:
+    if isinstance(layer, GLOBAL_MEANS):
+        return "" if is_global(layer) else str(layer)
     try:
-        Average.of(layer, (1, 2**20, 2**20) if isinstance(layer, nn.AdaptiveAvgPool2d) else (1, *pair(layer.kernel_size)))
+        Average.of(layer, (1, *along(layer.kernel_size, dimensions(layer))))
     except UnsupportedLayer:
-        if isinstance(layer, nn.AdaptiveAvgPool2d):
-            return str(layer)
-        return f"AvgPool2d(ceil_mode={layer.ceil_mode}, count_include_pad={layer.count_include_pad}, divisor_override={layer.divisor_override})"
+        name, other = type(layer).__name__, getattr(layer, "divisor_override", None)
+        return f"{name}(ceil_mode={layer.ceil_mode}, count_include_pad={layer.count_include_pad}, divisor_override={other})"
     return ""
 
 
-@register_map(nn.AvgPool2d, nn.AdaptiveAvgPool2d, refuses=_other_mean)
-def _average(layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d, shape: Sample) -> LinearMap:
-    image = _images(layer, shape)
+@register_map(*MEANS, refuses=_other_mean)
+def _average(layer: Mean, shape: Sample) -> LinearMap:
+    image, count = _images(layer, shape), dimensions(layer)
     average = Average.of(layer, image)
     terms, adjoint_terms = average.size + 2, average.reads + 2
-    if isinstance(layer, nn.AdaptiveAvgPool2d):
-        return AverageMap(shape, average.out, terms, adjoint_terms, kernel=(image[1], image[2]), stride=(image[1], image[2]))
-    return AverageMap(
-        shape, average.out, terms, adjoint_terms, kernel=pair(layer.kernel_size), stride=pair(layer.stride), padding=pair(layer.padding)
-    )
+    if isinstance(layer, GLOBAL_MEANS):
+        return AverageMap(shape, average.out, terms, adjoint_terms, kernel=image[1:], stride=image[1:], padding=(0,) * count)
+    kernel, stride, padding = (along(value, count) for value in (layer.kernel_size, layer.stride, layer.padding))
+    return AverageMap(shape, average.out, terms, adjoint_terms, kernel=kernel, stride=stride, padding=padding)
 
 
-def _scale(layer: nn.Module, shape: Sample, gain: Tensor, shift: Tensor, relative: float, error: Tensor) -> LinearMap:
-    """gain·x + shift by channel. relative, error: of the gain as a fraction, of the shift."""
-    if any(t.numel() not in (1, shape[0]) for t in (gain, shift)) or len(shape) == 2:
+def _scale(
+    layer: nn.Module, shape: Sample, gain: Tensor, shift: Tensor, relative: float, error: Tensor, channels_first: bool = False
+) -> LinearMap:
+    """gain·x + shift by channel. relative, error: of the gain as a fraction, of the shift. channels_first: of samples of any rank."""
+    if any(t.numel() not in (1, shape[0]) for t in (gain, shift)) or (len(shape) not in (1, 3) and not channels_first):
         raise UnsupportedLayer(f"expected a {type(layer).__name__} by channel of images or vectors, got samples of shape {shape}; flatten first")
-    view = (-1, 1, 1) if len(shape) == 3 else (-1,)
+    view = (-1, *[1] * (len(shape) - 1)) if channels_first or len(shape) == 3 else (-1,)
     by_number = [t.view(view).expand(shape).reshape(-1) for t in (gain, shift, error)]
     return ScaleMap(shape, shape, 2, 2, relative, by_number[1], by_number[2], weight=by_number[0])
 
@@ -482,12 +567,12 @@ def _normalize(layer: Normalize, shape: Sample) -> LinearMap:
     return _scale(layer, shape, gain, shift, 4 * U64, 4 * U64 * shift.abs())
 
 
-@register_map(nn.BatchNorm1d, nn.BatchNorm2d)
-def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, shape: Sample) -> LinearMap:
+@register_map(*BATCH_NORMS)
+def _batch_norm(layer: BatchNorm, shape: Sample) -> LinearMap:
     check_batch(layer)
     assert layer.running_mean is not None and layer.running_var is not None
     gain = (layer.running_var.double() + layer.eps).rsqrt()
     gain = gain if layer.weight is None else gain * layer.weight.detach().double()
     moved = layer.running_mean.double() * gain
     beta = torch.zeros_like(moved) if layer.bias is None else layer.bias.detach().double()
-    return _scale(layer, shape, gain, beta - moved, 16 * U64, 16 * U64 * (beta.abs() + moved.abs()))
+    return _scale(layer, shape, gain, beta - moved, 16 * U64, 16 * U64 * (beta.abs() + moved.abs()), channels_first=True)

@@ -19,6 +19,7 @@ from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers.formulas import WrittenNorm
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import TINY, U64, gamma, norm_up, up
+from robustlip.ops.convolution import image_shape
 from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.ops.formulas import norm_facts
 
@@ -154,7 +155,8 @@ def _written_error(layer: WrittenNorm, norm: Tensor, behind: Tensor | float, inv
     return (moved + (relative + 4 * arithmetic.unit * (1 + relative)) * behind + lost).nan_to_num(math.inf, math.inf)
 
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def check_batch(layer: BatchNorm) -> None:
@@ -168,12 +170,11 @@ def check_batch(layer: BatchNorm) -> None:
 
 def batch_positions(layer: BatchNorm, whole: tuple[int, ...] | None, tokens: int, width: int) -> int:
     """How many numbers a channel has: those of an image, or 1 of a vector. Raises BadInput for other samples than the layer is for."""
-    images = isinstance(layer, nn.BatchNorm2d)
-    if images and (whole is None or len(whole) != 3):
-        raise BadInput("expected images (N, C, H, W) in front of BatchNorm2d, got vectors or tokens; put it in front of Flatten and Patchify")
-    if not images and (whole is not None or tokens != 1):
+    if not isinstance(layer, nn.BatchNorm1d):
+        whole = image_shape(layer, whole)
+    elif (whole is None and tokens != 1) or (whole is not None and len(whole) != 2):
         raise BadInput("expected vectors (N, n) in front of BatchNorm1d, got tokens or images; put Flatten in front, or use LayerNorm for tokens")
-    channels, positions = (whole[0], whole[1] * whole[2]) if images and whole else (width, 1)
+    channels, positions = (width, 1) if whole is None else (whole[0], math.prod(whole[1:]))
     if layer.num_features != channels:
         raise BadInput(f"expected {channels} channels in BatchNorm, got {layer.num_features}; match them")
     return positions

@@ -1,7 +1,7 @@
-"""Images: convolutions and means of windows as maps with adjoints, batch norm in eval mode, maxima of windows. docs/theory.md, sections 7 and 8.
+"""Signals, images and volumes: convolutions and means of windows as maps with adjoints, batch norm, maxima of windows. docs/theory.md, sections 7, 8.
 
-A sample is one vector of all its numbers (N, 1, n) with its shape (C, H, W) in the scope. Convolutions, means and batch norm are affine: adjoints are
-exact, and the constants and executed errors are those of the norms domain. A maximum is convex and is expanded at the number that is largest.
+A sample is one vector of all its numbers (N, 1, n) with its shape, (C, H, W) of images, in the scope. Convolutions, means and batch norm are affine:
+adjoints are exact, and constants and executed errors are those of the norms domain. A maximum is convex and is expanded at its largest number.
 """
 
 from __future__ import annotations
@@ -18,12 +18,28 @@ from torch import Tensor, nn
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.domains.expansion.crossing import Kinks
 from robustlip.domains.expansion.linear import AffineStep
-from robustlip.domains.norms.convolution import convolution_of
+from robustlip.domains.norms.convolution import check_weights, convolution_of
 from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import U64, norm_up, up
-from robustlip.ops.convolution import Average, Convolution, image_shape, maxima_error, pair, pooled
+from robustlip.ops.convolution import (
+    CONVOLUTIONS,
+    MAXIMA,
+    MEANS,
+    TRANSPOSED,
+    Average,
+    Conv,
+    Convolution,
+    Maximum,
+    Mean,
+    Transposed,
+    along,
+    dimensions,
+    image_shape,
+    maxima_error,
+    pooled,
+)
 from robustlip.ops.maps import ConvolutionMap, LinearMap, ScaleMap, map_of
-from robustlip.ops.normalization import BatchScale, batch_positions, check_batch
+from robustlip.ops.normalization import BATCH_NORMS, BatchNorm, BatchScale, batch_positions, check_batch
 from robustlip.threats import l2_factor
 
 
@@ -41,7 +57,7 @@ class MapStep(AffineStep):
         self.rows = scope.context.constant(layer, f"rows-{shape}-{scope.space}-{layer}", lambda: self.map.row_norms(scope.space).to(clean.device))
         self.norm, self.factor = norm_up(clean), l2_factor(scope.space, clean.shape[-1])
         self.clean = self.map.affine(clean)
-        self.whole = self.map.out if len(self.map.out) == 3 else None
+        self.whole = self.map.out if len(self.map.out) > 1 else None
 
     def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         """(≥ ‖executed − exact‖₂ of Ax + b, the reference's own included, ≥ every number on the way) for executed ‖x‖₂ ≤ norm."""
@@ -61,11 +77,12 @@ class MapStep(AffineStep):
         return (self.map.adjoint_loss * self.frobenius * self.factor + 32 * U64 * self.gain) * (1 + 1e-9)
 
 
-@register(nn.Conv2d, any_space=True, keeps="any")
+@register(*CONVOLUTIONS, *TRANSPOSED, any_space=True, keeps="any")
 class ConvolutionExpansion(MapStep):
     """W*x + b. Any stride, dilation, groups and padding mode."""
 
-    def __init__(self, layer: nn.Conv2d, clean: Tensor, scope: Scope) -> None:
+    def __init__(self, layer: Conv | Transposed, clean: Tensor, scope: Scope) -> None:
+        self.layer = layer
         self.constants: Convolution = convolution_of(layer, scope.whole, scope.context)
         super().__init__(layer, clean, scope, image_shape(layer, scope.whole))
         c = self.constants
@@ -74,29 +91,32 @@ class ConvolutionExpansion(MapStep):
 
     def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         c = self.constants
+        check_weights(self.layer, ball.weight_radius is not None)
         perturbed = self.scope.weight_change(ball, c.matrix) * c.reach
         return self.scope.both(lambda arithmetic: c.error(norm, perturbed, arithmetic)) + perturbed * norm, c.largest(norm, perturbed)
 
     def pair_rows(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
         m = self.map
-        assert isinstance(m, ConvolutionMap)
-        places = m.out[1] * m.out[2]
+        if not isinstance(m, ConvolutionMap):
+            return super().pair_rows(a, b, v)
+        places = math.prod(m.out[1:])
         together = m.weight.shape[0] // m.groups
         channels_a, channels_b, by = a[::places] // places, b[::places] // places, v[::places]
         if bool((channels_a // together != channels_b // together).any()):  # pairs of two groups read other channels
             return super().pair_rows(a, b, v)
-        mixed = by[:, :1, None, None] * m.weight[channels_a] + by[:, 1:, None, None] * m.weight[channels_b]
+        first, second = (by[:, i].view(-1, *[1] * (m.weight.dim() - 1)) for i in (0, 1))
+        mixed = first * m.weight[channels_a] + second * m.weight[channels_b]
         # One filter a pair, whatever channels it reads: norms of rows do not ask.
         rows = replace(m, weight=mixed, out=(len(mixed), *m.out[1:]), shape=(mixed.shape[1], *m.shape[1:]), groups=1).row_norms(self.scope.space)
         sizes = v[:, 0].abs() * self.rows[a] + v[:, 1].abs() * self.rows[b]
         return up(rows + 2.0**-45 * sizes)  # filters that nearly cancel
 
 
-@register(nn.AvgPool2d, nn.AdaptiveAvgPool2d, any_space=True, keeps="any")
+@register(*MEANS, any_space=True, keeps="any")
 class AverageExpansion(MapStep):
     """The mean of each window, padding counted as 0, or of each channel."""
 
-    def __init__(self, layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d, clean: Tensor, scope: Scope) -> None:
+    def __init__(self, layer: Mean, clean: Tensor, scope: Scope) -> None:
         shape = image_shape(layer, scope.whole)
         self.average = Average.of(layer, shape)
         super().__init__(layer, clean, scope, shape)
@@ -108,11 +128,11 @@ class AverageExpansion(MapStep):
         return self.scope.both(lambda arithmetic: self.average.error(norm, arithmetic)), self.average.largest(norm)
 
 
-@register(nn.BatchNorm1d, nn.BatchNorm2d, any_space=True, keeps="any")
+@register(*BATCH_NORMS, any_space=True, keeps="any")
 class Scaled(MapStep):
     """Batch norm in eval mode: g·x + (β − g·mean) by channel."""
 
-    def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d, clean: Tensor, scope: Scope) -> None:
+    def __init__(self, layer: BatchNorm, clean: Tensor, scope: Scope) -> None:
         check_batch(layer)
         self.positions = batch_positions(layer, scope.whole, clean.shape[1], clean.shape[-1])
         self.scale: BatchScale = scope.context.constant(layer, f"batch-{layer.eps}", lambda: BatchScale.of(layer))
@@ -127,7 +147,7 @@ class Scaled(MapStep):
         return self.scope.both(lambda arithmetic: self.scale.error(norm, self.positions, width, arithmetic)), self.scale.largest(norm)
 
 
-@register(nn.MaxPool2d, when=lambda layer: not layer.return_indices, keeps="any")
+@register(*MAXIMA, when=lambda layer: not layer.return_indices, keeps="any")
 class MaximaExpansion(Expansion):
     """The largest number of each window W; padding is never the largest.
 
@@ -135,23 +155,25 @@ class MaximaExpansion(Expansion):
     (max_j(Δ_j − Δ_i) − a)⁺, |Δ_j − Δ_i| ≤ √2‖Δ_W‖: kinks of numbers that move by ≤ √2r each, and by √(2c)r together, c windows reading a number.
     """
 
-    def __init__(self, layer: nn.MaxPool2d, clean: Tensor, scope: Scope) -> None:
-        if type(layer) is not nn.MaxPool2d:
-            raise UnsupportedLayer(f"expected MaxPool2d, got {type(layer).__name__}; use method='global'")
+    def __init__(self, layer: Maximum, clean: Tensor, scope: Scope) -> None:
+        if type(layer) not in MAXIMA:
+            raise UnsupportedLayer(f"expected MaxPool2d, MaxPool1d or MaxPool3d, got {type(layer).__name__}; use method='global'")
+        count = dimensions(layer)
         self.scope, self.shape = scope, image_shape(layer, scope.whole)
         reads, size, out = pooled(layer, self.shape)
         self.whole, self.root = out, math.sqrt(reads) * (1 + 1e-15)
         images = clean.reshape(-1, *self.shape)
-        kernel, stride, padding, dilation = (pair(v) for v in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
-        largest, place = F.max_pool2d(images, kernel, stride, padding, dilation, return_indices=True)
-        pixels = self.shape[1] * self.shape[2]
-        self.place = (place + torch.arange(out[0], device=clean.device)[:, None, None] * pixels).reshape(len(clean), 1, -1)  # among all numbers
+        kernel, stride, padding, dilation = (along(v, count) for v in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[count - 1]
+        largest, place = pool(images, kernel, stride, padding, dilation, return_indices=True)
+        first = torch.arange(out[0], device=clean.device).view(-1, *[1] * count) * math.prod(self.shape[1:])
+        self.place = (place + first).reshape(len(clean), 1, -1)  # among all numbers
         self.clean = largest.reshape(len(clean), 1, -1)
-        (top, left), (kh, kw) = padding, kernel
-        padded = F.pad(images, (left, left, top, top), value=-math.inf)
-        patches = F.unfold(padded.reshape(-1, 1, *padded.shape[2:]), kernel, dilation, 0, stride)  # (N·C, kh·kw, windows)
-        two = patches.topk(min(2, kh * kw), dim=1).values
-        gap = two[:, 0] - two[:, 1] if size > 1 else torch.full_like(two[:, 0], math.inf)
+        patches = F.pad(images, [n for around in reversed(padding) for n in (around, around)], value=-math.inf)
+        for i in range(count):
+            patches = patches.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
+        two = patches.flatten(-count).topk(min(2, size), dim=-1).values  # (N, C, windows, numbers of one)
+        gap = two[..., 0] - two[..., 1] if size > 1 else torch.full_like(two[..., 0], math.inf)
         self.near = (gap * (1 - 4 * U64)).reshape(len(clean), 1, -1)
 
     def lipschitz(self) -> Tensor | float:
@@ -169,7 +191,7 @@ class MaximaExpansion(Expansion):
 
     def scope_error(self) -> float:
         assert self.whole is not None
-        return maxima_error((self.whole[0], self.whole[1], self.whole[2]), self.scope) * (1 + 1e-12)
+        return maxima_error(self.whole, self.scope) * (1 + 1e-12)
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         back = g.new_zeros(*g.shape[:-1], math.prod(self.shape)).scatter_add(-1, self.place.expand(g.shape), g)

@@ -29,6 +29,9 @@ def pairs_of(layer: nn.Module, width: int, like: Tensor, whole: tuple[int, ...] 
     """(numbers (n,), numbers (n,), v (n, 2)) of the pairs of a layer that reflects channels: `width` of them, or those of images (C, H, W)."""
     if whole is None:
         return _pairs(layer, width, like)
+    if len(whole) != 3:
+        name = type(layer).__name__
+        raise UnsupportedLayer(f"expected vectors, tokens or images in front of {name}, got samples of shape {whole}; use method='global'")
     a, b, v = _pairs(layer, whole[0], like)
     places = torch.arange(whole[1] * whole[2], device=like.device)
     a, b = ((channels[:, None] * len(places) + places).flatten() for channels in (a, b))

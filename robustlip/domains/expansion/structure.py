@@ -32,11 +32,13 @@ from robustlip.domains.expansion.sorting import REFLECTIONS, ReflectionExpansion
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.geometry import length
-from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify
+from robustlip.layers import AddPositions, MeanTokens, Normalize, Patchify, Sum
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.affine import shift_error, standardize_error
+from robustlip.ops.convolution import CONVOLUTIONS, TRANSPOSED, for_signals
 from robustlip.ops.joins import mean_error
+from robustlip.ops.normalization import BATCH_NORMS
 from robustlip.threats import l2_factor
 
 
@@ -45,6 +47,11 @@ def _bending(layer: nn.Module | None) -> type[Neurons] | None:
     if layer is None:
         return None
     return ElementwiseExpansion if is_elementwise(layer) else ReflectionExpansion if type(layer) in REFLECTIONS else None
+
+
+def _may_stay(layer: nn.Module, whole: tuple[int, ...]) -> bool:
+    """Whether a layer that takes images takes samples of that shape as one vector: images, and of sums signals and volumes too."""
+    return len(whole) == 3 or (isinstance(layer, Sum) and (len(whole) > 3 or for_signals(layer)))
 
 
 class ToL2(Expansion):
@@ -103,7 +110,8 @@ class ChainExpansion(Expansion):
         while i < len(layers):
             layer, following = layers[i], layers[i + 1] if i + 1 < len(layers) else None
             entry = entry_of(layer)
-            if entry is not None and whole is not None and entry.keeps != "any" and not (entry.keeps == "images" and len(whole) == 3):
+            stays = entry is not None and (entry.keeps == "any" or (entry.keeps == "images" and whole is not None and _may_stay(layer, whole)))
+            if entry is not None and whole is not None and not stays:
                 if len(whole) != 2:
                     raise BadInput(
                         f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; "
@@ -117,9 +125,9 @@ class ChainExpansion(Expansion):
             here = Scope(scope.context, space, whole)
             part = expand(layer, clean, here)
             # An affine step, the batch norm behind it and the function of single numbers behind that are expanded together.
-            if type(layer) in (nn.Linear, nn.Conv2d) and isinstance(part, AffineStep):
+            if type(layer) in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED) and isinstance(part, AffineStep):
                 behind = Scope(scope.context, "l2", part.whole)
-                if type(following) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                if type(following) in BATCH_NORMS:
                     scale = expand(following, part.clean, behind)  # type: ignore[arg-type]
                     assert isinstance(scale, Scaled)
                     part = Composed(part, scale, scale.factors)

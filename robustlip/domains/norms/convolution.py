@@ -1,4 +1,4 @@
-"""Convolution and pooling of images. docs/theory.md, section 3; facts and executed errors in robustlip.ops.convolution."""
+"""Convolution and pooling of signals, images and volumes. docs/theory.md, section 3; facts and executed errors in robustlip.ops.convolution."""
 
 from __future__ import annotations
 
@@ -9,24 +9,50 @@ from torch import nn
 
 from robustlip.domains.norms.state import Context, Rule, State, register
 from robustlip.errors import UnsupportedLayer
-from robustlip.ops.convolution import Average, Convolution, check_algorithm, image_shape, maxima_error, pooled
+from robustlip.ops.convolution import (
+    CONVOLUTIONS,
+    MAXIMA,
+    MEANS,
+    TRANSPOSED,
+    Average,
+    Conv,
+    Convolution,
+    Maximum,
+    Mean,
+    Transposed,
+    check_algorithm,
+    image_shape,
+    maxima_error,
+    pooled,
+)
 
 
-def convolution_of(layer: nn.Conv2d, whole: tuple[int, ...] | None, context: Context) -> Convolution:
+def check_weights(layer: nn.Module, moves: bool) -> None:
+    """Raises UnsupportedLayer where the weights of a transposed convolution may change."""
+    if moves and type(layer) in TRANSPOSED:
+        name = type(layer).__name__
+        raise UnsupportedLayer(f"expected weights of Linear, Embedding, Conv and attention under a weight threat, got {name}; use another threat")
+
+
+def convolution_of(layer: Conv | Transposed, whole: tuple[int, ...] | None, context: Context) -> Convolution:
     """The constants of the layer on images of that shape, remembered. Raises UnsupportedLayer where torch may run another algorithm."""
     shape = image_shape(layer, whole)
     check_algorithm(layer)
+    check_weights(layer, context.weight_radius is not None)
+    if isinstance(layer, TRANSPOSED):
+        key = f"convolution-{shape}-{layer}"
+        return context.constant(layer, key, lambda: Convolution.transposed(layer, shape))  # type: ignore[no-any-return]
     key = f"convolution-{shape}-{layer.stride}-{layer.padding}-{layer.dilation}-{layer.groups}-{layer.padding_mode}"
     return context.constant(layer, key, lambda: Convolution.of(layer, shape))  # type: ignore[no-any-return]
 
 
-@register(nn.Conv2d)
-class Conv2dRule(Rule):
-    """y = W*x + b on images. Any stride, dilation, groups and padding mode."""
+@register(*CONVOLUTIONS, *TRANSPOSED)
+class ConvolutionRule(Rule):
+    """y = W*x + b on images, or the transposed one. Any stride, dilation, groups and padding mode."""
 
-    def step(self, layer: nn.Conv2d, state: State, context: Context) -> State:
+    def step(self, layer: Conv | Transposed, state: State, context: Context) -> State:
         c = convolution_of(layer, state.whole, context)
-        perturbed = context.weight_change(c.matrix) * c.reach
+        perturbed = context.weight_change(c.matrix) * c.reach  # of transposed ones none: check_weights
         fresh = c.error(state.norm, perturbed, context)
         behind = replace(
             state,
@@ -40,11 +66,11 @@ class Conv2dRule(Rule):
         return context.finite(behind, c.largest(state.norm, perturbed))
 
 
-@register(nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+@register(*MEANS)
 class AveragePoolRule(Rule):
     """The mean of each window, padding counted as 0, or of each channel."""
 
-    def step(self, layer: nn.AvgPool2d | nn.AdaptiveAvgPool2d, state: State, context: Context) -> State:
+    def step(self, layer: Mean, state: State, context: Context) -> State:
         average = Average.of(layer, image_shape(layer, state.whole))
         fresh = average.error(state.norm, context)
         behind = replace(
@@ -58,13 +84,13 @@ class AveragePoolRule(Rule):
         return context.finite(behind, average.largest(state.norm))
 
 
-@register(nn.MaxPool2d)
-class MaxPool2dRule(Rule):
+@register(*MAXIMA)
+class MaximumRule(Rule):
     """|max x' − max x| ≤ max|x' − x| over each window, each number is read c times: √c in ℓ2, c in ℓ1, 1 in ℓ∞. Padding is never the maximum."""
 
-    def step(self, layer: nn.MaxPool2d, state: State, context: Context) -> State:
+    def step(self, layer: Maximum, state: State, context: Context) -> State:
         if layer.return_indices:
-            raise UnsupportedLayer("expected MaxPool2d that returns its maxima only, got return_indices=True; leave it at False")
+            raise UnsupportedLayer(f"expected {type(layer).__name__} that returns its maxima only, got return_indices=True; leave it at False")
         reads, _, out = pooled(layer, image_shape(layer, state.whole))
         root = math.sqrt(reads) * (1 + 1e-15)
         gain = {"l2": root, "l1": float(reads), "linf": 1.0}[state.space]

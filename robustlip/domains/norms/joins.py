@@ -10,14 +10,14 @@ from robustlip.domains.norms.state import Context, Rule, State, apply_rule, regi
 from robustlip.errors import BadInput
 from robustlip.layers import Channels, Concatenate, Residual, Sum
 from robustlip.layers.joins import Branching
+from robustlip.ops.convolution import for_signals
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
 
 def branches_behind(layer: Branching, state: State, context: Context) -> tuple[list[State], State]:
     """(the state behind each branch, the state in front): tokens by token, images as a whole, changes in ℓ2."""
-    if state.whole is None or len(state.whole) != 3:
-        state = state.by_token(layer)
-    state = state.in_l2()
+    stays = state.whole is not None and (len(state.whole) == 3 or (isinstance(layer, Sum) and (len(state.whole) > 3 or for_signals(layer))))
+    state = (state if stays else state.by_token(layer)).in_l2()
     behind = [apply_rule(branch, state, context) for branch in layer.branches]
     return [s.in_l2() for s in behind], state
 
@@ -48,6 +48,8 @@ class ConcatenateRule(Rule):
 
     def step(self, layer: Concatenate, state: State, context: Context) -> State:
         behind, _ = branches_behind(layer, state, context)
+        # Of anything but images torch joins the last dimension: of tokens, one by one.
+        behind = [s if s.whole is None or len(s.whole) == 3 else s.by_token(layer) for s in behind]
         wholes = [s.whole for s in behind]
         if len({s.tokens for s in behind}) > 1 or len({w is None for w in wholes}) > 1 or len({w[1:] for w in wholes if w is not None}) > 1:
             got = [w or (s.tokens, s.width) for w, s in zip(wholes, behind, strict=True)]

@@ -12,6 +12,8 @@ from torch import nn
 from robustlip.domains.norms.state import Context, Rule, State, register
 from robustlip.layers.formulas import WrittenNorm
 from robustlip.ops.normalization import (
+    BATCH_NORMS,
+    BatchNorm,
     BatchScale,
     Normalization,
     batch_positions,
@@ -49,11 +51,11 @@ class NormalizationRule(Rule):
         return context.finite(behind, state.norm**2)
 
 
-@register(nn.BatchNorm1d, nn.BatchNorm2d)
+@register(*BATCH_NORMS)
 class BatchNormRule(Rule):
     """In eval mode y = g·x + (β − g·mean) by channel, g = γ/sqrt(var + eps) of the running statistics: gain max|g|, a constant shift."""
 
-    def step(self, layer: nn.BatchNorm1d | nn.BatchNorm2d, state: State, context: Context) -> State:
+    def step(self, layer: BatchNorm, state: State, context: Context) -> State:
         check_batch(layer)
         positions = batch_positions(layer, state.whole, state.tokens, state.width)
         scale: BatchScale = context.constant(layer, f"batch-{layer.eps}", lambda: BatchScale.of(layer))
