@@ -17,7 +17,24 @@ from robustlip.certifiers import certify
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.graph import operations
 from robustlip.hashing import weights_sha256
-from robustlip.layers import Channels, Concatenate, GroupSort, MaxMin, Residual, Scale, Shift, Sum
+from robustlip.layers import (
+    Channels,
+    Concatenate,
+    Flip,
+    GroupSort,
+    MaxMin,
+    Permute,
+    PrependToken,
+    Residual,
+    Scale,
+    Select,
+    SelectToken,
+    Shift,
+    Slice,
+    Sum,
+    Tokens,
+    View,
+)
 from robustlip.threats import InputBall, WeightBall
 
 
@@ -79,6 +96,23 @@ def sorted_in_pairs(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([pairs.min(2, keepdim=True)[0], pairs.max(2, keepdim=True)[0]], dim=2).view(x.shape)
 
 
+def signal(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = F.avg_pool1d(m.b(F.max_pool1d(F.relu(m.gain * m.n(m.a(x))), 3, 2)), 2)
+    return m.head(F.adaptive_avg_pool1d(h, 1).flatten(1))
+
+
+def moved(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = F.relu(m.a(F.pad(x.permute(0, 3, 1, 2).flip(-1), (1, 0, 2, 1), mode="reflect")))
+    h = F.pad(h, (0, 1), value=0.3)[:, :, :4:2].flatten(1, 2)[:, 1:3]  # (N, 2, 5)
+    return m.head(h.select(2, 3))
+
+
+def tokens(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h = m.a(x).flatten(2).transpose(1, 2)
+    h = torch.cat([m.first.expand(x.shape[0], -1, -1), h], dim=1) + m.places
+    return m.head(F.gelu(m.b(h))[:, 0])
+
+
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.2]).view(1, 3, 1, 1)
 
 # name → (module, shape of a sample, the same network by hand)
@@ -138,6 +172,43 @@ MODELS = {
         lambda: Written(lambda m, x: m.b(m.a(F.pad(x, (1, 0, 0, 2))).flatten(1)), a=nn.Conv2d(3, 2, 3), b=nn.Linear(24, 3)), (3, 4, 4),
         lambda m: nn.Sequential(nn.ZeroPad2d((1, 0, 0, 2)), m.a, nn.Flatten(), m.b),
     ),
+    "signal": (
+        lambda: Written(
+            signal, a=nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular"), n=nn.BatchNorm1d(4), b=nn.ConvTranspose1d(4, 3, 4, 2, 1),
+            head=nn.Linear(3, 3), gain=torch.rand(4, 1) + 0.5,
+        ), (2, 8),
+        lambda m: nn.Sequential(
+            m.a, m.n, Scale(m.gain), nn.ReLU(), nn.MaxPool1d(3, 2), m.b, nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), m.head
+        ),
+    ),
+    "volume": (
+        lambda: Written(
+            lambda m, x: m.head(F.max_pool3d(F.relu(m.n(m.a(x))), 2, 1).mean((2, 3, 4))), a=nn.Conv3d(2, 3, 2, padding=1), n=nn.BatchNorm3d(3),
+            head=nn.Linear(3, 3),
+        ), (2, 3, 2, 3),
+        lambda m: nn.Sequential(m.a, m.n, nn.ReLU(), nn.MaxPool3d(2, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), m.head),
+    ),
+    "decoder": (
+        lambda: Written(
+            lambda m, x: m.head(F.relu(m.b(F.pixel_shuffle(F.relu(m.a(x)), 2))).flatten(1)), a=nn.Conv2d(1, 8, 2),
+            b=nn.ConvTranspose2d(2, 2, 3, 2, 1, 1), head=nn.Linear(288, 3),
+        ), (1, 4, 4),
+        lambda m: nn.Sequential(m.a, nn.ReLU(), nn.PixelShuffle(2), m.b, nn.ReLU(), nn.Flatten(), m.head),
+    ),
+    "moved": (
+        lambda: Written(moved, a=nn.Conv2d(3, 2, 3), head=nn.Linear(2, 3)), (4, 5, 3),
+        lambda m: nn.Sequential(
+            Permute(0, 3, 1, 2), Flip(3), nn.ReflectionPad2d((1, 0, 2, 1)), m.a, nn.ReLU(), nn.ConstantPad2d((0, 1, 0, 0), 0.3), Slice(2, 0, 4, 2),
+            View(4, 5), Slice(1, 1, 3), Select(2, 3), m.head,
+        ),
+    ),
+    "tokens": (
+        lambda: Written(tokens, a=nn.Conv2d(2, 4, 2, 2), first=nn.Parameter(torch.randn(1, 1, 4)), places=nn.Parameter(torch.randn(1, 5, 4)),
+                        n=nn.LayerNorm(4, eps=1e-2), b=nn.Linear(4, 6), head=nn.Linear(6, 3)), (2, 4, 4),
+        lambda m: nn.Sequential(
+            m.a, Tokens(), PrependToken(m.first), Shift(m.places), m.b, nn.GELU(), SelectToken(0), m.head
+        ),
+    ),
     "slices": (
         lambda: Written(lambda m, x: m.b(torch.cat([m.a(x)[:, 2:5], x[:, :2]], dim=1))[:, :3], a=nn.Linear(6, 8), b=nn.Linear(5, 4)), (6,),
         lambda m: nn.Sequential(Concatenate(nn.Sequential(m.a, Channels(2, 5)), Channels(0, 2)), m.b, Channels(0, 3)),
@@ -150,7 +221,7 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torc
     build, shape, _ = MODELS[name]
     module = build()
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             part.running_mean.uniform_(-0.3, 0.3)
             part.running_var.uniform_(0.5, 2)
     return module.eval().to(dtype), data(5, *shape).to(dtype)

@@ -45,6 +45,7 @@ from robustlip.layers import (
     Channels,
     Clamp,
     Concatenate,
+    Flip,
     Maximum,
     MaxMin,
     MeanTokens,
@@ -52,15 +53,19 @@ from robustlip.layers import (
     NextTokenChain,
     Normalize,
     Patchify,
+    Permute,
     PrependToken,
     Product,
     Residual,
     Scale,
     ScaledGELU,
+    Select,
     SelectToken,
     Shift,
+    Slice,
     Sum,
     Tokens,
+    View,
 )
 from robustlip.layers.sorting import GroupSort, Householder
 from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzTransformer
@@ -141,6 +146,17 @@ def signal(build: Callable[[], nn.Module], space: str = "l2") -> Case:
 
 
 VOLUME = (2, 3, 4, 3)
+
+
+# Paddings one after the other, (norm of the radius, shape of a sample).
+PADS = [
+    ([lambda: nn.ConstantPad1d((2, -1), 0.37), lambda: nn.ReflectionPad1d(2), lambda: nn.ReplicationPad1d(1), lambda: nn.CircularPad1d(3),
+      lambda: nn.ZeroPad1d(1)], "l2", (3, 5)),
+    ([lambda: nn.ConstantPad2d(1, -0.7), lambda: nn.ReflectionPad2d((1, 0, 1, 2)), lambda: nn.ReplicationPad2d(1), lambda: nn.CircularPad2d(1)],
+     "l1", (2, 3, 4)),
+    ([lambda: nn.ConstantPad3d(1, 1.3), lambda: nn.ReflectionPad3d(1), lambda: nn.ReplicationPad3d((1, 0, 0, 2, 0, 0)), lambda: nn.CircularPad3d(1),
+      lambda: nn.ZeroPad3d(1), lambda: nn.Conv3d(1, 2, 3, 2)], "linf", (1, 2, 2, 2)),
+]  # fmt: skip
 
 
 def convolved(*behind: Callable[[], nn.Module], gain: float = 2.0, **options) -> Callable[[], nn.Module]:
@@ -274,6 +290,16 @@ CASES = {
         lambda: nn.Sequential(Tokens(), Shift(torch.randn(20, 4)), attention_of(4), nn.LayerNorm(4, eps=1e-3), SelectToken(3)), "linf"
     ),
     "tokens-turned": Case(lambda: nn.Sequential(Tokens(), nn.Linear(T, 5), nn.GELU())),
+    "views": image(
+        lambda: nn.Sequential(Permute(0, 2, 1, 3), View(10, 8), Slice(2, 1, 8, 3), nn.Conv1d(10, 4, 2), nn.GELU(), Select(2, 0)),
+        "linf",
+    ),
+    "unflatten": vector(lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 2)), "l1"),
+    "mixed-tokens": Case(
+        lambda: nn.Sequential(nn.Linear(D, 6), nn.GELU(), Slice(1, 1, 3), Flip(2), Permute(0, 2, 1), nn.Flatten(), nn.Linear(12, 3))
+    ),
+    "shuffles": image(lambda: nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2), nn.ChannelShuffle(2), nn.Conv2d(4, 2, 2)), "l1"),
+    **{f"pads-{i}": image(lambda pads=pads: nn.Sequential(*(pad() for pad in pads)), space, shape) for i, (pads, space, shape) in enumerate(PADS)},
     "shift-table": Case(lambda: nn.Sequential(Shift(torch.randn(1, T, D), subtract=True), nn.Linear(D, 5), nn.GELU())),
     "shift-table-whole": Case(lambda: nn.Sequential(Shift(torch.randn(T, D)), nn.Flatten(), nn.Linear(T * D, 5)), space="l1", whole=True),
     "scale-table": Case(lambda: nn.Sequential(Scale(torch.randn(T, D)), Scale(torch.rand(T, 1) + 0.2, divide=True), nn.Linear(D, 5), nn.GELU())),

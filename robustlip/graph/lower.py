@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.operations import JOINS, is_channel, layer_of, refuse
 from robustlip.graph.program import Node, Program
-from robustlip.layers import Concatenate, Maximum, Minimum, Product, Residual, Sum
+from robustlip.layers import Concatenate, Maximum, Minimum, PrependToken, Product, Residual, Sum
 
 # Branches that share much are written out once each: what would never end is refused.
 MOST_LAYERS = 20_000
@@ -81,9 +82,12 @@ class _Lowering:
         source = self.dominator[node]
         if node.op == "cat":
             parts, dim = node.arguments["tensors"], int(node.arguments["dim"])
-            if any(not isinstance(part, Node) for part in parts):
-                raise refuse(node, "it joins a constant")
             rank = len(node.shape) + 1
+            if rank == 3 and dim % rank == 1 and isinstance(parts[-1], Node) and all(isinstance(part, Tensor) for part in parts[:-1]):
+                rows = [_one_row(node, part) for part in parts[:-1]]
+                return PrependToken(rows[0] if len(rows) == 1 else torch.cat(rows, 1)), parts[-1]
+            if any(not isinstance(part, Node) for part in parts):
+                raise refuse(node, "it joins a constant, not in front of tokens")
             if not is_channel(dim, rank):
                 raise refuse(node, f"it joins along dimension {dim % rank} of {rank}; known is the one of channels")
             return Concatenate(*(self.branch(part, source) for part in parts)), source
@@ -109,3 +113,11 @@ class _Lowering:
         if any(shape != node.shape for shape in shapes):
             raise refuse(node, f"its factors have shapes {first.shape} and {second.shape}, of which one is repeated otherwise than over pixels")
         return kind(self.branch(first, source), self.branch(second, source))
+
+
+def _one_row(node: Node, constant: Tensor) -> Tensor:
+    """A constant that is the same for every sample, (…, k, D), with one row (1, k, D). Raises UnsupportedLayer where rows differ."""
+    rows = constant if constant.dim() == 3 else constant.unsqueeze(0)
+    if rows.dim() != 3 or not torch.equal(rows, rows[:1].expand_as(rows)):
+        raise refuse(node, "it joins a constant that differs from sample to sample")
+    return rows[:1]

@@ -14,8 +14,29 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.graph.program import Node
-from robustlip.layers import Abs, Channels, Clamp, Formula, GroupSort, MaxMin, MeanTokens, Product, Scale, Shift, WrittenNorm
+from robustlip.layers import (
+    Abs,
+    Channels,
+    Clamp,
+    Flip,
+    Formula,
+    GroupSort,
+    MaxMin,
+    MeanTokens,
+    Permute,
+    Product,
+    Scale,
+    Select,
+    SelectToken,
+    Shift,
+    Slice,
+    Tokens,
+    View,
+    WrittenNorm,
+)
 from robustlip.layers.sorting import channels_at
+from robustlip.ops.convolution import CONVOLUTIONS, GLOBAL_MEANS, MAXIMA, MEANS, TRANSPOSED
+from robustlip.ops.normalization import BATCH_NORMS
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
@@ -118,14 +139,28 @@ def _linear(node: Node) -> nn.Module:
     return _filled(made, weight=weight, bias=bias)
 
 
-@operation("conv2d")
-def _conv2d(node: Node) -> nn.Module:
+@operation("conv1d", "conv2d", "conv3d")
+def _convolution(node: Node) -> nn.Module:
     a, weight = node.arguments, node.arguments["weight"]
-    padding = a["padding"] if isinstance(a["padding"], str) else _ints(a["padding"], 2)
+    n = weight.dim() - 2
+    padding = a["padding"] if isinstance(a["padding"], str) else _ints(a["padding"], n)
     groups = int(a["groups"])
-    made = nn.Conv2d(
-        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), _ints(a["stride"], 2), padding, _ints(a["dilation"], 2), groups,
+    make: Any = CONVOLUTIONS[n - 1]
+    made = make(
+        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), _ints(a["stride"], n), padding, _ints(a["dilation"], n), groups,
         a["bias"] is not None, a.get("mode", "zeros"), device="meta",
+    )  # fmt: skip
+    return _filled(made, weight=weight, bias=a["bias"])
+
+
+@operation("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed(node: Node) -> nn.Module:
+    a, weight = node.arguments, node.arguments["weight"]
+    n, groups = weight.dim() - 2, int(a["groups"])
+    make: Any = TRANSPOSED[n - 1]
+    made = make(
+        weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]), _ints(a["stride"], n), _ints(a["padding"], n),
+        _ints(a["output_padding"], n), groups, a["bias"] is not None, _ints(a["dilation"], n), device="meta",
     )  # fmt: skip
     return _filled(made, weight=weight, bias=a["bias"])
 
@@ -135,9 +170,9 @@ def _batch_norm(node: Node) -> nn.Module:
     a = node.arguments
     if a["training"] or a["running_mean"] is None:
         raise refuse(node, "it normalises by the samples of the batch, which mixes them", "call model.eval(), and keep running statistics")
-    kind = nn.BatchNorm2d if len(node.shape) == 3 else nn.BatchNorm1d
-    if len(node.shape) not in (1, 3):
-        raise refuse(node, "it is of signals or volumes; known are vectors and images")
+    if len(node.shape) > 4:
+        raise refuse(node, "it is of samples of more than four dimensions; known are vectors, signals, images and volumes")
+    kind: Any = BATCH_NORMS[max(0, len(node.shape) - 2)]
     made: nn.Module = kind(len(a["running_mean"]), eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
     made = _filled(made, weight=a["weight"], bias=a["bias"], running_mean=a["running_mean"], running_var=a["running_var"])
     made._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
@@ -158,26 +193,35 @@ def _rms_norm(node: Node) -> nn.Module:
     return _filled(made, weight=a["weight"])
 
 
-@operation("max_pool2d")
-def _max_pool2d(node: Node) -> nn.Module:
-    a = node.arguments
-    kernel = _ints(a["kernel_size"], 2)
-    stride = _ints(a["stride"], 2) if a["stride"] else kernel
-    return nn.MaxPool2d(kernel, stride, _ints(a["padding"], 2), _ints(a["dilation"], 2), ceil_mode=a["ceil_mode"])
+@operation("max_pool1d", "max_pool2d", "max_pool3d")
+def _maximum(node: Node) -> nn.Module:
+    a, n = node.arguments, len(node.shape) - 1
+    kernel = _ints(a["kernel_size"], n)
+    stride = _ints(a["stride"], n) if a["stride"] else kernel
+    make: Any = MAXIMA[n - 1]
+    made: nn.Module = make(kernel, stride, _ints(a["padding"], n), _ints(a["dilation"], n), ceil_mode=a["ceil_mode"])
+    return made
 
 
-@operation("avg_pool2d")
-def _avg_pool2d(node: Node) -> nn.Module:
-    a = node.arguments
-    kernel = _ints(a["kernel_size"], 2)
-    stride = _ints(a["stride"], 2) if a["stride"] else kernel
-    return nn.AvgPool2d(kernel, stride, _ints(a["padding"], 2), a["ceil_mode"], a["count_include_pad"], a["divisor_override"])
+@operation("avg_pool1d", "avg_pool2d", "avg_pool3d")
+def _mean_of_windows(node: Node) -> nn.Module:
+    a, n = node.arguments, len(node.shape) - 1
+    kernel = _ints(a["kernel_size"], n)
+    stride = _ints(a["stride"], n) if a["stride"] else kernel
+    make: Any = MEANS[n - 1]
+    made: nn.Module = make(
+        kernel, stride, _ints(a["padding"], n), a["ceil_mode"], a["count_include_pad"], *([a["divisor_override"]] if n > 1 else [])
+    )
+    return made
 
 
-@operation("adaptive_avg_pool2d")
-def _adaptive_avg_pool2d(node: Node) -> nn.Module:
-    size = _ints(node.arguments["output_size"], 2)
-    return nn.AdaptiveAvgPool2d(1 if size == (1, 1) else size)
+@operation("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
+def _adaptive_mean(node: Node) -> nn.Module:
+    n = len(node.shape) - 1
+    size = _ints(node.arguments["output_size"], n)
+    make: Any = GLOBAL_MEANS[n - 1]
+    made: nn.Module = make(1 if size == (1,) * n else size)
+    return made
 
 
 @operation("mean")
@@ -189,8 +233,9 @@ def _mean(node: Node) -> nn.Module:
     rank = len(source.shape) + 1
     dims = node.arguments.get("dim")
     dims = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
-    if rank == 4 and dims == [2, 3]:
-        pool = nn.AdaptiveAvgPool2d(1)
+    if rank in (3, 4, 5) and dims == list(range(2, rank)):
+        make: Any = GLOBAL_MEANS[rank - 3]
+        pool = make(1)
         return pool if node.arguments["keepdim"] else nn.Sequential(pool, nn.Flatten(1))
     if rank == 3 and dims == [1] and not node.arguments["keepdim"]:
         return MeanTokens()
@@ -199,18 +244,73 @@ def _mean(node: Node) -> nn.Module:
 
 @operation(*(name for name in VIEWS if name != "squeeze"))
 def _flatten(node: Node) -> nn.Module:
-    if len(node.shape) != 1:
-        source = source_of(node)
-        raise refuse(node, f"it takes {source.shape if source else ()} to {node.shape}; known is one vector a sample")
-    return nn.Flatten(1)
+    if not node.shape:
+        raise refuse(node, "it leaves a number a sample, not a vector")
+    return nn.Flatten(1) if len(node.shape) == 1 else View(*node.shape)
 
 
-@operation("squeeze")
-def _squeeze(node: Node) -> nn.Module:
+@operation("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "t")
+def _permute(node: Node) -> nn.Module:
     source = source_of(node)
-    if source is not None and len(node.shape) == 1 and len(source.shape) > 1:
-        return nn.Flatten(1)
-    raise refuse(node, "it leaves more than one vector a sample")
+    assert source is not None
+    order = order_of(node, len(source.shape) + 1)
+    if order is None or order[0] != 0:
+        raise refuse(node, "it moves the samples' dimension, or in an order that is not known")
+    return Permute(*order)
+
+
+def order_of(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The order of dimensions, samples included, that a node puts them in; None where it is another operation or unclear."""
+    a = node.arguments
+    if node.op == "permute":
+        return tuple(int(d) % rank for d in a["dims"])
+    names = {"transpose": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1"), "swapdims": ("dim0", "dim1")}.get(node.op)
+    if names is not None or node.op in ("mT", "t"):
+        first, second = (int(a[name]) % rank for name in names) if names else (rank - 2, rank - 1)
+        order = list(range(rank))
+        order[first], order[second] = second, first
+        return tuple(order)
+    return None
+
+
+@operation("tokens")
+def _tokens(node: Node) -> nn.Module:
+    return Tokens()
+
+
+@operation("select")
+def _select(node: Node) -> nn.Module:
+    source, index = source_of(node), node.arguments["index"]
+    assert source is not None
+    dim = node.arguments["dim"] % (len(source.shape) + 1)
+    if dim == 0 or not isinstance(index, int):
+        raise refuse(node, "it takes samples, or a place that depends on values")
+    if not node.shape:
+        raise refuse(node, "it leaves a number a sample, not a vector")
+    return SelectToken(index) if dim == 1 and len(source.shape) == 2 else Select(dim, index)
+
+
+@operation("flip")
+def _flip(node: Node) -> nn.Module:
+    dims, rank = node.arguments["dims"], len(node.shape) + 1
+    if any(d % rank == 0 for d in dims):
+        raise refuse(node, "it moves samples")
+    return Flip(*dims)
+
+
+@operation("pixel_shuffle")
+def _pixel_shuffle(node: Node) -> nn.Module:
+    return nn.PixelShuffle(node.arguments["upscale_factor"])
+
+
+@operation("pixel_unshuffle")
+def _pixel_unshuffle(node: Node) -> nn.Module:
+    return nn.PixelUnshuffle(node.arguments["downscale_factor"])
+
+
+@operation("channel_shuffle")
+def _channel_shuffle(node: Node) -> nn.Module:
+    return nn.ChannelShuffle(node.arguments["groups"])
 
 
 def channel_dimension(rank: int) -> int:
@@ -223,22 +323,25 @@ def is_channel(dim: int, rank: int) -> bool:
     return dim % rank == channel_dimension(rank)
 
 
-def pads(node: Node) -> tuple[int, int, int, int] | None:
-    """(left, right, top, bottom) of a node that pads images, None where it pads other dimensions or takes away."""
-    given = list(node.arguments["pad"])
-    given += [0] * (4 - len(given))
-    source = source_of(node)
-    if source is None or len(source.shape) != 3 or len(given) != 4 or min(given) < 0:
+def pads(node: Node) -> tuple[int, ...] | None:
+    """(left, right, top, bottom) of a node that pads images, two numbers of signals, six of volumes; None where it pads channels too."""
+    given, source = list(node.arguments["pad"]), source_of(node)
+    if source is None or not 2 <= len(source.shape) <= 4 or len(given) > 2 * (len(source.shape) - 1):
         return None
-    return given[0], given[1], given[2], given[3]
+    return tuple(given + [0] * (2 * (len(source.shape) - 1) - len(given)))
 
 
 @operation("pad", "constant_pad_nd")
 def _pad(node: Node) -> nn.Module:
-    sides = pads(node)
-    if sides is None or node.arguments.get("mode", "constant") != "constant" or node.arguments.get("value") not in (None, 0):
-        raise refuse(node, "it pads other dimensions than those of images, or by other numbers than 0, not in front of a convolution")
-    return nn.ZeroPad2d(sides)
+    sides, mode, value = pads(node), node.arguments.get("mode", "constant"), node.arguments.get("value")
+    if sides is None or mode not in ("constant", "reflect", "replicate", "circular"):
+        raise refuse(node, "it pads other dimensions than those behind the channels of signals, images or volumes")
+    if mode == "constant" and value in (None, 0) and len(sides) == 4 and min(sides) >= 0:
+        return nn.ZeroPad2d((sides[0], sides[1], sides[2], sides[3]))
+    name = {"constant": "Constant", "reflect": "Reflection", "replicate": "Replication", "circular": "Circular"}[mode]
+    make: Any = getattr(nn, f"{name}Pad{len(sides) // 2}d")
+    made: nn.Module = make(sides, 0.0 if value is None else float(value)) if mode == "constant" else make(sides)
+    return made
 
 
 @operation("group_sort")
@@ -260,10 +363,16 @@ def channel_slice(node: Node) -> tuple[int, int] | None:
 
 @operation("narrow", "slice")
 def _channels(node: Node) -> nn.Module:
-    cut = channel_slice(node)
-    if cut is None:
-        raise refuse(node, "it takes something else than channels in a row")
-    return Channels(*cut)
+    cut, source, a = channel_slice(node), source_of(node), node.arguments
+    if cut is not None:
+        return Channels(*cut)
+    assert source is not None
+    dim = a["dim"] % (len(source.shape) + 1)
+    if dim == 0:
+        raise refuse(node, "it takes some of the samples")
+    places = slice(a["start"], a["start"] + a["length"]) if node.op == "narrow" else slice(a["start"], a["end"], a["step"])
+    start, stop, step = places.indices(source.shape[dim - 1])
+    return Slice(dim, start, stop, step)
 
 
 @operation("maxmin")
@@ -331,7 +440,7 @@ def _prelu(node: Node) -> nn.Module:
 
 
 def _by_channel(node: Node, value: Any) -> Tensor:
-    """A constant as one number or one a channel (C,), in the dtype that torch would compute in. Raises UnsupportedLayer for any other shape."""
+    """A constant as one number, one a channel (C,) or a table, in the dtype that torch computes in. Raises UnsupportedLayer for other shapes."""
     source = source_of(node)
     assert source is not None
     if isinstance(value, bool | complex) or not isinstance(value, Tensor | int | float):
@@ -343,8 +452,11 @@ def _by_channel(node: Node, value: Any) -> Tensor:
     sizes = [1] * (rank - value.dim()) + list(value.shape)
     channels = source.shape[channel - 1]
     elsewhere = any(n != 1 for i, n in enumerate(sizes) if i != channel)
-    if len(sizes) != rank or node.shape != source.shape or elsewhere or sizes[channel] not in (1, channels):
-        raise refuse(node, f"its constant has shape {tuple(value.shape)} for samples {source.shape}; known are one number and one a channel")
+    fits = len(sizes) == rank and node.shape == source.shape and sizes[0] == 1
+    if not fits or any(n not in (1, m) for n, m in zip(sizes[1:], source.shape, strict=True)):
+        raise refuse(node, f"its constant has shape {tuple(value.shape)} for samples {source.shape}; known are numbers and tables of one sample")
+    if elsewhere or sizes[channel] not in (1, channels):
+        return value.detach().reshape(sizes[1:]) if rank > 2 else value.detach().reshape(-1)
     return value.detach().reshape(-1)
 
 

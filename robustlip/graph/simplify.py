@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from robustlip.graph.composites import composite, gated
-from robustlip.graph.operations import VIEWS, channel_dimension, channel_slice, is_channel, is_identity, pads, source_of
+from robustlip.graph.operations import VIEWS, channel_dimension, channel_slice, is_channel, is_identity, order_of, pads, source_of
 from robustlip.graph.program import Node, Program, needed
 
 Rewrite = Callable[[Node], Node]
@@ -27,7 +27,7 @@ def simplified(program: Program) -> Program:
 
     for node in program.nodes:
         new = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-        for rewrite in (_view, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
+        for rewrite in (_view, _tokens, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
             new = rewrite(new)
         source = source_of(new)
         now[node] = source if source is not None and is_identity(new) else new
@@ -41,6 +41,16 @@ def _view(node: Node) -> Node:
     if node.op not in VIEWS or source is None or source.op not in VIEWS:
         return node
     return replace(node, op="view", arguments={"self": source_of(source)})
+
+
+def _tokens(node: Node) -> Node:
+    """Channels in front of places, turned: images (C, H, W) as tokens (H·W, C), flatten(2).transpose(1, 2)."""
+    places = source_of(node)
+    image = None if places is None else source_of(places)
+    if places is None or image is None or places.op not in VIEWS or len(places.shape) != 2 or len(image.shape) < 3:
+        return node
+    turned = order_of(node, 3) == (0, 2, 1) and places.shape[0] == image.shape[0]
+    return replace(node, op="tokens", arguments={"self": image}) if turned else node
 
 
 def _part(node: Node) -> Node:
@@ -137,13 +147,13 @@ def _along_groups(node: Node, dim: int) -> Node | None:
 def _padded(node: Node) -> Node:
     """A convolution behind a padding that copies numbers: one convolution with a padding mode, which is what nn.Conv2d runs."""
     pad = source_of(node)
-    if node.op != "conv2d" or pad is None or pad.op != "pad" or pad.arguments["mode"] == "constant":
+    if node.op not in ("conv1d", "conv2d", "conv3d") or pad is None or pad.op != "pad" or pad.arguments["mode"] == "constant":
         return node
     sides, mode, source = pads(pad), pad.arguments["mode"], source_of(pad)
     padding = node.arguments["padding"]
-    if sides is None or sides[0] != sides[1] or sides[2] != sides[3] or any(padding if isinstance(padding, list) else [1]):
+    if sides is None or sides[::2] != sides[1::2] or min(sides) < 0 or any(padding if isinstance(padding, list) else [1]):
         return node
-    return replace(node, arguments={**node.arguments, "input": source, "padding": [sides[2], sides[0]], "mode": mode})
+    return replace(node, arguments={**node.arguments, "input": source, "padding": list(sides[::-2]), "mode": mode})
 
 
 def _softsign(node: Node) -> Node:

@@ -6,6 +6,7 @@ from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_mod
 from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.formulas import Formula, WrittenNorm
 from robustlip.layers.joins import Channels, Concatenate, Maximum, Minimum, Product, Sum
+from robustlip.layers.moves import Flip, Permute, Select, Slice, View
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
 from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify, PrependToken, SelectToken, Tokens
@@ -18,6 +19,7 @@ __all__ = [
     "Channels",
     "Clamp",
     "Concatenate",
+    "Flip",
     "Formula",
     "GroupSort",
     "Householder",
@@ -28,15 +30,19 @@ __all__ = [
     "NextTokenChain",
     "Normalize",
     "Patchify",
+    "Permute",
     "Product",
     "PrependToken",
     "Residual",
     "Scale",
     "ScaledGELU",
+    "Select",
     "SelectToken",
     "Shift",
+    "Slice",
     "Sum",
     "Tokens",
+    "View",
     "WrittenNorm",
     "as_chain",
     "chain_or_module",

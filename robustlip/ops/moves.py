@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import PrependToken, SelectToken, Tokens
+from robustlip.layers import Flip, Permute, PrependToken, Select, SelectToken, Slice, Tokens, View
 from robustlip.numerics.arithmetic import Rounds
 from robustlip.numerics.rounding import norm_up
 
@@ -192,3 +192,9 @@ def moves_of(layer: nn.Module, whole: Sample | None, tokens: int, width: int) ->
 
 register_move(SelectToken, PrependToken, rank=2)
 register_move(Tokens, by_token=True)
+register_move(View, Permute, Select, Slice, Flip, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+_COPYING = ("Reflection", "Replication", "Circular")
+_PADS = {f"{mode}Pad{n}d": getattr(nn, f"{mode}Pad{n}d") for mode in (*_COPYING, "Constant", "Zero") for n in (1, 2, 3)}
+for _name, _pad in _PADS.items():
+    if _pad is not nn.ZeroPad2d:  # a map of its own
+        register_move(_pad, rank=int(_name[-2]) + 1, rounds=_name.startswith("Constant"))
