@@ -77,6 +77,7 @@ NORMS_JOINS, AT_JOINS, LAYERS_JOINS, EXECUTION = (
     "robustlip/domains/norms/joins.py", "robustlip/domains/expansion/joins.py", "robustlip/layers/joins.py", "robustlip/execution.py",
 )
 STAGES = "robustlip/domains/lines/stages.py"
+MOVES = "tests/test_moves.py"
 NORMS_PRODUCTS, AT_PRODUCTS, PRODUCTS = (
     "robustlip/domains/norms/products.py", "robustlip/domains/expansion/products.py", "tests/test_products.py",
 )
@@ -832,6 +833,20 @@ MUTATIONS = [
     Mutation("dual: one logit rounds, not two", BY_DUAL,
              "hidden + 2 * reference.single(hidden, epsilon)", "hidden + reference.single(hidden, epsilon)",
              f"{EXACT} -k 'methods_of_expansions and dual'"),
+    # ---- transposed convolutions, signals, volumes
+    Mutation("transposed: the norm of one group's channels as columns", OPS_CONVOLUTION,
+             "from_l1=min(float(norm_up(weight.flatten(1)).amax()), inner.gain)", "from_l1=float(norm_up(weight.flatten(2)).amax())",
+             f"{RULES} -k 'infinity_and_one and transposed'"),
+    Mutation("transposed: ℓ∞ without the positions", OPS_CONVOLUTION, "min(float(sums) * math.sqrt(positions) * (1 + 1e-12), inner",
+             "min(float(sums) * (1 + 1e-12), inner", f"{RULES} -k 'infinity_and_one and transposed'"),
+    Mutation("maps: the adjoint of a transposed convolution without its padding", OPS_MAPS,
+             "weight, None, self.stride, self.padding, self.dilation, self.groups)\n        for",
+             "weight, None, self.stride, 0, self.dilation, self.groups)\n        for",
+             f"{MAPS} -k other_layers"),
+    Mutation("volumes: joined along channels where torch joins the last dimension", NORMS_JOINS,
+             "s if s.whole is None or len(s.whole) == 3 else s.by_token(layer)", "s", f"{MOVES} -k 'what_is_joined'"),
+    Mutation("volumes: sorted along channels where torch sorts the last dimension", MLP_NETWORK,
+             "channels % 2 or len(self.shape) not in (1, 3)", "channels % 2", f"{MOVES} -k 'every_rank'"),
     # ---- moves
     Mutation("moves: tokens that are mixed keep the norm of one", NORMS_MOVES, "many = len(m.read) if", "many = 1 if",
              f"{RULES} -k 'tokens-turned and change_is'"),

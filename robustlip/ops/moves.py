@@ -179,6 +179,8 @@ def moves_of(layer: nn.Module, whole: Sample | None, tokens: int, width: int) ->
     for shape in shapes:
         try:
             found.append(Moves.of(layer, shape))
+        except UnsupportedLayer:
+            raise
         except (BadInput, RuntimeError, IndexError, ValueError) as error:
             why = str(error).splitlines()[0][:200] if str(error) else why
     if not found:

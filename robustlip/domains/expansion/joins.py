@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Functionals, Pair, Scope, register, token_norms
-from robustlip.domains.expansion.structure import ChainExpansion, shape_of
+from robustlip.domains.expansion.structure import ChainExpansion, ToTokens, shape_of
 from robustlip.errors import BadInput
 from robustlip.layers import Channels, Concatenate, Residual, Sum
 from robustlip.layers.joins import Branching
@@ -100,8 +100,10 @@ class ConcatenateExpansion(Branches):
 
     def __init__(self, layer: Concatenate, clean: Tensor, scope: Scope) -> None:
         super().__init__(layer, clean, scope)
+        # Of anything but images torch joins the last dimension: of tokens, one by one.
+        self.branches = [b if b.whole is None or len(b.whole) == 3 else b.then(ToTokens(b.clean, b.whole, b.space)) for b in self.branches]
         shapes = [shape_of(branch) for branch in self.branches]
-        if len({s[1:] if len(s) == 3 else s[:1] for s in shapes}) > 1:
+        if any(len(s) > 3 for s in shapes) or len({s[1:] if len(s) == 3 else s[:1] for s in shapes}) > 1:
             raise BadInput(f"expected branches that differ in channels alone, got {shapes}; match the other dimensions")
         self.whole = None if self.branches[0].whole is None else (sum(s[0] for s in shapes), *shapes[0][1:])
         self.widths = [branch.clean.shape[-1] for branch in self.branches]

@@ -272,6 +272,8 @@ class ToTokens(Expansion):
     """One vector of all numbers (T, D) → tokens: none of them moves by more than the whole."""
 
     def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
+        if len(whole) != 2:
+            raise BadInput(f"expected tokens (T, D) or images, got samples of shape {whole}; put Flatten or Patchify in front")
         self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
 
     def advance(self, ball: Ball, remainder: bool = True) -> Behind:

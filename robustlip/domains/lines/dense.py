@@ -144,8 +144,9 @@ class _Builder:
         channels = self.shape[0] if images else self.shape[-1]
         if type(layer) not in (MaxMin, GroupSort) or (isinstance(layer, GroupSort) and layer.group != 2):
             raise UnsupportedLayer(f"expected a layer that sorts pairs, got {layer}; use method 'global'")
-        if channels % 2 or len(self.shape) == 2:
-            raise UnsupportedLayer(f"expected an even number of channels in front of {type(layer).__name__}, got {self.shape}; change the width")
+        if channels % 2 or len(self.shape) not in (1, 3):
+            name = type(layer).__name__
+            raise UnsupportedLayer(f"expected an even number of channels of images or vectors in front of {name}, got {self.shape}; change the width")
         index = self._numbers(math.prod(self.shape)).reshape(self.shape)
         if isinstance(layer, MaxMin):
             a, b = (part.reshape(-1) for part in index.chunk(2, 0))
@@ -209,14 +210,14 @@ class _Builder:
             self.shape = shapes[0]
             self.combine(*(term(i, w, out) for i, (w, out) in enumerate(zip(layer.weights, outs, strict=True))))
         else:
-            if len({s[1:] for s in shapes}) > 1 or any(len(s) == 2 for s in shapes):
+            if len({s[1:] for s in shapes}) > 1 or any(len(s) not in (1, 3) for s in shapes):
                 raise UnsupportedLayer(f"expected images or vectors that differ in channels alone, got {shapes}; match the other dimensions")
             self.shape = (sum(s[0] for s in shapes), *shapes[0][1:])
             self.combine((torch.cat([self._numbers(h), *outs]), 1.0))
         self.held = h
 
     def channels(self, layer: Channels) -> None:
-        if len(self.shape) == 2 or layer.stop > self.shape[0]:
+        if len(self.shape) not in (1, 3) or layer.stop > self.shape[0]:
             raise UnsupportedLayer(f"expected at least {layer.stop} channels of images or vectors, got {self.shape}; change the slice")
         h, inner = self.held, math.prod(self.shape[1:])
         self.combine((torch.cat([self._numbers(h), self._numbers(h + layer.start * inner, h + layer.stop * inner)]), 1.0))
