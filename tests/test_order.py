@@ -24,6 +24,7 @@ from robustlip.domains.expansion.local import Reference, reference_of
 from robustlip.domains.norms import Context
 from robustlip.layers import MaxMin, MeanTokens
 from robustlip.models import LipschitzGPT
+from robustlip.ops.convolution import TRANSPOSED
 from robustlip.ops.moves import is_move
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
@@ -126,7 +127,10 @@ def with_way(rows: ChainExpansion) -> ChainExpansion:
 @pytest.mark.parametrize("name", CASES)
 def test_expansions_answer_the_same_in_any_order(name) -> None:
     expansion, case = of_case(name), CASES[name]
-    check(expansion, asked_of(expansion, balls(tuple(tokens(case, samples(case, 4)).shape[:2]))))
+    given = balls(tuple(tokens(case, samples(case, 4)).shape[:2]))
+    if any(isinstance(m, TRANSPOSED) for m in case.build().modules()):  # their weights may not move
+        given = [ball for ball in given if ball.weight_radius is None]
+    check(expansion, asked_of(expansion, given))
 
 
 def test_a_table_of_tokens_answers_the_same_in_any_order() -> None:
