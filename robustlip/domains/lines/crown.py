@@ -9,7 +9,6 @@ every other product, with ‖h‖₂ and ‖z‖₂ bounded over the ball by `Ne
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +62,13 @@ class Boxes:
 
     def part(self, index: slice) -> Boxes:
         return Boxes(tuple(t[index] for t in self.low), tuple(t[index] for t in self.high))
+
+
+def known_sizes(network: Network, boxes: Boxes) -> list[Tensor]:
+    """≥ ‖z_1‖₂, ‖z_2‖₂, … (N,) on the ball, of the stages that have boxes; none where crude sizes do."""
+    if not network.multiplies:
+        return []
+    return [norm_up(torch.maximum(low.abs(), high.abs())) for low, high in zip(boxes.low, boxes.high, strict=True)]
 
 
 def lines_of(stage: Affine, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +127,7 @@ def backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tenso
 
 def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tensor, pulled: Tensor | None = None) -> Tensor:
     """See `backward`. pulled: the rows times W of the stage, where they are known."""
-    sizes = network.sizes(ball.size)
+    sizes = network.sizes(ball.size, known_sizes(network, boxes))
     constant = slack = torch.zeros(len(ball.x), rows.shape[1], dtype=torch.float64, device=ball.x.device)
     for i in range(stage, -1, -1):
         here = network.stages[i]
@@ -129,7 +135,7 @@ def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tens
         previous = network.stages[i - 1] if i else None
         size = sizes[0]
         if previous is not None and previous.curve is not None:
-            size = previous.slope * sizes[i] + abs(previous.curve.at_zero) * math.sqrt(here.inputs)
+            size = previous.curve.behind(sizes[i], here.inputs)
         constant = constant + rows @ here.bias
         slack = slack + 2 * loss * torch.linalg.vector_norm(rows, dim=-1) * (here.magnitude * size + here.shift)[:, None]
         rows = here.backward(rows) if pulled is None or i < stage else pulled
@@ -139,9 +145,14 @@ def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tens
         # Each coefficient meets the intercept of its own line.
         constant = constant + (rows.clamp_min(0.0) @ below[..., None] + rows.clamp_max(0.0) @ above[..., None])[..., 0]
         slope = torch.maximum(lower.abs(), upper.abs()).amax(-1, keepdim=True)
+        assert previous.curve is not None
+        cross = previous.curve.across(boxes.low[i - 1], boxes.high[i - 1])
+        if cross is not None:
+            slope = slope + cross.slope.abs().amax(-1, keepdim=True)
         offset = torch.linalg.vector_norm(torch.maximum(below.abs(), above.abs()), dim=-1, keepdim=True)
         slack = slack + 2 * loss * torch.linalg.vector_norm(rows, dim=-1) * (slope * sizes[i][:, None] + offset)
-        rows = rows * torch.where(rows >= 0, lower[:, None], upper[:, None])
+        added = 0.0 if cross is None else cross.added(rows, previous.linear)
+        rows = rows * torch.where(rows >= 0, lower[:, None], upper[:, None]) + added
     value = (rows @ ball.x[..., None])[..., 0] + constant
     slack = slack + 4 * gamma(rows.shape[-1] + 32, U64) * (value.abs() + constant.abs() + torch.linalg.vector_norm(rows, dim=-1) * sizes[0][:, None])
     return value - ball.radius[:, None] * ball.dual(rows) * (1 + 8 * U64) - slack

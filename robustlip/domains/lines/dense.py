@@ -12,22 +12,24 @@ max(a, b) = b + relu(a − b) and min(a, b) = a − relu(a − b).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.lines.relaxations import RELU, Curve, Relu, curve_of
+from robustlip.domains.lines.relaxations import RELU, Curve, Products, Relu, curve_of
 from robustlip.domains.lines.stages import Affine, Plan, Stage, stage_of
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Chain, Channels, Concatenate, GroupSort, MaxMin, Residual, Sum
+from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Maximum, MaxMin, Minimum, Product, Residual, Sum
+from robustlip.layers.joins import Branching
 from robustlip.numerics.rounding import U64, gamma, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
+from robustlip.ops.joins import spread_over
 from robustlip.ops.maps import AverageMap, ConvolutionMap, LinearMap, Mixing, OnPart, ScaleMap, is_linear, map_of, unmapped
 from robustlip.ops.moves import is_move, moves_of
 from robustlip.threats import InputBall, Threat
@@ -60,36 +62,49 @@ class Network:
                 x = torch.where(stage.linear, out[-1], stage.curve.value(out[-1]))
         return out
 
-    def sizes(self, norm: Tensor) -> list[Tensor]:
-        """[‖h_0‖₂, ‖z_1‖₂, ‖z_2‖₂, …] ≤ these (N,), for inputs of ‖x‖₂ ≤ norm (N,): crude, they only scale rounding errors."""
+    @property
+    def multiplies(self) -> bool:
+        """Whether numbers are multiplied with each other somewhere: sizes that know of no boxes are squared there, and say nothing soon."""
+        return any(isinstance(s.curve, Products) for s in self.hidden)
+
+    def sizes(self, norm: Tensor, known: Sequence[Tensor] = ()) -> list[Tensor]:
+        """[‖h_0‖₂, ‖z_1‖₂, ‖z_2‖₂, …] ≤ these (N,), for inputs of ‖x‖₂ ≤ norm (N,): crude, they only scale rounding errors.
+
+        known: ≥ ‖z_1‖₂, ‖z_2‖₂, … of the first stages (N,), where somebody has better ones, of the same inputs.
+        """
         found = [norm]
         for i, stage in enumerate(self.stages):
             before = found[-1]
             if i:
                 previous = self.stages[i - 1]
                 assert previous.curve is not None
-                before = previous.slope * before + abs(previous.curve.at_zero) * math.sqrt(len(previous.bias))
-            found.append(up((stage.magnitude + stage.weight_error) * before + stage.shift + stage.bias_error))
+                before = previous.curve.behind(before, len(previous.bias))
+            crude = up((stage.magnitude + stage.weight_error) * before + stage.shift + stage.bias_error)
+            found.append(torch.minimum(crude, known[i]) if i < len(known) else crude)
         return found
 
-    def drift(self, norm: Tensor) -> Tensor:
-        """‖logits of the layers − logits of these matrices‖₂ ≤ this (N,), at every input of ‖x‖₂ ≤ norm (N,), in exact arithmetic."""
-        return self._apart(norm, 0.0)[-1]
+    def drift(self, norm: Tensor, known: Sequence[Tensor] = ()) -> Tensor:
+        """‖logits of the layers − logits of these matrices‖₂ ≤ this (N,), at every input of ‖x‖₂ ≤ norm (N,), in exact arithmetic.
 
-    def forward_errors(self, norm: Tensor) -> list[Tensor]:
+        known: as in `sizes`.
+        """
+        return self._apart(norm, 0.0, known)[-1]
+
+    def forward_errors(self, norm: Tensor, known: Sequence[Tensor] = ()) -> list[Tensor]:
         """‖z_l as `forward` computes it − z_l of these matrices‖₂ ≤ these (N,), for every stage, at inputs of ‖x‖₂ ≤ norm (N,)."""
-        return self._apart(norm, U64)
+        return self._apart(norm, U64, known)
 
-    def _apart(self, norm: Tensor, unit: float) -> list[Tensor]:
+    def _apart(self, norm: Tensor, unit: float, known: Sequence[Tensor]) -> list[Tensor]:
         """By stage, how far two programs of the network come apart in z: by the error of the matrices (unit = 0), or by rounding."""
-        sizes, gap, found = self.sizes(norm), torch.zeros_like(norm), []
+        sizes, gap, found = self.sizes(norm, known), torch.zeros_like(norm), []
         for i, stage in enumerate(self.stages):
             before = sizes[0]
             if i:
                 previous = self.stages[i - 1]
                 assert previous.curve is not None
-                before = previous.slope * sizes[i] + abs(previous.curve.at_zero) * math.sqrt(len(previous.bias))
-                gap = previous.slope * gap + (2 * FUNCTION_ULPS + 16) * unit * (before + sizes[i])
+                # Sizes that are known are of these matrices, and not of the other program.
+                before = previous.curve.behind(sizes[i] + gap if known else sizes[i], len(previous.bias))
+                gap = previous.curve.apart(gap, sizes[i]) + (2 * FUNCTION_ULPS + 16) * unit * (before + sizes[i])
             fresh = stage.weight_error * before + stage.bias_error
             if unit:
                 fresh = gamma(stage.terms + 2, unit) * (stage.magnitude * before + stage.shift)
@@ -181,8 +196,11 @@ class _Builder:
         self.combine((self._numbers(h + n), own), (torch.cat([self._numbers(h), self._numbers(h + n, h + 2 * n)]), other))
         self.held = h
 
-    def join(self, layer: Sum | Concatenate) -> None:
-        """Branches one after the other. Rows: held ones, what finished branches put out, the input while another branch will read it, the branch."""
+    def _side_by_side(self, layer: Branching) -> tuple[list[tuple[int, ...]], tuple[Tensor, ...]]:
+        """(the shape behind each branch, its rows). All are held: `held` is what was held in front, and is put back by the caller.
+
+        Branches one after the other. Rows: held ones, what finished branches put out, the input while another branch will read it, the branch.
+        """
         h, n, shape = self.held, self.rows - self.held, self.shape
         shapes: list[tuple[int, ...]] = []
         done = 0  # rows of finished branches
@@ -195,7 +213,12 @@ class _Builder:
             self.held, self.shape = h + done + n * again, shape
             self.layers([branch])
             shapes.append(self.shape)
-        outs = self._numbers(h, self.rows).split([math.prod(s) for s in shapes])
+        self.held = h
+        return shapes, self._numbers(h, self.rows).split([math.prod(s) for s in shapes])
+
+    def join(self, layer: Sum | Concatenate) -> None:
+        h = self.held
+        shapes, outs = self._side_by_side(layer)
         if isinstance(layer, Sum):
             if len(set(shapes)) > 1:
                 raise UnsupportedLayer(f"expected branches that put out one shape, got {sorted(set(shapes))}; match the widths")
@@ -214,7 +237,27 @@ class _Builder:
                 raise UnsupportedLayer(f"expected images or vectors that differ in channels alone, got {shapes}; match the other dimensions")
             self.shape = (sum(s[0] for s in shapes), *shapes[0][1:])
             self.combine((torch.cat([self._numbers(h), *outs]), 1.0))
-        self.held = h
+
+    def product(self, layer: Product) -> None:
+        """A stage of (a, b), of which a becomes a∘b and b stays, and is left out behind it. Of a square one of them is enough."""
+        h = self.held
+        shapes, (first, second) = self._side_by_side(layer)
+        second = second.repeat_interleave(spread_over(*shapes))
+        n, square = len(first), all(type(branch) is nn.Identity for branch in layer.branches)
+        self.combine((torch.cat([self._numbers(h), first] if square else [self._numbers(h), first, second]), 1.0))
+        partner = self._numbers(self.rows)
+        if not square:
+            partner[h : h + n] = self._numbers(h + n, h + 2 * n)
+        self.activation(Products(1.0, 0.0, partner), self._numbers(self.rows - h) < n)
+        self.combine((self._numbers(h + n), 1.0))
+        self.shape = shapes[0]
+
+    def maximum(self, layer: Maximum) -> None:
+        """One half of MaxMin of both branches side by side."""
+        self.join(Concatenate(*layer.branches))
+        self.sort(MaxMin())
+        channels = self.shape[0]
+        self.channels(Channels(channels // 2, channels) if type(layer) is Minimum else Channels(0, channels // 2))
 
     def channels(self, layer: Channels) -> None:
         if len(self.shape) not in (1, 3) or layer.stop > self.shape[0]:
@@ -258,17 +301,18 @@ class _Builder:
         return Network(tuple(stage_of(plan, self.device, dense) for plan in self.plans))
 
 
-_SORTS, _JOINS = (MaxMin, GroupSort), (Residual, Sum, Concatenate)
+_SORTS, _JOINS, _PAIRS = (MaxMin, GroupSort), (Residual, Sum, Concatenate), (Product, Maximum, Minimum)
 # What is neither linear by a map nor elementwise: how it is written.
 _STEPS: dict[type, Callable[[_Builder, Any], None]] = {
     nn.Sequential: _Builder.layers, nn.Flatten: _Builder.flatten, **dict.fromkeys((nn.Identity, *DROPOUTS), _Builder.nothing),
     **dict.fromkeys(_SORTS, _Builder.sort), Residual: _Builder.residual, Sum: _Builder.join, Concatenate: _Builder.join, Channels: _Builder.channels,
+    Product: _Builder.product, Maximum: _Builder.maximum, Minimum: _Builder.maximum,
 }  # fmt: skip
 
 
 def is_affine(layer: nn.Module) -> bool:
     """Whether the layer is affine by itself, or made of layers that are looked at by themselves."""
-    return is_linear(layer) or is_move(layer) or (type(layer) in _STEPS and type(layer) not in _SORTS)
+    return is_linear(layer) or is_move(layer) or (type(layer) in _STEPS and type(layer) not in (*_SORTS, *_PAIRS))
 
 
 def _refused(layer: nn.Module) -> str:
@@ -295,8 +339,8 @@ def why_not(model: Chain, threat: Threat) -> str:
         layer = waiting.pop(0)
         if why := _refused(layer):
             return f"{why} has no linear relaxation here"
-        if type(layer) in (nn.Sequential, *_JOINS):
-            waiting[:0] = layer.branches if isinstance(layer, (Sum, Concatenate)) else layer.children()
+        if type(layer) in (nn.Sequential, *_JOINS, *_PAIRS):
+            waiting[:0] = layer.branches if isinstance(layer, Branching) else layer.children()
     return ""
 
 

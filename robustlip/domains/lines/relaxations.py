@@ -16,6 +16,7 @@ For a curve φ on [l, u]:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,6 +31,19 @@ from robustlip.ops.elementwise import FUNCTION_ULPS
 POINTS = 33  # of a grid over an interval
 
 Lines = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Beside the lines of a curve: slope·z_p(n) is added to both lines of number n. slope (…, m); partner p (m,), of different n different."""
+
+    slope: Tensor
+    partner: Tensor
+
+    def added(self, rows: Tensor, linear: Tensor) -> Tensor:
+        """Coefficients (…, r, m) of what is behind the curve → what they add to those in front, beside the curve's own lines."""
+        each = rows * torch.where(linear, 0.0, self.slope).unsqueeze(-2)
+        return torch.zeros_like(each).index_add(-1, self.partner, each)
 
 
 def _rounding(*parts: Tensor) -> Tensor:
@@ -60,6 +74,22 @@ class Curve:
     def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of the secants from z₀ in the interval `centre`."""
         raise NotImplementedError
+
+    def behind(self, size: Tensor, count: int) -> Tensor:
+        """‖h‖₂ ≤ this for ‖z‖₂ ≤ size, of `count` numbers, some of which the curve leaves as they are."""
+        return max(1.0, self.lipschitz) * size + abs(self.at_zero) * math.sqrt(count)
+
+    def apart(self, gap: Tensor, size: Tensor) -> Tensor:
+        """‖h' − h‖₂ ≤ this for ‖z' − z‖₂ ≤ gap and ‖z‖₂ ≤ size."""
+        return max(1.0, self.lipschitz) * gap
+
+    def across(self, low: Tensor, high: Tensor) -> Cross | None:
+        """What a number's lines have of the number that it is multiplied with, None where there is none."""
+        return None
+
+    def secants_across(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `slopes`, of the number that it is multiplied with, None where there is none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -201,6 +231,70 @@ class Smooth(Curve):
             most = torch.where(inside, most.clamp_min(max(left, right)), most)
         slack = self.curvature * width / 2 + 1e-12 * max(1.0, self.lipschitz / 32)  # and what float64 makes of φ'
         return (least - slack).clamp_min(-self.lipschitz), (most + slack).clamp_max(self.lipschitz)
+
+
+@dataclass(frozen=True)
+class Products(Curve):
+    """z_n·z_p(n), p(n) ≠ n a number that stays as it is behind the curve, or p(n) = n, a square. docs/theory.md, section 9.
+
+    On a box, with middles m and half widths w, the mean of McCormick's two planes below (above) is z_n m_p + z_p m_n − m_n m_p ∓ w_n w_p: it has the
+    gradient at the middle, and both planes have its gap there. A square lies between its tangent there and its chord, which are parallel.
+    From a point z⁰ on, z_n z_p − z⁰_n z⁰_p = ½(z_p + z⁰_p)(z_n − z⁰_n) + ½(z_n + z⁰_n)(z_p − z⁰_p).
+    """
+
+    partner: Tensor
+
+    @property
+    def _same(self) -> Tensor:
+        return self.partner == torch.arange(len(self.partner), device=self.partner.device)
+
+    def value(self, z: Tensor) -> Tensor:
+        return z * z[..., self.partner]
+
+    def band(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        other_low, other_high = low[..., self.partner], high[..., self.partner]
+        corners = torch.stack([low * other_low, low * other_high, high * other_low, high * other_high])
+        size = torch.maximum(low.abs(), high.abs()) * torch.maximum(other_low.abs(), other_high.abs())
+        least, slack = corners.amin(0), _rounding(size)
+        positive = torch.where((low <= 0) & (high >= 0), 0.0, torch.minimum(corners[0], corners[3]))
+        return torch.where(self._same, positive, least) - slack, corners.amax(0) + slack
+
+    def _middle(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """(middles, half widths around them as they were computed)."""
+        middle = (low + high) / 2
+        return middle, torch.maximum(high - middle, middle - low).clamp_min(0.0) * (1 + 8 * U64)
+
+    def lines(self, low: Tensor, high: Tensor) -> Lines:
+        middle, half = self._middle(low, high)
+        other, wide = middle[..., self.partner], half[..., self.partner]
+        slope = torch.where(self._same, 2 * middle, other)
+        gap, size = half * wide, (middle.abs() + half) * (other.abs() + wide)
+        slack = _rounding(size)
+        return slope, -middle * other - torch.where(self._same, 0.0, gap) - slack, slope, -middle * other + gap + slack
+
+    def across(self, low: Tensor, high: Tensor) -> Cross | None:
+        middle, _ = self._middle(low, high)
+        return Cross(torch.where(self._same, 0.0, middle), self.partner)
+
+    def slopes(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        first, last = centre
+        a, b = first + low, last + high
+        least, most = torch.where(self._same, a, a[..., self.partner] / 2), torch.where(self._same, b, b[..., self.partner] / 2)
+        slack = 4 * U64 * (a.abs() + b.abs() + a.abs()[..., self.partner] + b.abs()[..., self.partner])
+        return least - slack, most + slack
+
+    def secants_across(self, centre: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] | None:
+        first, last = centre
+        a, b = torch.where(self._same, 0.0, (first + low) / 2), torch.where(self._same, 0.0, (last + high) / 2)
+        slack = 4 * U64 * (a.abs() + b.abs())
+        return a - slack, b + slack
+
+    def behind(self, size: Tensor, count: int) -> Tensor:
+        # Σ(z_n z_p)² ≤ ‖z‖⁴.
+        return size + size.square()
+
+    def apart(self, gap: Tensor, size: Tensor) -> Tensor:
+        return (1 + 2 * size + gap) * gap
 
 
 RELU = Relu(1.0, 0.0)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlip.domains.lines.crown import Ball, Boxes, rival_rows
+from robustlip.domains.lines.crown import Ball, Boxes, known_sizes, rival_rows
 from robustlip.domains.lines.dense import Network
+from robustlip.domains.lines.relaxations import Cross, Products
 from robustlip.domains.norms import Context
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.numerics.spectral import gram_iteration_bound, infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
@@ -36,10 +37,11 @@ def gains(network: Network, norm: str, context: Context, owner: torch.nn.Module)
 def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gain: list[float]) -> tuple[Tensor, Tensor]:
     """(lower bounds (N, C) of all margins on the ball, upper bounds (N, C) of how far each moves)."""
     clean = network.forward(ball.x)
-    errors = network.forward_errors(ball.size)
+    errors = network.forward_errors(ball.size, known_sizes(network, boxes))
     rows = rival_rows(y, clean[-1].shape[-1]) @ network.stages[-1].weight
     reach = ball.radius * gain[0]
     reaches, halves, centres, steepest = [], [], [], []
+    crosses: list[tuple[Tensor, Cross] | None] = []
     for i, stage in enumerate(network.hidden):
         assert stage.curve is not None
         off = errors[i][:, None]
@@ -49,6 +51,12 @@ def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gai
         centres.append((a + b) / 2)
         halves.append((b - a).clamp_min(0.0) / 2 + 8 * U64 * (a.abs() + b.abs()))
         steepest.append(torch.maximum(a.abs(), b.abs()).amax(-1))
+        across = stage.curve.secants_across((clean[i] - off, clean[i] + off), boxes.low[i], boxes.high[i])
+        crosses.append(None)
+        if isinstance(stage.curve, Products) and across is not None:
+            c, d = (torch.where(stage.linear, 0.0, t) for t in across)
+            crosses[-1] = (d - c).clamp_min(0.0) / 2 + 8 * U64 * (c.abs() + d.abs()), Cross((c + d) / 2, stage.curve.partner)
+            steepest[-1] = steepest[-1] + torch.maximum(c.abs(), d.abs()).amax(-1)
         reaches.append(reach)
         reach = reach * steepest[-1] * gain[i + 1] if i + 1 < len(network.hidden) else reach
     moved = torch.full_like(rows[..., 0], torch.inf)
@@ -60,7 +68,11 @@ def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gai
         stage = network.stages[i]
         loss = 4 * gamma(stage.roundings + 32, U64)
         total = total + (norm_up(rows * halves[i][:, None]) + loss * norm_up(rows) * (1 + steepest[i])[:, None]) * reaches[i][:, None]
-        rows = rows * centres[i][:, None]
+        cross = crosses[i]
+        if cross is not None:
+            total = total + norm_up(rows * cross[0][:, None]) * reaches[i][:, None]
+        added = 0.0 if cross is None else cross[1].added(rows, stage.linear)
+        rows = rows * centres[i][:, None] + added
         before = ball.reach if i == 0 else steepest[i - 1] * reaches[i - 1]
         total = total + loss * norm_up(rows) * stage.magnitude * before[:, None]
         rows = rows @ stage.weight
