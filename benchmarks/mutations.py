@@ -389,7 +389,7 @@ MUTATIONS = [
              "added = 0.0 if cross is None else cross.added(rows, previous.linear)", "added = 0.0",
              f"{PRODUCTS} -k 'nested or (inside and swiglu)'"),
     Mutation("product: the secant of the number beside it taken for exact", MLP_LOCAL,
-             "total = total + norm_up(rows * cross[0][:, None]) * reaches[i][:, None]", "total = total + 0.0", f"{PRODUCTS} -k 'inside or secant'"),
+             "total = total + norm_up(rows * cross[0][:, None]) * reaches[i][:, None]", "total = total + 0.0", f"{PRODUCTS} -k local_slopes"),
     Mutation("product: an interval as if both factors were the same", MLP_CURVES, "return torch.where(self._same, positive, least) - slack",
              "return positive - slack", f"{PRODUCTS} -k planes"),
     Mutation("product: half of the remainder", AT_PRODUCTS, "bent = r_a * r_b", "bent = 0.5 * r_a * r_b", f"{PRODUCTS} -k reached"),

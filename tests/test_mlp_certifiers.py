@@ -18,7 +18,17 @@ from robustlip.attacks import by_name
 from robustlip.certifiers.constants import constants_of
 from robustlip.domains.lines import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii
 from robustlip.domains.lines import dense as network_module
-from robustlip.domains.lines.crown import Ball, backward, first_box, interval_boxes, interval_margins, linear_boxes, linear_margins, rival_rows
+from robustlip.domains.lines.crown import (
+    Ball,
+    backward,
+    first_box,
+    interval_boxes,
+    interval_margins,
+    known_sizes,
+    linear_boxes,
+    linear_margins,
+    rival_rows,
+)
 from robustlip.domains.lines.dense import network_of
 from robustlip.domains.lines.radii import Problem
 from robustlip.domains.lines.relaxations import RELU, Pieces, Relu, Smooth, curve_of
@@ -38,8 +48,11 @@ from robustlip.layers import (
     Concatenate,
     GroupSort,
     Householder,
+    Maximum,
     MaxMin,
+    Minimum,
     Normalize,
+    Product,
     Residual,
     Scale,
     ScaledGELU,
@@ -116,6 +129,13 @@ MODELS = {
         (6,), 2.0,
     ),
     "batchnorm": (batch_normed, (6,), 1.0),
+    "gates": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), Product(nn.ReLU(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1), nn.Sigmoid())), nn.Flatten(),
+            Product(nn.Sequential(nn.Linear(27, 6), nn.SiLU()), nn.Linear(27, 6)),
+            Maximum(nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 5), nn.Tanh())), Minimum(nn.Linear(5, 4), nn.Linear(5, 4)),
+        ), (1, 5, 5), 1.5,
+    ),
     "constants": (
         lambda: nn.Sequential(
             Shift(0.5, subtract=True), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(1, 3, 3), Scale([0.5, -2.0, 1.0]), nn.ReLU(), nn.Flatten(),
@@ -405,10 +425,13 @@ def test_networks_are_the_models(name) -> None:
     network = network_of(model, tuple(x.shape[1:]), context_of(model))
     exact = copy.deepcopy(model).double()(x.double())
     size = x.double().flatten(1).norm(dim=-1)
+    # Sizes that know of no boxes are squared at each product.
+    point = Ball(x.double().flatten(1), torch.zeros(len(x), dtype=torch.float64), "l2")
+    known = known_sizes(network, interval_boxes(network, point))
     gap = (network.forward(x.double().flatten(1))[-1] - exact).norm(dim=-1)
     assert bool((gap <= 1e-12 * (1 + exact.norm(dim=-1))).all())
-    assert bool((gap <= network.drift(size) + 2 * network.forward_errors(size)[-1]).all())
-    assert bool((network.drift(size) < 1e-8).all())
+    assert bool((gap <= network.drift(size, known) + 2 * network.forward_errors(size, known)[-1]).all())
+    assert bool((network.drift(size, known) < (1e-6 if network.multiplies else 1e-8)).all())
 
 
 def test_joined_matrices_state_their_own_error() -> None:

@@ -16,6 +16,7 @@ from robustlip.domains.expansion import Ball, Scope, expand, loss
 from robustlip.domains.lines import crown
 from robustlip.domains.lines.dense import network_of
 from robustlip.domains.lines.relaxations import Products
+from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Channels, Concatenate, Maximum, Minimum, Product, Residual, Scale, Shift, Sum, as_chain
@@ -248,6 +249,22 @@ def test_networks_of_stages_compute_nested_gates() -> None:
         for low, high, z in zip(found.low, found.high, there, strict=False):
             assert bool((low <= z.unflatten(0, (500, 3))).all()) and bool((z.unflatten(0, (500, 3)) <= high).all())
     assert all(float((b - a).max()) <= float((d - c).max()) for a, b, c, d in zip(linear.low, linear.high, interval.low, interval.high, strict=True))
+
+
+def test_local_slopes_of_both_factors_count() -> None:
+    """a·b at (1, 1) in an ℓ∞ ball: it moves by 2ε + ε², of which each factor's slope gives a half beyond the first order."""
+    pick = [nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)]
+    head = nn.Linear(1, 2, bias=False)
+    for layer, weight in zip((*pick, head), ([[1.0, 0.0]], [[0.0, 1.0]], [[1.0], [0.0]]), strict=True):
+        layer.weight.data = torch.tensor(weight)
+    model = as_chain(nn.Sequential(Product(*pick), head).double())
+    x, y, context = torch.ones(1, 2, dtype=torch.float64), torch.tensor([0]), Context(torch.float64, {})
+    network = network_of(model, (2,), context, dense=True)
+    for epsilon in (0.01, 0.5):
+        ball = crown.Ball(x, torch.full((1,), epsilon, dtype=torch.float64), "linf")
+        low, moved = lipschitz_margins(network, ball, crown.linear_boxes(network, ball), y, gains(network, "linf", context, model))
+        assert 2 * epsilon + epsilon**2 <= float(moved[0, 1]) <= 2 * epsilon + 1.5 * epsilon**2
+        assert float(low[0, 1]) <= (1 - epsilon) ** 2
 
 
 @pytest.mark.parametrize("method", ["eclipse", "lipsdp", "sdp"])
