@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import os
 import re
 import tempfile
 import tomllib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +40,18 @@ def read_limited(path: Path, what: str, limit: int, remedy: str) -> bytes:
     if len(data) > limit:
         raise BadInput(f"expected {what} of at most {limit} bytes, got {path.name} with more; {remedy}")
     return data
+
+
+def unzipped(data: bytes, name: str, limit: int) -> bytes:
+    """The bytes of a .gz file, at most `limit` of them. Raises BadInput."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+            whole = stream.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"expected a gzip file, got {name}, which is none ({first_line(error, 80)}); pack it again") from None
+    if len(whole) > limit:
+        raise BadInput(f"expected at most {limit} bytes in {name}, got more; give the unpacked file's parts")
+    return whole
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

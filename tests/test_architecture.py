@@ -23,7 +23,7 @@ FLOORS = (
     ("domains.quadratic",),
     ("certifiers",),
     ("models", "attacks", "certificate_file"),
-    ("training", "verification", "comparison", "importing", "sweep"),
+    ("training", "verification", "comparison", "importing", "sweep", "vnncomp"),
     ("gate", "eval"),
     ("cli",),
     ("__main__",),
@@ -98,7 +98,7 @@ def test_every_verb_has_a_file_of_its_own() -> None:
 
     other = {"eval": "evaluate", "import": "import_"}  # names that Python has taken
     at = {command.name: command.callback.__module__ for command in app.registered_commands}
-    assert at == {verb: f"robustlip.cli.{other.get(verb, verb)}" for verb in at} and len(at) == 13
+    assert at == {verb: f"robustlip.cli.{other.get(verb, verb)}" for verb in at} and len(at) == 14
     between = {(a, b) for a in at.values() for b in at.values() if a != b and any(name.startswith(f"{b}.") for name in imports(files()[a]))}
     assert between == {("robustlip.cli.demo", "robustlip.cli.evaluate")}
 

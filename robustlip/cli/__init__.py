@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from robustlip import __version__
-from robustlip.cli import attack, audit, certify, demo, evaluate, gate, import_, report, smooth, sweep, table, train, verify, zoo
+from robustlip.cli import attack, audit, certify, demo, evaluate, gate, import_, report, smooth, sweep, table, train, verify, vnncomp, zoo
 from robustlip.errors import RobustlipError
 from robustlip.foreign import errors_of
 
@@ -36,6 +36,7 @@ app.command("smooth")(smooth.smooth)
 app.command("sweep")(sweep.sweep)
 app.command("verify")(verify.verify)
 app.command("gate")(gate.gate)
+app.command("vnncomp")(vnncomp.vnncomp)
 zoo_app = typer.Typer(help="The models that come with robustlip.", no_args_is_help=True, rich_markup_mode=None)
 zoo_app.command("list")(zoo.zoo_list)
 zoo_app.command("show")(zoo.zoo_show)

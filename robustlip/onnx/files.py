@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 import stat
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustlip.errors import BadInput, first_line
-from robustlip.files import read_limited
+from robustlip.files import read_limited, unzipped
 from robustlip.names import shown
 from robustlip.onnx.wire import check_wire
 
@@ -123,20 +121,6 @@ def _bytes_of(path: Path) -> bytes:
     if path.suffix != ".gz":
         return data
     return unzipped(data, path.name, LARGEST_FILE)
-
-
-def unzipped(data: bytes, name: str, limit: int) -> bytes:
-    """The bytes of a .gz file, at most `limit` of them. Raises BadInput."""
-    import io
-
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            whole = stream.read(limit + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"expected a gzip file, got {name}, which is none ({first_line(error, 80)}); pack it again") from None
-    if len(whole) > limit:
-        raise BadInput(f"expected at most {limit} bytes in {name}, got more; give the unpacked file's parts")
-    return whole
 
 
 class _Reader:

@@ -9,6 +9,7 @@ every other product, with ‖h‖₂ and ‖z‖₂ bounded over the ball by `Ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,20 @@ class Ball:
         """max ⟨row, δ⟩ over ‖δ‖ ≤ 1, rounded up: the dual norm over the last dimension. Squares below 1e-300 may vanish: 1e-140 covers them."""
         return dual_length(rows, self.norm, rows.dim() - 1) * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
 
+    def spread(self, rows: Tensor) -> Tensor:
+        """How far each ⟨row, x'⟩ (N, r) can be below ⟨row, x⟩; rows (N or 1, r, n)."""
+        return self.radius[:, None] * self.dual(rows) * (1 + 8 * U64)
+
+    def first(self, stage: Affine) -> Tensor:
+        """How far each number of Wx' (N, m) can be from that of Wx."""
+        reach = self.dual(stage.weight) if isinstance(stage, Stage) else stage.row_norms(self.norm)
+        return self.radius[:, None] * reach * (1 + 8 * U64)
+
+    @property
+    def largest(self) -> Tensor:
+        """|x'_i| ≤ this (N, n)."""
+        return (self.x.abs() + self.radius[:, None]) * (1 + 4 * U64)
+
     def part(self, index: slice) -> Ball:
         return Ball(self.x[index], self.radius[index], self.norm)
 
@@ -54,14 +69,70 @@ class Ball:
 
 
 @dataclass(frozen=True)
+class Cuboid:
+    """All x' with |x'_i − x_i| ≤ half_i, a distance for each number. x, half (N, n), float64."""
+
+    x: Tensor
+    half: Tensor
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """As of Ball."""
+        return (rows.abs() @ self.half[..., None])[..., 0] * (1 + gamma(rows.shape[-1] + 8, U64)) + 1e-140
+
+    def first(self, stage: Affine) -> Tensor:
+        """As of Ball."""
+        return stage.absolute(self.half) * (1 + 2 * gamma(stage.terms + 8, U64)) + 1e-140
+
+    @property
+    def largest(self) -> Tensor:
+        """|x'_i| ≤ this (N, n)."""
+        return (self.x.abs() + self.half) * (1 + 4 * U64)
+
+    def part(self, index: slice) -> Cuboid:
+        return Cuboid(self.x[index], self.half[index])
+
+    @property
+    def reach(self) -> Tensor:
+        """‖δ‖₂ ≤ this (N,)."""
+        return norm_up(self.half)
+
+    @property
+    def size(self) -> Tensor:
+        """‖x'‖₂ ≤ this (N,)."""
+        return up(norm_up(self.x) + self.reach)
+
+
+Inputs = Ball | Cuboid
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search may choose of a bound, any values of which give one. By hidden stage, None for what is left as it is.
+
+    alpha: slopes in [0, 1] (N, m) of the line below each relu that crosses 0. beta: multipliers ≥ 0 (N, m) of what is known of the sign of a number
+    in front of an activation, side (N, m) in {−1, 0, 1}: side·z ≥ 0. seen: filled with what the line above each relu costs the bound (N, m).
+    """
+
+    alpha: list[Tensor | None]
+    beta: list[Tensor | None]
+    side: list[Tensor]
+    seen: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Boxes:
-    """low ≤ z_l ≤ high on the whole ball, for every hidden stage, each (N, m_l)."""
+    """low ≤ z_l ≤ high on the whole ball, for every hidden stage, each (N, m_l).
+
+    error: by stage, how far each number that is executed can be from Wh + b of the executed h (N, m_l); empty where bounds are of exact arithmetic.
+    """
 
     low: tuple[Tensor, ...]
     high: tuple[Tensor, ...]
+    error: tuple[Tensor, ...] = ()
 
     def part(self, index: slice) -> Boxes:
-        return Boxes(tuple(t[index] for t in self.low), tuple(t[index] for t in self.high))
+        low, high, error = (tuple(t[index] for t in part) for part in (self.low, self.high, self.error))
+        return Boxes(low, high, error)
 
 
 def known_sizes(network: Network, boxes: Boxes) -> list[Tensor]:
@@ -89,12 +160,11 @@ def interval_step(stage: Affine, low: Tensor, high: Tensor) -> tuple[Tensor, Ten
     return centre - spread, centre + spread
 
 
-def first_box(stage: Affine, ball: Ball) -> tuple[Tensor, Tensor]:
+def first_box(stage: Affine, ball: Inputs) -> tuple[Tensor, Tensor]:
     """Bounds of z_1 on the ball, exact up to rounding."""
     centre = stage.forward(ball.x)
     slack = gamma(stage.terms + 8, U64) * 2 * (stage.absolute(ball.x.abs()) + stage.bias.abs())
-    reach = ball.dual(stage.weight) if isinstance(stage, Stage) else stage.row_norms(ball.norm)
-    spread = ball.radius[:, None] * reach * (1 + 8 * U64) + slack
+    spread = ball.first(stage) + slack
     return centre - spread, centre + spread
 
 
@@ -105,7 +175,7 @@ def band_of(stage: Affine, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(stage.linear, low, below), torch.where(stage.linear, high, above)
 
 
-def interval_boxes(network: Network, ball: Ball) -> Boxes:
+def interval_boxes(network: Network, ball: Inputs) -> Boxes:
     """IBP; the first stage takes the ball's own norm."""
     lows: list[Tensor] = []
     highs: list[Tensor] = []
@@ -116,7 +186,7 @@ def interval_boxes(network: Network, ball: Ball) -> Boxes:
     return Boxes(tuple(lows), tuple(highs))
 
 
-def backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tensor) -> Tensor:
+def backward(network: Network, ball: Inputs, boxes: Boxes, stage: int, rows: Tensor) -> Tensor:
     """Lower bounds (N, r) of rows·z_stage on the ball. rows (N or 1, r, m). Boxes of the stages in front are read."""
     count = max(1, CHUNK // (rows.shape[1] * max(s.inputs for s in network.stages[: stage + 1])))
     if count >= len(ball.x):
@@ -125,9 +195,11 @@ def backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tenso
     return torch.cat([_backward(network, ball.part(p), boxes.part(p), stage, rows if len(rows) == 1 else rows[p]) for p in parts])
 
 
-def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tensor, pulled: Tensor | None = None) -> Tensor:
-    """See `backward`. pulled: the rows times W of the stage, where they are known."""
-    sizes = network.sizes(ball.size, known_sizes(network, boxes))
+def _backward(
+    network: Network, ball: Inputs, boxes: Boxes, stage: int, rows: Tensor, pulled: Tensor | None = None, choice: Choice | None = None
+) -> Tensor:
+    """See `backward`. pulled: the rows times W of the stage, where they are known. choice: of rows one a sample."""
+    sizes = network.sizes(ball.size, known_sizes(network, boxes), boxes.error)
     constant = slack = torch.zeros(len(ball.x), rows.shape[1], dtype=torch.float64, device=ball.x.device)
     for i in range(stage, -1, -1):
         here = network.stages[i]
@@ -138,10 +210,17 @@ def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tens
             size = previous.curve.behind(sizes[i], here.inputs)
         constant = constant + rows @ here.bias
         slack = slack + 2 * loss * torch.linalg.vector_norm(rows, dim=-1) * (here.magnitude * size + here.shift)[:, None]
+        if boxes.error:
+            slack = slack + (rows.abs() @ boxes.error[i][..., None])[..., 0] * (1 + 1e-9)
         rows = here.backward(rows) if pulled is None or i < stage else pulled
         if previous is None:
             break
         lower, below, upper, above = lines_of(previous, boxes.low[i - 1], boxes.high[i - 1])
+        if choice is not None and (alpha := choice.alpha[i - 1]) is not None:
+            crossing = (boxes.low[i - 1] < 0) & (boxes.high[i - 1] > 0) & ~previous.linear
+            lower = torch.where(crossing, alpha, lower)
+        if choice is not None and choice.seen is not None:
+            choice.seen.insert(0, -(rows.clamp_max(0.0) * above[:, None])[:, 0])
         # Each coefficient meets the intercept of its own line.
         constant = constant + (rows.clamp_min(0.0) @ below[..., None] + rows.clamp_max(0.0) @ above[..., None])[..., 0]
         slope = torch.maximum(lower.abs(), upper.abs()).amax(-1, keepdim=True)
@@ -153,12 +232,14 @@ def _backward(network: Network, ball: Ball, boxes: Boxes, stage: int, rows: Tens
         slack = slack + 2 * loss * torch.linalg.vector_norm(rows, dim=-1) * (slope * sizes[i][:, None] + offset)
         added = 0.0 if cross is None else cross.added(rows, previous.linear)
         rows = rows * torch.where(rows >= 0, lower[:, None], upper[:, None]) + added
+        if choice is not None and (beta := choice.beta[i - 1]) is not None:  # side·z ≥ 0, so less of it is less
+            rows = rows - (beta * choice.side[i - 1])[:, None]
     value = (rows @ ball.x[..., None])[..., 0] + constant
     slack = slack + 4 * gamma(rows.shape[-1] + 32, U64) * (value.abs() + constant.abs() + torch.linalg.vector_norm(rows, dim=-1) * sizes[0][:, None])
-    return value - ball.radius[:, None] * ball.dual(rows) * (1 + 8 * U64) - slack
+    return value - ball.spread(rows) - slack
 
 
-def _sharpened(network: Network, ball: Ball, boxes: Boxes, i: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _sharpened(network: Network, ball: Inputs, boxes: Boxes, i: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds low, high (N, m) of a stage of many numbers, made better by CROWN sample by sample and a few rows at a time.
 
     A relu that cannot cross 0 is linear, whatever its bounds: where rows are many, its row is left out.
@@ -178,16 +259,30 @@ def _sharpened(network: Network, ball: Ball, boxes: Boxes, i: int, low: Tensor, 
     return low, high
 
 
-def linear_boxes(network: Network, ball: Ball) -> Boxes:
-    """CROWN on every hidden stage, met with the intervals that follow from the stage in front."""
+def linear_boxes(network: Network, ball: Inputs, error: Callable[[int, Tensor], Tensor] | None = None) -> Boxes:
+    """CROWN on every hidden stage, met with the intervals that follow from the stage in front.
+
+    error: from a stage and a bound (N, n) of the sizes of what it reads to `Boxes.error` there, the last stage included.
+    """
     lows: list[Tensor] = []
     highs: list[Tensor] = []
+    errors: list[Tensor] = []
+
+    def lost(i: int) -> None:
+        if error is not None:
+            size = torch.maximum(*(t.abs() for t in band_of(network.stages[i - 1], lows[-1], highs[-1]))) if i else ball.largest
+            errors.append(error(i, size))
+
     for i, stage in enumerate(network.hidden):
+        lost(i)
         if i == 0:
             low, high = first_box(stage, ball)
         else:
             low, high = interval_step(stage, *band_of(network.stages[i - 1], lows[-1], highs[-1]))
-            boxes = Boxes(tuple(lows), tuple(highs))
+        if errors:
+            low, high = low - errors[-1] * (1 + 1e-9), high + errors[-1] * (1 + 1e-9)
+        if i:
+            boxes = Boxes(tuple(lows), tuple(highs), tuple(errors))
             if network.dense:
                 eye = torch.eye(len(stage.bias), dtype=torch.float64, device=ball.x.device)[None]
                 low = torch.maximum(low, backward(network, ball, boxes, i, eye))
@@ -196,7 +291,8 @@ def linear_boxes(network: Network, ball: Ball) -> Boxes:
                 low, high = _sharpened(network, ball, boxes, i, low, high)
         lows.append(low)
         highs.append(high)
-    return Boxes(tuple(lows), tuple(highs))
+    lost(len(network.hidden))
+    return Boxes(tuple(lows), tuple(highs), tuple(errors))
 
 
 def rival_rows(y: Tensor, classes: int) -> Tensor:
@@ -205,7 +301,7 @@ def rival_rows(y: Tensor, classes: int) -> Tensor:
     return eye[y][:, None] - eye
 
 
-def interval_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Tensor:
+def interval_margins(network: Network, ball: Inputs, boxes: Boxes, y: Tensor) -> Tensor:
     """Lower bounds (N, C) of all margins from the last boxes alone, the head joined with the rival."""
     head = network.stages[-1]
     rows = rival_rows(y, len(head.bias))
@@ -221,7 +317,7 @@ def interval_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> T
     return torch.einsum("ncm,nm->nc", weight, middle) + bias - torch.einsum("ncm,nm->nc", weight.abs(), half) - slack
 
 
-def linear_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Tensor:
+def linear_margins(network: Network, ball: Inputs, boxes: Boxes, y: Tensor) -> Tensor:
     """Lower bounds (N, C) of all margins: the larger of CROWN's and the interval's."""
     rows = rival_rows(y, len(network.stages[-1].bias))
     lower = backward(network, ball, boxes, len(network.stages) - 1, rows)

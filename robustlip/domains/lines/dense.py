@@ -26,7 +26,7 @@ from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Maximum, MaxMin, Minimum, Product, Residual, Sum
 from robustlip.layers.joins import Branching
-from robustlip.numerics.rounding import U64, gamma, up
+from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.ops.joins import spread_over
@@ -67,10 +67,11 @@ class Network:
         """Whether numbers are multiplied with each other somewhere: sizes that know of no boxes are squared there, and say nothing soon."""
         return any(isinstance(s.curve, Products) for s in self.hidden)
 
-    def sizes(self, norm: Tensor, known: Sequence[Tensor] = ()) -> list[Tensor]:
+    def sizes(self, norm: Tensor, known: Sequence[Tensor] = (), errors: Sequence[Tensor] = ()) -> list[Tensor]:
         """[‖h_0‖₂, ‖z_1‖₂, ‖z_2‖₂, …] ≤ these (N,), for inputs of ‖x‖₂ ≤ norm (N,): crude, they only scale rounding errors.
 
         known: ≥ ‖z_1‖₂, ‖z_2‖₂, … of the first stages (N,), where somebody has better ones, of the same inputs.
+        errors: by stage from the first, what each number of z may be off by besides (N, m).
         """
         found = [norm]
         for i, stage in enumerate(self.stages):
@@ -79,7 +80,8 @@ class Network:
                 previous = self.stages[i - 1]
                 assert previous.curve is not None
                 before = previous.curve.behind(before, len(previous.bias))
-            crude = up((stage.magnitude + stage.weight_error) * before + stage.shift + stage.bias_error)
+            off = norm_up(errors[i]) if i < len(errors) else 0.0
+            crude = up((stage.magnitude + stage.weight_error) * before + stage.shift + stage.bias_error + off)
             found.append(torch.minimum(crude, known[i]) if i < len(known) else crude)
         return found
 

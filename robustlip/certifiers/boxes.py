@@ -1,0 +1,109 @@
+"""What is proved of the executed outputs of a model on a box of inputs, a distance for each number: `robustlip.domains.lines.outputs` with all that
+`certify` checks before it trusts a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.certifiers.chains import chain_of
+from robustlip.certifiers.constants import constants_of
+from robustlip.certifiers.samples import check_arithmetic, check_in_place, check_model, kind_of
+from robustlip.certifiers.trace import traced_scores
+from robustlip.domains.lines.crown import Cuboid
+from robustlip.domains.lines.outputs import Executed, cuboid, holds, plain_bounds
+from robustlip.domains.norms import Context
+from robustlip.execution import proving
+from robustlip.graph.capturing import check_answers
+from robustlip.modes import evaluated
+from robustlip.numerics.rounding import TINY, U64, UNIT
+
+# Boxes of so few numbers are halved; of more, cases of activations are told apart.
+FEW = 16
+# Boxes at once, and the most that wait.
+BATCH, MOST_BOXES = 256, 200_000
+
+
+def as_given(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The box (float64), larger by what rounding a point to float64 and then to a dtype can move it: the points that a model of that dtype sees."""
+    moved = (UNIT[dtype] * (1 + 2.0**-20) + 4 * U64) * torch.maximum(low.abs(), high.abs()) + 2 * TINY[dtype]
+    return low - moved, high + moved
+
+
+@torch.no_grad()
+def outputs_hold(
+    model: nn.Module, low: Tensor, high: Tensor, groups: list[tuple[Tensor, Tensor]], shape: tuple[int, ...], until: float
+) -> tuple[bool, bool]:
+    """(proved that in every group some row·logits > its offset, at every point of the box; whether time or room ended the search).
+
+    low, high (n,), float64: the box; points are rounded to the model's dtype and run by it. groups: rows (r, C) and offsets (r,), float64.
+    shape: of a sample. until: by time.monotonic(). Raises BadInput or UnsupportedLayer for a model that nothing is proved of.
+    """
+    chain, source = chain_of(model, torch.zeros(2, *shape))
+    dtype = check_model(chain)
+    with proving(kind_of(chain)), evaluated(chain):
+        check_arithmetic(chain, dtype)
+        low, high = as_given(low, high, dtype)
+        store = constants_of(chain)[1]
+
+        def executed(box: Cuboid) -> Executed:
+            points = box.x.to(dtype).reshape(len(box.x), *shape)
+            check_in_place(chain, points)
+            _, clean = traced_scores(chain, points)
+            if source is not None:
+                check_answers(chain, model, points)
+            return Executed.of(chain, points, replace(Context(dtype=dtype, store=store), clean=clean))
+
+        if len(low) <= FEW and time.monotonic() < until:
+            return _halved(executed, low, high, groups, until)
+        box = cuboid(low[None], high[None])
+        program = executed(box)
+        single = [g for g in groups if len(g[0]) == 1]
+        if single:
+            rows, offsets = (torch.cat(parts) for parts in zip(*single, strict=True))
+            proved, ended = holds(program, box, rows, offsets, until)
+            if not bool(proved.all()):
+                return False, ended
+        for rows, offsets in (g for g in groups if len(g[0]) > 1):
+            order = (plain_bounds(program, box, rows[None])[0] - offsets).argsort(descending=True).tolist()
+            done = ended = False
+            for r in order:  # any of them is enough
+                proved, ended = holds(program, box, rows[r : r + 1], offsets[r : r + 1], until)
+                if done := bool(proved.all()):
+                    break
+            if not done:
+                return False, ended
+    return True, False
+
+
+def _halved(
+    executed: Callable[[Cuboid], Executed], low: Tensor, high: Tensor, groups: list[tuple[Tensor, Tensor]], until: float
+) -> tuple[bool, bool]:
+    """As `outputs_hold`, by CROWN on the box and, where that is not enough, on its halves: together they are all of it."""
+    rows, offsets = (torch.cat(parts) for parts in zip(*groups, strict=True))
+    sizes = [len(g[0]) for g in groups]
+    width = (high - low).clamp_min(1e-300)
+    all_lows, all_highs = low[None], high[None]
+    while len(all_lows):
+        if time.monotonic() > until or len(all_lows) > MOST_BOXES:
+            return False, True
+        lows, highs = all_lows[-BATCH:], all_highs[-BATCH:]
+        all_lows, all_highs = all_lows[:-BATCH], all_highs[:-BATCH]
+        here = cuboid(lows, highs)
+        program = executed(here)
+        enough = plain_bounds(program, here, rows[None]) > offsets + 2.0**-45 * offsets.abs()
+        proved = torch.stack([part.any(-1) for part in enough.split(sizes, dim=-1)], -1).all(-1)
+        lows, highs = lows[~proved], highs[~proved]
+        if not len(lows):
+            continue
+        at = ((highs - lows) / width).argmax(-1, keepdim=True)
+        middle = (lows / 2 + highs / 2).gather(1, at)
+        if bool(((middle <= lows.gather(1, at)) | (middle >= highs.gather(1, at))).any()):
+            return False, False  # too small to be halved
+        all_lows = torch.cat([all_lows, lows, lows.scatter(1, at, middle)])
+        all_highs = torch.cat([all_highs, highs.scatter(1, at, middle), highs])
+    return True, False
