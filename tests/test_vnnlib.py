@@ -244,7 +244,8 @@ def test_any_slopes_and_multipliers_give_a_bound_and_cases_are_the_whole_box(see
         value = stages[-1] @ row[0]
         below = 0
         for _ in range(40):
-            sides = [torch.randint(-1, 2, l.shape, generator=generator).double() * (torch.rand(l.shape, generator=generator) < 0.3) for l in boxes_.low]
+            sides = [torch.randint(-1, 2, l.shape, generator=generator).double() for l in boxes_.low]
+            sides = [side * (torch.rand(side.shape, generator=generator) < 0.3) for side in sides]
             chosen = [torch.rand(l.shape, generator=generator, dtype=torch.float64) for l in boxes_.low]
             chosen += [torch.rand(l.shape, generator=generator, dtype=torch.float64) for l in boxes_.low]
             bound = outputs._backward(executed.network, box, boxes_, 2, row[:, None], None, Choice(chosen[:2], chosen[2:], sides))[0, 0]
