@@ -30,6 +30,7 @@ from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certific
 from robustlip.certifiers import methods
 from robustlip.data import Dataset
 from robustlip.data.load import parse_spec
+from robustlip.data.vnnlib import BOXES
 from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
 from robustlip.names import check_line, shown
@@ -358,6 +359,6 @@ def _finite(value: float | str) -> float | str:
 def _portable(spec: str, split: str) -> str:
     """The specification with its split and without the folders of this machine."""
     name, _ = parse_spec(spec)
-    if name.endswith(".parquet"):
+    if name.endswith((".parquet", *BOXES)):
         return Path(name).name
     return f"{Path(name).name if name.endswith('.txt') else name}:{split}"

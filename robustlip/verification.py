@@ -46,6 +46,7 @@ from robustlip.certifiers import chains
 from robustlip.certifiers.methods import check_method
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
+from robustlip.data.vnnlib import BOXES
 from robustlip.errors import BadInput
 from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
 from robustlip.numerics.rounding import NAMES, evaluated_in
@@ -178,7 +179,7 @@ def load_rows(source: DataSource, data_dir: str | Path | None = None, vocabulary
     """
     where = spec or source.spec
     name, _, split = where.partition(":")
-    if spec is None and data_dir is not None and name.endswith((".parquet", ".txt")) and (Path(data_dir) / name).is_file():
+    if spec is None and data_dir is not None and name.endswith((".parquet", ".txt", *BOXES)) and (Path(data_dir) / name).is_file():
         where = str(Path(data_dir) / name) + (f":{split}" if split else "")
     # The vocabulary belongs to texts; a model of images has none.
     words = vocabulary if is_text(parse_spec(where)[0], source.text_column) else None

@@ -120,6 +120,31 @@ def test_instances_stay_in_their_folder(tmp_path) -> None:
             read_instances(tmp_path)
 
 
+def test_properties_of_a_winning_class_are_samples(tmp_path) -> None:
+    def box(bounds: list[tuple[str, str]], label: int) -> str:
+        lines = "".join(f"(assert (>= X_{i} {low}))(assert (<= X_{i} {high}))" for i, (low, high) in enumerate(bounds))
+        return DECLARED + lines + "(assert (or" + "".join(f"(and (>= Y_{j} Y_{label}))" for j in range(3) if j != label) + "))"
+
+    written(box([("0", "0.25"), ("0.4", "0.8")], 1), tmp_path, "a.vnnlib")  # 0.05 and 0.6, within 0.2, clipped at 0
+    written(box([("0.1", "0.3"), ("0.5", "0.7")], 2), tmp_path, "b.vnnlib")
+    data = robustlip.load_data(str(tmp_path / "a.vnnlib"))
+    assert data.x.tolist() == [[pytest.approx(0.05), 0.6]] and data.y.tolist() == [1] and data.classes == 3
+    assert data.note.startswith("boxes within linf 0.2") and 0.2 <= float(data.note.split()[-1]) < 0.2 + 1e-9
+    listed = written("n.onnx,a.vnnlib,1\nn.onnx,b.vnnlib,1\nm.onnx,b.vnnlib,1\n", tmp_path, "instances.csv")
+    data = robustlip.load_data(str(listed))
+    assert data.x.shape == (2, 2) and data.y.tolist() == [1, 2] and " to 0.2" in data.note
+    # A certificate of that radius is of the whole box.
+    model = network(2, 8, 3)
+    low, high = (torch.tensor([[0.0, 0.4], [0.1, 0.5]]), torch.tensor([[0.25, 0.8], [0.3, 0.7]]))
+    assert bool(((data.x - low).abs() <= 0.2 + 1e-7).all() and ((data.x - high).abs() <= 0.2 + 1e-7).all())
+    assert robustlip.certify(model, data.x, model(data.x.float()).argmax(1), "linf", "crown").radius.min() > 0
+    written(DECLARED + BOX + "(assert (>= Y_0 1))", tmp_path, "c.vnnlib")
+    wrong = ((tmp_path / "c.vnnlib", "which class wins"), (f"{tmp_path / 'a.vnnlib'}:test", "without a split"), (tmp_path / "d.vnnlib", "none there"))
+    for spec, words in wrong:
+        with pytest.raises(BadInput, match=words):
+            robustlip.load_data(str(spec))
+
+
 # ---- proofs
 
 

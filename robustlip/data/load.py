@@ -18,12 +18,13 @@ from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
 from robustlip.data.tables import Held, Parquet, Table, pick
 from robustlip.data.tables import is_text as column_of_text
+from robustlip.data.vnnlib import BOXES, boxes_as_samples
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.files import is_file
 from robustlip.modes import undrawn
 from robustlip.plugins import added
 
-_FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a path to a .parquet or .txt file"
+_FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a .parquet, .txt or .vnnlib file or an instances.csv"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
@@ -48,7 +49,8 @@ def load_data(
 
     spec: 'name' or 'name:split' (split 'test' where none is named). Names: digits, mnist, cifar10, tiny_shakespeare, page
     (text shipped with robustlip), a hub name 'owner/name' of an image data set, or a path: a .parquet file (one split, so
-    no ':split') with an image and a label column, or a .txt file (UTF-8, first 90 % train, the rest test).
+    no ':split') with an image and a label column, a .txt file (UTF-8, first 90 % train, the rest test), or a .vnnlib file or an instances.csv of
+    properties that say which class wins in a box (`robustlip.data.vnnlib.boxes_as_samples`).
     Looked for in data_dir, then in the folder ROBUSTLIP_DATA, then on the hub.
     limit: at most so many samples, a random subset drawn by `seed` in the order of the source.
     context: tokens per window (64). vocabulary: the characters of ids 0, 1, …, as the model has them; default those of the
@@ -108,6 +110,9 @@ def _load(
     if name == "digits":
         _refuse_unused(name, columns, ("subset", "image_column", "label_column"), "the images")
         return load_digits_split(split or "test", limit, seed)
+    if name.endswith(BOXES):
+        _refuse_unused(name, columns, OPTIONS, "the properties")
+        return boxes_as_samples(Path(name), limit, seed)
     if name.endswith(".parquet"):
         _refuse_unused(name, columns, ("subset",), "the one split")
         stem = Path(name).stem
@@ -167,11 +172,11 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
         if colon and spec.endswith(":"):
             raise BadInput(f"expected a split after the colon, got {spec!r}; write e.g. {spec}test")
     name = _ALIASES.get(name, name)
-    if name.endswith((".parquet", ".txt")):
+    if name.endswith((".parquet", ".txt", *BOXES)):
         if not is_file(Path(name)):
             raise BadInput(f"expected a file at {name[:200]!r}, got none there; correct the path")
-        if split and name.endswith(".parquet"):
-            raise BadInput(f"expected a parquet file without a split (one file is one split), got {spec[:200]!r}; write {name[:200]!r}")
+        if split and not name.endswith(".txt"):
+            raise BadInput(f"expected a file without a split (one file is one split), got {spec[:200]!r}; write {name[:200]!r}")
     elif not _NAME.fullmatch(name):
         raise BadInput(f"expected data ({_FORMS}), got {spec[:200]!r}; name one of them")
     return name, split or None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from robustlip.data.dataset import Dataset, as_index, choose_rows
 from robustlip.errors import BadInput
 from robustlip.files import is_file, read_limited, unzipped
 from robustlip.names import shown
 
+# Endings of properties, and of lists of them.
+BOXES = (".vnnlib", ".vnnlib.gz", ".csv")
 LARGEST = 2**27  # bytes of a property
 LONGEST_TOKEN = 100
 DEEPEST = 30
@@ -158,6 +164,50 @@ def _text(path: Path, what: str, limit: int) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadInput(f"expected {what} in UTF-8, got {path.name}, which is not; save it as text") from None
+
+
+def boxes_as_samples(path: Path, limit: int | None = None, seed: int = 0) -> Dataset:
+    """Properties that say which class wins in a box, as samples: x (N, n) float64, y the class.
+
+    path: a .vnnlib file, or an instances.csv, each property of which counts once. x is the point that the box was a linf ball around before it was
+    clipped, where the box has that form, else its middle; the note says within which linf radius of x each box lies, so that a property holds where x
+    is certified for that radius. limit, seed: as in `load_data`. Raises BadInput for other properties.
+    """
+    files = list(dict.fromkeys(i.property for i in read_instances(path))) if path.suffix == ".csv" else [path]
+    chosen = choose_rows(len(files), limit, seed)
+    points, labels, radii, classes = [], [], [], set()
+    for i in chosen:
+        prop = read_property(files[i])
+        if prop.label is None:
+            raise BadInput(f"expected a property that says which class wins in a box, got another in {prop.name}; use robustlip vnncomp")
+        point, radius = _centre(*prop.box(prop.cases[0]))
+        points.append(point)
+        labels.append(prop.label)
+        radii.append(radius)
+        classes.add((prop.inputs, prop.outputs))
+    if len(classes) > 1:
+        raise BadInput(f"expected properties of one network, got {sorted(classes)[:3]} inputs and outputs in {path.name}; give each its own list")
+    within = f"{max(radii)!r}" if min(radii) == max(radii) else f"{min(radii)!r} to {max(radii)!r}"  # in full: a shorter text may be less
+    return Dataset(
+        path.name.partition(".")[0], "all", "image", torch.tensor(points, dtype=torch.float64), torch.tensor(labels), as_index(chosen),
+        classes.pop()[1], note=f"boxes within linf {within}",
+    )  # fmt: skip
+
+
+def _centre(low: list[Fraction], high: list[Fraction]) -> tuple[list[float], float]:
+    """(a point of a box, how far the box goes from it, rounded up)."""
+    reach = max(h - l for l, h in zip(low, high, strict=True)) / 2
+    least, most = min(low), max(high)
+
+    def place(l: Fraction, h: Fraction) -> float:
+        short = reach - (h - l) / 2  # what was clipped off
+        if short * 10**9 > reach and (l == least) != (h == most):
+            return float(h - reach if l == least else l + reach)
+        return float((l + h) / 2)
+
+    point = [place(l, h) for l, h in zip(low, high, strict=True)]
+    far = max(max(h - Fraction(p), Fraction(p) - l) for p, l, h in zip(point, low, high, strict=True))
+    return point, math.nextafter(float(far), math.inf)
 
 
 Linear = tuple[dict[str, Fraction], Fraction]  # weights by variable, constant
