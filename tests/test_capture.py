@@ -618,7 +618,7 @@ def test_programs_that_show_their_difference_elsewhere_are_refused(function) -> 
 
 
 def test_another_dtype_on_the_way_is_named() -> None:
-    with pytest.raises(UnsupportedLayer, match=r"in the dtype of its input, torch.float32, got view of .* in torch.int32"):
+    with pytest.raises(UnsupportedLayer, match=r"computes in one dtype, torch.float32, got view of .* in torch.int32"):
         capture(Two(as_bits).eval(), data(4, 2))
 
 

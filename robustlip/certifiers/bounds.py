@@ -15,7 +15,7 @@ from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import batches, check_entry, check_model, kind_of
 from robustlip.domains.norms import Context, State, run_rules
 from robustlip.domains.norms.bound import entry, first_state
-from robustlip.errors import BadInput
+from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import proving
 from robustlip.layers import Chain, Patchify, as_chain
 from robustlip.modes import evaluated
@@ -73,6 +73,8 @@ def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tenso
     """(largest ‖x_t‖₂ (1,), width) of any embedding: a table's rows, or patches of images with pixels in [0, 1], of norm ≤ √numbers."""
     if isinstance(embedding[0], nn.Embedding):
         return norm_up(embedding[0].weight.detach()).amax().cpu().reshape(1), embedding[0].embedding_dim
+    if type(embedding[0]) is not Patchify:
+        raise UnsupportedLayer(f"expected an embedding that begins with Embedding or Patchify, got {type(embedding[0]).__name__}; certify samples")
     linear = _first_linear(embedding)
     zero = torch.zeros(1, dtype=torch.float64)
     start = State(zero + math.sqrt(linear.in_features) * (1 + 1e-15), zero, zero, "l2", 1, linear.in_features)

@@ -13,7 +13,7 @@ from robustlip.checks import check_fit
 from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_program, check_weights, execution_of, lower_precision
-from robustlip.layers import Chain
+from robustlip.layers import Chain, Lookup
 from robustlip.modes import in_eval_mode, out_of_place
 from robustlip.numerics.rounding import UNIT
 from robustlip.threats import InputBall, Threat
@@ -95,7 +95,7 @@ def check_entry(model: Chain, x: Tensor, threat: Threat) -> None:
             f"expected floating-point inputs for the threat {threat.name}, got {x.dtype}; "
             f"convert images, or use an embedding or weight threat for token ids"
         )
-    if type(model[0]) is not nn.Embedding or x.dim() != 2:
+    if type(model[0]) not in (nn.Embedding, Lookup) or x.dim() != 2:
         raise BadInput(
             f"expected token ids (N, T) in front of an Embedding, or floating-point inputs, got {x.dtype} of shape {tuple(x.shape)} "
             f"in front of {type(model[0]).__name__}; convert the inputs"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.execution import check_capturable
+from robustlip.graph.attention import with_attention
 from robustlip.graph.lower import lowered
-from robustlip.graph.program import FREEZE, recorded
+from robustlip.graph.program import FREEZE, Program, check_apart, recorded
 from robustlip.graph.simplify import simplified
-from robustlip.layers import Chain
+from robustlip.graph.tokens import with_embedding
+from robustlip.layers import AddPositions, Attention, Chain, NextTokenChain, Patchify, PrependToken, Shift, TokenChain, Tokens
 from robustlip.modes import evaluated, undrawn
 from robustlip.target import logits_of
 
@@ -28,7 +32,7 @@ class Answering(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.module(x), len(x))
+        return logits_of(self.module(x), x.shape[0])  # len(x) would be a plain number for the tracer
 
 
 @undrawn()
@@ -50,43 +54,76 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     check_capturable(module)
     if any(part.training for part in module.modules()):
         raise UnsupportedLayer("expected a model in eval mode, got one in train mode, where it computes another function; call model.eval()")
-    if not example.is_floating_point():
-        raise UnsupportedLayer(f"expected inputs that are floating-point numbers, got {example.dtype}; capture what stands behind the embedding")
+    tokens = not example.is_floating_point()
+    if tokens and (example.dtype not in (torch.int64, torch.int32) or example.dim() != 2):
+        raise BadInput(f"expected floating-point numbers or token ids (N, T), got {example.dtype} of shape {tuple(example.shape)}; encode the text")
     example = example.detach().clone()
     example = example if len(example) > 1 else torch.cat([example, example])
     module = Answering(module)
     with evaluated(module), torch.no_grad():
-        program = simplified(recorded(module, example))
+        program = with_attention(with_embedding(recorded(module, example)))
+        check_apart(program)
+        program = simplified(program)
         layers = lowered(program)
         if not layers:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
-        chain = Chain(layers).eval()
+        chain = _kind(program, layers).eval()
         chain.input_range = getattr(module.module, "input_range", None)
         chain.computes_weights = program.computes_weights
         check_same(chain, module, example)
     return chain
 
 
+def _kind(program: Program, layers: OrderedDict[str, nn.Module]) -> Chain:
+    """The layers as a chain of the kind that its inputs and outputs say: token ids in, a row of logits for each token out, or neither."""
+    assert program.input.dtype is not None
+    if not program.input.dtype.is_floating_point:
+        return NextTokenChain(layers) if len(program.output.shape) == 2 else TokenChain(layers)
+    chain = Chain(layers)
+    chain.embedding_depth = _embedding_depth(list(chain))
+    return chain
+
+
+def _embedding_depth(layers: list[nn.Module]) -> int:
+    """How many leading layers make the tokens (N, T, D) of an image, class tokens and positions included; 0 where nothing attends to them."""
+    if not any(isinstance(part, Attention) for layer in layers for part in layer.modules()):
+        return 0
+    made = next((i for i, layer in enumerate(layers) if isinstance(layer, Tokens | Patchify)), None)
+    if made is None:
+        return 0
+    behind = (type(layer) in (PrependToken, Shift, nn.Linear, AddPositions) for layer in layers[made + 1 :])
+    return made + 1 + next((i for i, more in enumerate(behind) if not more), 0)
+
+
 def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
     """Raises UnsupportedLayer unless chain and module give the same bits on the example and on random batches of other sizes and ranges."""
     generator = torch.Generator().manual_seed(0)
+    if isinstance(chain, TokenChain):
+        size = int(chain[0].num_embeddings)  # type: ignore[arg-type]
+        batches = [example, *(torch.randint(size, (n, *example.shape[1:]), generator=generator).to(example) for n in TRIED)]
+    else:
+        batches = _random(example, generator)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for batch in batches:
+        check_answers(chain, module, batch)
+    with torch.enable_grad():  # a forward may ask
+        check_answers(chain, module, example.clone().requires_grad_(example.is_floating_point()))
+    check_answers(chain, module, example.transpose(0, -1).contiguous().transpose(0, -1))  # the same numbers, another layout
+    changed = [name for name, tensor in module.state_dict().items() if name not in state or not torch.equal(tensor, state[name])]
+    if changed:
+        name = changed[0].removeprefix("module.")
+        raise UnsupportedLayer(f"expected a model that leaves its own weights and buffers as they are, got one that changes {name}; {FREEZE}")
+
+
+def _random(example: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """The example, and random batches of other sizes and ranges."""
     spread = float(example.double().std()) or 1.0
     batches = [example]
     for size in TRIED:
         noise = torch.randn(size, *example.shape[1:], generator=generator).to(example)
         rows = torch.arange(size, device=example.device) % len(example)
         batches += [noise] if size > 3 else [noise, example[rows] + spread * noise]
-    batches += [scale * spread * batches[3] for scale in RANGES]
-    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for batch in batches:
-        check_answers(chain, module, batch)
-    with torch.enable_grad():  # a forward may ask
-        check_answers(chain, module, example.clone().requires_grad_())
-    check_answers(chain, module, example.transpose(0, -1).contiguous().transpose(0, -1))  # the same numbers, another layout
-    changed = [name for name, tensor in module.state_dict().items() if name not in state or not torch.equal(tensor, state[name])]
-    if changed:
-        name = changed[0].removeprefix("module.")
-        raise UnsupportedLayer(f"expected a model that leaves its own weights and buffers as they are, got one that changes {name}; {FREEZE}")
+    return batches + [scale * spread * batches[3] for scale in RANGES]
 
 
 def check_answers(chain: Chain, module: nn.Module, x: Tensor) -> None:
@@ -100,8 +137,13 @@ def check_answers(chain: Chain, module: nn.Module, x: Tensor) -> None:
         raise UnsupportedLayer(
             f"expected a model that answers {len(x)} samples of its own kind, got {type(error).__name__}: {first_line(error)[:200]}; mend its forward"
         ) from error
-    with torch.no_grad():
-        ours = chain(x.detach().clone())
+    try:
+        with torch.no_grad():
+            ours = chain(x.detach().clone())
+    except (RuntimeError, IndexError) as error:
+        raise UnsupportedLayer(
+            f"expected layers that compute what the model does, got {type(error).__name__} of them: {first_line(error)[:200]}; attack the model"
+        ) from error
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
         apart = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
         raise UnsupportedLayer(

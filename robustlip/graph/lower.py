@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.operations import JOINS, is_channel, layer_of, refuse
-from robustlip.graph.program import Node, Program
+from robustlip.graph.program import Node, Program, dominators
 from robustlip.layers import Concatenate, Maximum, Minimum, PrependToken, Product, Residual, Sum
 
 # Branches that share much are written out once each: what would never end is refused.
@@ -32,22 +32,7 @@ def lowered(program: Program) -> OrderedDict[str, nn.Module]:
 class _Lowering:
     def __init__(self, program: Program) -> None:
         self.made = self.depth = 0
-        self.order = {program.input: 0, **{node: i for i, node in enumerate(program.nodes, 1)}}
-        self.dominator: dict[Node, Node] = {}
-        for node in program.nodes:  # inputs come before what reads them, so one pass is enough
-            above = None
-            for read in dict.fromkeys(node.inputs):
-                above = read if above is None else self._common(above, read)
-            assert above is not None
-            self.dominator[node] = above
-
-    def _common(self, a: Node, b: Node) -> Node:
-        while a is not b:
-            if self.order[a] > self.order[b]:
-                a = self.dominator[a]
-            else:
-                b = self.dominator[b]
-        return a
+        self.dominator = dominators(program)
 
     def series(self, sink: Node, source: Node) -> OrderedDict[str, nn.Module]:
         """The layers from `source` (computed already) to `sink`."""

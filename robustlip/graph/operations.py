@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
-from robustlip.graph.program import Node
+from robustlip.graph.program import VIEWS, Node
 from robustlip.layers import (
     Abs,
     Channels,
@@ -40,8 +40,6 @@ from robustlip.ops.normalization import BATCH_NORMS
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
-# Operations that give the numbers of a sample another shape and keep their order.
-VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 # Joins of several values, which `lower` knows.
 JOINS = ("add", "sub", "cat", "mul", "multiply", "maximum", "minimum", "max", "min")
 # Operations of two terms, of which either may be the constant.
@@ -71,7 +69,7 @@ def layer_of(node: Node) -> nn.Module:
     if len(node.inputs) > 1 and node.op in (*_TERMS, "div", "divide", "true_divide"):
         raise refuse(node, "both of its terms depend on the input")
     for name, value in node.arguments.items():
-        if isinstance(value, Node) and name not in ("self", "input", "tensors") and node.op not in _TERMS:
+        if isinstance(value, Node) and name not in ("self", "input", "tensors", "indices") and node.op not in _TERMS:
             raise refuse(node, f"its {name} depends on the input")
     try:
         return make(node).eval()
@@ -137,6 +135,21 @@ def _linear(node: Node) -> nn.Module:
     weight, bias = node.arguments["weight"], node.arguments["bias"]
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     return _filled(made, weight=weight, bias=bias)
+
+
+@operation("attention", "lookup")
+def _made(node: Node) -> nn.Module:
+    made: nn.Module = node.arguments["layer"]
+    return made
+
+
+@operation("embedding")
+def _embedding(node: Node) -> nn.Module:
+    a = node.arguments
+    if not isinstance(a["weight"], Tensor) or a["scale_grad_by_freq"] or a["sparse"]:
+        raise refuse(node, "its table depends on the input, or its gradients are of another kind")
+    made = nn.Embedding(int(a["weight"].shape[0]), int(a["weight"].shape[1]), device="meta")
+    return _filled(made, weight=a["weight"])
 
 
 @operation("conv1d", "conv2d", "conv3d")

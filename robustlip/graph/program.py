@@ -33,7 +33,9 @@ class Node:
 
     op: its name in torch ('conv2d', 'add'), '' for the input itself. arguments: by the names of torch's schema; a Node where the value depends on
     the input, a Tensor where it is a constant of the model, lists of those, or plain Python values. shape: without the dimension of the samples.
-    path: where in the module it is called. dtype: of its value.
+    path: where in the module it is called. dtype: of its value. target: the operation itself. merged: whether samples and the dimension behind them
+    are one, as a view makes them for a matrix product; `shape` has that dimension by itself. stray: why the value is refused unless what reads it
+    is understood as a whole (attention), '' where it has samples along its first dimension alone.
     """
 
     op: str
@@ -42,6 +44,9 @@ class Node:
     path: str
     name: str
     dtype: torch.dtype | None = None
+    target: Any = None
+    merged: bool = False
+    stray: str = ""
 
     @property
     def inputs(self) -> list[Node]:
@@ -102,13 +107,27 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
     assert reader.input is not None
     if not isinstance(reader.output, Node):
         raise UnsupportedLayer("expected a model whose output depends on its input, got a constant; check its forward")
-    program = Program(reader.input, reader.output, needed(reader.output), reader.computes_weights)
+    return Program(reader.input, reader.output, needed(reader.output), reader.computes_weights)
+
+
+def check_apart(program: Program) -> None:
+    """Raises UnsupportedLayer for a value in which samples are not apart, for an operation on merged samples that may mix them, for another dtype.
+
+    A node that reads merged samples has to treat each row by itself: an elementwise operation, a product with a matrix, a view.
+    """
+    dtype = program.output.dtype
     for node in program.nodes:
-        if node.dtype not in (None, example.dtype):
+        if node.stray:
+            raise UnsupportedLayer(node.stray)
+        if node.dtype not in (None, dtype):
+            raise UnsupportedLayer(f"expected a model that computes in one dtype, {dtype}, got {node.where()} in {node.dtype}; cast the model")
+        if any(read.merged for read in node.inputs) and node.op not in _ROWWISE:
             raise UnsupportedLayer(
-                f"expected a model that computes in the dtype of its input, {example.dtype}, got {node.where()} in {node.dtype}; cast the model"
+                f"expected samples along the first dimension alone, got {node.where()}, which reads samples and tokens in one dimension; "
+                f"keep them apart"
             )
-    return program
+    if program.output.merged or program.input.stray:
+        raise UnsupportedLayer(program.input.stray or "expected one row of outputs for each sample, got samples and tokens in one; keep them apart")
 
 
 def needed(output: Node) -> list[Node]:
@@ -127,9 +146,36 @@ def needed(output: Node) -> list[Node]:
     return list(found)
 
 
+def dominators(program: Program) -> dict[Node, Node]:
+    """By node, its immediate dominator: the last value that every way from the input to it goes through (Cooper, Harvey & Kennedy 2001)."""
+    order = {program.input: 0, **{node: i for i, node in enumerate(program.nodes, 1)}}
+    above: dict[Node, Node] = {}
+    for node in program.nodes:  # inputs come before what reads them, so one pass is enough
+        common: Node | None = None
+        for read in dict.fromkeys(node.inputs):
+            other = read
+            while common is not None and common is not other:
+                if order[common] > order[other]:
+                    common = above[common]
+                else:
+                    other = above[other]
+            common = other
+        assert common is not None
+        above[node] = common
+    return above
+
+
 FREEZE = "freeze them: remove what iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
 # Operations that may take the number of samples, in a shape.
 _TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones new_zeros new_ones".split())
+# Operations that give a sample's numbers another shape and keep their order.
+VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
+# What may read samples that are merged with the dimension behind them: each of these treats every row by itself.
+_ROWWISE = frozenset((*VIEWS, "addmm", "mm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "to", "contiguous", "clone", "new_gelu"))
+# What torch records of checks that it made itself: they compute nothing.
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+# Numbers of samples by which constants are computed that depend on that number.
+TRIED = (2, 5)
 # Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
 _SIZES = (83, 89)
 
@@ -261,8 +307,7 @@ class _Reader:
                 raise UnsupportedLayer(f"expected parameters, buffers and constant tensors, got {spec.target}; register it as a buffer")
             self.constants[spec.arg.name] = value
         self.batch: Any = None
-        # By identity, and kept so that no other tensor gets the same: constants with one row for all samples; those made of the module's matrices.
-        self.repeated: set[int] = set()
+        # By identity, and kept so that no other tensor gets the same: constants that are made of the module's matrices.
         self.derived: set[int] = set()
         self.kept: list[Any] = []
         self.computes_weights = False
@@ -271,7 +316,8 @@ class _Reader:
         if node.op == "placeholder":
             if node.name == self.user:
                 self.batch = node.meta["val"].shape[0]
-                self.input = Node("", {}, self._shape(node), "", node.name)
+                shape, merged, stray = self._shape(node, True)
+                self.input = Node("", {}, shape, "", node.name, node.meta["val"].dtype, stray=stray or ("merged" if merged else ""))
                 self.values[node] = self.input
             else:
                 self.values[node] = self.constants[node.name]
@@ -279,7 +325,7 @@ class _Reader:
             self.output = self._argument(node.args[0][0])  # type: ignore[index]
         elif node.op == "get_attr":
             raise UnsupportedLayer(f"expected plain operations, got a branch on values ({node.target}); take it out of the forward")
-        else:
+        elif _name_of(node) not in _CHECKS:
             self.values[node] = self._call(node)
 
     def _argument(self, value: Any) -> Any:
@@ -290,19 +336,22 @@ class _Reader:
         return value
 
     def _call(self, node: fx.Node) -> Any:
+        size = self._size(node)
+        if size is not None:
+            return size
         args = [self._argument(value) for value in node.args]
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         name, path = _name_of(node), _path(node)
-        if name == "sym_size":
-            return _Size() if args[1] == 0 else args[0].shape[args[1] - 1]
-        if name not in _TAKES_SIZES and any(isinstance(a, _Size) for a in _flat([*args, *kwargs.values()])):
+        if self.twins[node] is not None and name in _TAKES_SIZES:
+            args = [self._sizes(*pair) for pair in zip(args, self.twins[node].args, strict=True)]  # type: ignore[union-attr]
+        if not list(_nodes([*args, *kwargs.values()])):
+            return self._folded(node, args, kwargs)
+        args = [self._for_all(a, node) for a in args]
+        kwargs = {key: self._for_all(a, node) for key, a in kwargs.items()}
+        flat = list(_flat([*args, *kwargs.values()]))
+        if name not in _TAKES_SIZES and any(isinstance(a, Many) for a in flat):
             raise UnsupportedLayer(f"expected the number of samples in shapes alone, got it in {name} of {path}; keep samples apart")
-        dependent = list(_nodes([*args, *kwargs.values()]))
-        if not dependent:
-            if any(isinstance(a, _Size) for a in _flat([*args, *kwargs.values()])):
-                return self._expanded(node, args, kwargs, path)
-            return self._folded(node, args, kwargs, path)
-        if any(isinstance(a, Tensor) and id(a) in self.derived for a in _flat([*args, *kwargs.values()])):
+        if any(isinstance(a, Tensor) and id(a) in self.derived for a in flat):
             self.computes_weights = True
         if node.target is operator.getitem:
             arguments: dict[str, Any] = {"self": args[0], "index": args[1]}
@@ -314,48 +363,79 @@ class _Reader:
                     arguments[argument.name] = argument.default_value
         return self._node(node, name, arguments, path)
 
-    def _folded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
-        """What an operation makes of constants, and whether a matrix of the module is among what it was made of."""
-        read = [a for a in _flat([*args, *kwargs.values()]) if isinstance(a, Tensor)]
-        if any(id(a) in self.repeated for a in read):
-            raise UnsupportedLayer(f"expected constants that are the same for every sample, got {_name_of(node)} of {path}; register them as buffers")
-        made = node.target(*args, **kwargs)  # type: ignore[operator]
-        if any(id(a) in self.derived or (isinstance(a, nn.Parameter) and a.dim() > 1) for a in read):
+    def _size(self, node: fx.Node) -> Any:
+        """A number that is one of sizes: by the number of samples, or plain; None for any other value."""
+        value = node.meta.get("val")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, torch.SymInt) and isinstance(self.batch, torch.SymInt):
+            return Many({n: int(value.node.expr.subs(self.batch.node.expr, n)) for n in TRIED})
+        return None
+
+    def _sizes(self, value: Any, twin: Any) -> Any:
+        """The same with the number of samples named, where two programs hold two numbers."""
+        if isinstance(value, list):
+            return [self._sizes(*pair) for pair in zip(value, twin, strict=True)]
+        plain = isinstance(value, int) and isinstance(twin, int)
+        return Many({n: n for n in TRIED}) if plain and (value, twin) == _SIZES else value
+
+    def _folded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """What an operation makes of constants, by the number of samples where that counts, and whether a matrix of the module is among them."""
+        flat = list(_flat([*args, *kwargs.values()]))
+        read = [part for a in flat for part in (_flat(a.values.values()) if isinstance(a, Many) else [a]) if isinstance(part, Tensor)]
+        if any(isinstance(a, Many) for a in flat):
+            made: Any = Many({n: node.target(*at(args, n), **{key: at(a, n) for key, a in kwargs.items()}) for n in TRIED})  # type: ignore[operator]
+            parts = [part for part in _flat(made.values.values()) if isinstance(part, Tensor)]
+        else:
+            made = node.target(*args, **kwargs)  # type: ignore[operator]
             parts = [part for part in _flat([made]) if isinstance(part, Tensor)]
+        moved = _name_of(node) in ("expand", "expand_as", "contiguous", "clone", "to", "alias", "detach", "slice")
+        if any(id(a) in self.derived or (not moved and isinstance(a, nn.Parameter) and a.dim() > 1) for a in read):
             self.derived |= {id(part) for part in parts}
-            self.kept += parts
+        self.kept += parts
         return made
 
-    def _node(self, node: fx.Node, name: str, arguments: dict[str, Any], path: str) -> Node:
-        shape = self._shape(node) if isinstance(node.meta["val"], Tensor) else ()
-        dtype = getattr(node.meta["val"], "dtype", None)
-        return Node(name.removesuffix("_") if _writes(node) else name, arguments, shape, path, node.name, dtype)
+    def _for_all(self, value: Any, node: fx.Node) -> Any:
+        """A constant that an operation on samples reads: the same for every number of samples, or one row where all rows are the same."""
+        if isinstance(value, list):
+            return [self._for_all(part, node) for part in value]
+        if not isinstance(value, Many) or not all(isinstance(part, Tensor) for part in value.values.values()):
+            return value
+        row = _row(value.values)
+        if row is None:
+            raise UnsupportedLayer(
+                f"expected constants that are the same for every sample, got {_name_of(node)} of {_path(node)}; register them as buffers"
+            )
+        if any(id(part) in self.derived for part in value.values.values()):
+            self.derived.add(id(row))
+        self.kept.append(row)
+        return row
 
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The shape of a value without its first dimension. Raises UnsupportedLayer unless that is the number of samples, and no other is."""
+    def _node(self, node: fx.Node, name: str, arguments: dict[str, Any], path: str) -> Node:
+        shape, merged, stray = self._shape(node, name in _ROWWISE) if isinstance(node.meta["val"], Tensor) else ((), False, "")
+        dtype = getattr(node.meta["val"], "dtype", None)
+        name = name.removesuffix("_") if _writes(node) else name
+        return Node(name, arguments, shape, path, node.name, dtype, node.target, merged, stray)
+
+    def _shape(self, node: fx.Node, may_merge: bool) -> tuple[tuple[int, ...], bool, str]:
+        """(the shape of a value without samples, whether they are merged with its first dimension, why it is refused)."""
         value, twin = node.meta["val"], self.twins[node]
+        first = value.shape[0] if value.dim() else None
+        rest = value.shape[1:]
         if twin is None:
-            apart = value.dim() > 0 and _is_batch(value.shape[0], self.batch)
-            apart = apart and all(isinstance(n, int) for n in value.shape[1:])
+            times = _times(first, self.batch)
+            apart = times is not None and all(isinstance(n, int) for n in rest)
         else:
             other = twin.meta["val"].shape
-            apart = value.dim() > 0 and (value.shape[0], other[0]) == _SIZES and value.shape[1:] == other[1:]
-        if not apart:
-            raise UnsupportedLayer(
-                f"expected values with samples along their first dimension alone, got {_name_of(node)} of {_path(node)} with shape "
-                f"{tuple(map(str, value.shape))}; an operation that moves or mixes samples cannot be certified"
-            )
-        return tuple(int(n) for n in value.shape[1:])
-
-    def _expanded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
-        """A constant that is repeated for every sample: itself, with one row."""
-        if _name_of(node) in ("expand", "zeros", "ones", "new_zeros", "new_ones"):
-            one = [[1 if isinstance(b, _Size) else b for b in a] if isinstance(a, list) else a for a in args]
-            made = node.target(*one, **kwargs)  # type: ignore[operator]
-            self.repeated.add(id(made))
-            self.kept.append(made)
-            return made
-        raise UnsupportedLayer(f"expected constants that are the same for every sample, got {_name_of(node)} of {path}; register them as buffers")
+            times = first // _SIZES[0] if first is not None and other and first * _SIZES[1] == other[0] * _SIZES[0] else None
+            apart = bool(times) and rest == other[1:]
+        if apart and (times == 1 or may_merge):
+            assert times is not None
+            return (tuple(int(n) for n in rest), False, "") if times == 1 else ((times, *(int(n) for n in rest)), True, "")
+        return (), False, (
+            f"expected values with samples along their first dimension alone, got {_name_of(node)} of {_path(node)} with shape "
+            f"{tuple(map(str, value.shape))}; an operation that moves or mixes samples cannot be certified"
+        )  # fmt: skip
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -366,10 +446,33 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-class _Size:
-    """The number of samples, in a shape."""
+@dataclass(frozen=True, eq=False)
+class Many:
+    """A constant that depends on the number of samples: its values for those of `TRIED`."""
+
+    values: dict[int, Any]
 
 
-def _is_batch(size: Any, batch: Any) -> bool:
-    """Whether a size is the number of samples itself, whatever that number is."""
-    return isinstance(size, torch.SymInt) and isinstance(batch, torch.SymInt) and size.node.expr == batch.node.expr
+def at(value: Any, samples: int) -> Any:
+    """A constant for so many samples."""
+    if isinstance(value, list):
+        return [at(part, samples) for part in value]
+    return value.values[samples] if isinstance(value, Many) else value
+
+
+def _row(values: dict[int, Tensor]) -> Tensor | None:
+    """What a constant is for any number of samples: itself, or its one row (1, …) where it repeats that; None where it is neither."""
+    found = list(values.values())
+    if all(torch.equal(part, found[0]) for part in found):
+        return found[0]
+    row = found[0][:1]
+    repeated = all(part.dim() and len(part) == n and torch.equal(part, row.expand_as(part)) for n, part in values.items() if part.dim() == row.dim())
+    return row if repeated and all(part.dim() == row.dim() for part in found) else None
+
+
+def _times(size: Any, batch: Any) -> int | None:
+    """How many times the number of samples a size is, whatever that number is; None where it is something else."""
+    if not (isinstance(size, torch.SymInt) and isinstance(batch, torch.SymInt)):
+        return None
+    quotient = size.node.expr / batch.node.expr
+    return int(quotient) if quotient.is_Integer else None

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from robustlip.graph.composites import composite, gated
-from robustlip.graph.operations import VIEWS, channel_dimension, channel_slice, is_channel, is_identity, order_of, pads, source_of
-from robustlip.graph.program import Node, Program, needed
+from robustlip.graph.operations import channel_dimension, channel_slice, is_channel, is_identity, order_of, pads, source_of
+from robustlip.graph.program import VIEWS, Node, Program, needed
 
 Rewrite = Callable[[Node], Node]
 
@@ -27,12 +27,33 @@ def simplified(program: Program) -> Program:
 
     for node in program.nodes:
         new = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-        for rewrite in (_view, _tokens, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
+        for rewrite in (_apart, _view, _product, _tokens, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
             new = rewrite(new)
         source = source_of(new)
         now[node] = source if source is not None and is_identity(new) else new
     output = now[program.output]
     return Program(program.input, output, needed(output), program.computes_weights)
+
+
+def _apart(node: Node) -> Node:
+    """Samples that are merged with the dimension behind them, by themselves again: what reads them treats each row by itself (`check_apart`)."""
+    return replace(node, op="view" if node.op in VIEWS else node.op, merged=False) if node.merged else node
+
+
+def _product(node: Node) -> Node:
+    """addmm and mm by a constant matrix: what F.linear runs with its transpose."""
+    if node.op not in ("addmm", "mm"):
+        return node
+    a = node.arguments
+    x, matrix, bias = (a["mat1"], a["mat2"], a["self"]) if node.op == "addmm" else (a["self"], a["mat2"], None)
+    if isinstance(matrix, Node) or not isinstance(x, Node) or isinstance(bias, Node) or a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
+        return node
+    if bias is not None and bias.dim() != 1:
+        return node
+    source = source_of(x)
+    if x.op in VIEWS and source is not None and source.shape and source.shape[-1] == x.shape[-1]:
+        x = source  # a product treats each row by itself: rows need not be merged
+    return replace(node, op="linear", arguments={"input": x, "weight": matrix.t(), "bias": bias}, shape=(*x.shape[:-1], matrix.shape[1]))
 
 
 def _view(node: Node) -> Node:

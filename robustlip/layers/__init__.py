@@ -2,14 +2,14 @@
 
 from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
-from robustlip.layers.chain import Chain, NextTokenChain, as_chain, chain_or_module
+from robustlip.layers.chain import Chain, NextTokenChain, TokenChain, as_chain, chain_or_module
 from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.formulas import Formula, WrittenNorm
 from robustlip.layers.joins import Channels, Concatenate, Maximum, Minimum, Product, Sum
 from robustlip.layers.moves import Flip, Permute, Select, Slice, View
 from robustlip.layers.residual import Residual
 from robustlip.layers.sorting import GroupSort, Householder, MaxMin
-from robustlip.layers.tokens import AddPositions, MeanTokens, Normalize, Patchify, PrependToken, SelectToken, Tokens
+from robustlip.layers.tokens import AddPositions, Lookup, MeanTokens, Normalize, Patchify, PrependToken, SelectToken, Tokens
 
 __all__ = [
     "Abs",
@@ -23,6 +23,7 @@ __all__ = [
     "Formula",
     "GroupSort",
     "Householder",
+    "Lookup",
     "MaxMin",
     "Maximum",
     "MeanTokens",
@@ -41,6 +42,7 @@ __all__ = [
     "Shift",
     "Slice",
     "Sum",
+    "TokenChain",
     "Tokens",
     "View",
     "WrittenNorm",

@@ -63,11 +63,10 @@ class Chain(nn.Sequential):
         return self.decide(self.from_embeddings(embeddings))
 
 
-class NextTokenChain(Chain):
-    """A Chain of (Embedding, blocks …, head) whose inputs are token ids (N, T) and whose logits are (N, T, V)."""
+class TokenChain(Chain):
+    """A Chain of (Embedding or Lookup, blocks …, head) whose inputs are token ids (N, T) and whose logits are (N, C)."""
 
     embedding_depth = 1
-    task = "next-token"
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Token ids (N, T) → embeddings (N, T, D). Raises BadInput for anything but integers in range."""
@@ -85,11 +84,17 @@ class NextTokenChain(Chain):
         return self.from_embeddings(self.embed(x))
 
 
+class NextTokenChain(TokenChain):
+    """A TokenChain whose logits are (N, T, V)."""
+
+    task = "next-token"
+
+
 # A certificate speaks of the layers in their order; a subclass that overrides any of these could do something else between them.
 _PLAIN = {
     "__call__": (nn.Module.__call__,),
-    "forward": (nn.Sequential.forward, NextTokenChain.forward),
-    "embed": (Chain.embed, NextTokenChain.embed),
+    "forward": (nn.Sequential.forward, TokenChain.forward),
+    "embed": (Chain.embed, TokenChain.embed),
     "from_embeddings": (Chain.from_embeddings,),
     "decide": (Chain.decide,),
     "scores": (Chain.scores,),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -124,3 +126,46 @@ class PrependToken(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.value)}, {self.value.shape[-1]}"
+
+
+class Lookup(nn.Module):
+    """Token ids (N, T) → embeddings (N, T, width), by recorded operations of torch: tables of words and of positions that depend on the ids.
+
+    steps: (operation of torch.ops.aten, overload, its arguments by name), in order; {"value": i} is the result of step i, 0 the ids, {"tensor": i}
+    one of `tensors`, {"samples": None} the number of samples. It stands in front of an embedding ball, so that no rule reads it.
+    """
+
+    def __init__(self, steps: list[tuple[str, str, Any]], tensors: list[torch.Tensor], width: int) -> None:
+        super().__init__()
+        self.steps, self.embedding_dim = steps, width
+        self.names: list[str] = []
+        for i, tensor in enumerate(tensors):
+            self.names.append(f"tensor{i}")
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(self.names[i], tensor)
+            else:
+                self.register_buffer(self.names[i], tensor)
+        tables = [tensors[a["weight"]["tensor"]].shape[0] for name, _, a in steps if name == "embedding" and a["indices"] == {"value": 0}]
+        self.num_embeddings = min(tables, default=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = [x]
+
+        def read(value: Any) -> Any:
+            if isinstance(value, list):
+                return [read(part) for part in value]
+            if not isinstance(value, dict):
+                return value
+            if "samples" in value:
+                return len(x)
+            if "rows" in value:
+                table = getattr(self, self.names[value["rows"]])
+                return table.expand(len(x), *table.shape[1:])
+            return values[value["value"]] if "value" in value else getattr(self, self.names[value["tensor"]])
+
+        for name, overload, arguments in self.steps:
+            values.append(getattr(getattr(torch.ops.aten, name), overload)(**{key: read(value) for key, value in arguments.items()}))
+        return values[-1]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, steps={self.steps}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.errors import UnsupportedLayer
+from robustlip.layers import Lookup
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound, quartic_bound
 from robustlip.ops.affine import Matrix
@@ -160,3 +161,14 @@ class EmbeddingExpansion(Expansion):
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
         return g.new_zeros(*g.shape[:-1], 1), []
+
+
+@register(Lookup)
+class LookupExpansion(Expansion):
+    """Recorded operations on token ids, which a ball of embeddings stands behind: nothing goes through them."""
+
+    def __init__(self, layer: Lookup, ids: Tensor, scope: Scope) -> None:
+        raise UnsupportedLayer(
+            "expected a threat to the embeddings of a model that computes them of token ids by several tables, got one to its weights; "
+            "use an embedding threat"
+        )

@@ -9,6 +9,7 @@ from torch import nn
 
 from robustlip.domains.norms.state import Context, Rule, State, register
 from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import Lookup
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound
 from robustlip.ops.affine import Matrix
@@ -58,3 +59,14 @@ class EmbeddingRule(Rule):
         # `norm` in front of an embedding is the largest norm of the rows in use, where the caller knows it.
         norm = torch.minimum(state.norm, torch.full_like(state.norm, largest)) + perturbed
         return context.finite(replace(state, norm=norm, change=perturbed, rounding=torch.zeros_like(norm), space="l2", width=layer.embedding_dim))
+
+
+@register(Lookup)
+class LookupRule(Rule):
+    """Recorded operations on token ids: what a ball of embeddings stands behind. It has no bound of its own."""
+
+    def step(self, layer: Lookup, state: State, context: Context) -> State:
+        raise UnsupportedLayer(
+            "expected a threat to the embeddings of a model that computes them of token ids by several tables, got one to its weights; "
+            "use an embedding threat"
+        )

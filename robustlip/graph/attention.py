@@ -1,0 +1,424 @@
+"""Self-attention in a program: everything between the tokens x and the mixed values, as one node.
+
+    q, k, v = moved(linear(x)), …      logits = scale·q kᵀ + mask      o = softmax(logits) v      y = linear(moved(o))
+
+The moving operations (split, view, transpose, …) are not read one by one: they are run on the places of numbers, and what comes out says which row
+of which matrix each number of q, k, v is. That holds for any values, since these operations move numbers and do nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.graph.program import TRIED, Node, Program, at, needed
+from robustlip.layers import Attention
+
+# Operations that move or repeat numbers, and those that are the identity in eval mode.
+_MOVES = frozenset(
+    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose swapaxes permute movedim moveaxis t numpy_T mT contiguous clone alias "
+    "expand expand_as repeat repeat_interleave select slice narrow chunk split split_with_sizes unbind getitem dropout to type_as _to_copy "
+    "detach".split()
+)
+# By how many samples places are computed.
+_SAMPLES = TRIED[0]
+
+
+def with_attention(program: Program) -> Program:
+    """The program with a node 'attention' in the place of each self-attention that is understood; what is not stays as it was recorded."""
+    found = [made for node in program.nodes for made in [_Finder(program).of(node)] if made is not None]
+    if not found:
+        return program
+    replaced = dict(found)
+    now: dict[Node, Node] = {program.input: program.input}
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, Node):
+            return now[value]
+        return [inside(part) for part in value] if isinstance(value, list) else value
+
+    for node in program.nodes:
+        made = replaced.get(node, node)
+        now[node] = replace(made, arguments={name: inside(value) for name, value in made.arguments.items()})
+    output = now[program.output]
+    return Program(program.input, output, needed(output), program.computes_weights)
+
+
+@dataclass
+class _Heads:
+    """Queries, keys or values: head h of token t is rows first + step·h … of a linear node's output for that token."""
+
+    linear: Node
+    source: Node
+    first: int
+    heads: int
+    group: int
+    width: int
+    angles: tuple[Tensor, Tensor] | None = None
+
+
+class _No(Exception):
+    """Not an attention that is understood, and why."""
+
+
+class _Finder:
+    def __init__(self, program: Program) -> None:
+        self.users: dict[Node, list[Node]] = {}
+        for node in program.nodes:
+            for read in dict.fromkeys(node.inputs):
+                self.users.setdefault(read, []).append(node)
+        self.output = program.output
+
+    def of(self, node: Node) -> tuple[Node, Node] | None:
+        """(the node that is replaced, attention in its place); None where `node` mixes no values, or in a way that is not understood."""
+        try:
+            if node.op == "scaled_dot_product_attention":
+                return self._fused(node)
+            if node.op in ("matmul", "bmm") and _softmax_of(node.arguments.get("self")) is not None:
+                return self._explicit(node)
+        except _No:
+            return None
+        return None
+
+    def _fused(self, node: Node) -> tuple[Node, Node]:
+        a = node.arguments
+        if a["dropout_p"] or isinstance(a["attn_mask"], Node):
+            raise _No
+        q, k, v = (_heads(a[name]) for name in ("query", "key", "value"))
+        scale = q.width**-0.5 if a["scale"] is None else float(a["scale"])
+        return self._made(node, q, k, v, {"logit_scale": scale, "mask": _mask(a["attn_mask"]), "causal": bool(a["is_causal"])})
+
+    def _explicit(self, node: Node) -> tuple[Node, Node]:
+        softmax = _softmax_of(node.arguments["self"])
+        assert softmax is not None
+        if softmax.arguments["dim"] not in (-1, 3) or softmax.arguments.get("dtype") not in (None, node.dtype):
+            raise _No
+        how: dict[str, Any] = {"explicit": "logits", "logit_scale": 1.0, "causal": False}
+        logits = _still(softmax.arguments["self"])
+        if logits.op == "masked_fill" and isinstance(logits.arguments["mask"], Tensor) and not isinstance(logits.arguments["value"], Node):
+            if float(logits.arguments["value"]) > -1e30:
+                raise _No
+            hidden = _mask(logits.arguments["mask"])
+            assert hidden is not None
+            how |= {"mask": ~hidden.bool(), "mask_fill": True}
+            logits = _still(logits.arguments["self"])
+        elif logits.op == "add" and isinstance(logits.arguments["other"], Tensor) and logits.arguments["alpha"] == 1:
+            how["mask"] = _mask(logits.arguments["other"])
+            logits = _still(logits.arguments["self"])
+        if logits.op in ("mul", "div") and not isinstance(logits.arguments["other"], Node):
+            number = float(logits.arguments["other"])
+            how |= {"logit_scale": number} if logits.op == "mul" else {"explicit": "divide", "divisor": number, "logit_scale": None}
+            logits = _still(logits.arguments["self"])
+        if logits.op not in ("matmul", "bmm"):
+            raise _No
+        query = logits.arguments["self"]
+        scaled = _still(query)
+        if how["explicit"] == "logits" and how["logit_scale"] == 1.0 and scaled.op in ("mul", "div"):
+            by = scaled.arguments["other"]
+            if not isinstance(by, Node | Tensor):
+                how |= {"explicit": "query", **({"logit_scale": float(by)} if scaled.op == "mul" else {"logit_scale": None, "divisor": float(by)})}
+                query = scaled.arguments["self"]
+        key, value = (n.arguments.get("other", n.arguments.get("mat2")) for n in (logits, node))
+        return self._made(node, _heads(query), _heads(key, across=True), _heads(value), how)
+
+    def _made(self, node: Node, q: _Heads, k: _Heads, v: _Heads, how: dict[str, Any]) -> tuple[Node, Node]:
+        x = q.source
+        same = k.source is x and v.source is x and not x.stray and not x.merged and len(x.shape) == 2
+        shapes = q.group == 1 and k.heads == v.heads == q.heads and k.group == v.group and q.width == k.width == v.width
+        if not (same and shapes) or (q.angles is None) != (k.angles is None) or v.angles is not None:
+            raise _No
+        if q.angles is not None and k.angles is not None:
+            if not all(torch.equal(a, b) for a, b in zip(q.angles, k.angles, strict=True)):
+                raise _No
+            how["angles"] = q.angles
+        heads, key_heads, d = q.heads, k.heads // k.group, q.width
+        rows = {"query": heads * d, "key": key_heads * d, "value": key_heads * d}
+        joined = q.linear is k.linear is v.linear
+        starts = (0, heads * d, (heads + key_heads) * d) if joined else (0, 0, 0)
+        parts = {"projection": q.linear} if joined else {"query": q.linear, "key": k.linear, "value": v.linear}
+        sizes = [sum(rows.values())] if joined else list(rows.values())
+        weights = {name: _weights(linear) for name, linear in parts.items()}
+        if (q.first, k.first, v.first) != starts or [len(weight) for weight, _ in weights.values()] != sizes:
+            raise _No
+        end, projection = self._end(node, heads, d, x)
+        if projection is not None:
+            weights["output"] = _weights(projection)
+        biased = [name in weights and weights[name][1] is not None for name in ("query", "key", "value", "output")]
+        if joined:
+            biased[0] = weights["projection"][1] is not None
+        width = x.shape[-1]
+        layer = Attention(
+            width, heads, head_width=d, key_heads=key_heads, biases=tuple(biased), joined=joined, output=projection is not None, output_scale=1.0,
+            rope=False, **how,
+        )  # fmt: skip
+        for name, (weight, bias) in weights.items():
+            linear = getattr(layer, name)
+            linear.register_parameter("weight", _parameter(weight))
+            if bias is not None:
+                linear.register_parameter("bias", _parameter(bias))
+        return end, replace(end, op="attention", arguments={"self": x, "layer": layer}, stray="", merged=False)
+
+    def _end(self, node: Node, heads: int, width: int, x: Node) -> tuple[Node, Node | None]:
+        """(the node that holds the mixed values or their projection as tokens (N, T, ·), the projection)."""
+        length, here = x.shape[0], node
+        inner = heads * width
+        tokens = torch.arange(_SAMPLES * length).view(_SAMPLES, 1, length, 1)
+        place = tokens * inner + torch.arange(heads).view(-1, 1, 1) * width + torch.arange(width)
+        if node.op == "bmm":
+            raise _No
+        plain: Node | None = None
+        projection: Node | None = None
+        size = inner
+        while True:
+            if not here.stray and not here.merged and torch.equal(place, torch.arange(_SAMPLES * length * size).view(_SAMPLES, length, size)):
+                if projection is not None:
+                    return here, projection
+                plain = here
+            users = self.users.get(here, [])
+            if len(users) != 1 or here is self.output:
+                break
+            user = users[0]
+            if user.op in _MOVES:
+                made = _run(user, {here: place})
+                if not isinstance(made, Tensor):
+                    break
+                place, here = made, user
+            elif user.op in ("linear", "addmm") and projection is None:
+                weight, _ = _weights(user)
+                rows = place[..., :1] // inner
+                if weight.shape[1] != inner or not torch.equal(place, rows * inner + torch.arange(inner)):
+                    break
+                projection, size, here = user, len(weight), user
+                place = rows * size + torch.arange(size)
+            else:
+                break
+        if plain is None:
+            raise _No
+        return plain, None
+
+
+def _softmax_of(value: Any) -> Node | None:
+    found = _still(value) if isinstance(value, Node) else None
+    return found if found is not None and found.op in ("softmax", "_softmax") else None
+
+
+def _still(node: Any) -> Node:
+    """The value behind operations that change neither numbers nor places in eval mode."""
+    while isinstance(node, Node) and node.op in ("dropout", "to", "contiguous", "clone", "type_as") and not (
+        node.op == "dropout" and node.arguments["train"] and node.arguments["p"]
+    ):  # fmt: skip
+        node = node.arguments.get("self", node.arguments.get("input"))
+    if not isinstance(node, Node):
+        raise _No
+    return node
+
+
+def _mask(mask: Tensor | None) -> Tensor | None:
+    """A constant mask as (T, T) or (H, T, T)."""
+    while mask is not None and mask.dim() > 2 and len(mask) == 1:
+        mask = mask[0]
+    if mask is not None and mask.dim() not in (2, 3):
+        raise _No
+    return mask
+
+
+def _weights(node: Node) -> tuple[Tensor, Tensor | None]:
+    """(weight (out, in), bias) of a linear node. Raises _No for one whose matrix depends on the input."""
+    a = node.arguments
+    if node.op == "linear":
+        weight, bias = a["weight"], a["bias"]
+    else:
+        if a["alpha"] != 1 or a["beta"] != 1:
+            raise _No
+        weight, bias = a["mat2"], a["self"]
+        weight = weight.t() if isinstance(weight, Tensor) else weight
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)) or (bias is not None and bias.dim() != 1):
+        raise _No
+    return weight, bias
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+
+
+def _behind(node: Node) -> Node:
+    """What moving operations read, through all of them."""
+    while node.op in _MOVES:
+        if node.op == "dropout" and node.arguments["train"] and node.arguments["p"]:
+            raise _No
+        source = node.arguments.get("self", node.arguments.get("input"))
+        if not isinstance(source, Node) or len(node.inputs) != 1:
+            raise _No
+        node = source
+    return node
+
+
+def _run(node: Node, known: dict[Node, Any]) -> Any:
+    """What a node makes of the values that are known, by torch's own operations."""
+    memory = dict(known)
+
+    def value(part: Any) -> Any:
+        if isinstance(part, Node):
+            if part not in memory:
+                memory[part] = compute(part)
+            return memory[part]
+        return [value(p) for p in part] if isinstance(part, list) else at(part, _SAMPLES)
+
+    def compute(this: Node) -> Any:
+        if this.op == "dropout" or this.op in ("to", "type_as", "_to_copy"):
+            return value(this.arguments.get("self", this.arguments.get("input")))
+        if this.op == "getitem":
+            return value(this.arguments["self"])[this.arguments["index"]]
+        return this.target(**{name: value(a) for name, a in this.arguments.items()})
+
+    try:
+        return value(node)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise _No from error
+
+
+def _heads(node: Any, across: bool = False) -> _Heads:
+    """Which rows of which linear node's output queries, keys or values (N, H, T, d) are; across: they come transposed, (N, H, d, T)."""
+    if not isinstance(node, Node):
+        raise _No
+    top = _turned(node)
+    linear = _behind(node if top is None else top.terms[0])
+    if linear.op not in ("linear", "addmm"):
+        raise _No
+    read = linear.arguments["input" if linear.op == "linear" else "mat1"]
+    if not isinstance(read, Node):
+        raise _No
+    x = read
+    while x.op in _MOVES and (x.stray or x.merged or len(x.shape) != 2):
+        x = _behind_one(x)
+    if x.stray or x.merged or len(x.shape) != 2:
+        raise _No
+    length, width = x.shape
+    rows = torch.arange(_SAMPLES * length).view(_SAMPLES, length, 1) * width + torch.arange(width)
+    moved = _run(read, {x: rows})
+    token = moved[..., :1] // width
+    if moved.shape[-1] != width or not torch.equal(moved, token * width + torch.arange(width)):
+        raise _No
+    size = len(_weights(linear)[0])
+    places = token * size + torch.arange(size)
+    known = {linear: places}
+    if top is None:
+        place, angles = _run(node, known), None
+    else:
+        place, angles = _turned_places(node, top, known)
+    if across:
+        place = place.mT
+    if place.dim() != 4 or place.shape[0] != _SAMPLES or place.shape[2] != length:
+        raise _No
+    heads, d = place.shape[1], place.shape[3]
+    starts = place[0, :, 0, 0]
+    first = int(starts[0])
+    group = int((starts == first).sum())
+    expected = first + (torch.arange(heads) // group) * d
+    tokens = torch.arange(_SAMPLES * length).view(_SAMPLES, 1, length, 1) * size
+    if not torch.equal(place, tokens + expected.view(-1, 1, 1) + torch.arange(d)) or heads % group:
+        raise _No
+    return _Heads(linear, x, first, heads, group, d, angles)
+
+
+def _behind_one(node: Node) -> Node:
+    source = node.arguments.get("self", node.arguments.get("input"))
+    if not isinstance(source, Node) or len(node.inputs) != 1:
+        raise _No
+    return source
+
+
+# ---- rotary positions
+
+
+@dataclass
+class _Turn:
+    """x·cos + (−x₂, x₁)·sin, written as such or half by half: its node `top`, the terms, and the two tables."""
+
+    top: Node
+    terms: tuple[Node, Node]
+    cos: Tensor
+    sin: Tensor
+    by_halves: bool
+
+    def places(self, known: dict[Node, Tensor]) -> Tensor:
+        """Places of x where `top` has its rotation. Raises _No unless the terms are x and (−x₂, x₁), or x₁ and x₂."""
+        first, second = (_run(term, known) for term in self.terms)
+        if self.by_halves:
+            return torch.cat([first, second], -1)
+        # From 1 on, so that a sign shows.
+        turned = _run(self.terms[1], {self.terms[0]: first + 1})
+        half = first.shape[-1] // 2
+        if first.shape[-1] % 2 or not torch.equal(turned, torch.cat([-(first[..., half:] + 1), first[..., :half] + 1], -1)):
+            raise _No
+        return first
+
+
+def _turned(node: Node) -> _Turn | None:
+    """The rotation that moving operations carry to `node`, if there is one."""
+    top = _behind(node)
+    if top.op == "add" and top.arguments["alpha"] == 1:
+        for first, second in (("self", "other"), ("other", "self")):
+            (x, cos), (halves, sin) = (_factors(top.arguments[name]) for name in (first, second))
+            if x is not None and halves is not None and halves.op == "cat" and x.op != "cat":
+                return _Turn(top, (x, halves), cos, sin, False)
+    if top.op == "cat" and len(top.arguments["tensors"]) == 2 and top.arguments["dim"] in (-1, 3):
+        low, high = top.arguments["tensors"]
+        if not (isinstance(low, Node) and isinstance(high, Node) and (low.op, high.op) == ("sub", "add")):
+            return None
+        if low.arguments["alpha"] != 1 or high.arguments["alpha"] != 1:
+            return None
+        (a, cos), (b, sin) = (_factors(low.arguments[name]) for name in ("self", "other"))
+        terms = [_factors(high.arguments[name]) for name in ("self", "other")]
+        if a is None or b is None or {term for term, _ in terms} != {a, b}:
+            return None
+        tables = dict(terms)
+        return _Turn(top, (a, b), torch.cat([cos, tables[b]], -1), torch.cat([sin, tables[a]], -1), True)
+    return None
+
+
+def _factors(node: Any) -> tuple[Node | None, Any]:
+    """(x, c) of x·c with a constant tensor c, (None, None) of anything else."""
+    if not isinstance(node, Node) or node.op != "mul":
+        return None, None
+    a, b = node.arguments["self"], node.arguments["other"]
+    if isinstance(a, Node) and isinstance(b, Tensor):
+        return a, b
+    return (b, a) if isinstance(b, Node) and isinstance(a, Tensor) else (None, None)
+
+
+def _turned_places(node: Node, turn: _Turn, known: dict[Node, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(places of x as `node` has them, the tables (T, d) there). Raises _No where heads or halves do not stay together."""
+    place = turn.places(known)
+    try:
+        tables = [table.detach().expand(place.shape) for table in (turn.cos, turn.sin)]
+    except RuntimeError as error:
+        raise _No from error
+    d = place.shape[-1]
+    half = torch.arange(d).expand(place.shape)  # where in its head a number stands: it must stand there behind the moves too
+    there, inside, *tables = (_run(node, {turn.top: value}) for value in (place, half, *tables))
+    if d % 2 or there.dim() != 4 or not torch.equal(inside, torch.arange(d).expand(inside.shape)):
+        raise _No
+    found = []
+    for table in tables:
+        first = table[0, 0]
+        if table.shape != there.shape or not torch.equal(table, first.expand_as(table)):
+            raise _No
+        found.append(first.clone())
+    return there, (found[0], found[1])
+
+
+def explained(node: Node) -> UnsupportedLayer | None:
+    """What to say of attention that was not understood; None for other operations."""
+    if node.op not in ("scaled_dot_product_attention", "softmax", "bmm"):
+        return None
+    return UnsupportedLayer(
+        f"expected self-attention of tokens (N, T, D) whose queries, keys and values are linear in the same tokens, head by head, with a constant "
+        f"mask, got {node.where()}, which is not of this form; write it so, or attack the model, which needs no layers"
+    )
+
+

@@ -1,0 +1,94 @@
+"""Programs of token ids: what makes embeddings of them, as one layer in front of everything else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from robustlip.errors import UnsupportedLayer
+from robustlip.graph.operations import is_identity, refuse, source_of
+from robustlip.graph.program import Many, Node, Program, dominators, needed
+from robustlip.layers import Lookup
+
+# Operations by number, which mix no samples; and those that act along a dimension, which may not be the one of samples.
+_BY_NUMBER = frozenset(
+    "ne eq lt le gt ge add sub mul abs clamp clamp_min clamp_max neg to type_as _to_copy where masked_fill bitwise_not logical_not bitwise_and "
+    "logical_and bitwise_or logical_or __and__ __or__ embedding contiguous clone dropout expand expand_as zeros_like ones_like".split()
+)
+_ALONG = frozenset("cumsum gather".split())
+
+
+def with_embedding(program: Program) -> Program:
+    """The program of token ids with one node in front, 'embedding' or 'lookup', that makes (N, T, D) of them; any other program as it is.
+
+    The embedding is the first value of floating-point numbers that everything else goes through. Raises UnsupportedLayer where there is none.
+    """
+    if program.input.dtype is None or program.input.dtype.is_floating_point:
+        return program
+    above = dominators(program)
+    first, node = None, program.output
+    while node is not program.input:
+        if node.dtype is not None and node.dtype.is_floating_point:
+            first = node
+        node = above[node]
+    if first is None or first.stray or first.merged or len(first.shape) != 2:
+        raise UnsupportedLayer("expected a model of token ids that first makes a vector of each, (N, T, D), got another; embed them first")
+    ids = first.arguments.get("indices")
+    while isinstance(ids, Node) and ids is not program.input and is_identity(ids):
+        ids = source_of(ids)
+    if first.op == "embedding" and ids is program.input:
+        made = replace(first, arguments={**first.arguments, "indices": program.input})
+    else:
+        made = replace(first, op="lookup", arguments={"self": program.input, "layer": _lookup(program.input, first)})
+    now: dict[Node, Node] = {program.input: program.input, first: made}
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, Node):
+            return now[value]
+        return [inside(part) for part in value] if isinstance(value, list) else value
+
+    behind = {first}
+    for node in program.nodes:
+        if any(read in behind for read in node.inputs):
+            behind.add(node)
+            now[node] = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
+    output = now[program.output]
+    return Program(program.input, output, needed(output), program.computes_weights)
+
+
+def _lookup(start: Node, end: Node) -> Lookup:
+    """The layer that computes `end` of token ids by the recorded operations."""
+    places: dict[Node, int] = {start: 0}
+    tensors: list[Tensor] = []
+    steps: list[tuple[str, str, Any]] = []
+
+    def written(value: Any) -> Any:
+        if isinstance(value, Node):
+            return {"value": places[value]}
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, Many):
+            if any(number != n for n, number in value.values.items()):
+                raise refuse(end, "it reads a multiple of the number of samples")
+            return {"samples": None}
+        if isinstance(value, list):
+            return [written(part) for part in value]
+        return value
+
+    for node in needed(end):
+        rank = len(node.shape) + 1
+        along = node.op in _ALONG and node.arguments["dim"] % rank != 0
+        if node.stray or node.merged or not (node.op in _BY_NUMBER or along) or node.target is None:
+            raise refuse(node, "no layer computes it on the way from token ids to their embeddings")
+        if node.op == "dropout" and node.arguments["train"]:
+            raise refuse(node, "it draws random numbers")
+        table = node.arguments.get("self")
+        written_as = {key: written(value) for key, value in node.arguments.items()}
+        if node.op == "gather" and isinstance(table, Tensor) and len(table) == 1:
+            written_as["self"] = {"rows": written_as["self"]["tensor"]}  # gather spreads nothing
+        steps.append((node.target._schema.name.split("::")[1], node.target._overloadname, written_as))
+        places[node] = len(places)
+    return Lookup(steps, tensors, int(end.shape[-1]))
