@@ -388,14 +388,10 @@ def random(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return m.a(F.dropout(x, 0.5, training=True))
 
 
-def product(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return m.a(x * m.c(x))
-
-
 REFUSED = {
     mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in place on values that nobody reads again",
     writes_weights: "which writes into them", branches: "torch.export can record", by_number: "the same operations for any number of samples",
-    twice: "logits are plain to see", unknown: "fft|real", random: "dropout", product: "mul",
+    twice: "logits are plain to see", unknown: "fft|real", random: "dropout",
 }  # fmt: skip
 
 
@@ -588,11 +584,6 @@ def rows(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.slice(m.l(x), -2, -100)
 
 
-def squared(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    h = m.l(x)
-    return h * h
-
-
 def complex_constant(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (m.l(x) * 1j).real
 
@@ -608,7 +599,7 @@ def fails_alone(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return m.l(x) / (1.0 if len(x) > 1 else 0 / 0)
 
 
-HIDDEN = (in_a_list, by_data, as_bits, unless_traced, by_grad, by_size, of_sizes, other_elu, rows, squared, complex_constant, nested, fails_alone)
+HIDDEN = (in_a_list, by_data, as_bits, unless_traced, by_grad, by_size, of_sizes, other_elu, rows, complex_constant, nested, fails_alone)
 
 
 @pytest.mark.parametrize("function", HIDDEN, ids=lambda f: f.__name__)
