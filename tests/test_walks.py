@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formulas import ELEMENTWISE, NORMS
 from torch import nn
 
 from robustlip.attacks import formulas, weight_space, worst_weights
@@ -61,6 +62,8 @@ from robustlip.layers import (
     View,
     as_chain,
 )
+from robustlip.layers.formulas import Formula, WrittenNorm
+from robustlip.layers.joins import Maximum, Minimum, Product
 from robustlip.ops import elementwise_layers, elementwise_of, maps
 from robustlip.ops import normalization as ops_normalization
 from robustlip.ops.convolution import CONVOLUTIONS, MAXIMA, MEANS, TRANSPOSED
@@ -287,9 +290,11 @@ def small(layer: type[nn.Module]) -> nn.Module:
         PrependToken: (torch.ones(8),), nn.BatchNorm3d: (8,), **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), (8, 8, 1)),
         **dict.fromkeys((*MEANS, *MAXIMA), (1,)), View: (8,), Permute: (0, 1), Select: (1, 0), Slice: (1, 0, 8), nn.Unflatten: (1, (2, 4)),
         **{kind: (1, 0.5) if "Constant" in kind.__name__ else (1,) for kind in moving_layers() if "Pad" in kind.__name__},
+        **dict.fromkeys((Product, Maximum, Minimum), (nn.Identity(), nn.Identity())),
         **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, Flip), (1,)),
     }  # fmt: skip
-    return layer(*options.get(layer, ()))
+    written = {Formula: lambda: ELEMENTWISE["gelu-new"], WrittenNorm: lambda: NORMS["written-rms"](8, 1e-3)}
+    return written[layer]() if layer in written else layer(*options.get(layer, ()))
 
 
 def test_tables_of_slope_one_have_slope_one() -> None:
