@@ -161,6 +161,13 @@ def test_every_layer_of_the_networks_has_a_model() -> None:
     assert {kind.__name__ for kind in named - covered} == set()
 
 
+# In every norm each time: the usual kinds. The others in l2 alone; `make test-all` has all of them.
+CORE = ("relu", "gelu", "leaky", "maxmin", "residual", "batchnorm")
+EVERY = [
+    pytest.param(name, norm, id=f"{norm}-{name}", marks=() if norm == "l2" or name in CORE else pytest.mark.slow) for norm in NORMS for name in MODELS
+]
+
+
 def make(name: str, seed: int = 0, count: int = 12) -> tuple[Chain, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(model, inputs, labels as predicted, logits)."""
     build, shape, gain = MODELS[name]
@@ -189,8 +196,7 @@ def proved(name: str, norm: str) -> dict[str, torch.Tensor]:
     return {m: radii(m, model, x, y, norm) for m in METHODS if not APPLIES[m](model, InputBall(norm))}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("name", "norm"), EVERY)
 def test_no_attack_succeeds_inside_the_radius(name, norm) -> None:
     """One attack, which knows no method, is compared with all; each norm has weights of its own."""
     model, x, y, _ = make(name, NORMS.index(norm))
@@ -304,8 +310,7 @@ def dual_margins(network, ball: Ball, boxes, y: torch.Tensor, steps: int = 20, n
     return out.scatter(1, y[:, None], 0.0)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("name", "norm"), EVERY)
 def test_every_rivals_bound_is_below_every_margin_in_the_ball(name, norm) -> None:
     """Random weights, radii from tiny to so large that nearly every unit crosses 0; each rival on its own, the label's own row 0."""
     for seed, radius in ((0, 0.02), (1, 0.2), (2, 1.0)):
@@ -459,8 +464,7 @@ def test_joined_matrices_state_their_own_error() -> None:
     assert float(network_of(deep, (1, 6, 6), context_of(deep)).drift(one)) > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("name", "norm"), EVERY)
 def test_boxes_hold_every_activation_of_the_ball(name, norm) -> None:
     model, x, _, _ = make(name, 1, 5)
     network = network_of(model, tuple(x.shape[1:]), context_of(model))

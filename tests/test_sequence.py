@@ -28,7 +28,7 @@ def made(kind: str, gain: float = 1.5):
     return model, ids, predicted
 
 
-@pytest.mark.parametrize("kind", ["lipschitz", "baseline"])
+@pytest.mark.parametrize("kind", ["lipschitz", pytest.param("baseline", marks=pytest.mark.slow)])
 def test_positions_are_certified_as_their_windows_are(kind) -> None:
     model, ids, _ = made(kind)
     radius, prediction = sequence_radii(model, ids)
@@ -72,7 +72,7 @@ def test_where_nothing_is_proved_radii_are_0(threat) -> None:
     assert radius.shape == prediction.shape and bool((radius == 0).all())
 
 
-@pytest.mark.parametrize("kind", ["lipschitz", "baseline"])
+@pytest.mark.parametrize("kind", ["lipschitz", pytest.param("baseline", marks=pytest.mark.slow)])
 def test_no_attack_succeeds_inside_a_position_s_radius(kind) -> None:
     model, ids, _ = made(kind)
     radius, _ = sequence_radii(model, ids)

@@ -265,11 +265,14 @@ def without_times(path: Path) -> dict[str, object]:
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
+# When a run is killed, and the step of the state that is left. Files in order: states after 10, 20 and 30 steps, the last state, the model, the card.
+MOMENTS = [("step", 27, 20), ("half", 2, 10), ("half", 1, None), ("before", 4, 30), ("after", 4, 40), ("half", 5, 40), ("before", 6, 40)]
+
+
 @forks
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path) -> None:
+@pytest.mark.parametrize("moments", [MOMENTS[:2], pytest.param(MOMENTS[2:], marks=pytest.mark.slow)], ids=["few", "others"])
+def test_a_killed_run_ends_like_one_that_was_not(moments, tmp_path) -> None:
     """kill -9 between steps, inside a write, just before and after a file gets its name: what is there is whole, and the end is the same."""
-    # Files in order: states after 10, 20 and 30 steps, the last state, the model, the card.
-    moments = [("step", 27, 20), ("half", 1, None), ("half", 2, 10), ("before", 4, 30), ("after", 4, 40), ("half", 5, 40), ("before", 6, 40)]
     folders = [tmp_path / f"{mode}-{when}" for mode, when, _ in moments]
     codes = children([(mode, when, out) for (mode, when, _), out in zip(moments, folders, strict=True)])
     assert codes == [-signal.SIGKILL] * len(moments)
@@ -284,6 +287,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path) -> None:
 
 
 @forks
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_state(tmp_path) -> None:
     """Files of more than 3,000 bytes cannot be written after step 15: the state of step 10 stays, and the run goes on from it later."""
     assert children([("full", 15, tmp_path / "parts")]) == [7]
@@ -430,6 +434,7 @@ def test_interval_margins_hold_inside_the_ball(norm, widths) -> None:
     assert bool((lower.gather(1, y[:, None]).abs() < 1e-6).all())
 
 
+@pytest.mark.slow
 def test_interval_training_beats_plain_training_at_its_radius(tmp_path) -> None:
     """Certified with the same intervals, at the radius that was trained for."""
     base = {"optimizer": {"name": "adamw", "lr": 0.01, "clip_gradient": 8.0}, "constraint": {"method": "none"}}

@@ -95,7 +95,7 @@ def test_the_accuracy_of_pairs_whose_data_does_not_ship(family, role, real_data)
 
 
 # Ten seconds each, of one kind: a GPT certified by `dual`. One of them runs every time.
-SAME_KIND = tuple(f"shakespeare-gpt-{name}" for name in ("robust", "published", "per-head", "sound", "lipschitz-wide"))
+SAME_KIND = tuple(f"shakespeare-gpt-{name}" for name in ("robust", "published", "per-head", "sound", "lipschitz-wide", "baseline"))
 MARKED = [pytest.param(p, marks=pytest.mark.slow) if p.stem.startswith(SAME_KIND) else p for p in CERTIFICATES]
 
 
