@@ -40,7 +40,21 @@ from robustlip import __version__
 from robustlip.attacks.worst_weights import newhouse_counterexample
 from robustlip.certifiers import RULES_VERSION, certify
 from robustlip.data import load_data
-from robustlip.layers import AddPositions, Chain, Channels, Concatenate, GroupSort, Householder, MaxMin, Residual, ScaledGELU, Sum
+from robustlip.layers import (
+    AddPositions,
+    Chain,
+    Channels,
+    Concatenate,
+    GroupSort,
+    Householder,
+    Maximum,
+    MaxMin,
+    Minimum,
+    Product,
+    Residual,
+    ScaledGELU,
+    Sum,
+)
 from robustlip.models import LipschitzGPT, LipschitzMLP, LipschitzTransformer, zoo
 from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
@@ -110,8 +124,8 @@ def mlp_residual(g: Draw) -> tuple[Chain, Tensor]:
 
 
 def _branch(g: Draw, before: int, behind: int, depth: int) -> nn.Module:
-    """A random graph of layers from `before` numbers to `behind`: series, sums and concatenations of branches, slices."""
-    kind = pick(g, ("series", "series", "sum", "concatenate", "slice")) if depth else "series"
+    """A random graph of layers from `before` numbers to `behind`: series, sums, concatenations, products and maxima of branches, slices."""
+    kind = pick(g, ("series", "series", "sum", "concatenate", "slice", "pair", "pair")) if depth else "series"
     if kind == "sum":
         parts = [_branch(g, before, behind, depth - 1) for _ in range(pick(g, (2, 2, 3)))]
         parts += [nn.Identity()] if before == behind and number(g, 0, 1) < 0.5 else []
@@ -119,6 +133,11 @@ def _branch(g: Draw, before: int, behind: int, depth: int) -> nn.Module:
     if kind == "concatenate" and behind >= 2:
         first = 1 + pick(g, range(behind - 1))
         return Concatenate(_branch(g, before, first, depth - 1), _branch(g, before, behind - first, depth - 1))
+    if kind == "pair":
+        parts = [_branch(g, before, behind, depth - 1) for _ in range(2)]
+        parts[1] = nn.Sequential(parts[1], pick(g, (nn.Identity, nn.Sigmoid, nn.Tanh))())
+        square = before == behind and number(g, 0, 1) < 0.2
+        return Product(nn.Identity(), nn.Identity()) if square else pick(g, (Product, Product, Maximum, Minimum))(*parts)
     if kind == "slice" and before >= 2:
         start = pick(g, range(before - 1))
         stop = start + 1 + pick(g, range(before - start))
@@ -262,6 +281,7 @@ def convnet(g: Draw) -> tuple[Chain, Tensor]:
         joins = (
             lambda: Sum(branch(), branch(), weights=(pick(g, (1.0, -0.7)), 0.5)), lambda: Residual(branch(), skip=pick(g, (1.0, 0.5))),
             lambda: Concatenate(nn.Sequential(branch(), Channels(1, 5)), Channels(4, 8)), branch,
+            lambda: Product(branch(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())), lambda: Maximum(branch(), branch()),
         )  # fmt: skip
         layers += [pick(g, joins)(), act()]
     layers += pick(g, ([], [nn.AvgPool2d(2)], [nn.MaxPool2d(2)], [nn.MaxPool2d(3, 1, 1)], [nn.AvgPool2d(3, 2, 1)], [nn.AdaptiveAvgPool2d(1)]))

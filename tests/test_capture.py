@@ -262,7 +262,8 @@ ELEMENTWISE = {
     "hardsigmoid": F.hardsigmoid, "mish": F.mish, "logsigmoid": F.logsigmoid, "silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "clamp": lambda x: x.clamp(-0.3, 0.4), "clamp_min": lambda x: x.clamp(min=0), "abs": torch.abs, "neg": torch.neg, "sigmoid": torch.sigmoid,
     "softshrink": lambda x: F.softshrink(x, 0.1), "inplace": lambda x: F.leaky_relu(x * 1.5, 0.2, inplace=True),
-    "minimum with a constant": lambda x: torch.clamp(x, max=0.7),
+    "minimum with a constant": lambda x: torch.clamp(x, max=0.7), "maximum with a tensor": lambda x: torch.maximum(x, torch.full((), -0.3)),
+    "min with a tensor": lambda x: torch.min(x, torch.full((1,), 0.4)),
 }  # fmt: skip
 
 

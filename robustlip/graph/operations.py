@@ -543,6 +543,15 @@ def _clamp(node: Node) -> nn.Module:
     return Clamp(low, high)
 
 
+@operation("maximum", "minimum", "max", "min")
+def _bounded(node: Node) -> nn.Module:
+    """Of a value and one number: a clamp."""
+    bound = node.arguments.get("other")
+    if not isinstance(bound, Tensor) or bound.numel() != 1 or bound.dtype != node.dtype or not isinstance(node.arguments["self"], Node):
+        raise refuse(node, "it is along a dimension, or of a constant that is more than one number")
+    return Clamp(float(bound), None) if node.op.startswith("max") else Clamp(None, float(bound))
+
+
 @operation("abs")
 def _abs(node: Node) -> nn.Module:
     return Abs()
