@@ -128,6 +128,12 @@ GRAPHS: dict[str, tuple[list[Any], list[Any], dict[str, Any], int]] = {
          ("ConstantOfShape", "q", "k"), ("Mul", "r k", "y")],
         [1, 3, 4], {"i": np.array(0, INTS), "a": np.array([0], INTS), "m": np.array([-1], INTS), "q": np.array([12], INTS)}, 13,
     ),
+    "a constant for each of any number of samples": (
+        [("Shape", "x", "s"), ("Gather", "s i", "n"), ("Unsqueeze", "n a", "u"), ("Concat", "u m", "t", {"axis": 0}), ("Equal", "t q", "e"),
+         ("Where", "e o t", "w"), ("Expand", "k w", "z"), ("Concat", "z x", "y", {"axis": 1})],
+        ["n", 3, 4], {"i": np.array(0, INTS), "a": np.array([0], INTS), "m": np.array([1, 4], INTS), "q": np.full(3, -1), "o": np.ones(3, INTS),
+                      "k": normal(1, 1, 4)}, 13,
+    ),
     "Cast, Identity, Constant": (
         [("Constant", "", "k", {"value_floats": [1.0, 2.0, 3.0, 4.0]}), ("Cast", "x", "a", {"to": 1}), ("Identity", "a", "b"), ("Mul", "b k", "y")],
         [1, 4], {}, 13,
@@ -200,6 +206,10 @@ def test_forms_of_operations_that_the_reference_evaluator_does_not_know(tmp_path
         ([("Shape", "x", "s"), ("Cast", "s", "f", {"to": 1}), ("ReduceMax", "f", "m", {"keepdims": 0}), ("Mul", "x m", "y")], ["n", 4], {}, 13,
          "number of samples"),
         ([("Shape", "x", "s"), ("Concat", "m s", "t", {"axis": 0}), ("Reshape", "x t", "y")], ["n", 4], {"m": np.array([1], INTS)}, 13,
+         "number of samples"),
+        ([("Shape", "x", "s"), ("Equal", "s q", "e"), ("Where", "e o s", "w"), ("Cast", "w", "f", {"to": 1}), ("Mul", "x f", "y")], ["n", 2],
+         {"q": np.full(2, -1), "o": np.ones(2, INTS)}, 13, "number of samples"),
+        ([("Shape", "x", "s"), ("Equal", "s q", "e"), ("Cast", "e", "f", {"to": 1}), ("Mul", "x f", "y")], ["n", 2], {"q": np.full(2, 7)}, 13,
          "number of samples"),
         ([("BatchNormalization", "x k k k k", "y", {"training_mode": 1})], [1, 4], {"k": normal(4)}, 15, "in training, where it mixes"),
         ([("Dropout", "x r t", "y")], [1, 4], {"r": np.float32(0.5), "t": np.array(True)}, 13, "in training"),

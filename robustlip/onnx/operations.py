@@ -132,6 +132,17 @@ class Reading:
         if not touched:
             return
         why = "the number of samples goes into something else than the front of a shape"
+        if not dependent and node.op == "Shape":  # of how many numbers, whatever they are
+            return
+        if not dependent and node.op == "Equal" and len(touched) == 1:  # as exporters write: where a size is -1
+            other = self.values[next(name for name in node.inputs if name != touched[0])]
+            if isinstance(other, Tensor) and bool((other < 0).all()):
+                return
+        if not dependent and node.op == "Where" and node.inputs[0] not in touched:
+            condition, *marked = (self.values[name] for name in node.inputs)
+            marks_ = [self.sizes.get(name, torch.zeros_like(v, dtype=torch.int64)) for name, v in zip(node.inputs[1:], marked, strict=True)]
+            self.sizes[node.outputs[0]] = torch.where(condition, *marks_)  # type: ignore[call-overload]
+            return
         if node.op in _SHAPES and touched == [node.inputs[-1]]:
             if not bool(self.sizes[touched[0]].flatten()[1:].any()):
                 return
