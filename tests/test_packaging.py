@@ -23,6 +23,7 @@ FOLDERS = ("attacks", "eval", "models")  # top-level in the tree, subpackages of
 # Imported where they are used, so that a machine without them can certify and attack.
 HEAVY = (
     "datasets", "sklearn", "pydantic", "typer", "rich", "matplotlib", "jinja2", "PIL", "torchattacks", "pyarrow", "ray", "cvxpy", "flint", "tomli_w",
+    "onnx",
 )  # fmt: skip
 CORE = ("robustlip.threats", "robustlip.layers", "robustlip.domains.norms", "robustlip.certifiers", "robustlip.attacks", "robustlip.models")
 
