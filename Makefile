@@ -66,7 +66,7 @@ $(READY): pyproject.toml constraints.txt
 	case '$(TORCH)' in [0-9]*) torch='torch==$(TORCH)';; *) torch='$(TORCH)';; esac; \
 	  $(BIN)/python -m pip install --quiet -c $(PINS) 'setuptools>=77' wheel "$$torch"
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(PINS)
-	$(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[test,audit,onnx]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[test,audit,onnx,hf]'
 	$(BIN)/python -m pip install --quiet -c $(PINS) --no-deps '$(TORCHATTACKS)'
 	@touch $@
 

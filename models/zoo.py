@@ -20,6 +20,7 @@ from robustlip.layers import as_chain, chain_or_module
 from robustlip.models.build import build
 from robustlip.modes import undrawn
 from robustlip.onnx import read_onnx
+from robustlip.pretrained import read_hugging_face, read_timm
 from robustlip.target import check_values
 
 FOLDER = Path(__file__).parent / "zoo"
@@ -100,7 +101,8 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
     """A model in eval mode whose forward takes raw inputs (images in [0, 1] or vectors, or token ids) and gives logits.
 
     The global random states of torch, numpy and Python are left as they are.
-    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; an .onnx file (or .onnx.gz; `robustlip.onnx`); or
+    name: of the zoo; a .safetensors file that `robustlip train` or `save_model` wrote; an .onnx file (or .onnx.gz; `robustlip.onnx`); hf:FOLDER and
+    timm:FOLDER (`robustlip.pretrained`); or
     'package.module:callable', a function that returns a module or a module itself, which is imported and run, so only name code you trust. A Chain,
     but for modules that are none (typed Any for that): those are attacked as they are, and certified where `robustlip.capture` takes them.
     Raises BadInput when there is no such model, its weights do not fit their card or hash, or are not finite.
@@ -112,6 +114,11 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
         network = read_onnx(Path(text)).to(device)
         check_finite_weights(network, text)
         return network
+    for prefix, read in (("hf:", read_hugging_face), ("timm:", read_timm)):
+        if text.startswith(prefix):
+            found = read(Path(text.removeprefix(prefix)).expanduser()).to(device)
+            check_finite_weights(found, text)
+            return found
     if ":" in text:
         model = chain_or_module(_from_callable(text)).to(device)
         model.eval()

@@ -16,7 +16,7 @@ FLOORS = (
     ("names", "threats", "execution", "modes", "parallel", "plugins", "locks", "foreign", "limits", "figures"),
     ("files", "toml", "numerics", "geometry", "hashing", "checks", "certificates"),
     ("layers", "data", "muon"),
-    ("graph", "ops", "target", "samples", "constraints", "checkpoints", "onnx"),
+    ("graph", "ops", "target", "samples", "constraints", "checkpoints", "onnx", "pretrained"),
     ("domains.margins", "domains.search"),
     ("domains.norms",),
     ("domains.lines", "domains.expansion"),

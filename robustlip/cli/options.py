@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-MODEL_HELP = "a zoo name, a .safetensors file of ours, an .onnx file, or package.module:callable"
+MODEL_HELP = "a zoo name, a .safetensors file of ours, an .onnx file, hf:FOLDER, timm:FOLDER, or package.module:callable"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 DataSpec = Annotated[str, typer.Option("--data", help="digits, mnist, cifar10, tiny_shakespeare, a hub name or a file, each with :split")]
 ThreatName = Annotated[str, typer.Option("--threat", help="l1, l2, linf, embedding-l2[@positions], weights-spectral, …")]
