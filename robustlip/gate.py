@@ -32,6 +32,7 @@ from robustlip.certifiers.methods import check_method
 from robustlip.checks import check_fit
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
+from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
 from robustlip.execution import covered
 from robustlip.files import read_toml
@@ -219,7 +220,7 @@ def load_policy(path: str | Path) -> Policy:
         raise BadInput(explain(error, path.name, "correct the policy")) from None
 
 
-def policy_rows(policy: Policy, data_dir: str | Path | None = None, vocabulary: str | None = None) -> Dataset:
+def policy_rows(policy: Policy, data_dir: str | Path | None = None, vocabulary: str | Subwords | None = None) -> Dataset:
     """The rows that the policy speaks of. vocabulary: the model's. Raises BadInput and DataUnavailable as load_data does."""
     words = vocabulary if is_text(parse_spec(policy.data)[0], policy.text_column) else None
     options: Any = chosen(policy)

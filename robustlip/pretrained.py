@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlip.data.text import Tokens
+from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, first_line
 from robustlip.files import is_folder, read_limited
 from robustlip.layers import Normalize
@@ -37,7 +37,7 @@ _HEADS = {
 class Pretrained(nn.Module):
     """A model behind the normalisation of its images, and its logits alone. task and vocabulary: as a Chain has them."""
 
-    def __init__(self, model: nn.Module, normalize: Normalize | None, task: str, vocabulary: Tokens | None) -> None:
+    def __init__(self, model: nn.Module, normalize: Normalize | None, task: str, vocabulary: Subwords | None) -> None:
         super().__init__()
         self.normalize = normalize
         self.model = model
@@ -195,8 +195,8 @@ def _normalized(mean: Any, std: Any, folder: Path) -> Normalize:
         raise BadInput(f"expected a mean and a deviation by channel in {str(folder)!r}, got {mean!r} and {std!r}; correct them") from error
 
 
-def _tokenizer(folder: Path) -> Tokens | None:
+def _tokenizer(folder: Path) -> Subwords | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    return Tokens(read_limited(path, "a tokenizer", MAX_TOKENIZER, "use a smaller one"))
+    return Subwords(read_limited(path, "a tokenizer", MAX_TOKENIZER, "use a smaller one"))

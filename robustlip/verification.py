@@ -46,6 +46,7 @@ from robustlip.certifiers import chains
 from robustlip.certifiers.methods import check_method
 from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
+from robustlip.data.subwords import Subwords
 from robustlip.data.vnnlib import BOXES
 from robustlip.errors import BadInput
 from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
@@ -171,7 +172,9 @@ class Verification:
         }
 
 
-def load_rows(source: DataSource, data_dir: str | Path | None = None, vocabulary: str | None = None, *, spec: str | None = None) -> Dataset:
+def load_rows(
+    source: DataSource, data_dir: str | Path | None = None, vocabulary: str | Subwords | None = None, *, spec: str | None = None
+) -> Dataset:  # fmt: skip
     """The rows that a certificate names, loaded again.
 
     A file is looked for by its name in data_dir, then in the current folder. spec: where they are instead; what they are is checked by hash.

@@ -46,6 +46,7 @@ from robustlip.layers import (
     Clamp,
     Concatenate,
     Flip,
+    Lookup,
     Maximum,
     MaxMin,
     MeanTokens,
@@ -496,8 +497,13 @@ def test_an_expansion_of_a_table_of_tokens() -> None:
         assert not bool(expansion.adjoint(torch.randn(4, 2, 3, D, dtype=torch.float64))[0].any())
 
 
+def test_a_lookup_has_no_expansion() -> None:
+    with pytest.raises(UnsupportedLayer, match="embedding threat"):
+        expand(Lookup([], [], 4), torch.zeros(1, 2, dtype=torch.int64), Scope(Context(torch.float64, {}), "l2", None))
+
+
 # Expansions whose input is no vector of numbers: by a test of their own.
-BY_HAND = {nn.Embedding: test_an_expansion_of_a_table_of_tokens}
+BY_HAND = {nn.Embedding: test_an_expansion_of_a_table_of_tokens, Lookup: test_a_lookup_has_no_expansion}
 
 
 def test_every_expansion_has_a_case() -> None:

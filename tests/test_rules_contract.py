@@ -32,6 +32,7 @@ from robustlip.layers import (
     Flip,
     GroupSort,
     Householder,
+    Lookup,
     Maximum,
     MaxMin,
     MeanTokens,
@@ -672,8 +673,18 @@ def test_tables_of_tokens(dtype) -> None:
     assert float(rows.min()) + 0.3 * sigma <= float(few.norm) < float(behind.norm)
 
 
+def test_lookups_have_no_bound() -> None:
+    """Behind a lookup stands the ball; nothing is said of weights in front of it."""
+    table = torch.randn(5, 4)
+    arguments = {"weight": {"tensor": 0}, "indices": {"value": 0}, "padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
+    layer = Lookup([("embedding", "default", arguments)], [table], 4)
+    assert torch.equal(layer(torch.tensor([[3, 1]])), table[[3, 1]][None]) and layer.num_embeddings == 5
+    with pytest.raises(UnsupportedLayer, match="embedding threat"):
+        rule_for(layer).step(layer, state(1.0, 0.1), context(torch.float32))
+
+
 # Rules whose input is no vector of numbers: by a test of their own.
-BY_HAND = {nn.Embedding: test_tables_of_tokens}
+BY_HAND = {nn.Embedding: test_tables_of_tokens, Lookup: test_lookups_have_no_bound}
 
 
 def test_every_rule_has_a_case() -> None:

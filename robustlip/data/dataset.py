@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput
 
 
@@ -19,7 +20,7 @@ class Dataset:
     name: 'digits', 'mnist', …, or a file's stem. split: its name there. kind: 'image' or 'text'.
     x: images float32 (N, C, H, W) in [0, 1], or token ids int64 (N, T). y: int64 (N,), the label, or the token that
     follows the window. index: int64 (N,), the row in the split, or the window's offset in the split's token stream.
-    classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …; None for images.
+    classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …, or a tokenizer; None for images.
     note: what a table must say of the source: '', 'subset', 'shipped page'. names: of classes 0, 1, …, where the source has them.
     options: what load_data was told of configuration and columns (`robustlip.data.load.OPTIONS`), without which these are other rows.
     Raises BadInput for tensors that do not fit together and for labels outside [0, classes).
@@ -32,7 +33,7 @@ class Dataset:
     y: Tensor
     index: Tensor
     classes: int
-    vocabulary: str | None = None
+    vocabulary: str | Subwords | None = None
     note: str = ""
     names: tuple[str, ...] | None = None
     options: Mapping[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from robustlip.data.dataset import Dataset, as_index, check_limit, choose_rows
 from robustlip.data.folders import Split, local_copies, split_files, splits_of
 from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
+from robustlip.data.subwords import Subwords
 from robustlip.data.tables import Held, Parquet, Table, pick
 from robustlip.data.tables import is_text as column_of_text
 from robustlip.data.vnnlib import BOXES, boxes_as_samples
@@ -39,7 +40,7 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     context: int | None = None,
-    vocabulary: str | None = None,
+    vocabulary: str | Subwords | None = None,
     subset: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -89,7 +90,7 @@ def _of_others(name: str, split: str, data_dir: str | Path | None, limit: int | 
 
 
 def _load(
-    spec: str, data_dir: str | Path | None, limit: int | None, seed: int, context: int | None, vocabulary: str | None,
+    spec: str, data_dir: str | Path | None, limit: int | None, seed: int, context: int | None, vocabulary: str | Subwords | None,
     columns: Mapping[str, str | None],
 ) -> Dataset:  # fmt: skip
     subset, image_column, label_column, text_column = (columns[option] for option in OPTIONS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustlip.data.dataset import Dataset, as_index, choose_rows
+from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput
 from robustlip.files import read_limited
 
@@ -82,36 +83,12 @@ def page() -> Text:
     return Text("page", "", files("robustlip").joinpath("page.txt").read_text(encoding="utf-8"), PAGE_NOTE)
 
 
-class Tokens:
-    """The tokens of a tokenizer.json, as the package tokenizers reads it: what a model of subwords has in the place of a string of characters."""
-
-    def __init__(self, content: bytes) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise BadInput("expected the package tokenizers to read a tokenizer.json, got none; pip install 'robustlip[hf]'") from error
-        try:
-            self.tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises Exception itself
-            raise BadInput(f"expected a tokenizer.json, got {type(error).__name__}: {str(error)[:200]}; save the tokenizer again") from error
-
-    def __len__(self) -> int:
-        return int(self.tokenizer.get_vocab_size())
-
-    def encode(self, text: str) -> Tensor:
-        """Token ids int64 (T,) of a text, without marks of its beginning and end."""
-        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
-
-    def decode(self, ids: Tensor) -> str:
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
-
-
-def encode(text: str, vocabulary: str | Tokens, name: str = "the text") -> Tensor:
+def encode(text: str, vocabulary: str | Subwords, name: str = "the text") -> Tensor:
     """Token ids int64 (T,): the position of each character in `vocabulary`, or what its tokenizer makes of the text.
 
     Raises BadInput for a character outside it, and for a vocabulary that is empty or repeats a character.
     """
-    if isinstance(vocabulary, Tokens):
+    if isinstance(vocabulary, Subwords):
         return vocabulary.encode(text)
     if not vocabulary or len(set(vocabulary)) != len(vocabulary):
         raise BadInput(f"expected a vocabulary of distinct characters, got {vocabulary!r}; give the one that the model was trained with")
@@ -133,14 +110,14 @@ def encode(text: str, vocabulary: str | Tokens, name: str = "the text") -> Tenso
     return torch.from_numpy(ids)
 
 
-def decode(ids: Tensor, vocabulary: str | Tokens) -> str:
+def decode(ids: Tensor, vocabulary: str | Subwords) -> str:
     """The text of token ids int64 (T,): the inverse of `encode`."""
-    if isinstance(vocabulary, Tokens):
+    if isinstance(vocabulary, Subwords):
         return vocabulary.decode(ids)
     return "".join(vocabulary[i] for i in ids.tolist())
 
 
-def windows(text: Text, split: str, vocabulary: str | Tokens | None, context: int | None, limit: int | None, seed: int) -> Dataset:
+def windows(text: Text, split: str, vocabulary: str | Subwords | None, context: int | None, limit: int | None, seed: int) -> Dataset:
     """Windows of `context` tokens (64 for None) that do not overlap, each labelled with the token that follows it.
 
     x: int64 (N, context), y: int64 (N,), index: offset of the window in the split. `limit` keeps a random subset of the

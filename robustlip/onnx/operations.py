@@ -139,9 +139,12 @@ class Reading:
             if isinstance(other, Tensor) and bool((other < 0).all()):
                 return
         if not dependent and node.op == "Where" and node.inputs[0] not in touched:
-            condition, *marked = (self.values[name] for name in node.inputs)
-            marks_ = [self.sizes.get(name, torch.zeros_like(v, dtype=torch.int64)) for name, v in zip(node.inputs[1:], marked, strict=True)]
-            self.sizes[node.outputs[0]] = torch.where(condition, *marks_)  # type: ignore[call-overload]
+            condition: Any = self.values[node.inputs[0]]
+            marked: list[Any] = [self.values[name] for name in node.inputs[1:]]
+            first, second = (
+                self.sizes.get(name, torch.zeros_like(v, dtype=torch.int64)) for name, v in zip(node.inputs[1:], marked, strict=True)
+            )
+            self.sizes[node.outputs[0]] = torch.where(condition, first, second)
             return
         if node.op in _SHAPES and touched == [node.inputs[-1]]:
             if not bool(self.sizes[touched[0]].flatten()[1:].any()):

@@ -1,0 +1,32 @@
+"""Tokenizers of other libraries' models: text to token ids of subwords and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustlip.errors import BadInput
+
+
+class Subwords:
+    """The tokens of a tokenizer.json, as the package tokenizers reads it: what a model of subwords has in the place of a string of characters."""
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise BadInput("expected the package tokenizers to read a tokenizer.json, got none; pip install 'robustlip[hf]'") from error
+        try:
+            self.tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises Exception itself
+            raise BadInput(f"expected a tokenizer.json, got {type(error).__name__}: {str(error)[:200]}; save the tokenizer again") from error
+
+    def __len__(self) -> int:
+        return int(self.tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids int64 (T,) of a text, without marks of its beginning and end."""
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+
+    def decode(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
