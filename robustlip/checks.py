@@ -68,3 +68,13 @@ def check_logits(logits: torch.Tensor, count: int) -> None:
     """Raises BadInput unless there is one row of logits for each of `count` samples: of scores by token nobody says which is meant."""
     if logits.dim() != 2 or logits.shape[0] != count or logits.shape[1] < 2:
         raise BadInput(f"expected logits ({count}, C) with C of at least 2, got {tuple(logits.shape)}; check the model's last layer")
+
+
+def check_is_logit(answers: torch.Tensor) -> None:
+    """Raises BadInput for one number a sample that may as well be a probability: its decision would be at ½, not at 0."""
+    values = answers.detach()
+    if len(values) and bool(((values >= 0) & (values <= 1)).all()):
+        raise BadInput(
+            f"expected one logit a sample, of class 1 where it is above 0, got numbers in [0, 1] alone ({float(values.flatten()[0]):.3g} first), as "
+            f"probabilities are; return the logit in front of the sigmoid, or end an nn.Sequential with nn.Sigmoid"
+        )

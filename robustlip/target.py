@@ -16,9 +16,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from robustlip.checks import check_logits
+from robustlip.checks import check_is_logit, check_logits
 from robustlip.errors import BadInput
-from robustlip.layers import Chain
+from robustlip.layers import Chain, two_logits
 
 # What a causal language model of Hugging Face ends its class name with.
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -28,7 +28,8 @@ _REMEDY = "return a tensor (N, C), a tuple that begins with it and holds no othe
 class Target:
     """An nn.Module in eval mode, raw inputs → logits (N, C).
 
-    logits: the answer itself if it is a tensor; its `logits` (Hugging Face) or its key 'logits'; or the first of a tuple, where nothing else in it
+    logits: the answer itself if it is a tensor, (N, C), or of a binary model one number z a sample, whose logits are (0, z): class 1 where z > 0;
+    its `logits` (Hugging Face) or its key 'logits'; or the first of a tuple, where nothing else in it
     is a matrix with a row per sample. Models of the next token (a Chain whose task says so, or a module with task = 'next-token', or a causal
     language model of Hugging Face) answer (N, T, V), and the last position is the prediction; sequences then have no padding.
     alone: samples change each other in this model, so each is evaluated by itself (see `settle`).
@@ -44,6 +45,7 @@ class Target:
         self.next_token = getattr(self.source, "task", None) == "next-token" or name.endswith(_CAUSAL)
         self.input_range: tuple[float, float] | None = getattr(self.source, "input_range", None)
         self.alone = False
+        self.one_logit = ""  # of a model that answers one number a sample: 'z' or 'p', '' while nobody knows
 
     # ---- what it is made of
 
@@ -115,10 +117,7 @@ class Target:
         if self.next_token and logits.dim() == 3:
             logits = logits[:, -1]
         if logits.shape in ((count,), (count, 1)):
-            raise BadInput(
-                f"expected logits ({count}, C) with C of at least 2, got one number a sample, {tuple(logits.shape)}; "
-                f"give a model with one logit z two of them: (0, z)"
-            )
+            logits = two_logits(self._one_logit(logits))
         if logits.dim() == 3:
             raise BadInput(
                 f"expected logits ({count}, C), got {tuple(logits.shape)}, scores by token; "
@@ -126,6 +125,18 @@ class Target:
             )
         check_logits(logits, count)
         return logits
+
+    def _one_logit(self, answer: Tensor) -> Tensor:
+        """One number a sample → z, which is above 0 for class 1: behind a sigmoid p − ½. Raises BadInput for what may be z or p."""
+        ends = self.source
+        while isinstance(ends, nn.Sequential) and len(ends):
+            ends = ends[len(ends) - 1]
+        if not self.one_logit and type(ends) in (nn.Linear, nn.Sigmoid):
+            self.one_logit = "z" if type(ends) is nn.Linear else "p"
+        if not self.one_logit:
+            check_is_logit(answer)
+            self.one_logit = "z"
+        return answer - 0.5 if self.one_logit == "p" else answer
 
     # ---- what has to hold before it is attacked
 

@@ -818,10 +818,14 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     x = torch.randint(12, (9, 6))
     y = model.scores(x).argmax(-1)
     reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
-    single = at_positions(reference, torch.arange(len(x)), torch.full((len(x),), 5))
+
+    def again(samples: Tensor) -> Any:
+        return at_positions(reference, samples, torch.full_like(samples, 5))
+
+    single = again(torch.arange(len(x)))
     order = single.margin.argsort(-1)[:, :-1]
     rivals = Rivals.of(single, y, order.T)
-    radius = alone(single, y, sharpen=False)
+    radius = alone(single, again, y, sharpen=False)
     few = rivals.contested(single, 1.2 * radius)
     assert 1 <= few.margin.shape[1] < 11
     open_ = ~(rivals.losses(single, 1.2 * radius) < rivals.margin)
@@ -829,7 +833,7 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
         assert {float(m) for m in rivals.margin[n][open_[n]]} <= {float(m) for m in few.margin[n]}
     matched = (few.margin.unsqueeze(-1) == rivals.margin.unsqueeze(1)).double().argmax(-1)
     assert torch.allclose(few.losses(single, radius), rivals.losses(single, radius).gather(1, matched), rtol=1e-12)
-    sharp = alone(single, y)
+    sharp = alone(single, again, y)
     reach = math.prod(factor for factor, _ in REACHES)
     # A first answer so rough that nobody is contested at the reach: it ends there all the same.
     begin = torch.full_like(radius, 1e-6)

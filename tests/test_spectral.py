@@ -186,3 +186,17 @@ def test_the_largest_eigenvalue_stands_where_power_iteration_is_wrong(monkeypatc
 def test_matrices_that_overflowed_have_no_largest_eigenvalue() -> None:
     with pytest.raises(BadInput, match="NaN or infinity"):
         largest_eigenvalue_bound(torch.full((2, 2), float("inf"), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.9, 0.999])
+def test_wide_matrices_of_flat_spectra_have_bounds_within_a_few_percent(lowest: float) -> None:
+    """Power iteration stays below the top there, and a factor of tI − S is tried with larger t: never below the truth, whatever was tried."""
+    generator = torch.Generator().manual_seed(0)
+    n = 600
+    q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    values = torch.linspace(lowest, 1.0, n, dtype=torch.float64)
+    values[0] = 1.25 if lowest == 0.0 else 1.0
+    symmetric = (q * values) @ q.T
+    for scale in (1.0, 1e-200):
+        bound = float(largest_eigenvalue_bound(symmetric * scale)) / scale
+        assert float(values.amax()) * (1 - 1e-12) <= bound <= 1.09 * float(values.amax())

@@ -32,12 +32,13 @@ from robustlip.certifiers.samples import (
     train_mode_reason,
 )  # fmt: skip
 from robustlip.certifiers.trace import traced_scores
-from robustlip.checks import check_logits
+from robustlip.checks import check_is_logit, check_logits
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
 from robustlip.geometry import length
 from robustlip.graph.capturing import check_answers
+from robustlip.graph.final import lost
 from robustlip.layers import Chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import NAMES, down, evaluated_in, up
@@ -124,11 +125,14 @@ def _certify(
         given = xb
         xb = xb.to(covers) if xb.is_floating_point() else xb
         logits, clean = traced_scores(chain, xb)
+        if type(chain[len(chain) - 1]) is not nn.Linear and chain(xb[:1]).shape[-1] == 1:
+            check_is_logit(logits[:, 1])
         check_labels(yb, logits.shape[-1])
         check_logits(logits, len(xb))
         if source is not None:
             check_answers(chain, subject, xb)  # what was passed is what is certified
-        radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean))
+        behind = 0.0 if real else lost(chain.final, logits.shape[1], covers, kind_of(chain))
+        radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean, behind=behind))
         winners += winner
         radii = _around(given, xb, threat, radii)
         parts.append((radii, bounds, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
@@ -192,6 +196,8 @@ def _assemble(
     with suppress(BadInput):  # some chains have no bound apart from their samples; their radii stand without it
         whole = context.constant(chain, "lipschitz-bound", lambda: bound_of_chain(chain, replace(context, weight_radius=None)))
         constants |= {f"model_{key}": value for key, value in whole.items()}
+    if chain.final:
+        constants["read_in_front_of"] = chain.final
     return Certificate(
         threat=threat,
         method=method,

@@ -32,6 +32,9 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
             chain = as_chain(model)
             for layer in _inside(chain):
                 rule_for(layer)
+            if type(chain[len(chain) - 1]) is nn.Sigmoid:  # of one logit it is left out
+                captured = _captured(model, x)
+                return captured if captured[0].final else (chain, None)
             return chain, None
         except UnsupportedLayer as error:
             try:

@@ -81,6 +81,8 @@ def radii_by(
         method = methods()[name]
         if reason := method.applies(chain, threat):
             raise UnsupportedLayer(f"expected a model and threat that method {name!r} covers: {reason.rstrip('.')}; use method='best'")
+        if context.behind and name not in METHODS:
+            raise UnsupportedLayer(f"expected logits for the method {name!r} of a plugin, got one that ends with {chain.final}; return its logits")
         radius, constant = method.radii(chain, x, y, logits, threat, context)
         return radius, constant, [name] * len(y)
     return _best(chain, x, y, logits, threat, context)
@@ -89,6 +91,7 @@ def radii_by(
 def _best(chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor, list[str]]:
     """The largest radius of any method per sample. With threat.radius set, a sample that is proved for it is done."""
     names = [name for name, method in methods().items() if method.in_best and not method.applies(chain, threat)]
+    names = [name for name in names if name in METHODS or not context.behind]
     radius, constant = METHODS[names[0]].radii(chain, x, y, logits, threat, context)
     winner = [names[0]] * len(y)
     right = ((logits.argmax(-1) == y) & torch.isfinite(logits).all(-1)).cpu()

@@ -22,7 +22,7 @@ from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, train_mode_reason
 from robustlip.domains.expansion import Ball
 from robustlip.domains.expansion.dual import alone, at_positions, dual_applies, is_causal
-from robustlip.domains.expansion.local import Reference, double_copy, reference_of
+from robustlip.domains.expansion.local import Reference, distances_of, double_copy, reference_of
 from robustlip.domains.margins import head_of, margins
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput, UnsupportedLayer
@@ -77,29 +77,32 @@ def sequence_radii(model: nn.Module, tokens: Tensor, threat: EmbeddingBall = LAS
             assert head is not None
             margin = margins(head(hidden), y[at])
             prove = _last_token if threat.tokens else _every_token
-            found = prove(replace(whole, margin=margin, hidden_norm=norm_up(hidden)), y[at], at)
+            pairs = distances_of(chain, context).of(y[at]).to(device)
+            found = prove(replace(whole, margin=margin, pairs=pairs, hidden_norm=norm_up(hidden)), y[at], at)
             radius[at] = torch.where((margin > 0).all(-1), found, 0.0)
     return radius.cpu(), logits.argmax(-1).cpu()
 
 
 def _last_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
-    """Radii of the positions `at` (M,) of one sequence, labels y (M,); margin and hidden_norm of `whole` are theirs already."""
-    one = replace(whole, margin=whole.margin[:1], hidden_norm=whole.hidden_norm[:1])
-    single = at_positions(one, torch.zeros_like(at), at, jacobians=False)
-    return alone(replace(single, margin=whole.margin, hidden_norm=whole.hidden_norm), y, sharpen=False)
+    """Radii of the positions `at` (M,) of one sequence, labels y (M,); margin, pairs and hidden_norm of `whole` are theirs already."""
+    one = replace(whole, margin=whole.margin[:1], pairs=whole.pairs[:1], hidden_norm=whole.hidden_norm[:1])
+
+    def single(which: Tensor) -> Reference:
+        part = at_positions(one, torch.zeros_like(which), at[which], jacobians=False)
+        return replace(part, margin=whole.margin[which], pairs=whole.pairs[which], hidden_norm=whole.hidden_norm[which])
+
+    return alone(single(torch.arange(len(at), device=at.device)), single, y, sharpen=False)
 
 
 def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
     """As `_last_token`, for all tokens of each prefix: the largest of the tried radii at which every rival's margin outlasts what can be lost."""
-    assert whole.rows is not None
-    pairs = up(norm_up(whole.rows[y][:, None] - whole.rows))  # (M, C)
     length = whole.start.shape[1]
 
     def held(epsilon: Tensor) -> Tensor:
         """(E,) → (E, M): which positions are proved at which radius."""
         first = epsilon[:, None, None].expand(-1, 1, length)
         radius = whole.body.advance(Ball.of(first), remainder=False).radius[:, 0, at]
-        lost = up(pairs * radius.unsqueeze(-1)) + 2 * whole.single(radius, epsilon[:, None]).unsqueeze(-1)
+        lost = up(whole.pairs * radius.unsqueeze(-1)) + 2 * whole.single(radius, epsilon[:, None]).unsqueeze(-1)
         return (lost < whole.margin).all(-1)
 
     best = torch.zeros(len(at), dtype=torch.float64, device=at.device)

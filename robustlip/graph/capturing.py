@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 from robustlip.execution import check_capturable
 from robustlip.graph.attention import with_attention
+from robustlip.graph.final import finished, without_final
 from robustlip.graph.lower import lowered
 from robustlip.graph.program import FREEZE, Program, check_apart, recorded
 from robustlip.graph.simplify import simplified
@@ -32,7 +33,8 @@ class Answering(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.module(x), x.shape[0])  # len(x) would be a plain number for the tracer
+        logits = logits_of(self.module(x), x.shape[0])  # len(x) would be a plain number for the tracer
+        return logits.unsqueeze(1) if logits.dim() == 1 else logits
 
 
 @undrawn()
@@ -41,7 +43,8 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
 
     module: in eval mode, from one tensor (N, …) to logits (N, C). example: inputs of the kind that it takes, on its device; one sample is repeated.
     The chain shares the module's parameters; weights that the module computes from others (parametrizations: spectral_norm, orthogonal, weight_norm)
-    are those of now. Its outputs were equal to the module's to the bit on the example and on random inputs, by `check_same`.
+    are those of now. A softmax, a log_softmax or the sigmoid of one logit at the end is left out (`Chain.final`). Its outputs, with that,
+    were equal to the module's to the bit on the example and on random inputs, by `check_same`.
     Raises UnsupportedLayer for what cannot be captured, with its place in the module: an operation that no layer computes, one that mixes samples or
     writes over what is read again, a module that changes its buffers, is compiled, has hooks or is in train mode. Raises BadInput for a bad example.
     Source: docs/theory.md, section 13.
@@ -63,12 +66,13 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     with evaluated(module), torch.no_grad():
         program = with_attention(with_embedding(recorded(module, example)))
         check_apart(program)
-        program = simplified(program)
+        program, final = without_final(simplified(program))
         layers = lowered(program)
         if not layers:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
         chain = _kind(program, layers).eval()
         chain.input_range = getattr(module.module, "input_range", None)
+        chain.final = final
         chain.computes_weights = program.computes_weights
         check_same(chain, module, example)
     return chain
@@ -131,6 +135,7 @@ def check_answers(chain: Chain, module: nn.Module, x: Tensor) -> None:
     batch = x if x.requires_grad else x.clone(memory_format=torch.preserve_format)
     try:
         theirs = logits_of(module(batch), len(x)).detach()
+        theirs = theirs.unsqueeze(1) if theirs.dim() == 1 else theirs
     except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a module of somebody else raises
@@ -139,7 +144,7 @@ def check_answers(chain: Chain, module: nn.Module, x: Tensor) -> None:
         ) from error
     try:
         with torch.no_grad():
-            ours = chain(x.detach().clone())
+            ours = finished(chain.final, chain(x.detach().clone()))
     except (RuntimeError, IndexError) as error:
         raise UnsupportedLayer(
             f"expected layers that compute what the model does, got {type(error).__name__} of them: {first_line(error)[:200]}; attack the model"

@@ -2,7 +2,7 @@
 
 from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
-from robustlip.layers.chain import Chain, NextTokenChain, TokenChain, as_chain, chain_or_module
+from robustlip.layers.chain import Chain, NextTokenChain, TokenChain, as_chain, chain_or_module, two_logits
 from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.formulas import Formula, WrittenNorm
 from robustlip.layers.joins import Channels, Concatenate, Maximum, Minimum, Product, Sum
@@ -48,4 +48,5 @@ __all__ = [
     "WrittenNorm",
     "as_chain",
     "chain_or_module",
+    "two_logits",
 ]

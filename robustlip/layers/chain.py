@@ -13,14 +13,23 @@ from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_plain
 
 
+def two_logits(logits: torch.Tensor) -> torch.Tensor:
+    """(N, C) as they are; of a binary model's one logit z (N, 1) or (N,) the two logits (0, z), exactly: class 1 where z > 0, and z is the margin."""
+    if logits.dim() == 1:
+        logits = logits.unsqueeze(1)
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.dim() == 2 and logits.shape[1] == 1 else logits
+
+
 class Chain(nn.Sequential):
     """Layers applied one after the other.
 
     embedding_depth: how many leading layers make the embedding (0: the model has none, and EmbeddingBall does not apply).
-    task: 'classification', logits (N, C); or 'next-token', logits (N, T, V), of which the last position is the prediction.
+    task: 'classification', logits (N, C), of a binary model one, (N, 1) (see `two_logits`); or 'next-token', logits (N, T, V), of which the last
+    position is the prediction.
     vocabulary: the characters of token ids 0, 1, …, for next-token models; None otherwise.
     config: what `robustlip.models.build` needs to make the model again; None for chains of other people's layers.
     input_range: (low, high) that every number of a raw input lies in, or None for anything; samples outside are not certified.
+    final: of a capture, the function of its logits that the module ends with and the chain leaves out (`robustlip.graph.final`), or ''.
     computes_weights: of a capture, whether a constant of it was computed from a matrix of the module.
     """
 
@@ -30,6 +39,7 @@ class Chain(nn.Sequential):
     config: dict[str, Any] | None = None
     input_range: tuple[float, float] | None = None
     computes_weights: bool = False
+    final: str = ""
 
     def check_inputs(self, x: torch.Tensor) -> None:
         """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward: it waits for the device and reads values."""
@@ -51,8 +61,13 @@ class Chain(nn.Sequential):
         return embeddings
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits (N, C) that the prediction is read from: the last position's for next-token models."""
-        return logits[:, -1] if self.task == "next-token" else logits
+        """The logits (N, C) that the prediction is read from: the last position's for next-token models, of one logit z the two (0, z)."""
+        logits = logits[:, -1] if self.task == "next-token" else logits
+        if logits.dim() == 2 and logits.shape[1] == 1 and type(self[len(self) - 1]) is nn.Sigmoid:
+            raise BadInput(
+                "expected one logit, of class 1 where it is above 0, got the probability behind a Sigmoid; leave it out, or give an nn.Sequential"
+            )
+        return two_logits(logits)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Raw inputs → the logits (N, C) of the prediction."""

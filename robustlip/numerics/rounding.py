@@ -84,3 +84,8 @@ def dtype_of(name: str) -> torch.dtype:
 def evaluated_in(arithmetic: str) -> torch.dtype:
     """The dtype that a certificate of this arithmetic is evaluated in: float64 for 'real', else its own. Raises BadInput as `dtype_of` does."""
     return torch.float64 if arithmetic == "real" else dtype_of(arithmetic)
+
+
+def numbers_at_once(like: Tensor) -> int:
+    """How many numbers a temporary tensor has: as many as fit a core's cache, or as a GPU holds easily."""
+    return 2**17 if like.device.type == "cpu" else 2**26

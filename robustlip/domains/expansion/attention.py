@@ -235,7 +235,7 @@ class AttentionExpansion(Expansion):
         """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
         out: dict[str, Tensor | float] = {}
         for name in self.matrices:
-            change = self.scope.weight_change(ball, self.heads.unit[name])
+            change = 0.0 if ball.weight_radius is None else self.scope.weight_change(ball, self.heads.unit[name])
             out[name] = change.unsqueeze(-1) if isinstance(change, Tensor) else change
         return out
 
@@ -408,7 +408,8 @@ def _own_form(query: Tensor, key: Tensor, turn: float) -> Tensor:
     """‖½(W_qᵀRᵀRW_k + W_kᵀRᵀRW_q)‖₂ by head (H,), rounded up, for any R with ‖RᵀR − I‖₂ ≤ turn² − 1; query, key (H, d, D)."""
     form = query.mT @ key
     size = torch.linalg.matrix_norm(query) * torch.linalg.matrix_norm(key)
-    return up(spectral_norm_bound((form + form.mT) / 2) + (2.0**-40 + (turn**2 - 1)) * size)
+    norm = spectral_norm_bound if form.shape[-1] <= 512 else spectral_norm_quick  # an eigensolver takes seconds a layer there
+    return up(norm((form + form.mT) / 2) + (2.0**-40 + (turn**2 - 1)) * size)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from robustlip.domains.norms import Context, rule_for
 from robustlip.errors import UnsupportedLayer
-from robustlip.numerics.rounding import U64, gamma, up
+from robustlip.numerics.rounding import U64, gamma, numbers_at_once, up
 from robustlip.numerics.spectral import largest_eigenvalue_bound
 from robustlip.ops import elementwise_layers
 from robustlip.ops.moves import moving_layers
@@ -191,11 +191,6 @@ class Either(Group):
         else:
             first = sum_of(self.against, bound.against) + sum_of(self.size, bound.size)
         return torch.minimum(first, sum_of(self.size, bound.whole)).sum(-1)
-
-
-def numbers_at_once(like: Tensor) -> int:
-    """How many numbers a temporary tensor has: as many as fit a core's cache, or as a GPU holds easily."""
-    return 2**17 if like.device.type == "cpu" else 2**26
 
 
 @dataclass(frozen=True)

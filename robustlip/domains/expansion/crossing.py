@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import Group, numbers_at_once
-from robustlip.numerics.rounding import U64, gamma, norm_up, up
+from robustlip.domains.expansion.base import Group
+from robustlip.numerics.rounding import U64, gamma, norm_up, numbers_at_once, up
 from robustlip.numerics.spectral import largest_eigenvalue_bound
 
 # Steps of Frank and Wolfe, and of the power iteration in each.

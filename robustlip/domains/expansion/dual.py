@@ -7,11 +7,14 @@ multiplies norms of layers, so depth costs little. Rivals are taken a few at a t
 local bound at the radius that is claimed proves it harmless.
 
 Where only the last token of a causal model moves, no other token does but by rounding: then the network is one of single tokens
-(`expansion.attention.AttentionRow`), every rival is affordable, and so are exact Jacobians for the radii (`expansion.jacobian`).
+(`expansion.attention.AttentionRow`), hundreds of rivals are affordable at once, and so are exact Jacobians for the radii (`expansion.jacobian`). They
+also set rivals of large vocabularies aside: with J the Jacobian of the hidden state h and e ≥ ‖what is not linear in its change‖,
+⟨u_y − u_j, Δh⟩ ≥ −ε‖Jᵀ(u_y − u_j)‖ − ‖u_y − u_j‖e.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,12 +45,14 @@ from robustlip.layers import (
     Sum,
     WrittenNorm,
 )
-from robustlip.numerics.rounding import up
+from robustlip.numerics.rounding import U64, gamma, norm_up, numbers_at_once, up
 from robustlip.ops import is_elementwise
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
-# Rivals whose adjoints are carried at once.
-RIVALS = 4
+# Rivals whose adjoints are carried at once. Of single tokens all at once, where they are no more than EVERY; else ALONE, if ROOM has so many numbers
+# of them. MOST: rivals of a sample that get adjoints at all, of networks of many tokens and of single ones: the rest is judged by norms.
+RIVALS, EVERY, ALONE, ROOM = 4, 512, 128, 2**26
+MOST, MOST_ALONE = 512, 8192
 # Rivals whose quadratic forms are made, where forms gain percents and where they gain factors; what neurons have to take of a margin for that.
 SHARPENED, SHARPENED_FAR, WORTH = 3, 4, 0.05
 # How far beyond the radius that is known by then, and how well that is to be known (a bracket's width), round by round. A second round gains 1 %.
@@ -85,6 +90,7 @@ class Rivals:
         """rivals: (A, N) class numbers; the label itself where a sample has no further rival."""
         if reference.rows is None:
             eye = torch.eye(reference.margin.shape[1], dtype=torch.float64, device=y.device)
+            eye = eye[:, -reference.body.clean.shape[-1] :]  # of one logit z, the logits are 0 and z
             direction = eye[y] - eye[rivals]
         else:
             direction = reference.rows[y] - reference.rows[rivals]  # (A, N, D)
@@ -93,6 +99,11 @@ class Rivals:
         g[:, :, reference.row] = direction
         g, weights = reference.body.adjoint(g)
         return cls(first_order(g, reference.threat), weights, reference.margin.gather(1, rivals.T))
+
+    def numbers(self) -> int:
+        """How many it keeps."""
+        kept = [[w] if isinstance(w, Tensor) else [t for t in vars(w).values() if isinstance(t, Tensor)] for w in self.weights]
+        return sum(t.numel() for tensors in kept for t in tensors)
 
     @property
     def far(self) -> bool:
@@ -176,10 +187,14 @@ def dual_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threa
         xs, ys = x[todo], y[todo]
         reference = reference_of(model, xs, ys, threat, context)
         if moves_alone(model, threat, reference.start.shape[1]):
-            every = torch.arange(len(todo), device=y.device)
-            found = alone(at_positions(reference, every, torch.full_like(every, reference.start.shape[1] - 1)), ys)
+            last = torch.full_like(ys, reference.start.shape[1] - 1)
+
+            def at_last(samples: Tensor) -> Reference:
+                return at_positions(reference, samples, last[samples])
+
+            found = alone(at_last(torch.arange(len(ys), device=y.device)), at_last, ys)
         else:
-            found = _radii(reference, model, xs, ys, threat, context)
+            found = _radii(reference, lambda samples: reference_of(model, xs[samples], ys[samples], threat, context), ys, RIVALS, MOST)
         radius[todo] = torch.where((reference.margin > 0).all(-1), found, 0.0)
     return radius.cpu(), torch.full_like(radius, torch.nan).cpu()
 
@@ -209,36 +224,88 @@ def _longest(reference: Reference, rivals: Rivals, start: Tensor, reaches: Reach
     return radius
 
 
-def alone(reference: Reference, y: Tensor, *, sharpen: bool = True) -> Tensor:
-    """Radii (N,) of single tokens, all rivals at once."""
+def alone(reference: Reference, again: Callable[[Tensor], Reference], y: Tensor, *, sharpen: bool = True) -> Tensor:
+    """Radii (N,) of single tokens: all rivals at once, or of large vocabularies some. again: the reference of these samples alone."""
     order = reference.margin.argsort(-1)[:, :-1]  # the label, at +inf, comes last
-    return _longest(reference, Rivals.of(reference, y, order.T), _start(reference), None if sharpen else ())
+    if order.shape[1] <= EVERY:
+        return _longest(reference, Rivals.of(reference, y, order.T), _start(reference), None if sharpen else ())
+    each = Rivals.of(reference, y, order[:, :1].T).numbers()
+    return _radii(reference, again, y, max(RIVALS, min(ALONE, ROOM // each)), MOST_ALONE if sharpen else MOST, sharpen)
 
 
-def _radii(reference: Reference, model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Tensor:
+@dataclass(frozen=True)
+class Aside:
+    """What sets rivals aside without an adjoint: norms, and of single tokens their first order by the Jacobian. linear: (N, C) ≥ ‖Jᵀ(u_y − u_j)‖."""
+
+    reference: Reference
+    linear: Tensor | None
+
+    @classmethod
+    def of(cls, reference: Reference, y: Tensor) -> Aside:
+        body, rows = reference.body, reference.rows
+        if not isinstance(body, JacobianChain) or rows is None or len(rows) <= EVERY:
+            return cls(reference, None)
+        whole, lost = body.end_to_end()
+        room = max(1, 8 * numbers_at_once(rows) // rows.shape[1])
+        found = torch.empty_like(reference.margin)
+        for i, jacobian in enumerate(whole):
+            own, at = rows[y[i]] @ jacobian, 0
+            for part in rows.split(room):
+                found[i, at : at + len(part)] = norm_up(own - part @ jacobian)
+                at += len(part)
+        # Each product is off by γ of ‖u‖‖J‖_F, the difference once more by as little.
+        rounded = 4 * gamma(rows.shape[1] + 4, U64) * reference.largest_row * torch.linalg.matrix_norm(whole)
+        return cls(reference, up(found + reference.pairs * lost.unsqueeze(-1) + rounded.unsqueeze(-1)))
+
+    def losses(self, epsilon: Tensor) -> Tensor:
+        """What each margin can lose at ε (N,): (N, C)."""
+        reference = self.reference
+        if self.linear is None:
+            return reference.by_norms(reference.hidden(epsilon), epsilon)
+        behind = reference.behind(epsilon)
+        hidden, beyond = behind.radius[..., reference.row], behind.error[..., reference.row]
+        first = up(self.linear * epsilon.unsqueeze(-1) + reference.pairs * beyond.unsqueeze(-1))
+        return torch.fmin(reference.by_norms(hidden, epsilon), first + 2 * reference.single(hidden, epsilon).unsqueeze(-1))
+
+    def order(self) -> Tensor:
+        """(N, C): what rivals are taken by, the nearest first."""
+        return self.reference.margin / (self.reference.pairs if self.linear is None else self.linear).clamp_min(1e-300)
+
+
+def _radii(reference: Reference, again: Callable[[Tensor], Reference], y: Tensor, count: int, most: int, sharpen: bool = True) -> Tensor:
+    """Radii (N,) with the adjoints of `count` rivals at a time, at most about `most` of a sample. again: the reference of these samples alone."""
     classes = reference.margin.shape[1]
-    order = (reference.margin / reference.pairs.clamp_min(1e-300)).argsort(-1)[:, : classes - 1]  # the label, at +inf, comes last
+    aside = Aside.of(reference, y)
+    nearest = aside.order()
     start = _start(reference)
-    count = min(RIVALS, classes - 1)
-    first = order[:, :count].T
+    count = min(count, classes - 1)
+    # The label, at +inf, comes last.
+    first = (nearest.argsort(-1)[:, :count] if classes <= EVERY else nearest.topk(count, largest=False).indices).T
     done = torch.zeros_like(reference.margin, dtype=torch.bool).scatter(1, y[:, None], True).scatter(1, first.T, True)
-    radius = _longest(reference, Rivals.of(reference, y, first), start)
+    radius = _longest(reference, Rivals.of(reference, y, first), start, None if sharpen else ())
+    taken = count
     while True:
-        hidden = reference.hidden(radius)
-        harmless = up(reference.pairs * hidden.unsqueeze(-1)) + 2 * reference.single(hidden, radius).unsqueeze(-1) < reference.margin
-        open_ = ~harmless & ~done & (radius > 0)[:, None]
+        open_ = ~(aside.losses(radius) < reference.margin) & ~done & (radius > 0)[:, None]
         if not bool(open_.any()):
             return radius
+        if taken >= most:
+            # Norms alone hold within a smaller ball.
+            def lost(epsilon: Tensor, left: Tensor = open_) -> Tensor:
+                return torch.where(left, aside.losses(epsilon), 0.0)
+
+            smaller, _ = search(lost, reference.margin, start)
+            return torch.where(open_.any(-1), torch.minimum(radius, smaller), radius)
         samples = open_.any(-1).nonzero()[:, 0]
-        part = reference if len(samples) == len(y) else reference_of(model, x[samples], y[samples], threat, context)
+        part = reference if len(samples) == len(y) else again(samples)
         # The nearest open rivals of each; where fewer are open, one that is done already fills the place and changes nothing.
-        rank = torch.where(open_[samples], reference.margin[samples] / reference.pairs[samples].clamp_min(1e-300), torch.inf)
-        more = rank.argsort(-1)[:, :count].T
+        rank = torch.where(open_[samples], nearest[samples], torch.inf)
+        more = (rank.argsort(-1)[:, :count] if classes <= EVERY else rank.topk(count, largest=False).indices).T
+        taken += count
         settled = ~open_[samples].gather(1, more.T)
         found = Rivals.of(part, y[samples], more)
         before = radius[samples]
         kept = ((found.losses(part, before) < found.margin) | settled).all(-1)
-        if not bool(kept.all()):
+        if not bool(kept.all()) and sharpen:
             found = found.sharpened(part, before)
             kept = ((found.losses(part, before) < found.margin) | settled).all(-1)
         if not bool(kept.all()):

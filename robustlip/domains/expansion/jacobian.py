@@ -27,6 +27,9 @@ _BLOCK_ERROR = 2.0**-34
 class JacobianChain(ChainExpansion):
     """A chain at single tokens (N, 1, D) whose radii are the smaller of the layer by layer ones and those through exact Jacobians."""
 
+    way: Tensor | None = None  # M_{l←0} of the last l, as float64 has it; None where that is the identity
+    way_gain: Tensor | float = 1.0  # ≥ its norm, nothing cancelled
+
     def __init__(self, chain: ChainExpansion) -> None:
         self.__dict__.update(chain.__dict__)
         self.parts = list(chain.parts)
@@ -46,6 +49,7 @@ class JacobianChain(ChainExpansion):
             gain = part.lipschitz() * torch.ones(count, dtype=torch.float64, device=device)
             if l == len(chain.parts) - 1:
                 self.last_gain = gain.unsqueeze(-1)
+                self.way, self.way_gain = (blocks[0], gains[0]) if blocks else (None, 1.0)
                 break  # of what is behind the last part only its rounding in the head is read: its exact Jacobian would buy nothing
             jacobian = part.jacobian()
             blocks = [jacobian @ m for m in blocks] + [jacobian]
@@ -65,6 +69,13 @@ class JacobianChain(ChainExpansion):
             g, weights = part.adjoint(g, two_sided=True)
             groups.append(weights)
         return token_norms(g)[..., 0], [w for group in reversed(groups) for w in group]
+
+    def end_to_end(self) -> tuple[Tensor, Tensor]:
+        """(the Jacobian of all parts (N, D', D₀) as float64 has it, ≥ the norm of its error (N,))."""
+        last = self.parts[-1].jacobian()
+        wide = max(1.0, (last.shape[-1] / 2**9) ** 2)
+        lost = up(_BLOCK_ERROR * wide * len(self.parts) * self.way_gain * self.last_gain.squeeze(-1))
+        return last if self.way is None else last @ self.way, lost
 
     def advance(self, ball: Ball, remainder: bool = True) -> Behind:
         # What is not linear is needed even where it is not asked for.

@@ -28,19 +28,16 @@ class LinearConstants:
     gain: float
     rows: Tensor
     bias_norm: float
-    quartic: float | None
 
     @classmethod
-    def of(cls, layer: nn.Linear, space: str) -> LinearConstants:
+    def of(cls, layer: nn.Linear, space: str, matrix: Matrix) -> LinearConstants:
         weight = layer.weight.detach().double()
-        matrix = Matrix.of(layer.weight)
         if space == "linf":
             gain = float(infinity_to_two_bound(weight))
         else:
             gain = float(one_to_two_bound(weight)) if space == "l1" else matrix.sigma
         bias = None if layer.bias is None else layer.bias.detach().double()
-        quartic = quartic_bound(weight) if space == "l2" else None
-        return cls(weight, bias, matrix, gain, dual_norms(weight, space), 0.0 if bias is None else float(norm_up(bias, 0)), quartic)
+        return cls(weight, bias, matrix, gain, dual_norms(weight, space), 0.0 if bias is None else float(norm_up(bias, 0)))
 
 
 class AffineStep(Expansion):
@@ -58,7 +55,10 @@ class AffineStep(Expansion):
     rows: Tensor
     slack: float
     matrix: Tensor | None = None
-    quartic: float | None = None
+
+    @property
+    def quartic(self) -> float | None:
+        return None
 
     def parts(self, ball: Ball) -> tuple[Tensor, Tensor]:
         """(gain·r, everything else) (…, N, T): the change of z is at most their sum. The first is AΔx, the second rounding and weight changes."""
@@ -90,12 +90,14 @@ class Affine(AffineStep):
     """z = Wx + b by token."""
 
     by_token = ("clean", "norm")
+    constants: LinearConstants
 
     def __init__(self, layer: nn.Linear, clean: Tensor, scope: Scope) -> None:
         self.scope = scope
-        self.constants: LinearConstants = scope.context.constant(layer, f"local-{scope.space}", lambda: LinearConstants.of(layer, scope.space))
-        c = self.constants
-        self.sigma, self.gain, self.frobenius, self.rows, self.quartic = c.matrix.sigma, c.gain, c.matrix.frobenius, c.rows, c.quartic
+        matrix: Matrix = scope.context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
+        self.layer = layer
+        self.constants = c = scope.context.constant(layer, f"local-{scope.space}", lambda: LinearConstants.of(layer, scope.space, matrix))
+        self.sigma, self.gain, self.frobenius, self.rows = c.matrix.sigma, c.gain, c.matrix.frobenius, c.rows
         self.matrix, self.slack = c.weight, ADJOINT_SLACK * c.gain
         self.norm = norm_up(clean)
         self.clean = F.linear(clean, c.weight, c.bias)
@@ -109,6 +111,13 @@ class Affine(AffineStep):
         fresh = self.scope.both(lambda arithmetic: c.matrix.error(bias, norm, perturbed, arithmetic)) + perturbed * norm
         largest = c.matrix.largest(norm, perturbed) + c.bias_norm
         return up(c.gain * radius), self.scope.fits(up(fresh), largest)
+
+    @property
+    def quartic(self) -> float | None:
+        # Only where neurons bend behind the layer: of a wide one it costs more than all else.
+        if self.scope.space != "l2":
+            return None
+        return self.scope.context.constant(self.layer, "quartic", lambda: quartic_bound(self.constants.weight))  # type: ignore[no-any-return]
 
     def back(self, g: Tensor) -> Tensor:
         return g @ self.constants.weight

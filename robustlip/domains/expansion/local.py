@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from robustlip.domains.expansion import Ball, Behind, ChainExpansion, Scope, ToL2, unsupported
-from robustlip.domains.margins import head_of, margins
+from robustlip.domains.margins import Distances, head_of, margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import entry
 from robustlip.domains.search import TOLERANCE, largest_radius
 from robustlip.errors import UnsupportedLayer
-from robustlip.layers import Chain
+from robustlip.layers import Chain, two_logits
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.affine import Matrix, row_error
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
@@ -85,6 +85,10 @@ class Reference:
         """‖E‖₂ of the head under a weight threat at ε (…, N)."""
         return replace(self.context, weight_radius=self.weight_radius(epsilon)).weight_change(self.head_sigma)
 
+    def by_norms(self, hidden: Tensor, epsilon: Tensor) -> Tensor:
+        """What any margin (N, C) can lose at ε (N,) for a hidden state within `hidden` of the reference, weights as they are."""
+        return up(self.pairs * hidden.unsqueeze(-1)) + 2 * self.single(hidden, epsilon).unsqueeze(-1)
+
     def single(self, hidden: Tensor, epsilon: Tensor) -> Tensor:
         """What executing the head can lose on one logit (…, N) at ε, for a hidden state within `hidden` of the reference."""
         if self.rows is None:
@@ -99,9 +103,18 @@ def double_copy(model: Chain, context: Context) -> Chain:
     """The model in float64, made once for given weights: the same numbers, since float64 holds all of them."""
 
     def make() -> Chain:
-        return copy.deepcopy(model).double()
+        twin = copy.deepcopy(model).double()
+        context.twins(model, twin)
+        return twin
 
     return context.constant(model, "double", make)  # type: ignore[no-any-return]
+
+
+def distances_of(model: Chain, context: Context) -> Distances:
+    """Of the rows of the head, in ℓ2: those of method 'global'."""
+    head = head_of(model)
+    assert head is not None
+    return context.constant(head, "distances-l2", lambda: Distances(head.weight.detach(), "l2"))  # type: ignore[no-any-return]
 
 
 def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Reference:
@@ -127,18 +140,18 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
     last = body.clean[:, row]
     if head is None:
         rows = bias = None
-        logits = last
+        logits = two_logits(last)
         pairs = torch.full_like(logits, 2**0.5 * (1 + 1e-15))
         largest_row, largest_bias, sigma = 0.0, 0.0, 0.0
     else:
         rows, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         logits = head(last)
-        table = context.constant(head, "pairs-local", lambda: up(norm_up(rows[:, None] - rows[None])))
-        pairs = table[y]
+        pairs = distances_of(model, context).of(y).to(y.device)
         largest_row = context.constant(head, "largest-row", lambda: float(norm_up(rows).amax()))
         largest_bias = 0.0 if bias is None else float(bias.abs().amax())
         sigma = float(context.constant(head, "matrix", lambda: Matrix.of(head.weight)).sigma)
-    return Reference(body, start, rows, bias, margins(logits, y), pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
+    margin = margins(logits, y) - context.behind
+    return Reference(body, start, rows, bias, margin, pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
 
 
 def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor, tolerance: float = TOLERANCE) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from robustlip.threats import l2_factor
 
 # Samples are taken so many at a time that the rows of all of them are at most this many numbers: what a processor's cache holds.
 CHUNK = 2**21
+# Numbers of the rows of all rivals of some samples (512 MiB).
+RIVALS = 2**26
 # Rows of a stage are many where this many times theirs would not be taken at once.
 MANY = 8
 
@@ -295,16 +299,35 @@ def linear_boxes(network: Network, ball: Inputs, error: Callable[[int, Tensor], 
     return Boxes(tuple(lows), tuple(highs), tuple(errors))
 
 
-def rival_rows(y: Tensor, classes: int) -> Tensor:
-    """(N, C, C): e_y − e_j for every rival j; the row of y itself is 0."""
-    eye = torch.eye(classes, dtype=torch.float64, device=y.device)
-    return eye[y][:, None] - eye
+def rival_rows(y: Tensor, classes: int, which: Tensor | None = None) -> Tensor:
+    """(N, r, C): e_y − e_j for the rivals j in `which` (r,), all unless given; the row of y itself is 0."""
+    if which is None:
+        eye = torch.eye(classes, dtype=torch.float64, device=y.device)
+        return eye[y][:, None] - eye
+    own, others = (torch.nn.functional.one_hot(t, classes).double() for t in (y, which))
+    return own[:, None] - others
+
+
+def by_rivals(network: Network, ball: Any, boxes: Boxes, y: Tensor, bound: Callable[[Any, Boxes, Tensor, Tensor | None], Tensor]) -> Tensor:
+    """(N, C, …) of bound(ball, boxes, y, which) (n, r, …), rivals `which` (r,) or all: as many samples and rivals at a time as RIVALS allows."""
+    head = network.stages[-1]
+    classes, widest = head.outputs, max(head.inputs, head.outputs)
+    count, most = max(1, RIVALS // (classes * widest)), max(1, RIVALS // widest)
+    if count >= len(y) and most >= classes:
+        return bound(ball, boxes, y, None)
+    every = torch.arange(classes, device=y.device).split(most)
+    parts = [slice(start, start + count) for start in range(0, len(y), count)]
+    return torch.cat([torch.cat([bound(ball.part(p), boxes.part(p), y[p], which) for which in every], 1) for p in parts])
 
 
 def interval_margins(network: Network, ball: Inputs, boxes: Boxes, y: Tensor) -> Tensor:
     """Lower bounds (N, C) of all margins from the last boxes alone, the head joined with the rival."""
+    return by_rivals(network, ball, boxes, y, partial(_interval, network))
+
+
+def _interval(network: Network, ball: Inputs, boxes: Boxes, y: Tensor, which: Tensor | None) -> Tensor:
     head = network.stages[-1]
-    rows = rival_rows(y, len(head.bias))
+    rows = rival_rows(y, len(head.bias), which)
     weight, bias = head.backward(rows), rows @ head.bias
     if not boxes.low:
         return backward(network, ball, boxes, len(network.stages) - 1, rows)
@@ -313,12 +336,15 @@ def interval_margins(network: Network, ball: Inputs, boxes: Boxes, y: Tensor) ->
     # The joined row is a difference of two that were rounded once: twice |W| bounds what both were.
     loss = 8 * gamma((head.terms if isinstance(head, Stage) else head.roundings) + 16, U64)
     size = head.absolute(middle.abs() + half) + head.bias.abs()
-    slack = loss * (size.gather(1, y[:, None]) + size)
+    slack = loss * (size.gather(1, y[:, None]) + (size if which is None else size[:, which]))
     return torch.einsum("ncm,nm->nc", weight, middle) + bias - torch.einsum("ncm,nm->nc", weight.abs(), half) - slack
 
 
 def linear_margins(network: Network, ball: Inputs, boxes: Boxes, y: Tensor) -> Tensor:
     """Lower bounds (N, C) of all margins: the larger of CROWN's and the interval's."""
-    rows = rival_rows(y, len(network.stages[-1].bias))
-    lower = backward(network, ball, boxes, len(network.stages) - 1, rows)
-    return torch.maximum(lower, interval_margins(network, ball, boxes, y))
+
+    def bound(ball: Inputs, boxes: Boxes, y: Tensor, which: Tensor | None) -> Tensor:
+        lower = backward(network, ball, boxes, len(network.stages) - 1, rival_rows(y, len(network.stages[-1].bias), which))
+        return torch.maximum(lower, _interval(network, ball, boxes, y, which))
+
+    return by_rivals(network, ball, boxes, y, bound)

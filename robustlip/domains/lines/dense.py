@@ -355,6 +355,10 @@ def network_of(model: Chain, shape: tuple[int, ...], context: Context, *, dense:
     def compute() -> Network:
         builder = _Builder(shape, next(model.parameters()).device)
         builder.layers(model)
+        if math.prod(builder.shape) == 1:
+            both = nn.Linear(1, 2, bias=False, device=builder.device, dtype=torch.float64).requires_grad_(False)
+            both.weight.copy_(torch.tensor([[0.0], [1.0]]))
+            builder.linear(both)  # the logits are 0 and z
         return builder.done(dense)
 
     return context.constant(model, f"network-{shape}-{dense}", compute)

@@ -53,14 +53,14 @@ class Problem:
     def lost(self, radius: Tensor) -> Tensor:
         """What the margins (N, C) of the executed, perturbed model can be below those of the float64 matrices; radius (N,) on the CPU."""
         state, _, single = self.bound.at(radius)
-        factor = torch.full_like(self.margin, 2**0.5 * (1 + 1e-15)) if self.bound.head is None else self.bound.pairs("l2")[self.y.cpu()]
+        factor = torch.full_like(self.margin, 2**0.5 * (1 + 1e-15)) if self.bound.head is None else self.bound.pairs("l2")
         ball = self.ball(radius)
         size = ball.size
         known = known_sizes(self.network, interval_boxes(self.network, ball)) if self.network.multiplies else []
         drift = self.network.drift(size, known).cpu()
         # Underflow loses 2⁻¹⁰²² a product, times what follows: far less than 1e-120 while no bound of any size exceeds 1e60.
         drift = torch.where(torch.stack(self.network.sizes(size, known)).amax(0).cpu() < 1e60, drift + 1e-120, torch.full_like(drift, torch.inf))
-        return up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * drift[:, None])
+        return up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * drift[:, None]) + self.context.behind
 
 
 Margins = Callable[[Problem, Tensor], Tensor]

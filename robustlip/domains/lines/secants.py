@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlip.domains.lines.crown import Ball, Boxes, known_sizes, rival_rows
+from robustlip.domains.lines.crown import Ball, Boxes, by_rivals, known_sizes, rival_rows
 from robustlip.domains.lines.dense import Network
 from robustlip.domains.lines.relaxations import Cross, Products
 from robustlip.domains.norms import Context
@@ -36,9 +36,14 @@ def gains(network: Network, norm: str, context: Context, owner: torch.nn.Module)
 
 def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gain: list[float]) -> tuple[Tensor, Tensor]:
     """(lower bounds (N, C) of all margins on the ball, upper bounds (N, C) of how far each moves)."""
+    found = by_rivals(network, ball, boxes, y, lambda *part: torch.stack(_margins(network, gain, *part), -1))
+    return found[..., 0], found[..., 1]
+
+
+def _margins(network: Network, gain: list[float], ball: Ball, boxes: Boxes, y: Tensor, which: Tensor | None) -> tuple[Tensor, Tensor]:
     clean = network.forward(ball.x)
     errors = network.forward_errors(ball.size, known_sizes(network, boxes))
-    rows = rival_rows(y, clean[-1].shape[-1]) @ network.stages[-1].weight
+    rows = rival_rows(y, clean[-1].shape[-1], which) @ network.stages[-1].weight
     reach = ball.radius * gain[0]
     reaches, halves, centres, steepest = [], [], [], []
     crosses: list[tuple[Tensor, Cross] | None] = []
@@ -81,5 +86,5 @@ def lipschitz_margins(network: Network, ball: Ball, boxes: Boxes, y: Tensor, gai
     head = network.stages[-1]
     last = ball.reach if not network.hidden else steepest[-1] * reaches[-1]
     total = torch.minimum(total, moved) + (4 * U64 * 2 * head.magnitude * last)[:, None]
-    margin = clean[-1].gather(1, y[:, None]) - clean[-1]
+    margin = clean[-1].gather(1, y[:, None]) - (clean[-1] if which is None else clean[-1][:, which])
     return margin - total - 2 * errors[-1][:, None] - 4 * U64 * margin.abs(), total

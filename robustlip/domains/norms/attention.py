@@ -41,6 +41,21 @@ from robustlip.ops.attention import (
 
 
 @dataclass(frozen=True)
+class Units:
+    """σ of the matrix that a threat on the weights changes, by name, made when such a threat first asks. A joined projection stands for three."""
+
+    layer: Attention
+    store: dict[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.store:
+            holders = self.layer.holders()
+            sigma = float(spectral_norm_bound(holders[name].weight))
+            self.store.update({n: sigma for n, linear in holders.items() if linear is holders[name]})
+        return self.store[name]
+
+
+@dataclass(frozen=True)
 class Heads:
     """Guaranteed norms of the matrices, whole and by head of queries (tensors (H,)); keys and values that heads share stand at each of them.
 
@@ -55,7 +70,7 @@ class Heads:
     value: Tensor
     output: Tensor
     whole: float
-    unit: dict[str, float]
+    unit: Units
     frobenius: dict[str, Tensor]
     output_matrix: Matrix | None
     offsets: dict[str, Tensor | None]
@@ -83,16 +98,13 @@ class Heads:
         norms = {n: norm_up(b.detach().unflatten(0, (-1, layer.head_width))).cpu() for n, b in offsets.items() if b is not None}
         for of in (sigma, frobenius, norms):
             of.update({n: layer.spread(of[n], 0) for n in ("key", "value") if n in of})
-        # A joined projection stands for three.
-        units = {id(linear): float(spectral_norm_bound(linear.weight)) for n, linear in layer.projections().items() if n != "output"}
-        unit = {n: units[id(linear)] for n, linear in layer.holders().items() if n != "output"}
         if turn != 1.0:
             for of in (sigma, norms):
                 of.update({n: of[n] * turn for n in ("query", "key") if n in of})
         return cls(
             **sigma,
             whole=1.0 if matrix is None else matrix.sigma,
-            unit=unit if matrix is None else unit | {"output": matrix.sigma},
+            unit=Units(layer, {} if matrix is None else {"output": matrix.sigma}),
             frobenius=frobenius,
             output_matrix=matrix,
             offsets={n: norms.get(n) for n in ("query", "key", "value")},
@@ -188,9 +200,7 @@ class AttentionRule(Rule):
         a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
 
         def perturbed(name: str) -> Tensor | float:
-            change = context.weight_change(heads.unit[name])
-            if name != "value" and heads.turn != 1.0:
-                change = change * heads.turn
+            change = 0.0 if context.weight_radius is None else context.weight_change(heads.unit[name])
             return change.unsqueeze(-1) if isinstance(change, Tensor) and change.dim() else change
 
         e_q, e_k, e_v = perturbed("query"), perturbed("key"), perturbed("value")

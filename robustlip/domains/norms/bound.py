@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.margins import head_of, margins
+from robustlip.domains.margins import Distances, head_of, margins
 from robustlip.domains.norms import Context, State, run_rules
 from robustlip.domains.search import largest_radius
 from robustlip.errors import BadInput
-from robustlip.geometry import dual_length
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import norm_up, quick_norm_up, up
 from robustlip.ops.affine import Matrix, row_error
@@ -73,20 +72,11 @@ class GlobalBound:
         return replace(self.context, weight_radius=radius) if isinstance(self.threat, WeightBall) else self.context
 
     def pairs(self, space: str) -> Tensor:
-        """c[y, j] ≥ the dual norm of u_y − u_j (C, C), rounded up: how far the margin of y over j moves per unit of the last hidden state."""
-
+        """c[i, j] ≥ the dual norm of u_{y_i} − u_j (N, C): how far the margin of sample i over j moves per unit of the last hidden state."""
         head = self.head
         assert head is not None
-
-        def compute() -> Tensor:
-            rows = head.weight.detach().double().cpu()
-            # u_y − u_j rounds once per entry, the norm a few times per entry; gamma of the width covers both.
-            difference = rows[:, None] - rows[None]
-            if space == "l2":
-                return up(norm_up(difference))  # scaled: squares of tiny rows do not vanish
-            return up(dual_length(difference, space, 2) * (1 + 1e-12 * rows.shape[1] ** 0.5))
-
-        return self.context.constant(head, f"pairs-{space}", compute)
+        distances: Distances = self.context.constant(head, f"distances-{space}", lambda: Distances(head.weight.detach(), space))
+        return distances.of(self.y).cpu()
 
     def at(self, radius: Tensor) -> tuple[State, Tensor, Tensor]:
         """(state in front of the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
@@ -111,9 +101,9 @@ class GlobalBound:
         if self.head is None:
             factor = torch.full_like(margin, 2**0.5 * (1 + 1e-15))
         else:
-            table = self.pairs(space)
+            factor = self.pairs(space)
             # Rows that are equal up to rounding would divide by 0; a larger factor is still a bound.
-            factor = table.clamp_min(1e-9 * max(float(table.amax()), 1e-300))[self.y]
+            factor = torch.maximum(factor, 1e-9 * factor.amax(-1, keepdim=True).clamp_min(1e-300))
         return (margin / factor).amin(-1), factor.scatter(1, self.y[:, None], torch.inf).amin(-1)
 
     def space(self) -> str:
@@ -153,7 +143,7 @@ def global_radii(
     """
     layers, inside, norm = entry(model, x, threat)
     bound = GlobalBound(model, layers, inside, norm, threat, y.cpu(), context)
-    margin = margins(logits.detach().cpu(), y.cpu())
+    margin = margins(logits.detach().cpu(), y.cpu()) - context.behind
     evaluate = bound.evaluator(margin)
     scale = torch.ones_like(norm) if isinstance(threat, WeightBall) else norm.clamp_min(1e-3)
     radius, change = largest_radius(evaluate, 1e-9 * scale)

@@ -70,19 +70,26 @@ class Context(Arithmetic):
     dtype: of the program that is covered. weight_radius: None, or the radius of a WeightBall (any shape that fits the states);
     relative: whether it is a fraction of each matrix's spectral norm.
     clean: by layer, (by token?, largest norm (N,)) of its output in the clean pass as executed, where one was traced (certifiers.trace).
+    behind: executed margins have to stay above it: what a function of the logits that the program ends with can lose (graph.final).
     """
 
     store: dict[tuple[int, str], Any]
     weight_radius: Tensor | None = None
     relative: bool = True
     clean: Mapping[int, tuple[bool, Tensor]] = field(default_factory=dict)
+    behind: float = 0.0
 
     def constant(self, layer: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
         """compute(), remembered for this layer as long as the model's weights stay the same (see certifiers.constants)."""
-        key = (id(layer), name)
+        key = (self.store.get((id(layer), "twin of"), id(layer)), name)
         if key not in self.store:
             self.store[key] = compute()
         return self.store[key]
+
+    def twins(self, model: nn.Module, twin: nn.Module) -> None:
+        """From now on the layers of `twin`, a copy with the same weights in float64, have the constants of the model's."""
+        for layer, copy in zip(model.modules(), twin.modules(), strict=True):
+            self.store[id(copy), "twin of"] = id(layer)
 
     def weight_change(self, sigma: float) -> Tensor | float:
         """A bound of ‖E‖₂ for a matrix with σ(W) ≤ sigma."""

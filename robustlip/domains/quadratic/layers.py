@@ -15,6 +15,9 @@ from robustlip.numerics.enclosures import Ball, product
 from robustlip.numerics.rounding import U64
 from robustlip.threats import InputBall, Threat
 
+# Logits, of which all pairs have a constant.
+CLASSES = 512
+
 
 @dataclass(frozen=True)
 class Network:
@@ -54,6 +57,8 @@ def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
             return f"{what} is for chains of Linear layers and activations, this one has {type(layer).__name__}"
     if width > largest:
         return f"{what} is for at most {largest} neurons, this model has {width}"
+    if layers[-1].out_features > CLASSES:
+        return f"{what} compares logits pair by pair, for at most {CLASSES} of them, this model has {layers[-1].out_features}"
     return ""
 
 
@@ -85,6 +90,8 @@ def network_of(model: Chain) -> Network:
                 stages.append((linear, constraint))
                 linear = None
     assert linear is not None
+    if len(linear.mid) == 1:  # the logits are 0 and z
+        linear = Ball(torch.cat([torch.zeros_like(linear.mid), linear.mid]), torch.cat([torch.zeros_like(linear.mid), linear.radius()]))
     return Network(tuple(stages), linear)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.lines.crown import Ball, Boxes, linear_boxes, linear_margins
+from robustlip.domains.lines.crown import RIVALS, Ball, Boxes, linear_boxes, linear_margins
 from robustlip.domains.lines.dense import Network, is_affine, why_not
 from robustlip.domains.lines.radii import Problem
 from robustlip.domains.lines.secants import gains
@@ -244,7 +244,8 @@ def sdp_radii(
     todo = problem.correct.nonzero()[:, 0]
     widths = [s.weight.shape[0] for s in problem.network.hidden]
     d = problem.x.shape[1] + sum(widths[:-1])
-    for part in todo.split(max(1, FORMS // (d * max(widths)))) if len(todo) else ():
+    gradients = len(problem.network.stages[-1].bias) * max(s.inputs for s in problem.network.stages)
+    for part in todo.split(max(1, min(FORMS // (d * max(widths)), RIVALS // gradients))) if len(todo) else ():
         radius[part] = _radii(problem, part, steps, rounds, rate)
     return radius, torch.full_like(radius, torch.nan)
 
@@ -360,7 +361,10 @@ def _proved(search: Search, form: Form, plain: Plain) -> Tensor:
 
 def _too_large(network: Network) -> str:
     rows = network.stages[0].weight.shape[1] + sum(s.weight.shape[0] for s in network.hidden[:-1])
-    return f"its form has {rows} rows, above {LARGEST_FORM}" if rows > LARGEST_FORM else ""
+    if rows > LARGEST_FORM:
+        return f"its form has {rows} rows, above {LARGEST_FORM}"
+    gradients = len(network.stages[-1].bias) * max(s.inputs for s in network.stages)
+    return f"gradients of all its logits have {gradients} numbers a sample, above {RIVALS // 4}" if gradients > RIVALS // 4 else ""
 
 
 def sdp_applies(model: nn.Module, threat: Threat) -> str:
