@@ -269,7 +269,7 @@ def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node 
             return pairs.get(a) is b
         if isinstance(a, list | tuple) and isinstance(b, list | tuple):
             return len(a) == len(b) and all(same(*both, shapes) for both in zip(a, b, strict=True))
-        return type(a) is type(b) and (a == b or (shapes and (a, b) == _SIZES))
+        return type(a) is type(b) and (a == b or (shapes and _multiple(a, b) is not None))
 
     pairs: dict[fx.Node, fx.Node | None] = {}
     for a, b in zip(graph, twin, strict=False):
@@ -376,8 +376,8 @@ class _Reader:
         """The same with the number of samples named, where two programs hold two numbers."""
         if isinstance(value, list):
             return [self._sizes(*pair) for pair in zip(value, twin, strict=True)]
-        plain = isinstance(value, int) and isinstance(twin, int)
-        return Many({n: n for n in TRIED}) if plain and (value, twin) == _SIZES else value
+        times = _multiple(value, twin)
+        return value if times is None else Many({n: times * n for n in TRIED})
 
     def _folded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What an operation makes of constants, by the number of samples where that counts, and whether a matrix of the module is among them."""
@@ -427,7 +427,7 @@ class _Reader:
             apart = times is not None and all(isinstance(n, int) for n in rest)
         else:
             other = twin.meta["val"].shape
-            times = first // _SIZES[0] if first is not None and other and first * _SIZES[1] == other[0] * _SIZES[0] else None
+            times = _multiple(first, other[0]) if other else None
             apart = bool(times) and rest == other[1:]
         if apart and (times == 1 or may_merge):
             assert times is not None
@@ -468,6 +468,13 @@ def _row(values: dict[int, Tensor]) -> Tensor | None:
     row = found[0][:1]
     repeated = all(part.dim() and len(part) == n and torch.equal(part, row.expand_as(part)) for n, part in values.items() if part.dim() == row.dim())
     return row if repeated and all(part.dim() == row.dim() for part in found) else None
+
+
+def _multiple(a: Any, b: Any) -> int | None:
+    """How many times the number of samples both numbers are, where two programs hold _SIZES; None for anything else."""
+    if type(a) is not int or type(b) is not int or not a or a % _SIZES[0] or a // _SIZES[0] * _SIZES[1] != b:
+        return None
+    return a // _SIZES[0]
 
 
 def _times(size: Any, batch: Any) -> int | None:
