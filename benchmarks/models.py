@@ -223,10 +223,56 @@ def orthogonium(frozen: bool) -> nn.Module:
     return model.eval()
 
 
+class NanoGPT(nn.Module):
+    """Attention written out, as in nanoGPT; a model of the next token."""
+
+    def __init__(self, width: int = 64, heads: int = 4, words: int = 65, context: int = 16) -> None:
+        super().__init__()
+        self.words, self.places, self.heads = nn.Embedding(words, width), nn.Embedding(context, width), heads
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
+        self.register_buffer("mask", torch.tril(torch.ones(context, context)).view(1, 1, context, context))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape
+        h = self.words(x) + self.places(torch.arange(t, device=x.device))
+        q, k, v = (part.view(n, t, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm(h)).split(h.shape[-1], dim=2))
+        a = (q @ k.transpose(-2, -1)) * (1.0 / k.size(-1) ** 0.5)
+        a = F.softmax(a.masked_fill(self.mask[:, :, :t, :t] == 0, float("-inf")), dim=-1)
+        h = h + self.out((a @ v).transpose(1, 2).contiguous().view(n, t, -1))
+        return self.head(self.last(h + self.down(F.gelu(self.up(self.norm2(h))))))
+
+
+WORDS, TEXT = 65, 16
+TOKENS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": WORDS}
+PATCHES = {key: value for key, value in TOKENS.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8, "num_labels": 10}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, "n_positions": 32}),
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {**TOKENS, "num_key_value_heads": 2}),
+    "BERT": ("BertForSequenceClassification", "BertConfig", {**TOKENS, "num_labels": 3}),
+    "RoBERTa": ("RobertaForSequenceClassification", "RobertaConfig", {**TOKENS, "num_labels": 3, "max_position_embeddings": 40}),
+    "DistilBERT": (
+        "DistilBertForSequenceClassification", "DistilBertConfig",
+        {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "vocab_size": WORDS, "num_labels": 3},
+    ),
+    "ViT": ("ViTForImageClassification", "ViTConfig", PATCHES),
+}  # fmt: skip
+
+
 def hugging_face(name: str) -> nn.Module:
     library = importlib.import_module("transformers")
-    config = getattr(library, f"{name}Config")(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=10)
-    return getattr(library, f"{name}ForImageClassification")(config)
+    made, config, options = FAMILIES[name]
+    model: nn.Module = getattr(library, made)(getattr(library, config)(**options))
+    model.config.use_cache = False
+    return model
+
+
+def of_timm() -> nn.Module:
+    library = importlib.import_module("timm")
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    model: nn.Module = library.create_model("vit_tiny_patch16_224", num_classes=10, **options)
+    return model
 
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -249,7 +295,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "orthogonium": (lambda: orthogonium(False), GREY),
     "orthogonium, parametrizations removed": (lambda: orthogonium(True), GREY),
     "ViT of torch's TransformerEncoder": (ViT, COLOUR),
-    "ViT of transformers": (lambda: hugging_face("ViT"), COLOUR),
+    "ViT of timm": (of_timm, COLOUR),
+    "nanoGPT, attention written out": (NanoGPT, (TEXT,)),
+    **{f"{name} of transformers": (lambda name=name: hugging_face(name), COLOUR if name == "ViT" else (TEXT,)) for name in FAMILIES},
     "ResNet-18": (lambda: ResNet((64, 128, 256, 512), 2), COLOUR),  # last: its attack takes minutes
 }
 
@@ -257,7 +305,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def libraries() -> dict[str, str]:
     """{library: version} of those that are installed."""
     found = {}
-    for name in ("deel-torchlip", "orthogonium", "transformers"):
+    for name in ("deel-torchlip", "orthogonium", "transformers", "timm"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -271,12 +319,15 @@ def row(name: str) -> dict[str, Any]:
         model = build().eval()
     except ImportError as error:
         return {"model": name, "result": f"not tried: {error.name} is not installed"}
-    x = torch.rand(SAMPLES, *shape)
+    tokens = shape == (TEXT,)
+    x = torch.randint(3, WORDS, (SAMPLES, TEXT)) if tokens else torch.rand(SAMPLES, *shape)
     with torch.no_grad():
         answer = model(x)
-        y = (answer if isinstance(answer, Tensor) else answer.logits).argmax(-1)
-    threat = robustlip.InputBall("l2")
-    broken = torch.as_tensor(MinimumRadius()(model, x, y, threat).radius)
+        logits = answer if isinstance(answer, Tensor) else answer.logits
+        y = (logits[:, -1] if logits.dim() == 3 else logits).argmax(-1)
+    threat = robustlip.parse_threat("embedding-l2@-1" if logits.dim() == 3 else "embedding-l2@0" if tokens else "l2")
+    attacked = robustlip.capture(model, x) if tokens and not hasattr(model, "get_input_embeddings") else model
+    broken = torch.as_tensor(MinimumRadius()(attacked, x, y, threat).radius)
     found: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters()), "attack": float(broken.median())}
     started = time.perf_counter()
     try:
@@ -309,9 +360,10 @@ HEAD = """# Models of other kinds
 
 What happens to models as they come, by `robustlip.capture` ([theory, section 13](theory.md)): made by
 `python benchmarks/models.py --markdown docs/models.md`. Weights are random (ordinary training makes gains larger), radii are
-medians of four random images in ℓ2; *attack* is the smallest perturbation that `min` found. No radius is above its sample's
+medians of four random images in ℓ2, or of one token's embedding of four random texts of 16 tokens (the last token of models of the next
+token, the first of classifiers); *attack* is the smallest perturbation that `min` found. No radius is above its sample's
 attack. What is "attacked only" has no certificate; the last column says which operation stands in the way. `dual` is asked of
-models of at most a million parameters. ONNX files: [onnx.md](onnx.md).
+models of at most a million parameters. torch's own encoder runs without its fast path here. ONNX files: [onnx.md](onnx.md).
 
 """
 
@@ -322,6 +374,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    torch.backends.mha.set_fastpath_enabled(False)
     rows = []
     for name in MODELS:
         if asked.only in name:

@@ -216,6 +216,33 @@ def test_a_lookup_takes_no_weight_threat() -> None:
         certify(model, ids(), torch.zeros(4, dtype=torch.int64), "weights-spectral")
 
 
+class Torchs(nn.Module):
+    """torch's own encoder: samples and tokens change places inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(V, D), nn.Linear(D, 3)
+        layer = nn.TransformerEncoderLayer(D, H, 2 * D, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.words(x)).mean(1))
+
+
+def test_torchs_encoder_without_its_fast_path() -> None:
+    model, x = made(Torchs), ids()
+    with pytest.raises(UnsupportedLayer, match="set_fastpath_enabled"):
+        capture(model, x)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        chain = capture(model, x)
+        assert any(type(m) is Attention and m.joined for m in chain.modules())
+        assert torch.equal(chain(x), model(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 # ---- programs that look like attention and are not
 
 

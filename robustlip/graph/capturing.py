@@ -60,6 +60,12 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     tokens = not example.is_floating_point()
     if tokens and (example.dtype not in (torch.int64, torch.int32) or example.dim() != 2):
         raise BadInput(f"expected floating-point numbers or token ids (N, T), got {example.dtype} of shape {tuple(example.shape)}; encode the text")
+    torchs = any(isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer) for part in module.modules())
+    if torchs and torch.backends.mha.get_fastpath_enabled():
+        raise UnsupportedLayer(
+            "expected attention of torch without its fast path, which runs another program where no gradient is asked for, got "
+            "MultiheadAttention with it; call torch.backends.mha.set_fastpath_enabled(False)"
+        )
     example = example.detach().clone()
     example = example if len(example) > 1 else torch.cat([example, example])
     module = Answering(module)
