@@ -916,6 +916,11 @@ MUTATIONS = [
              "s if s.whole is None or len(s.whole) == 3 else s.by_token(layer)", "s", f"{MOVES} -k 'what_is_joined'"),
     Mutation("volumes: sorted along channels where torch sorts the last dimension", MLP_NETWORK,
              "channels % 2 or len(self.shape) not in (1, 3)", "channels % 2", f"{MOVES} -k 'every_rank'"),
+    Mutation("resampling: numbers that are read often counted once", "robustlip/ops/resampling.py",
+             '{"l2": math.sqrt(rows * columns),', '{"l2": rows,',
+             f"{RULES} -k 'image-upsample and change_is'"),
+    Mutation("resampling: weights and sums do not round", "robustlip/ops/resampling.py", "return relative * norm + 4", "return 0 * norm + 4",
+             f"{RULES} -k 'upsample-lines and norm_and'"),
     # ---- moves
     Mutation("moves: tokens that are mixed keep the norm of one", NORMS_MOVES, "many = len(m.read) if", "many = 1 if",
              f"{RULES} -k 'tokens-turned and change_is'"),

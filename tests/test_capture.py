@@ -202,6 +202,15 @@ MODELS = {
             View(4, 5), Slice(1, 1, 3), Select(2, 3), m.head,
         ),
     ),
+    "resampled": (
+        lambda: Written(
+            lambda m, x: m.head(F.adaptive_avg_pool2d(F.relu(F.interpolate(m.a(F.interpolate(x, scale_factor=2)), (5, 6), mode="bilinear")), (2, 4))
+                                .flatten(1)), a=nn.Conv2d(1, 2, 3), head=nn.Linear(16, 3),
+        ), (1, 4, 4),
+        lambda m: nn.Sequential(
+            nn.Upsample(scale_factor=2), m.a, nn.Upsample((5, 6), mode="bilinear"), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(), m.head
+        ),
+    ),
     "tokens": (
         lambda: Written(tokens, a=nn.Conv2d(2, 4, 2, 2), first=nn.Parameter(torch.randn(1, 1, 4)), places=nn.Parameter(torch.randn(1, 5, 4)),
                         n=nn.LayerNorm(4, eps=1e-2), b=nn.Linear(4, 6), head=nn.Linear(6, 3)), (2, 4, 4),

@@ -128,10 +128,11 @@ def test_pooling_against_the_true_norms(seed, size, kernel, stride, padding) -> 
         (nn.AvgPool2d(2, ceil_mode=True), "ceil_mode"),
         (nn.AvgPool2d(3, padding=1, count_include_pad=False), "divisor"),
         (nn.AvgPool2d(2, divisor_override=1), "divisor"),
-        (nn.AdaptiveAvgPool2d(2), "AdaptiveAvgPool2d"),
+        (nn.Upsample(scale_factor=2, mode="bicubic"), "bicubic"),
+        (nn.Upsample(scale_factor=1.3), "whole sizes"),
         (nn.MaxPool2d(2, return_indices=True), "return_indices"),
         (nn.MaxPool2d(2, padding=1, dilation=3), "dilation"),
-        (nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
+        (nn.FractionalMaxPool2d(2, output_size=2), "FractionalMaxPool2d"),
         (nn.BatchNorm2d(4, track_running_stats=False).eval(), "running statistics"),
     ],
 )

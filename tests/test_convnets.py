@@ -87,6 +87,9 @@ LINEAR = {
     ),
     "vectors": lambda: nn.Sequential(*headed(nn.Conv2d(2, 4, 3))[:-1], nn.Linear(48, 9), nn.BatchNorm1d(9), nn.Linear(9, 4)),
     "transposed": lambda: headed(nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(3, 4, (3, 2), (2, 1), 1, (1, 0)), nn.ConvTranspose2d(4, 2, 2, dilation=2)),
+    "resampled": lambda: headed(
+        nn.Upsample(scale_factor=(1.5, 2.0), mode="bilinear"), nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d((4, 5)), nn.Upsample(scale_factor=2)
+    ),
     "tokens": lambda: headed(nn.Conv2d(2, 3, 2), Tokens(), Shift(spread(20, 3)), PrependToken(spread(2, 3)), Scale(spread(22, 1))),
     "one token": lambda: nn.Sequential(nn.Conv2d(2, 4, 3), Shift(spread(4, 4, 3), subtract=True), Tokens(), SelectToken(-2), nn.Linear(4, 4)),
 }  # fmt: skip
@@ -228,7 +231,7 @@ def test_weight_balls_reach_convolutions() -> None:
         (lambda: (nn.Conv2d(2, 2, 1), Residual(nn.Conv2d(2, 3, 1)), nn.Flatten()), "branches that put out one shape", BadInput),
         (lambda: (nn.MaxPool2d(2, padding=1, dilation=2), nn.Flatten()), "only padding", UnsupportedLayer),
         (lambda: (nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), "ceil_mode", UnsupportedLayer),
-        (lambda: (nn.AdaptiveAvgPool2d(2), nn.Flatten()), "AdaptiveAvgPool2d", UnsupportedLayer),
+        (lambda: (nn.Upsample(scale_factor=2, mode="bicubic"), nn.Flatten()), "bicubic", UnsupportedLayer),
         (lambda: (nn.Flatten(), nn.BatchNorm1d(61)), "60", BadInput), (lambda: (Channels(0, 3), nn.Flatten()), "at least 3 channels", BadInput),
         (lambda: (nn.Conv2d(2, 2, 1), nn.LayerNorm(5), nn.Flatten()), "put Flatten", BadInput),
     ],

@@ -190,6 +190,9 @@ IMAGES = {
     "volume": image(
         lambda: nn.Sequential(nn.Conv3d(2, 4, 2, padding=1), normed(nn.BatchNorm3d(4)), nn.GELU(), nn.MaxPool3d(2, 1)), "linf", VOLUME
     ),
+    "adaptive": image(lambda: nn.Sequential(nn.AdaptiveAvgPool2d((3, 3)), nn.Conv2d(4, 2, 2), nn.ReLU()), "linf"),
+    "upsampled": image(lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 2, 3), nn.GELU())),
+    "upsampled-copies": image(lambda: nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), nn.UpsamplingBilinear2d((7, 9))), "l1"),
     "volume-means": image(lambda: nn.Sequential(nn.AvgPool3d(2, 1), nn.Conv3d(2, 3, 1)), "l1", VOLUME),
     "volume-resnet": image(lambda: nn.Sequential(
         Residual(nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), nn.ReLU())), nn.ConvTranspose3d(2, 2, 2, 2), nn.AdaptiveAvgPool3d(1)), "l2", VOLUME

@@ -16,6 +16,7 @@ from robustlip.layers import Normalize, Scale, Shift
 from robustlip.ops.convolution import CONVOLUTIONS, MEANS, TRANSPOSED
 from robustlip.ops.maps import LinearMap, map_of, mapped_layers, unmapped
 from robustlip.ops.normalization import BATCH_NORMS
+from robustlip.ops.resampling import UPSAMPLES
 
 
 def drawn(layer: nn.Module, seed: int) -> nn.Module:
@@ -105,7 +106,11 @@ def test_means_of_windows(seed, size, kernel, stride, padding) -> None:
         (nn.AvgPool3d(2, 1), (2, 3, 2, 3)), (nn.AdaptiveAvgPool1d(1), (2, 5)), (nn.AdaptiveAvgPool3d(1), (2, 2, 3, 2)),
         (nn.ConvTranspose1d(4, 6, 5, 2, 1, 1, 2), (4, 5)), (nn.ConvTranspose2d(2, 3, (3, 2), (2, 3), 1, (1, 0)), (2, 3, 4)),
         (nn.ConvTranspose2d(2, 2, 3, 1, 1, 1, dilation=2), (2, 3, 2)), (nn.ConvTranspose3d(2, 3, 2, 2), (2, 2, 1, 2)),
-        (nn.BatchNorm1d(3), (3, 4)), (nn.BatchNorm3d(2), (2, 2, 1, 3)), (Scale(torch.randn(3, 1)), (2, 3, 4)), (Shift(torch.randn(3, 4)), (2, 3, 4)),
+        (nn.AdaptiveAvgPool2d((3, 2)), (2, 5, 3)),
+        (nn.Upsample(scale_factor=2), (2, 3, 2)), (nn.Upsample((5, 4), mode="bilinear"), (2, 3, 6)), (nn.UpsamplingBilinear2d((5, 7)), (1, 3, 4)),
+        (nn.Upsample(5, mode="nearest-exact"), (2, 10)), (nn.Upsample(scale_factor=2, mode="trilinear"), (1, 2, 3, 2)),
+        (nn.BatchNorm1d(3), (3, 4)), (nn.BatchNorm3d(2), (2, 2, 1, 3)),
+        (Scale(torch.randn(3, 1)), (2, 3, 4)), (Shift(torch.randn(3, 4)), (2, 3, 4)),
     ],
 )  # fmt: skip
 def test_maps_of_other_layers(layer, shape) -> None:
@@ -116,13 +121,13 @@ MORE = (Scale, Shift, nn.ZeroPad2d)
 
 
 def test_every_map_is_checked() -> None:
-    assert set(mapped_layers()) == {nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *MEANS, Normalize, *BATCH_NORMS, *MORE}
+    assert set(mapped_layers()) == {nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *MEANS, *UPSAMPLES, Normalize, *BATCH_NORMS, *MORE}
 
 
 @pytest.mark.parametrize(
     ("layer", "shape", "word"),
     [
-        (nn.AvgPool2d(2, ceil_mode=True), (1, 3, 3), "ceil_mode=True"), (nn.AdaptiveAvgPool2d(2), (1, 4, 4), "output_size=2"),
+        (nn.AvgPool2d(2, ceil_mode=True), (1, 3, 3), "ceil_mode=True"), (nn.Upsample(scale_factor=2, mode="bicubic"), (1, 3, 3), "bicubic"),
         (nn.AvgPool2d(3, padding=1, count_include_pad=False), (1, 4, 4), "AvgPool2d"), (nn.AvgPool2d(2, divisor_override=3), (1, 4, 4), "AvgPool2d"),
         (nn.MaxPool2d(2), (1, 4, 4), "MaxPool2d"), (nn.Conv2d(2, 2, 1), (3, 4, 4), "2 channels"), (nn.Conv2d(2, 2, 1), (32,), "images"),
         (nn.Linear(4, 2), (5,), "vectors of 4"), (nn.BatchNorm2d(3).eval(), (2, 4, 4), "by channel"), (nn.AvgPool2d(2), (16,), "images"),
@@ -131,7 +136,7 @@ def test_every_map_is_checked() -> None:
 def test_what_has_no_map_is_refused(layer, shape, word) -> None:
     with pytest.raises(UnsupportedLayer, match=word):
         map_of(layer, shape)
-    assert (unmapped(layer) != "") == (type(layer) in (nn.MaxPool2d, nn.AdaptiveAvgPool2d) or (type(layer) is nn.AvgPool2d and shape != (16,)))
+    assert (unmapped(layer) != "") == (type(layer) in (nn.MaxPool2d, nn.Upsample) or (type(layer) is nn.AvgPool2d and shape != (16,)))
 
 
 def test_batch_norm_in_train_mode_is_refused() -> None:

@@ -69,6 +69,7 @@ from robustlip.ops import elementwise_layers, elementwise_of, maps
 from robustlip.ops import normalization as ops_normalization
 from robustlip.ops.convolution import CONVOLUTIONS, MAXIMA, MEANS, TRANSPOSED
 from robustlip.ops.moves import moving_layers
+from robustlip.ops.resampling import UPSAMPLES
 from robustlip.threats import InputBall
 from robustlip.training import ibp, losses, reparametrize
 
@@ -289,7 +290,8 @@ def small(layer: type[nn.Module]) -> nn.Module:
         AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
         Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,), nn.Threshold: (0.0, 0.0), nn.Hardshrink: (0.0,), Clamp: (0.0,),
         PrependToken: (torch.ones(8),), nn.BatchNorm3d: (8,), **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), (8, 8, 1)),
-        **dict.fromkeys((*MEANS, *MAXIMA), (1,)), View: (8,), Permute: (0, 1), Select: (1, 0), Slice: (1, 0, 8), nn.Unflatten: (1, (2, 4)),
+        **dict.fromkeys((*MEANS, *MAXIMA, *UPSAMPLES), (1,)),
+        View: (8,), Permute: (0, 1), Select: (1, 0), Slice: (1, 0, 8), nn.Unflatten: (1, (2, 4)),
         **{kind: (1, 0.5) if "Constant" in kind.__name__ else (1,) for kind in moving_layers() if "Pad" in kind.__name__},
         **dict.fromkeys((Product, Maximum, Minimum), (nn.Identity(), nn.Identity())),
         **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, Flip), (1,)),

@@ -237,6 +237,19 @@ def _adaptive_mean(node: Node) -> nn.Module:
     return made
 
 
+@operation(*(f"upsample_{mode}{n}d" for n in (1, 2, 3) for mode in ("nearest", "linear", "bilinear", "trilinear")))
+def _upsample(node: Node) -> nn.Module:
+    a, n = node.arguments, len(node.shape) - 1
+    size, factors = a.get("output_size"), a.get("scale_factors")
+    mode = "nearest" if "nearest" in node.op else ("linear", "bilinear", "trilinear")[n - 1]
+    corners = a.get("align_corners") if mode != "nearest" else None
+    if size is not None:
+        return nn.Upsample(tuple(int(s) for s in size), mode=mode, align_corners=corners)
+    if factors is None:
+        raise refuse(node, "it states neither sizes nor factors")
+    return nn.Upsample(scale_factor=tuple(float(f) for f in factors), mode=mode, align_corners=corners)
+
+
 @operation("mean")
 def _mean(node: Node) -> nn.Module:
     source = source_of(node)

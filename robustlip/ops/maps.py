@@ -34,13 +34,13 @@ from robustlip.ops.convolution import (
     along,
     dimensions,
     image_shape,
-    is_global,
     padded_from,
     sides,
     transposed_out,
     windows_of,
 )
 from robustlip.ops.normalization import BATCH_NORMS, BatchNorm, check_batch
+from robustlip.ops.resampling import UPSAMPLES, Resampling, average_of, other_mode
 
 Sample = tuple[int, ...]
 
@@ -287,6 +287,31 @@ class AverageMap(LinearMap):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResamplingMap(LinearMap):
+    """A matrix (o, n) along each dimension behind the channels, entries ≥ 0."""
+
+    matrices: tuple[Tensor, ...]
+
+    def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
+        return self._along(x.reshape(-1, *self.shape), False).reshape(*x.shape[:-1], self.outputs)
+
+    def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
+        return self._along(g.reshape(-1, *self.out), True).reshape(*g.shape[:-1], self.inputs)
+
+    def _along(self, x: Tensor, back: bool) -> Tensor:
+        for i, p in enumerate(self.matrices):
+            p = p.to(x.device)
+            x = (x.movedim(2 + i, -1) @ (p if back else p.mT)).movedim(-1, 2 + i)
+        return x
+
+    def row_norms(self, norm: str) -> Tensor:
+        sizes = torch.ones(1, dtype=torch.float64)
+        for p in self.matrices:
+            sizes = (sizes[:, None] * dual_norms(p, norm)).flatten()
+        return up(sizes * (1 + self.relative)).repeat(self.out[0])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mixing(LinearMap):
     """Few numbers in front for each behind: y_i = Σ_j factor_ij·x[index_ij], index and factor (m, k)."""
 
@@ -499,7 +524,7 @@ def _transposed(layer: Transposed, shape: Sample) -> LinearMap:
 
 def _other_mean(layer: Mean) -> str:
     if isinstance(layer, GLOBAL_MEANS):
-        return "" if is_global(layer) else str(layer)
+        return ""
     try:
         Average.of(layer, (1, *along(layer.kernel_size, dimensions(layer))))
     except UnsupportedLayer:
@@ -511,12 +536,27 @@ def _other_mean(layer: Mean) -> str:
 @register_map(*MEANS, refuses=_other_mean)
 def _average(layer: Mean, shape: Sample) -> LinearMap:
     image, count = _images(layer, shape), dimensions(layer)
-    average = Average.of(layer, image)
+    average = average_of(layer, image)
+    if isinstance(average, Resampling):
+        return _resampled(shape, average)
     terms, adjoint_terms = average.size + 2, average.reads + 2
     if isinstance(layer, GLOBAL_MEANS):
         return AverageMap(shape, average.out, terms, adjoint_terms, kernel=image[1:], stride=image[1:], padding=(0,) * count)
     kernel, stride, padding = (along(value, count) for value in (layer.kernel_size, layer.stride, layer.padding))
     return AverageMap(shape, average.out, terms, adjoint_terms, kernel=kernel, stride=stride, padding=padding)
+
+
+@register_map(*UPSAMPLES, refuses=other_mode)
+def _upsample(layer: nn.Upsample, shape: Sample) -> LinearMap:
+    average = average_of(layer, shape)
+    assert isinstance(average, Resampling)
+    return _resampled(shape, average)
+
+
+def _resampled(shape: Sample, facts: Resampling) -> LinearMap:
+    reads = math.prod(int((p != 0).sum(0).amax()) for p in facts.matrices)
+    terms = max(facts.terms, sum(n + 2 for n in shape[1:])), max(reads, sum(n + 2 for n in facts.out[1:]))
+    return ResamplingMap(shape, facts.out, *terms, 8 * U64, matrices=facts.matrices)
 
 
 def _scale(

@@ -26,7 +26,6 @@ from robustlip.ops.convolution import (
     MAXIMA,
     MEANS,
     TRANSPOSED,
-    Average,
     Conv,
     Convolution,
     Maximum,
@@ -40,6 +39,7 @@ from robustlip.ops.convolution import (
 )
 from robustlip.ops.maps import ConvolutionMap, LinearMap, ScaleMap, map_of
 from robustlip.ops.normalization import BATCH_NORMS, BatchNorm, BatchScale, batch_positions, check_batch
+from robustlip.ops.resampling import UPSAMPLES, average_of
 from robustlip.threats import l2_factor
 
 
@@ -112,14 +112,14 @@ class ConvolutionExpansion(MapStep):
         return up(rows + 2.0**-45 * sizes)  # filters that nearly cancel
 
 
-@register(*MEANS, any_space=True, keeps="any")
+@register(*MEANS, *UPSAMPLES, any_space=True, keeps="any")
 class AverageExpansion(MapStep):
-    """The mean of each window, padding counted as 0, or of each channel."""
+    """The mean of each window, padding counted as 0, of each channel, of adaptive windows; interpolation."""
 
-    def __init__(self, layer: Mean, clean: Tensor, scope: Scope) -> None:
-        shape = image_shape(layer, scope.whole)
-        self.average = Average.of(layer, shape)
-        super().__init__(layer, clean, scope, shape)
+    def __init__(self, layer: Mean | nn.Upsample, clean: Tensor, scope: Scope) -> None:
+        self.average = average_of(layer, scope.whole)
+        assert scope.whole is not None
+        super().__init__(layer, clean, scope, scope.whole)
         self.space = scope.space
         self.sigma, self.gain, self.frobenius = self.average.gain, self.average.gain_in(scope.space), self.average.gain
         self.slack = self.adjoint_slack()

@@ -30,7 +30,19 @@ from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.ops.joins import spread_over
-from robustlip.ops.maps import AverageMap, ConvolutionMap, LinearMap, Mixing, OnPart, ScaleMap, is_linear, map_of, unmapped
+from robustlip.ops.maps import (
+    AverageMap,
+    ConvolutionMap,
+    LinearMap,
+    Mixing,
+    OnPart,
+    ResamplingMap,
+    ScaleMap,
+    TransposedMap,
+    is_linear,
+    map_of,
+    unmapped,
+)
 from robustlip.ops.moves import is_move, moves_of
 from robustlip.threats import InputBall, Threat
 
@@ -132,7 +144,7 @@ class _Builder:
     def linear(self, layer: nn.Module) -> None:
         op = map_of(layer, self.shape)
         self.steps.append(OnPart.of(op, self.held))
-        self.of_images = self.of_images or isinstance(op, (ConvolutionMap, AverageMap))
+        self.of_images = self.of_images or isinstance(op, (ConvolutionMap, TransposedMap, AverageMap, ResamplingMap))
         self.shape, self.rows = op.out, self.held + op.outputs
 
     def combine(self, *terms: tuple[Tensor, float | Tensor]) -> None:

@@ -14,7 +14,6 @@ from robustlip.ops.convolution import (
     MAXIMA,
     MEANS,
     TRANSPOSED,
-    Average,
     Conv,
     Convolution,
     Maximum,
@@ -25,6 +24,7 @@ from robustlip.ops.convolution import (
     maxima_error,
     pooled,
 )
+from robustlip.ops.resampling import UPSAMPLES, average_of
 
 
 def check_weights(layer: nn.Module, moves: bool) -> None:
@@ -66,12 +66,12 @@ class ConvolutionRule(Rule):
         return context.finite(behind, c.largest(state.norm, perturbed))
 
 
-@register(*MEANS)
+@register(*MEANS, *UPSAMPLES)
 class AveragePoolRule(Rule):
-    """The mean of each window, padding counted as 0, or of each channel."""
+    """The mean of each window, padding counted as 0, of each channel, of adaptive windows; interpolation."""
 
-    def step(self, layer: Mean, state: State, context: Context) -> State:
-        average = Average.of(layer, image_shape(layer, state.whole))
+    def step(self, layer: Mean | nn.Upsample, state: State, context: Context) -> State:
+        average = average_of(layer, state.whole)
         fresh = average.error(state.norm, context)
         behind = replace(
             state,
