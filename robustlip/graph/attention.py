@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlip.errors import UnsupportedLayer
 from robustlip.graph.program import TRIED, Node, Program, at, needed
 from robustlip.layers import Attention
 
@@ -30,10 +29,10 @@ _SAMPLES = TRIED[0]
 
 def with_attention(program: Program) -> Program:
     """The program with a node 'attention' in the place of each self-attention that is understood; what is not stays as it was recorded."""
-    found = [made for node in program.nodes for made in [_Finder(program).of(node)] if made is not None]
-    if not found:
+    finder = _Finder(program)
+    replaced = dict(made for node in program.nodes if (made := finder.of(node)) is not None)
+    if not replaced:
         return program
-    replaced = dict(found)
     now: dict[Node, Node] = {program.input: program.input}
 
     def inside(value: Any) -> Any:
@@ -410,15 +409,3 @@ def _turned_places(node: Node, turn: _Turn, known: dict[Node, Tensor]) -> tuple[
             raise _No
         found.append(first.clone())
     return there, (found[0], found[1])
-
-
-def explained(node: Node) -> UnsupportedLayer | None:
-    """What to say of attention that was not understood; None for other operations."""
-    if node.op not in ("scaled_dot_product_attention", "softmax", "bmm"):
-        return None
-    return UnsupportedLayer(
-        f"expected self-attention of tokens (N, T, D) whose queries, keys and values are linear in the same tokens, head by head, with a constant "
-        f"mask, got {node.where()}, which is not of this form; write it so, or attack the model, which needs no layers"
-    )
-
-

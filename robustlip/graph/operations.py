@@ -61,11 +61,17 @@ def refuse(node: Node, why: str, remedy: str = "write it in operations that are,
     return UnsupportedLayer(f"expected operations that a layer with a proved rule computes, got {node.where()}: {why}; {remedy}")
 
 
+_NOT_ATTENTION = (
+    "it is no self-attention that is known, of tokens (N, T, D) whose queries, keys and values are linear in the same tokens, head by head, with a "
+    "constant mask"
+)
+
+
 def layer_of(node: Node) -> nn.Module:
     """The layer that computes a node of one input. Raises UnsupportedLayer where there is none."""
     make = LAYERS.get(node.op)
     if make is None:
-        raise refuse(node, "no layer computes it")
+        raise refuse(node, _NOT_ATTENTION if node.op in ("scaled_dot_product_attention", "softmax", "matmul", "bmm") else "no layer computes it")
     if len(node.inputs) > 1 and node.op in (*_TERMS, "div", "divide", "true_divide"):
         raise refuse(node, "both of its terms depend on the input")
     for name, value in node.arguments.items():
