@@ -30,7 +30,7 @@ _SAMPLES = TRIED[0]
 def with_attention(program: Program) -> Program:
     """The program with a node 'attention' in the place of each self-attention that is understood; what is not stays as it was recorded."""
     finder = _Finder(program)
-    replaced = dict(made for node in program.nodes if (made := finder.of(node)) is not None)
+    replaced = dict(pair for node in program.nodes if (pair := finder.of(node)) is not None)
     if not replaced:
         return program
     now: dict[Node, Node] = {program.input: program.input}

@@ -173,11 +173,9 @@ class EmbeddingExpansion(Expansion):
 
 
 @register(Lookup)
-class LookupExpansion(Expansion):
+def lookup(layer: nn.Module, ids: Tensor, scope: Scope) -> Expansion:
     """Recorded operations on token ids, which a ball of embeddings stands behind: nothing goes through them."""
-
-    def __init__(self, layer: Lookup, ids: Tensor, scope: Scope) -> None:
-        raise UnsupportedLayer(
-            "expected a threat to the embeddings of a model that computes them of token ids by several tables, got one to its weights; "
-            "use an embedding threat"
-        )
+    raise UnsupportedLayer(
+        "expected a threat to the embeddings of a model that computes them of token ids by several tables, got one to its weights; "
+        "use an embedding threat"
+    )
