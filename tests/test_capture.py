@@ -680,3 +680,54 @@ def test_a_cache_that_a_first_call_fills_is_left_as_it_is() -> None:
     module = Two(positions).eval()
     chain = capture(module, data(4, 2))
     assert type(kept[2]) is torch.Tensor and torch.equal(chain(data(3, 2)), module(data(3, 2)))
+
+
+# ---- matrices that a weight threat moves, read elsewhere too
+
+
+def _added(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x + m.w
+
+
+def _scaled(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x * m.w
+
+
+def _a_row_added(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x + m.w[:1]
+
+
+def _a_column_copied(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x + m.w[:, :1].contiguous()
+
+
+def _a_row_in_front(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([m.w[:1][None].expand(x.shape[0], -1, -1), x], 1)[:, :4]
+
+
+def _in_other_memory(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x + m.shared
+
+
+@pytest.mark.parametrize("use", [_added, _scaled, _a_row_added, _a_column_copied, _a_row_in_front, _in_other_memory], ids=lambda f: f.__name__)
+def test_a_matrix_that_is_read_elsewhere_too_takes_no_weight_threat(use) -> None:
+    """A change of it moves both."""
+    torch.manual_seed(0)
+    module = Written(lambda m, x: m.head(F.linear(use(m, x), m.w).flatten(1)), head=nn.Linear(16, 3)).eval()
+    module.w = nn.Parameter(torch.randn(4, 4))
+    module.register_buffer("shared", module.w.data[:1])
+    x = data(5, 4, 4)
+    y = module(x).argmax(-1)
+    assert bool((certify(module, x, y, InputBall("l2")).radius > 0).any())
+    with pytest.raises(UnsupportedLayer, match="weight threat"):
+        certify(module, x, y, WeightBall("spectral"))
+
+
+def test_a_tied_matrix_that_is_one_of_layers_alone_takes_a_weight_threat() -> None:
+    torch.manual_seed(0)
+    module = Written(lambda m, x: m.head(F.linear(torch.tanh(m.a(x)), m.a.weight)), a=nn.Linear(4, 4, bias=False), head=nn.Linear(4, 3)).eval()
+    x = data(5, 4)
+    y = module(x).argmax(-1)
+    proved = certify(module, x, y, WeightBall("spectral")).radius
+    assert bool((proved > 0).all())
+    assert bool((proved <= MinimumRadius()(module, x, y, WeightBall("spectral")).radius).all())

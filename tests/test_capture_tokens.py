@@ -340,6 +340,37 @@ class ByCount(nn.Module):
         return self.a(x) + self.constant(x.shape[0])
 
 
+def _from_200_on(n: int) -> list:
+    """Constants that are the same for every number of samples up to 200, and for none above."""
+    table = torch.cat([torch.ones(200, 3), torch.zeros(100, 3)])
+    return [
+        lambda n: (torch.arange(n) >= 200).any().float(), lambda n: (torch.arange(n).clamp(min=200) - 200)[:, None].float(),
+        lambda n: torch.ones(n, 3).sum(0).clamp(min=200), lambda n: table[torch.arange(n)], lambda n: table[:n],
+        lambda n: torch.ones(torch.sym_max(n, 200) - 199, 3).sum(0), lambda n: torch.ones(n // 201 + 1, 3).sum(0), lambda n: float(n > 200),
+        lambda n: 1.0 if n == 7 else 0.0, lambda n: float(int(n) > 200),
+    ][n]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", range(10))
+def test_constants_of_some_numbers_of_samples_alone_are_refused(which) -> None:
+    with pytest.raises(UnsupportedLayer):
+        capture(made(ByCount, _from_200_on(which)), torch.rand(3, 4))
+
+
+def test_a_table_with_a_row_for_each_sample_is_no_lookup() -> None:
+    class Rows(Judge):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.relu(self.words(x) + self.places(torch.gather(self.table, 1, x))).mean(1))
+
+    model = made(Rows, False)
+    model.register_buffer("table", torch.cat([torch.zeros(160, V), torch.ones(40, V)]).long())
+    with pytest.raises(UnsupportedLayer):
+        capture(model, ids())
+    model.table = torch.arange(V)[None].remainder(T)  # one for all
+    with pytest.raises(UnsupportedLayer):
+        capture(model, ids())  # which gather cannot spread
+
+
 def test_constants_by_sample_are_refused_and_repeated_ones_are_not() -> None:
     x = torch.rand(3, 4)
     model = made(ByCount, lambda n: torch.arange(3.0).expand(n, 3))

@@ -6,6 +6,7 @@ Operations are not decomposed: a linear layer, a convolution, a normalisation st
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def _nodes(values: Any) -> Iterator[Node]:
 
 @dataclass
 class Program:
-    """input → output; every node between them. computes_weights: whether a constant was computed of a matrix of the module."""
+    """input → output; every node between them. computes_weights: whether a matrix of the module, or what is computed of it, is read elsewhere than as
+    the matrix of a layer."""
 
     input: Node
     output: Node
@@ -172,12 +174,21 @@ _TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones new_zeros 
 VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 # What may read samples that are merged with the dimension behind them: each of these treats every row by itself.
 _ROWWISE = frozenset((*VIEWS, "addmm", "mm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "to", "contiguous", "clone", "new_gelu"))
+# Where a matrix of the module is one that a threat on the weights moves as such.
+_MATRIX_OF = ("linear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+# Operations on constants that repeat one row for every sample, whose results do so too, whatever the number of samples.
+_REPEATS = frozenset(
+    "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like expand expand_as repeat view reshape _unsafe_view unsqueeze squeeze "
+    "permute transpose contiguous clone to _to_copy type_as alias detach lift_fresh_copy ne eq lt le gt ge add sub rsub mul div neg abs clamp "
+    "clamp_min clamp_max where masked_fill bitwise_not logical_not bitwise_and logical_and bitwise_or logical_or __and__ __or__ embedding cos sin "
+    "gather cat stack slice matmul bmm getitem unbind cumsum diff".split()
+)
 # What torch records of checks that it made itself: they compute nothing.
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
 # Numbers of samples by which constants are computed that depend on that number.
 TRIED = (2, 5)
-# Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number.
-_SIZES = (83, 89)
+# Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number, one of them large.
+_SIZES = (83, 1_009)
 
 
 def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedProgram, torch.export.ExportedProgram | None]:
@@ -191,17 +202,30 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
             warnings.simplefilter("ignore")
             try:
                 return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False), None
-            except Exception:
-                rows = [torch.arange(size, device=example.device) % len(example) for size in _SIZES]
-                first, second = (torch.export.export(module, (example[row],), strict=False) for row in rows)
+            except Exception as error:
+                guard = _guarded(str(error))
+                if guard:
+                    raise UnsupportedLayer(
+                        f"expected a model that runs the same operations for any number of samples, got one that runs others unless {guard}; "
+                        f"take out of its forward what depends on that number"
+                    ) from error
+                # Their numbers are not read.
+                first, second = (torch.export.export(module, (example.new_empty(n, *example.shape[1:]),), strict=False) for n in _SIZES)
                 return first, second
-    except BadInput:
+    except (BadInput, UnsupportedLayer):
         raise
     except Exception as error:  # whatever a module of somebody else raises under a tracer
         raise UnsupportedLayer(
             f"expected a model that torch.export can record for any number of samples, got {type(error).__name__}: {first_line(error)[:300]}; "
             f"it can be attacked; to certify it, take out of its forward what depends on values or on the number of samples"
         ) from error
+
+
+def _guarded(said: str) -> str:
+    """What torch.export says that the program asks of the number of samples, other than to be more than one; '' for nothing."""
+    guards = re.findall(r"satisfy the generated guard ([^\n]*)", said)
+    plain = re.compile(r"[^<>=!]*(2 <= L\['x'\]\.size\(\)\[0\]|L\['x'\]\.size\(\)\[0\] != 1)\.?\s*")
+    return next((guard for guard in guards if not plain.fullmatch(guard)), "")
 
 
 def _name_of(node: fx.Node) -> str:
@@ -307,6 +331,9 @@ class _Reader:
                 raise UnsupportedLayer(f"expected parameters, buffers and constant tensors, got {spec.target}; register it as a buffer")
             self.constants[spec.arg.name] = value
         self.batch: Any = None
+        # The module's matrices, and the memory that each of them is in.
+        self.matrices = {id(value): value for value in module.parameters() if value.dim() > 1 and value.numel()}
+        self.memory = [_memory(value) for value in self.matrices.values()]
         # By identity, and kept so that no other tensor gets the same: constants that are made of the module's matrices.
         self.derived: set[int] = set()
         self.kept: list[Any] = []
@@ -351,8 +378,6 @@ class _Reader:
         flat = list(_flat([*args, *kwargs.values()]))
         if name not in _TAKES_SIZES and any(isinstance(a, Many) for a in flat):
             raise UnsupportedLayer(f"expected the number of samples in shapes alone, got it in {name} of {path}; keep samples apart")
-        if any(isinstance(a, Tensor) and id(a) in self.derived for a in flat):
-            self.computes_weights = True
         if node.target is operator.getitem:
             arguments: dict[str, Any] = {"self": args[0], "index": args[1]}
         else:
@@ -361,6 +386,10 @@ class _Reader:
             for argument in schema:
                 if argument.name not in arguments:
                     arguments[argument.name] = argument.default_value
+        for key, value in arguments.items():
+            plain = name in _MATRIX_OF and key == "weight" and id(value) in self.matrices
+            if not plain and any(isinstance(part, Tensor) and self._of_matrix(part) for part in _flat([value])):
+                self.computes_weights = True
         return self._node(node, name, arguments, path)
 
     def _size(self, node: fx.Node) -> Any:
@@ -369,7 +398,8 @@ class _Reader:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, torch.SymInt) and isinstance(self.batch, torch.SymInt):
-            return Many({n: int(value.node.expr.subs(self.batch.node.expr, n)) for n in TRIED})
+            size, batch = value.node.expr, self.batch.node.expr
+            return Many({n: int(size.subs(batch, n)) for n in TRIED}, bool(size.is_polynomial(batch)))
         return None
 
     def _sizes(self, value: Any, twin: Any) -> Any:
@@ -384,24 +414,31 @@ class _Reader:
         flat = list(_flat([*args, *kwargs.values()]))
         read = [part for a in flat for part in (_flat(a.values.values()) if isinstance(a, Many) else [a]) if isinstance(part, Tensor)]
         if any(isinstance(a, Many) for a in flat):
-            made: Any = Many({n: node.target(*at(args, n), **{key: at(a, n) for key, a in kwargs.items()}) for n in TRIED})  # type: ignore[operator]
+            values = {n: node.target(*at(args, n), **{key: at(a, n) for key, a in kwargs.items()}) for n in TRIED}  # type: ignore[operator]
+            made: Any = Many(values, _repeats(_name_of(node), args, kwargs))
             parts = [part for part in _flat(made.values.values()) if isinstance(part, Tensor)]
         else:
             made = node.target(*args, **kwargs)  # type: ignore[operator]
             parts = [part for part in _flat([made]) if isinstance(part, Tensor)]
-        moved = _name_of(node) in ("expand", "expand_as", "contiguous", "clone", "to", "alias", "detach", "slice")
-        if any(id(a) in self.derived or (not moved and isinstance(a, nn.Parameter) and a.dim() > 1) for a in read):
-            self.derived |= {id(part) for part in parts}
+        if any(self._of_matrix(a) for a in read):
+            self.derived |= {id(part) for part in parts if id(part) not in self.matrices}  # contiguous() may give itself
         self.kept += parts
         return made
+
+    def _of_matrix(self, value: Tensor) -> bool:
+        """Whether a constant is a matrix of the module, shares memory with one, or is computed of one."""
+        if id(value) in self.derived or id(value) in self.matrices:
+            return True
+        device, first, end = _memory(value)
+        return any(device == where and first < stop and start < end for where, start, stop in self.memory)
 
     def _for_all(self, value: Any, node: fx.Node) -> Any:
         """A constant that an operation on samples reads: the same for every number of samples, or one row where all rows are the same."""
         if isinstance(value, list):
             return [self._for_all(part, node) for part in value]
-        if not isinstance(value, Many) or not all(isinstance(part, Tensor) for part in value.values.values()):
+        if not isinstance(value, Many) or (value.repeats and not all(isinstance(part, Tensor) for part in value.values.values())):
             return value
-        row = _row(value.values)
+        row = _row(value.values) if value.repeats else None
         if row is None:
             raise UnsupportedLayer(
                 f"expected constants that are the same for every sample, got {_name_of(node)} of {_path(node)}; register them as buffers"
@@ -438,6 +475,12 @@ class _Reader:
         )  # fmt: skip
 
 
+def _memory(value: Tensor) -> tuple[torch.device, int, int]:
+    """(the device, the first byte and the one behind the last) of a tensor of numbers."""
+    numbers = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    return value.device, value.data_ptr(), value.data_ptr() + numbers * value.element_size()
+
+
 def _flat(values: Any) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list | tuple):
@@ -448,9 +491,13 @@ def _flat(values: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Many:
-    """A constant that depends on the number of samples: its values for those of `TRIED`."""
+    """A constant that depends on the number of samples: its values for those of `TRIED`.
+
+    repeats: whether it is known to do the same for any other number: a polynomial, or a tensor that repeats what it holds.
+    """
 
     values: dict[int, Any]
+    repeats: bool = True
 
 
 def at(value: Any, samples: int) -> Any:
@@ -458,6 +505,50 @@ def at(value: Any, samples: int) -> Any:
     if isinstance(value, list):
         return [at(part, samples) for part in value]
     return value.values[samples] if isinstance(value, Many) else value
+
+
+def _repeats(name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation on constants that depend on the number of samples makes one that repeats what it holds for any number of them."""
+    flat = list(_flat([*args, *kwargs.values()]))
+    first, second = (args[i] if len(args) > i else None for i in (0, 1))
+    if name == "mul" and any(isinstance(a, int) and a == 0 for a in flat):
+        return True
+    if name == "index":  # of a table whose rows are the same: whichever row is taken
+        rest = list(_flat([second[1:]]))
+        return isinstance(first, Many) and first.repeats and _by_sample(first) and not any(isinstance(a, Many) and not a.repeats for a in rest)
+    if name not in _REPEATS or any(isinstance(a, Many) and not a.repeats for a in flat):
+        return False
+    if name in ("full", "new_full", "full_like"):  # of a number that is not the one of samples
+        return not any(isinstance(a, Many) for a in _flat([args[2 if name == "new_full" else 1 :], list(kwargs.values())]))
+    dims = {"slice": (1, 0), "gather": (1, 0), "cat": (1, 0), "cumsum": (1, 0), "diff": (2, -1), "unbind": (1, 0)}
+    if name in dims:  # along a dimension that the samples have no part in
+        at_place, default = dims[name]
+        dim = args[at_place] if len(args) > at_place else kwargs.get("dim", default)
+        parts = first if name == "cat" else [first]
+        fixed = isinstance(dim, int) and all(_fixed(part, dim) for part in parts)
+        if name == "gather":
+            return fixed and isinstance(first, Many)
+        if name == "slice":  # of fixed places, or all of them
+            whole = args[2:4] in ([], [0], [None], [0, None], [None, None], [0, 2**63 - 1]) and args[4:] in ([], [1])
+            return whole or (fixed and not any(isinstance(a, Many) for a in args[1:]))
+        return fixed
+    if name in ("matmul", "bmm"):
+        return _fixed(first, -1) and _fixed(second, -1) and (not isinstance(second, Many) or _fixed(second, -2))
+    return True
+
+
+def _by_sample(value: Many) -> bool:
+    """Whether the first dimension of a constant, and no other, is of the number of samples."""
+    shapes = {n: part.shape for n, part in value.values.items() if isinstance(part, Tensor)}
+    return len({tuple(shape[1:]) for shape in shapes.values()}) == 1 and all(shape[:1] == (n,) for n, shape in shapes.items())
+
+
+def _fixed(value: Any, dim: int) -> bool:
+    """Whether a constant has one size along a dimension, whatever the number of samples."""
+    if not isinstance(value, Many):
+        return True
+    shapes = [part.shape for part in value.values.values() if isinstance(part, Tensor)]
+    return bool(shapes) and all(-len(shape) <= dim < len(shape) and shape[dim] == shapes[0][dim] for shape in shapes)
 
 
 def _row(values: dict[int, Tensor]) -> Tensor | None:

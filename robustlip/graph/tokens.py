@@ -87,7 +87,9 @@ def _lookup(start: Node, end: Node) -> Lookup:
             raise refuse(node, "it draws random numbers")
         table = node.arguments.get("self")
         written_as = {key: written(value) for key, value in node.arguments.items()}
-        if node.op == "gather" and isinstance(table, Tensor) and len(table) == 1:
+        if node.op == "gather" and isinstance(table, Tensor):
+            if len(table) != 1:
+                raise refuse(node, "it reads another row of a table for each sample of the batch")
             written_as["self"] = {"rows": written_as["self"]["tensor"]}  # gather spreads nothing
         steps.append((node.target._schema.name.split("::")[1], node.target._overloadname, written_as))
         places[node] = len(places)
