@@ -731,3 +731,12 @@ def test_a_tied_matrix_that_is_one_of_layers_alone_takes_a_weight_threat() -> No
     proved = certify(module, x, y, WeightBall("spectral")).radius
     assert bool((proved > 0).all())
     assert bool((proved <= MinimumRadius()(module, x, y, WeightBall("spectral")).radius).all())
+
+
+def test_the_range_of_inputs_is_that_of_now() -> None:
+    module = Written(lambda m, x: m.a(x), a=nn.Linear(4, 3)).eval()
+    x = data(5, 4)
+    y = module(x).argmax(-1)
+    assert bool((certify(module, x, y, InputBall("l2")).radius > 0).all())
+    module.input_range = (0.0, 1e-4)
+    assert not bool((certify(module, x, y, InputBall("l2")).radius > 0).any())

@@ -210,7 +210,25 @@ def test_what_a_chain_of_tokens_is() -> None:
     assert str(other) != str(by_ids)
 
 
+def test_ids_that_no_table_bounds_are_refused() -> None:
+    class Next(Judge):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.relu(self.words(x.clamp(max=V - 2) + 1)).mean(1))
+
+    with pytest.raises(UnsupportedLayer, match="which ids"):
+        capture(made(Next, False), ids())
+
+
 def test_a_lookup_takes_no_weight_threat() -> None:
+    class Tables(Judge):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.relu(self.words(x) + self.words((x - 1).clamp(min=0))).mean(1))
+
+    model = made(Tables, False)
+    for part in ("kinds", "places", "norm", "block", "pool"):
+        delattr(model, part)  # every matrix is one of a layer
+    with pytest.raises(UnsupportedLayer, match="weight threat"):
+        certify(model, ids(), torch.zeros(4, dtype=torch.int64), "weights-spectral")
     model = made(Judge, True)
     with pytest.raises(UnsupportedLayer):
         certify(model, ids(), torch.zeros(4, dtype=torch.int64), "weights-spectral")
@@ -282,6 +300,10 @@ def scaled_keys(m: nn.Module, q, k, v):
     return F.scaled_dot_product_attention(q, k * 2, v)
 
 
+def rarely_dropped(m: nn.Module, q, k, v):
+    return F.dropout(F.scaled_dot_product_attention(q, k, v), 1e-9, True)
+
+
 def square(m: nn.Module, q, k, v):
     return F.softmax(q @ q.mT, -1) @ F.relu(v)
 
@@ -299,7 +321,7 @@ class Odd(nn.Module):
 
 
 ODD = (across_samples, of_another_head, shifted_keys, mask_of_the_input, one_half_turned, scaled_keys, square)
-ODD += (turned_across_heads, turned_by_another_sign)
+ODD += (rarely_dropped, turned_across_heads, turned_by_another_sign)
 
 
 @pytest.mark.parametrize("mix", ODD, ids=lambda f: f.__name__)

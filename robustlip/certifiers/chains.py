@@ -13,7 +13,7 @@ from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.graph import capture
 from robustlip.hashing import architecture_sha256, weights_sha256
-from robustlip.layers import Chain, as_chain
+from robustlip.layers import Chain, Lookup, as_chain
 
 # By module: its last capture, whose constants are remembered with it.
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Chain] = weakref.WeakKeyDictionary()
@@ -53,6 +53,8 @@ def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
     example = x[:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype)
     chain, known = capture(model, example), _CAPTURED.get(model)
     if known is not None and known.computes_weights == chain.computes_weights and architecture_of(known, "") == architecture_of(chain, ""):
+        # What no hash names is as it is now.
+        known.input_range, known.final, known.embedding_depth = chain.input_range, chain.final, chain.embedding_depth
         chain = known
     _CAPTURED[model] = chain
     return chain, weights_sha256(model)
@@ -62,7 +64,7 @@ def check_weights_of(chain: Chain, model: nn.Module) -> None:
     """Raises UnsupportedLayer for a capture whose matrices are not the module's own, each of them: a weight threat is of the module's."""
     own = {id(p) for p in model.parameters() if p.dim() > 1}
     used = {id(p) for p in chain.parameters() if p.dim() > 1}
-    if own != used or chain.computes_weights:
+    if own != used or chain.computes_weights or isinstance(chain[0], Lookup):
         raise UnsupportedLayer(
             f"expected a model whose layers use its own matrices as they are, for a weight threat, got {type(model).__name__}, which computes "
             f"with them or holds others; use an input threat"

@@ -108,6 +108,8 @@ class _Finder:
         elif logits.op == "add" and isinstance(logits.arguments["other"], Tensor) and logits.arguments["alpha"] == 1:
             how["mask"] = _mask(logits.arguments["other"])
             logits = _still(logits.arguments["self"])
+        if logits.arguments.get("rounding_mode") is not None:
+            raise _No
         if logits.op in ("mul", "div") and not isinstance(logits.arguments["other"], Node):
             number = float(logits.arguments["other"])
             how |= {"logit_scale": number} if logits.op == "mul" else {"explicit": "divide", "divisor": number, "logit_scale": None}
@@ -116,7 +118,8 @@ class _Finder:
             raise _No
         query = logits.arguments["self"]
         scaled = _still(query)
-        if how["explicit"] == "logits" and how["logit_scale"] == 1.0 and scaled.op in ("mul", "div"):
+        plain = how["explicit"] == "logits" and how["logit_scale"] == 1.0
+        if plain and scaled.op in ("mul", "div") and scaled.arguments.get("rounding_mode") is None:
             by = scaled.arguments["other"]
             if not isinstance(by, Node | Tensor):
                 how |= {"explicit": "query", **({"logit_scale": float(by)} if scaled.op == "mul" else {"logit_scale": None, "divisor": float(by)})}
@@ -268,6 +271,8 @@ def _run(node: Node, known: dict[Node, Any]) -> Any:
         return [value(p) for p in part] if isinstance(part, list) else at(part, _SAMPLES)
 
     def compute(this: Node) -> Any:
+        if this.op == "dropout" and this.arguments["train"] and this.arguments["p"]:
+            raise _No
         if this.op == "dropout" or this.op in ("to", "type_as", "_to_copy"):
             return value(this.arguments.get("self", this.arguments.get("input")))
         if this.op == "getitem":

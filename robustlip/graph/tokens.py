@@ -93,4 +93,7 @@ def _lookup(start: Node, end: Node) -> Lookup:
             written_as["self"] = {"rows": written_as["self"]["tensor"]}  # gather spreads nothing
         steps.append((node.target._schema.name.split("::")[1], node.target._overloadname, written_as))
         places[node] = len(places)
-    return Lookup(steps, tensors, int(end.shape[-1]))
+    made = Lookup(steps, tensors, int(end.shape[-1]))
+    if not made.num_embeddings:
+        raise refuse(end, "no table is read by the token ids themselves, so that nothing says which ids there are")
+    return made
