@@ -510,7 +510,8 @@ def at(value: Any, samples: int) -> Any:
 def _repeats(name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operation on constants that depend on the number of samples makes one that repeats what it holds for any number of them."""
     flat = list(_flat([*args, *kwargs.values()]))
-    first, second = (args[i] if len(args) > i else None for i in (0, 1))
+    first: Any = args[0] if args else None
+    second: Any = args[1] if len(args) > 1 else None
     if name == "mul" and any(isinstance(a, int) and a == 0 for a in flat):
         return True
     if name == "index":  # of a table whose rows are the same: whichever row is taken
