@@ -37,3 +37,41 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real data: set ROBUSTLIP_DATA to a folder with mnist_subset, cifar10_subset and tiny_shakespeare")
     return Path(folder)
+
+# Tests of many cases that take seconds each: `make test` runs every n-th of them, `make test-all` all. Rules, expansions and maps have their own
+# contract tests, which are never thinned.
+EVERY_NTH = {
+    "test_capture.py::test_radii_are_those_of_the_network_written_by_hand": 6,
+    "test_capture.py::test_a_capture_gives_the_modules_bits": 3,
+    "test_capture.py::test_no_attack_succeeds_inside_the_radius_of_a_module": 5,
+    "test_capture.py::test_elementwise_functions": 3,
+    "test_products.py::test_captured_gates_are_attacked_inside_their_radii": 6,
+    "test_attention_forms.py::test_certified_radii_of_models_with_every_form_withstand_attacks": 3,
+    "test_attention_forms.py::test_a_single_token_of_every_form_agrees_with_all_and_is_never_exceeded": 3,
+    "test_joins.py::test_every_method_covers_joins_and_no_attack_gets_inside": 4,
+    "test_joins.py::test_joins_in_half_precision_keep_what_is_proved": 3,
+    "test_mapped.py::test_radii_are_those_of_the_dense_network": 4,
+    "test_mlp_certifiers.py::test_no_attack_succeeds_inside_the_radius": 3,
+    "test_mlp_certifiers.py::test_every_rivals_bound_is_below_every_margin_in_the_ball": 3,
+    "test_mlp_certifiers.py::test_lines_bands_and_slopes_hold_in_forty_digits": 3,
+    "test_mlp_certifiers.py::test_bounds_on_a_line_are_below_every_point_of_it": 3,
+    "test_local.py::test_no_attack_succeeds_inside_a_certified_radius": 4,
+    "test_zoo.py::test_show_states_accuracy_and_the_bound_of_the_weights": 3,
+    "test_convnets.py::test_no_attack_gets_inside_a_radius": 3,
+    "test_conv.py::test_no_attack_succeeds_inside_a_certified_radius_of_a_convolutional_network": 3,
+    "test_certify.py::test_no_attack_succeeds_inside_a_certified_radius": 3,
+    "test_independent.py::test_certified_balls_in_the_plane_are_proved_by_subdivision": 3,
+    "test_lipsdp.py::test_no_attack_succeeds_inside_a_radius": 3,
+    "test_new_operation.py::test_every_method_covers_a_registered_operation": 3,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the cases of EVERY_NTH that `make test` leaves out as slow."""
+    seen: dict[str, int] = {}
+    for item in items:
+        name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+        if name in EVERY_NTH:
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % EVERY_NTH[name]:
+                item.add_marker(pytest.mark.slow)
