@@ -234,6 +234,25 @@ def test_a_lookup_takes_no_weight_threat() -> None:
         certify(model, ids(), torch.zeros(4, dtype=torch.int64), "weights-spectral")
 
 
+class Tagger(nn.Module):
+    """A class for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(V, D), nn.Linear(D, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.words(x)))
+
+
+def test_a_classifier_of_tokens_is_no_model_of_the_next_one() -> None:
+    model = made(Tagger)
+    with pytest.raises(UnsupportedLayer, match="classifiers of tokens are not covered"):
+        capture(model, ids())
+    model.task = "next-token"
+    assert type(capture(model, ids())) is NextTokenChain
+
+
 class Torchs(nn.Module):
     """torch's own encoder: samples and tokens change places inside of it."""
 

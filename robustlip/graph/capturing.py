@@ -76,7 +76,7 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
         layers = lowered(program)
         if not layers:
             raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
-        chain = _kind(program, layers).eval()
+        chain = _kind(program, layers, getattr(module.module, "task", None)).eval()
         chain.input_range = getattr(module.module, "input_range", None)
         chain.final = final
         chain.computes_weights = program.computes_weights
@@ -84,11 +84,22 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     return chain
 
 
-def _kind(program: Program, layers: OrderedDict[str, nn.Module]) -> Chain:
-    """The layers as a chain of the kind that its inputs and outputs say: token ids in, a row of logits for each token out, or neither."""
+def _kind(program: Program, layers: OrderedDict[str, nn.Module], task: str | None) -> Chain:
+    """The layers as a chain of the kind that its inputs and outputs say: token ids in, a row of logits for each token out, or neither.
+
+    task: what the module says of itself. Scores by token are of the next token where it says so, or where there is one for each word of the table.
+    """
     assert program.input.dtype is not None
     if not program.input.dtype.is_floating_point:
-        return NextTokenChain(layers) if len(program.output.shape) == 2 else TokenChain(layers)
+        if len(program.output.shape) != 2:
+            return TokenChain(layers)
+        words = int(next(iter(layers.values())).num_embeddings)  # type: ignore[arg-type]
+        if task != "next-token" and program.output.shape[-1] != words:
+            raise UnsupportedLayer(
+                f"expected a row of logits for each sample, or for each token one for each of {words} words, got {program.output.shape[-1]} scores "
+                f"a token; classifiers of tokens are not covered, and a model of the next token says so by task = 'next-token'"
+            )
+        return NextTokenChain(layers)
     chain = Chain(layers)
     chain.embedding_depth = _embedding_depth(list(chain))
     return chain
