@@ -129,6 +129,24 @@ MODELS = {
         (6,), 2.0,
     ),
     "batchnorm": (batch_normed, (6,), 1.0),
+    "signals": (
+        lambda: nn.Sequential(
+            nn.Conv1d(1, 3, 3), nn.ReLU(), nn.AvgPool1d(2), nn.ConvTranspose1d(3, 2, 2), nn.ReLU(), nn.AdaptiveAvgPool1d(3), nn.Flatten(),
+            nn.Linear(6, 4),
+        ), (1, 8), 1.5,
+    ),
+    "volumes": (
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.ReLU(), nn.ConvTranspose3d(2, 2, 2), nn.AvgPool3d(2, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(),
+            nn.Linear(2, 4),
+        ), (1, 3, 3, 3), 1.5,
+    ),
+    "resampled": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(1, 2, 2), nn.ReLU(), nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(2, 2, 3, 2), nn.ReLU(),
+            nn.UpsamplingBilinear2d(scale_factor=2), nn.Upsample(scale_factor=2), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(18, 4),
+        ), (1, 3, 3), 1.5,
+    ),
     "gates": (
         lambda: nn.Sequential(
             nn.Conv2d(1, 3, 3), Product(nn.ReLU(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1), nn.Sigmoid())), nn.Flatten(),
@@ -789,8 +807,8 @@ def test_threats_and_curves_that_do_not_fit_are_named(monkeypatch) -> None:
     assert "tokens" in linear_applies(LipschitzGPT("abcd", 4, 1, 1), InputBall("l2"))
     assert linear_applies(smooth, InputBall("linf")) == "" and "ScaledGELU" in sdp_applies(smooth, InputBall("linf"))
     assert "hidden layer" in sdp_applies(make("linear")[0], InputBall("l2"))
-    wide = as_chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(4, 2)))
-    assert "output_size=(2, 1)" in linear_applies(wide, InputBall("l2"))
+    wide = as_chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bicubic"), nn.Flatten(), nn.Linear(4, 2)))
+    assert "bicubic" in linear_applies(wide, InputBall("l2"))
     with pytest.raises(BadInput, match="ScaledGELU"):
         radii("sdp", *make("scaled-gelu")[:3], "l2")
     monkeypatch.setattr(dual_module, "LARGEST_FORM", 10)

@@ -130,7 +130,8 @@ def windows(text: Text, split: str, vocabulary: str | Subwords | None, context: 
     ids = encode(text.part(split), vocabulary, text.name)
     count = (len(ids) - 1) // context
     if count < 1:
-        raise BadInput(f"expected at least {context + 1} tokens in {text.name}:{split}, got {len(ids)}; give a longer text or a smaller context")
+        unit = "tokens" if isinstance(vocabulary, Subwords) else "characters"
+        raise BadInput(f"expected at least {context + 1} {unit} in {text.name}:{split}, got {len(ids)}; give a longer text or a smaller context")
     offsets = choose_rows(count, limit, seed) * context
     x = ids.unfold(0, context, context)[:count][torch.from_numpy(offsets // context)].clone()  # (N, context)
     y = ids[torch.from_numpy(offsets + context)]
