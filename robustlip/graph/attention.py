@@ -12,17 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustlip.graph.program import TRIED, Node, Program, at, needed
+from robustlip.graph.operations import is_identity, own, source_of
+from robustlip.graph.program import TRIED, Node, Program, at, rewritten
 from robustlip.layers import Attention
 
-# Operations that move or repeat numbers, and those that are the identity in eval mode.
+# Operations that leave numbers where they are, and as they are where `is_identity` says so.
+_STILL = frozenset("dropout to type_as _to_copy contiguous clone alias detach".split())
+# Those, and operations that move or repeat numbers.
 _MOVES = frozenset(
-    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose swapaxes permute movedim moveaxis t numpy_T mT contiguous clone alias "
-    "expand expand_as repeat repeat_interleave select slice narrow chunk split split_with_sizes unbind getitem dropout to type_as _to_copy "
-    "detach".split()
-)
+    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose swapaxes permute movedim moveaxis t numpy_T mT expand expand_as "
+    "repeat repeat_interleave select slice narrow chunk split split_with_sizes unbind getitem".split()
+) | _STILL  # fmt: skip
 # By how many samples places are computed.
 _SAMPLES = TRIED[0]
 
@@ -31,20 +33,7 @@ def with_attention(program: Program) -> Program:
     """The program with a node 'attention' in the place of each self-attention that is understood; what is not stays as it was recorded."""
     finder = _Finder(program)
     replaced = dict(pair for node in program.nodes if (pair := finder.of(node)) is not None)
-    if not replaced:
-        return program
-    now: dict[Node, Node] = {program.input: program.input}
-
-    def inside(value: Any) -> Any:
-        if isinstance(value, Node):
-            return now[value]
-        return [inside(part) for part in value] if isinstance(value, list) else value
-
-    for node in program.nodes:
-        made = replaced.get(node, node)
-        now[node] = replace(made, arguments={name: inside(value) for name, value in made.arguments.items()})
-    output = now[program.output]
-    return Program(program.input, output, needed(output), program.computes_weights)
+    return rewritten(program, replaced) if replaced else program
 
 
 @dataclass
@@ -61,7 +50,7 @@ class _Heads:
 
 
 class _No(Exception):
-    """Not an attention that is understood, and why."""
+    """Not an attention that is understood."""
 
 
 class _Finder:
@@ -159,9 +148,9 @@ class _Finder:
         )  # fmt: skip
         for name, (weight, bias) in weights.items():
             linear = getattr(layer, name)
-            linear.register_parameter("weight", _parameter(weight))
+            linear.register_parameter("weight", own(weight))
             if bias is not None:
-                linear.register_parameter("bias", _parameter(bias))
+                linear.register_parameter("bias", own(bias))
         return end, replace(end, op="attention", arguments={"self": x, "layer": layer}, stray="", merged=False)
 
     def _end(self, node: Node, heads: int, width: int, x: Node) -> tuple[Node, Node | None]:
@@ -210,13 +199,19 @@ def _softmax_of(value: Any) -> Node | None:
 
 def _still(node: Any) -> Node:
     """The value behind operations that change neither numbers nor places in eval mode."""
-    while isinstance(node, Node) and node.op in ("dropout", "to", "contiguous", "clone", "type_as") and not (
-        node.op == "dropout" and node.arguments["train"] and node.arguments["p"]
-    ):  # fmt: skip
-        node = node.arguments.get("self", node.arguments.get("input"))
+    while isinstance(node, Node) and node.op in _STILL:
+        node = _before(node)
     if not isinstance(node, Node):
         raise _No
     return node
+
+
+def _before(node: Node) -> Node:
+    """What a moving operation reads. Raises _No for several values, a cast to another dtype and random numbers."""
+    source = source_of(node)
+    if source is None or (len(node.inputs) != 1 and node.op != "type_as") or (node.op in _STILL and not is_identity(node)):
+        raise _No
+    return source
 
 
 def _mask(mask: Tensor | None) -> Tensor | None:
@@ -243,19 +238,10 @@ def _weights(node: Node) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
-    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
-
-
 def _behind(node: Node) -> Node:
     """What moving operations read, through all of them."""
     while node.op in _MOVES:
-        if node.op == "dropout" and node.arguments["train"] and node.arguments["p"]:
-            raise _No
-        source = node.arguments.get("self", node.arguments.get("input"))
-        if not isinstance(source, Node) or len(node.inputs) != 1:
-            raise _No
-        node = source
+        node = _before(node)
     return node
 
 
@@ -271,10 +257,9 @@ def _run(node: Node, known: dict[Node, Any]) -> Any:
         return [value(p) for p in part] if isinstance(part, list) else at(part, _SAMPLES)
 
     def compute(this: Node) -> Any:
-        if this.op == "dropout" and this.arguments["train"] and this.arguments["p"]:
-            raise _No
-        if this.op == "dropout" or this.op in ("to", "type_as", "_to_copy"):
-            return value(this.arguments.get("self", this.arguments.get("input")))
+        if this.op in _STILL:
+            made = value(_before(this))
+            return made.contiguous() if this.op in ("contiguous", "clone") else made  # a view behind it asks for that
         if this.op == "getitem":
             return value(this.arguments["self"])[this.arguments["index"]]
         return this.target(**{name: value(a) for name, a in this.arguments.items()})
@@ -298,7 +283,7 @@ def _heads(node: Any, across: bool = False) -> _Heads:
         raise _No
     x = read
     while x.op in _MOVES and (x.stray or x.merged or len(x.shape) != 2):
-        x = _behind_one(x)
+        x = _before(x)
     if x.stray or x.merged or len(x.shape) != 2:
         raise _No
     length, width = x.shape
@@ -327,13 +312,6 @@ def _heads(node: Any, across: bool = False) -> _Heads:
     if not torch.equal(place, tokens + expected.view(-1, 1, 1) + torch.arange(d)) or heads % group:
         raise _No
     return _Heads(linear, x, first, heads, group, d, angles)
-
-
-def _behind_one(node: Node) -> Node:
-    source = node.arguments.get("self", node.arguments.get("input"))
-    if not isinstance(source, Node) or len(node.inputs) != 1:
-        raise _No
-    return source
 
 
 # ---- rotary positions

@@ -97,6 +97,8 @@ def is_identity(node: Node) -> bool:
         return False
     if node.op in ("to", "_to_copy", "type_as"):  # of a dtype that the value has already
         return node.dtype == source.dtype and node.shape == source.shape
+    if node.stray or source.stray:  # of these no shape is known
+        return False
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
         samples = a["dim"] % (len(source.shape) + 1) == 0
@@ -212,25 +214,26 @@ def _rms_norm(node: Node) -> nn.Module:
     return _filled(made, weight=a["weight"])
 
 
+def _windows(node: Node) -> tuple[Any, Any, Any]:
+    """(kernel, stride, padding) of a pooling operation, by dimension."""
+    a, n = node.arguments, len(node.shape) - 1
+    kernel = _ints(a["kernel_size"], n)
+    return kernel, _ints(a["stride"], n) if a["stride"] else kernel, _ints(a["padding"], n)
+
+
 @operation("max_pool1d", "max_pool2d", "max_pool3d")
 def _maximum(node: Node) -> nn.Module:
     a, n = node.arguments, len(node.shape) - 1
-    kernel = _ints(a["kernel_size"], n)
-    stride = _ints(a["stride"], n) if a["stride"] else kernel
     make: Any = MAXIMA[n - 1]
-    made: nn.Module = make(kernel, stride, _ints(a["padding"], n), _ints(a["dilation"], n), ceil_mode=a["ceil_mode"])
+    made: nn.Module = make(*_windows(node), _ints(a["dilation"], n), ceil_mode=a["ceil_mode"])
     return made
 
 
 @operation("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _mean_of_windows(node: Node) -> nn.Module:
     a, n = node.arguments, len(node.shape) - 1
-    kernel = _ints(a["kernel_size"], n)
-    stride = _ints(a["stride"], n) if a["stride"] else kernel
     make: Any = MEANS[n - 1]
-    made: nn.Module = make(
-        kernel, stride, _ints(a["padding"], n), a["ceil_mode"], a["count_include_pad"], *([a["divisor_override"]] if n > 1 else [])
-    )
+    made: nn.Module = make(*_windows(node), a["ceil_mode"], a["count_include_pad"], *([a["divisor_override"]] if n > 1 else []))
     return made
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,22 @@ def needed(output: Node) -> list[Node]:
     return list(found)
 
 
+def rewritten(program: Program, exchanged: Mapping[Node, Node] | None = None, change: Callable[[Node], Node] = lambda node: node) -> Program:
+    """The program with other nodes, inputs first: for a node of `exchanged` the one there, then what `change` makes of it with its new arguments."""
+    now: dict[Node, Node] = {program.input: program.input}
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, Node):
+            return now[value]
+        return [inside(part) for part in value] if isinstance(value, list) else value
+
+    for node in program.nodes:
+        made = (exchanged or {}).get(node, node)
+        now[node] = change(replace(made, arguments={name: inside(value) for name, value in made.arguments.items()}))
+    output = now[program.output]
+    return Program(program.input, output, needed(output), program.computes_weights)
+
+
 def dominators(program: Program) -> dict[Node, Node]:
     """By node, its immediate dominator: the last value that every way from the input to it goes through (Cooper, Harvey & Kennedy 2001)."""
     order = {program.input: 0, **{node: i for i, node in enumerate(program.nodes, 1)}}
@@ -173,7 +189,7 @@ _TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones new_zeros 
 # Operations that give a sample's numbers another shape and keep their order.
 VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 # What may read samples that are merged with the dimension behind them: each of these treats every row by itself.
-_ROWWISE = frozenset((*VIEWS, "addmm", "mm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "to", "contiguous", "clone", "new_gelu"))
+_ROWWISE = frozenset((*VIEWS, "addmm", "mm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "to", "contiguous", "clone"))
 # Where a matrix of the module is one that a threat on the weights moves as such.
 _MATRIX_OF = ("linear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 # Operations on constants that repeat one row for every sample, whose results do so too, whatever the number of samples.
@@ -212,7 +228,7 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
                 # Their numbers are not read.
                 first, second = (torch.export.export(module, (example.new_empty(n, *example.shape[1:]),), strict=False) for n in _SIZES)
                 return first, second
-    except (BadInput, UnsupportedLayer):
+    except BadInput:
         raise
     except Exception as error:  # whatever a module of somebody else raises under a tracer
         raise UnsupportedLayer(

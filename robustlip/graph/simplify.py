@@ -11,28 +11,21 @@ from torch import Tensor
 
 from robustlip.graph.composites import composite, gated
 from robustlip.graph.operations import channel_dimension, channel_slice, is_channel, is_identity, order_of, pads, source_of
-from robustlip.graph.program import VIEWS, Node, Program, needed
+from robustlip.graph.program import VIEWS, Node, Program, rewritten
 
 Rewrite = Callable[[Node], Node]
 
 
 def simplified(program: Program) -> Program:
     """The program rewritten node by node, inputs first."""
-    now: dict[Node, Node] = {program.input: program.input}
+    return rewritten(program, change=_simple)
 
-    def inside(value: Any) -> Any:
-        if isinstance(value, Node):
-            return now[value]
-        return [inside(part) for part in value] if isinstance(value, list) else value
 
-    for node in program.nodes:
-        new = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-        for rewrite in (_apart, _view, _product, _tokens, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
-            new = rewrite(new)
-        source = source_of(new)
-        now[node] = source if source is not None and is_identity(new) else new
-    output = now[program.output]
-    return Program(program.input, output, needed(output), program.computes_weights)
+def _simple(node: Node) -> Node:
+    for rewrite in (_apart, _view, _product, _tokens, _part, _maxmin, _group_sort, _padded, _softsign, composite, gated):
+        node = rewrite(node)
+    source = source_of(node)
+    return source if source is not None and is_identity(node) else node
 
 
 def _apart(node: Node) -> Node:

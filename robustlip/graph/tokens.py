@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.graph.operations import is_identity, refuse, source_of
-from robustlip.graph.program import Many, Node, Program, dominators, needed
+from robustlip.graph.program import Many, Node, Program, dominators, needed, rewritten
 from robustlip.layers import Lookup
 
 # Operations by number, which mix no samples; and those that act along a dimension, which may not be the one of samples.
@@ -42,20 +42,7 @@ def with_embedding(program: Program) -> Program:
         made = replace(first, arguments={**first.arguments, "indices": program.input})
     else:
         made = replace(first, op="lookup", arguments={"self": program.input, "layer": _lookup(program.input, first)})
-    now: dict[Node, Node] = {program.input: program.input, first: made}
-
-    def inside(value: Any) -> Any:
-        if isinstance(value, Node):
-            return now[value]
-        return [inside(part) for part in value] if isinstance(value, list) else value
-
-    behind = {first}
-    for node in program.nodes:
-        if any(read in behind for read in node.inputs):
-            behind.add(node)
-            now[node] = replace(node, arguments={name: inside(value) for name, value in node.arguments.items()})
-    output = now[program.output]
-    return Program(program.input, output, needed(output), program.computes_weights)
+    return rewritten(program, {first: made})
 
 
 def _lookup(start: Node, end: Node) -> Lookup:
