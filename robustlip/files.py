@@ -54,6 +54,15 @@ def unzipped(data: bytes, name: str, limit: int) -> bytes:
     return whole
 
 
+def read_json(path: Path, what: str, limit: int, remedy: str) -> Any:
+    """What a JSON file holds, in UTF-8 with or without a byte-order mark. Arguments as of `read_limited`. Raises BadInput."""
+    data = read_limited(path, what, limit, remedy)
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8
+        raise BadInput(f"expected {what}, got {path.name}, which is not JSON ({str(error)[:100]}); copy it again") from None
+
+
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table of a TOML file, in UTF-8 with or without a byte-order mark. what: e.g. 'a policy'.
 

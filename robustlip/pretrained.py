@@ -9,7 +9,6 @@ tokenizer as `vocabulary`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, first_line
-from robustlip.files import is_folder, read_limited
+from robustlip.files import is_folder, read_json, read_limited
 from robustlip.layers import Normalize
 
 MAX_JSON = 2**22  # bytes of a config
@@ -133,15 +132,11 @@ def read_timm(folder: Path) -> Pretrained:
 def _config(folder: Path) -> dict[str, Any]:
     if not is_folder(folder) or not (folder / "config.json").is_file():
         raise BadInput(f"expected a folder with config.json, got {str(folder)!r}; give the folder that the model was saved in")
-    return _read_json(folder / "config.json")
+    return _table(folder / "config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = read_limited(path, "a JSON file", MAX_JSON, "it is no description of a model")
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"expected JSON in {str(path)!r}, got {first_line(error)[:100]}; save the model again") from None
+def _table(path: Path) -> dict[str, Any]:
+    found = read_json(path, "JSON", MAX_JSON, "it is no description of a model")
     if not isinstance(found, dict):
         raise BadInput(f"expected a table in {str(path)!r}, got {type(found).__name__}; save the model again")
     for key, value in _numbers(found):
@@ -182,7 +177,7 @@ def _check_size(model: nn.Module, weights: list[Path], folder: Path) -> None:
 def _normalize(folder: Path) -> Normalize:
     """What the folder's processor does to images of [0, 1] of the right size."""
     path = folder / "preprocessor_config.json"
-    said = _read_json(path) if path.is_file() else {}
+    said = _table(path) if path.is_file() else {}
     if not said.get("do_normalize", bool(said)):
         return Normalize()
     return _normalized(said.get("image_mean", (0.0,) * 3), said.get("image_std", (1.0,) * 3), folder)

@@ -10,7 +10,6 @@ Source: utils.py and (until July 2025) experiment/train.py of the code of arXiv 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from robustlip.errors import BadInput
-from robustlip.files import read_limited
+from robustlip.files import read_json
 
 MAX_LOG = 256 * 2**20  # bytes; a log of every one of 2,000 steps has a few
 MAX_NORM = 1e30  # products of all norms of a deep model may still overflow: then the formula says infinity
@@ -87,11 +86,7 @@ def _last(values: Any, of: str) -> float:
 
 def read_log(path: Path) -> Log:
     """A JSON log from outside. Raises BadInput for one that is missing, too large, no JSON or of another kind."""
-    text = read_limited(path, "a log", MAX_LOG, "it is not one of the paper's")
-    try:
-        document = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"expected a JSON log, got {path.name}, which is not JSON ({str(error)[:100]}); copy it again") from None
+    document = read_json(path, "a JSON log", MAX_LOG, "it is not one of the paper's")
     if not isinstance(document, dict) or "parameters" not in document or "results" not in document:
         raise BadInput(f"expected parameters and results in {path.name}, got neither or one; it is not a log of the paper's code")
     return log_of(document["parameters"], document["results"])
