@@ -330,7 +330,7 @@ def test_a_certificate_names_the_modules_weights_and_sees_any_change() -> None:
 
 def test_a_change_that_is_not_of_weights_is_seen_too() -> None:
     module = Written(lambda m, x: m.a(x * m.factor), a=nn.Linear(6, 3)).eval()
-    module.factor = 1.0
+    module.factor = 2.0  # not 1, which is no layer
     x = data(5, 6)
     y = module(x).argmax(-1)
     before = certify(module, x, y, InputBall("l2"))
