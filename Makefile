@@ -1,4 +1,4 @@
-# make demo, make test: both do all the set-up they need, in .venv, with nothing but Python and a compiler to start from.
+# make demo and make test install what they need into .venv. They need Python, make and a C compiler.
 #   make test ARGS="-k radius"        arguments for pytest (JOBS=0: one process)
 #   make demo TORCH=2.11.0            another torch: a version, a requirement, or the path of a wheel
 #   make setup PYTHON=python3.12      another Python (3.11 to 3.13)
@@ -10,11 +10,11 @@ JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
-# The set-up holds for one torch and one place of the checkout (an editable install points at it).
+# The installation is valid for one version of torch and one path of the checkout (an editable install contains that path).
 KEY := $(shell printf '%s' '$(CURDIR) $(TORCH)' | cksum | cut -d' ' -f1)
 READY := $(VENV)/.ready-$(KEY)
 LINT_READY := $(READY)-lint
-# Written at set-up: constraints.txt with the torch that was installed.
+# Written during the installation: constraints.txt with the installed version of torch.
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
@@ -23,17 +23,17 @@ PINS := $(VENV)/constraints.txt
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
 
-demo: $(READY)  ## the whole story on the embedded data: table and report
+demo: $(READY)  ## certify and attack six models; table and report
 	$(BIN)/robustlip demo $(ARGS)
 
-# One thread per worker: two workers with a thread pool each are slower than with none.
-test: $(READY)  ## all tests but those marked slow
+# One thread per worker: two workers with a thread pool each are slower.
+test: $(READY)  ## all tests except those marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
 
 test-all: $(READY)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-setup: $(READY)  ## the virtual environment alone
+setup: $(READY)  ## create the virtual environment
 
 lint: $(LINT_READY)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -43,8 +43,8 @@ clean:  ## remove the virtual environment, builds and caches
 	rm -rf '$(VENV)' build dist ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch first and alone, so that TORCH decides; torchattacks last and without its dependencies (see pyproject.toml).
-# pip keeps its own configuration (indexes, mirrors, certificates): nothing here names one.
+# torch is installed first and alone, so that TORCH decides its version; torchattacks last and without its dependencies (see pyproject.toml).
+# pip uses its own configuration (indexes, mirrors, certificates).
 $(READY): pyproject.toml constraints.txt
 	@set -eu; \
 	python=''; \
@@ -74,8 +74,8 @@ $(LINT_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c $(PINS) --no-build-isolation -e '.[lint]'
 	@touch $@
 
-# After any change that moves a radius: the version in robustlip/certifiers/__init__.py goes up, and the zoo's certificates are made again.
-certificates: $(READY)  ## make the zoo's certificates again, after a change of the rules
+# After any change of a certified radius: increase RULES_VERSION in robustlip/certifiers/__init__.py and make the zoo's certificates again.
+certificates: $(READY)  ## make the zoo's certificates again, after a change of radii
 	@set -eu; certify() { $(BIN)/robustlip certify "$$1" --data "$$2" --threat "$$3" --limit "$$4" --method "$$5" --json "models/zoo/certificates/$$1.$$3.json"; }; \
 	for role in lipschitz baseline; do \
 	  certify digits-mlp-$$role digits:test l2 100 local-lipschitz; \
