@@ -288,14 +288,14 @@ def test_certify_says_why_nothing_is_proved_and_whose_weights(capsys) -> None:
     digits = "digits-mlp-lipschitz"
     assert run("certify", digits, "--data", "digits:test", "--limit", "3", "--method", "global", "--dtype", "bfloat16", "--json", "c.json") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "why not the margin is not above what bfloat16 rounding and the bound can move (3)" in shown
+    assert "not certified because the margin is not above what bfloat16 rounding and the bound can move (3)" in shown
     model = zoo.load(digits)
     own, cast = weights_sha256(model), weights_sha256(model.to(torch.bfloat16))
     assert f"weights {own}" in shown and f"as bfloat16 {cast}" in shown and own != cast
     assert json.loads(Path("c.json").read_text())["weights_sha256"] == cast
     assert run("certify", digits, "--data", "digits:test", "--limit", "3", "--method", "global", "--radius", "5") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "why not proved for a smaller radius only (3)" in shown and "as float32" not in shown
+    assert "not certified because proved for a smaller radius only (3)" in shown and "as float32" not in shown
 
 
 def test_a_narrow_terminal_gets_digests_in_one_piece(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

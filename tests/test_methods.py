@@ -359,7 +359,7 @@ def test_certificate_files_name_the_method_of_each_sample_and_verify(place, caps
     samples = json.loads((place / "cert.json").read_text())["samples"]
     proved = [s for s in samples if s["radius"] > 0]
     assert len(proved) >= 8 and all(s["method"] in METHODS for s in proved) and all(not s["method"] for s in samples if s["radius"] == 0)
-    assert "radii came from" in shown
+    assert "radii proved by" in shown
     for name in {s["method"] for s in proved}:
         assert f"{name} ({sum(s['method'] == name for s in proved)})" in shown
     assert run("verify", "cert.json", "--model", "digits-mlp-lipschitz") == 0

@@ -1,8 +1,8 @@
-"""The command line: one file a verb, what verbs share in options.py, batches.py and console.py.
+"""The command line: one file per verb; options.py, batches.py and console.py contain what verbs share.
 
-Exit codes: 0 done, 1 a failed run, 2 bad input (one sentence on stderr), 3 a certificate that an attack refutes, 70 a bug of ours,
-130 interrupted.
-torch, pandas, rich and all of ours that need them are imported inside the verbs: `robustlip --help` must not wait for them.
+Exit codes: 0 done, 1 the run failed or the answer is no, 2 bad input (one error message on stderr), 3 an attack refutes a proved bound,
+70 an internal error, 130 interrupted.
+torch, pandas, rich and our modules that need them are imported inside the verbs, so that `robustlip --help` stays fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Certified and observed robustness of Lipschitz-constrained networks, side by side.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-# In the order of the help.
+# In the order of the help text.
 app.command("demo")(demo.demo)
 app.command("eval")(evaluate.evaluate)
 app.command("certify", cls=certify.CertifyCommand)(certify.certify)
@@ -44,8 +44,8 @@ app.add_typer(zoo_app, name="zoo")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Errors of ours, and of a module that an argument names, end in one sentence and their exit code; any other keeps its
-    traceback."""
+    """Run the command line. Errors of robustlip, and errors of a module that an argument names, end in one message and their exit code; any
+    other exception keeps its traceback."""
     whole = _whole(sys.argv[1:] if arguments is None else arguments)
     try:
         with errors_of(*whole):
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _whole(arguments: Sequence[str]) -> list[str]:
-    """`--json` without a file, at the end or before another option, means stdout."""
+    """Replace `--json` without a file (at the end or before another option) by `--json -`, which means stdout."""
     whole: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         whole.append(argument)

@@ -1,4 +1,4 @@
-"""`robustlip attack`: for each sample, the nearest perturbation that changes the prediction."""
+"""`robustlip attack`: for each sample, the smallest perturbation found that changes the prediction."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from robustlip.cli.options import (
 def attack(
     model: Model, data: DataSpec, threat: ThreatName = "l2",
     name: Annotated[str, typer.Option("--attack", help="pgd, min, weights, torchattacks-pgd, torchattacks-pgdl2, autoattack")] = "min",
-    radius: Annotated[Optional[float], typer.Option("--radius", help="attack at this radius; 'min' searches for the smallest")] = None,
+    radius: Annotated[Optional[float], typer.Option("--radius", help="attack at this radius; without it 'min' finds the smallest")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
     context: Context = None, subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
     text_column: TextColumn = None, clip: Clip = None,
 ) -> None:  # fmt: skip
-    """Look for each sample for a perturbation that changes the prediction."""
+    """Search for a perturbation of each sample that changes the prediction."""
     import numpy as np
     import torch
 
@@ -66,5 +66,5 @@ def attack(
     rows += [("broken (%)", f"{100 * np.mean(broken):.1f} {limit_text}"), *radius_summary(found, correct & ~failed)]
     rows += [("not finite", f"{failed.sum()} samples, neither broken nor robust: {why[0]}")] if failed.any() else []
     rows += [("units", units_and_box(ball)), ("attack", method.described)] + ([("data", samples.note)] if samples.note else [])
-    out.table(f"{model}: {name} against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+    out.table(f"{model}: {name} against {ball.name}", ["", "radii: over correctly classified samples"], rows)
     end(stopped, len(label), len(samples.index))

@@ -1,4 +1,4 @@
-"""`robustlip audit`: a claimed Lipschitz constant against what can be observed. Exit codes: 0 not refuted, 2 bad input, 3 violated."""
+"""`robustlip audit`: try to refute a claimed Lipschitz constant. Exit codes: 0 not refuted, 2 bad input, 3 violated."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def audit(
     claim: Annotated[Optional[float], typer.Option("--claim", help="a number instead of a formula, in --units")] = None,
     domain: Annotated[Optional[float], typer.Option("--domain", help="of --claim: largest token norm in --units  [default: the embedding]")] = None,
     units: Annotated[Optional[str], typer.Option("--units", help="l2 or rms  [default: rms for newhouse2025, else l2]")] = None,
-    data: Annotated[Optional[str], typer.Option("--data", help="start from these samples too: a data set or file, with :split")] = None,
-    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="at most so many samples of --data  [default: 16]")] = None,
+    data: Annotated[Optional[str], typer.Option("--data", help="also start the search from these samples: a data set or file, with :split")] = None,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=1, help="maximum number of samples of --data  [default: 16]")] = None,
     worst_weights: Annotated[bool, typer.Option("--worst-weights", help="also try the formula on adversarial weights of the same norms")] = False,
-    witness: Annotated[Optional[Path], typer.Option("--witness", help="only measure the pair in this file again")] = None,
+    witness: Annotated[Optional[Path], typer.Option("--witness", help="only measure the pair of inputs in this file again")] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="folder for the witness")] = Path("runs/audit"),
-    starts: Annotated[int, typer.Option("--starts", min=1, help="how many inputs to search from, in one batch")] = 32,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="of gradient ascent on the input")] = 60,
+    starts: Annotated[int, typer.Option("--starts", min=1, help="number of starting points, searched in one batch")] = 32,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps of gradient ascent on the input")] = 60,
     tokens: Annotated[Optional[int], typer.Option("--tokens", min=1, help="length of sequences without --data  [default: 8]")] = None,
     json: Json = None, device: Device = None, seed: Seed = 0, data_dir: DataDir = None, context: Context = None, subset: Subset = None,
     image_column: ImageColumn = None, label_column: LabelColumn = None, text_column: TextColumn = None,
 ) -> None:  # fmt: skip
-    """Try to break a claimed Lipschitz constant: find two inputs between which the model moves by more. Exit code 3 when it does."""
+    """Try to refute a claimed Lipschitz constant: find two inputs whose outputs are further apart than it allows. Exit code 3 if found."""
     import torch
 
     from robustlip.attacks import formulas
@@ -58,30 +58,30 @@ def audit(
     if claim is not None:
         fan_in = formulas.widths(chain)[0]
         radius = domain if domain is None or units != "rms" else domain * fan_in**0.5
-        said = formulas.stated(chain, claim, units or "l2", radius)
+        statement = formulas.stated(chain, claim, units or "l2", radius)
     else:
-        said = formulas.claim_of(chain, formula or "ours")
-        said = said.in_units(units) if units else said
+        statement = formulas.claim_of(chain, formula or "ours")
+        statement = statement.in_units(units) if units else statement
     with Progress() as progress:
         result = run(
-            chain, said, x, starts=starts, tokens=tokens or 8, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
+            chain, statement, x, starts=starts, tokens=tokens or 8, ascent_steps=steps, worst_weights=worst_weights, seed=seed, advance=progress
         )
-    # Another claim or seed is another search: it leaves the witness of this one where it is.
+    # A different claim or seed gets another witness file, so that this one is not overwritten.
     stem = f"{_safe(model)}-{result.formula}" + ("" if claim is None else f"-{claim:g}") + (f"-seed{seed}" if seed else "")
     files = [out_folder / f"{stem}.safetensors"]
     save_witness(files[0], result)
     for w in result.worst:
         files.append(out_folder / f"{stem}-worst-{w.layer}{'-heads' if 'head' in w.kept else ''}.safetensors")
         save_worst(files[-1], w)
-    if said.formula == "newhouse2025":
+    if statement.formula == "newhouse2025":
         own = formulas.own_domain(chain)
-        if own is not None and said.domain is not None and own > said.domain * (1 + 1e-6):
-            out.say(f"note: the model's own embeddings have norms up to {own:.4g}, outside the domain {said.domain:.4g} that the formula speaks of")
+        if own is not None and statement.domain is not None and own > statement.domain * (1 + 1e-6):
+            out.say(f"note: the model's own embeddings have norms up to {own:.4g}, outside the domain of the claim, {statement.domain:.4g}")
     _show(model, result, files, out, "searched")
 
 
 def _chain_of(model: Any, x: Any) -> Any:
-    """The chain that a model is, or its capture on inputs like x, or on inputs of the shape that it says it takes."""
+    """The model as a Chain: the model itself, or its capture on inputs like x, or on inputs of the shape that the model declares."""
     import torch
 
     from robustlip.certifiers.chains import chain_of
@@ -100,19 +100,19 @@ def _check(formula: str | None, claim: float | None, domain: float | None, units
     if domain is not None and claim is None:
         raise BadInput("expected --domain with --claim only, got it with a formula, which has its own domain; leave it out")
     if worst_weights and claim is not None:
-        raise BadInput("expected a formula with --worst-weights, got a number, which says nothing of other weights; give --formula")
+        raise BadInput("expected a formula with --worst-weights, got a number, which holds for these weights only; give --formula")
     if witness is not None and (formula, claim, worst_weights) != (None, None, False):
-        raise BadInput("expected --witness alone, got it with a claim; the file names the claim that it is about")
+        raise BadInput("expected --witness alone, got it with a claim; the file contains its claim")
 
 
 def _check_lengths(data: str | None, limit: int | None, context: int | None, tokens: int | None) -> None:
-    """What would be taken and not used."""
+    """Refuse options that would be ignored."""
     if data is None and limit is not None:
-        raise BadInput("expected --limit with --data, got it without, where inputs are drawn; use --starts, or name the data")
+        raise BadInput("expected --limit with --data, got it without, where inputs are random; use --starts, or name the data")
     if data is None and context is not None:
-        raise BadInput("expected --context with --data, got it without; --tokens is the length of sequences that are drawn")
+        raise BadInput("expected --context with --data, got it without; --tokens is the length of random sequences")
     if data is not None and tokens is not None:
-        raise BadInput("expected --tokens without --data, got it with data, whose sequences have a length; use --context")
+        raise BadInput("expected --tokens without --data, got it with data, whose sequences have their own length; use --context")
 
 
 def _safe(text: str) -> str:
@@ -121,7 +121,7 @@ def _safe(text: str) -> str:
 
 
 def _show(model: str, result: Audit, files: list[Path], out: Out, how: str) -> None:
-    """JSON, the table, the sentence, and the exit code."""
+    """Print the JSON, the table and the conclusion; raise the error that gives the exit code."""
     out.json({"model": model, **result.to_json_dict(), "witness": str(files[0]), "files": [str(f) for f in files]})
     domain = "all inputs" if result.domain is None else f"tokens of ℓ2 norm ≤ {result.domain:.6g}"
     rows = [
@@ -136,21 +136,21 @@ def _show(model: str, result: Audit, files: list[Path], out: Out, how: str) -> N
         ("witness", str(files[0])),
         ("weights", result.weights_sha256),
     ]
-    out.table(f"{model}: claimed against found", ["", "Lipschitz constant to the logits"], rows)
+    out.table(f"{model}: claimed and found", ["", "Lipschitz constant to the logits"], rows)
     if result.worst:
         worst = [[w.layer, w.part, w.kept, w.units, f"{w.claimed:.5g}", f"{w.found:.5g}", f"{w.ratio:.4g}", w.verdict] for w in result.worst]
         headings = ["Layer", "Kind", "Kept", "Units", "Claimed", "Found", "Ratio", "Verdict"]
-        out.table("Weights that an adversary would choose, same shapes and norms", headings, worst, left=4)
+        out.table("Adversarial weights with the same shapes and norms", headings, worst, left=4)
     if not result.violated:
-        out.say("This search does not refute the claim; a search proves nothing.")
+        out.say("The claim is not refuted. A search cannot prove it.")
         return
     top = max(result.worst, key=lambda w: w.ratio, default=None)
     if result.verdict == "violated":
-        out.say(f"VIOLATED: two inputs inside the domain move the output {result.ratio:.4g} times as far as {result.formula} allows. {result.why}")
+        out.say(f"VIOLATED: two inputs inside the domain change the output by {result.ratio:.4g} times what {result.formula} allows. {result.why}")
     elif top is not None:
         out.say(
-            f"VIOLATED as a formula: these weights pass, but other weights of the same norms in {top.layer} move its output {top.ratio:.4g} times "
-            f"as far as {result.formula} allows. {result.why}"
+            f"VIOLATED as a formula: these weights pass, but with other weights of the same norms in {top.layer} its output changes by "
+            f"{top.ratio:.4g} times what {result.formula} allows. {result.why}"
         )
     if result.formula == "ours":
         raise CertificateViolation(f"expected the proved bound {result.claimed:.9g} to hold, found {result.found:.9g}; report this with {files[0]}")

@@ -1,4 +1,4 @@
-"""A model and its samples, batch after batch, and how a verb ends that was stopped between two of them."""
+"""A model and its samples in batches, and the end of a verb that is stopped between two batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_samples(
 def samples_for(
     chain: Any, data: str, context: int | None, data_dir: str | None, limit: int | None, seed: int, columns: Sequence[str | None]
 ) -> Dataset:  # fmt: skip
-    """The samples of a model; text is encoded with its vocabulary. columns: the values of robustlip.data.load.OPTIONS."""
+    """The samples for a model; text is encoded with the model's vocabulary. columns: the values of robustlip.data.load.OPTIONS."""
     from robustlip.data import load_data
     from robustlip.data.load import OPTIONS
 
@@ -39,7 +39,7 @@ def samples_for(
 
 
 def batches(samples: Dataset, size: int, device: str, progress: Any, label: str) -> Any:
-    """(x, y, index) on the device, `size` samples at a time."""
+    """Yield (x, y, index) on the device, `size` samples at a time."""
     import torch
 
     total = len(samples.index)
@@ -52,7 +52,7 @@ def batches(samples: Dataset, size: int, device: str, progress: Any, label: str)
 
 
 def gather(results: Iterable[Part]) -> tuple[list[Part], BaseException | None]:
-    """The results of one batch after another, and what stopped them before the end: what was computed until then is shown (see `end`)."""
+    """The results of all batches, and the exception that stopped them, if any; the finished part is shown in that case (see `end`)."""
     parts: list[Part] = []
     try:
         for part in results:
@@ -65,18 +65,18 @@ def gather(results: Iterable[Part]) -> tuple[list[Part], BaseException | None]:
 
 
 def end(stopped: BaseException | None, done: int, total: int, by: str = "") -> None:
-    """The end of a command whose batches were stopped, after all that was done has been shown. by: what had finished them, where several do."""
+    """End a command whose batches were stopped, after the finished part has been shown. by: the part that is finished, if several methods run."""
     if stopped is None:
         return
     cause = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "stopped by an error"
-    print(f"robustlip: {cause} after {done} of {total} samples{by}; what was found for them is above", file=sys.stderr)
+    print(f"robustlip: {cause} after {done} of {total} samples{by}; their results are above", file=sys.stderr)
     if isinstance(stopped, KeyboardInterrupt):
         raise typer.Exit(130)
     raise stopped
 
 
 def end_interrupted(interrupted: bool, sentence: str) -> None:
-    """Exit code 130 and its sentence for what Ctrl-C ended, after all that was done has been shown."""
+    """Raise exit code 130 with its message if Ctrl-C interrupted the command, after the finished part has been shown."""
     if interrupted:
         print(f"robustlip: {sentence}", file=sys.stderr)
         raise typer.Exit(130)

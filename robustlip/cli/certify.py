@@ -1,4 +1,4 @@
-"""`robustlip certify`: radii by one method, or by every method in one table."""
+"""`robustlip certify`: certified radii by one method, or a table that compares all methods."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ ALL = "all"
 
 
 class CertifyCommand(TyperCommand):
-    """Lists the methods below its options; they are imported only when the help is asked for."""
+    """Lists the methods below the options; they are imported only when the help is printed."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from robustlip.certifiers import methods
 
         with formatter.section("Methods"):
-            rows = [("best", "the largest radius of those that apply, sample by sample"), (ALL, "compare them in a table; no certificate")]
+            rows = [("best", "for each sample the largest radius of all methods that apply"), (ALL, "compare them in a table; no certificate")]
             formatter.write_dl(rows + [(name, method.what) for name, method in methods().items()])
 
 
 def certify(
     model: Model, data: DataSpec, threat: ThreatName = "l2",
-    radius: Annotated[Optional[float], typer.Option("--radius", help="ask whether this radius holds, in the units of the threat")] = None,
+    radius: Annotated[Optional[float], typer.Option("--radius", help="report the certified accuracy at this radius")] = None,
     method: Annotated[str, typer.Option("--method", help="best, all, or one of those below")] = "best",
     slow: Annotated[bool, typer.Option("--slow", help="with --method all: also methods that take minutes")] = False,
-    no_attack: Annotated[bool, typer.Option("--no-attack", help="with --method all: without the attack to compare with")] = False,
-    dtype: Annotated[Optional[str], typer.Option("--dtype", help="arithmetic to cover: float32, …, real  [default: the model's]")] = None,
+    no_attack: Annotated[bool, typer.Option("--no-attack", help="with --method all: do not run the attack")] = False,
+    dtype: Annotated[Optional[str], typer.Option("--dtype", help="arithmetic to certify: float32, …, real  [default: the model's]")] = None,
     json: Json = None, device: Device = None, batch_size: BatchSize = 256, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
     context: Context = None, subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
     text_column: TextColumn = None, clip: Clip = None,
 ) -> None:  # fmt: skip
-    """Prove for each sample a radius within which the prediction cannot change."""
+    """Prove a radius for each sample within which the prediction cannot change."""
     from collections import Counter
 
     import numpy as np
@@ -99,25 +99,25 @@ def certify(
         out.json(file.document())
     correct = np.asarray(certificate.prediction) == np.asarray(certificate.label)
     rows = [("samples", str(len(certificate))), ("clean accuracy (%)", f"{100 * correct.mean():.1f}")]
-    rows += [("proved robust (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
+    rows += [("certified (%)", f"{100 * certificate.certified_accuracy(radius):.1f} at radius {radius:g}")] if radius else []
     rows += radius_summary(certificate.radius, correct)
     rows += [("units", units_and_box(ball)), ("method", f"{certificate.method}, covers {certificate.dtype}")]
     if method == "best":
         winners = Counter(filter(None, certificate.methods)).most_common()
-        rows += [("radii came from", ", ".join(f"{name} ({count})" for name, count in winners) or "no method: none is above 0")]
-    rows += [("why not", text) for text in _why_not(certificate)]
+        rows += [("radii proved by", ", ".join(f"{name} ({count})" for name, count in winners) or "no method: all radii are 0")]
+    rows += [("not certified because", text) for text in _why_not(certificate)]
     own = certificate.weights_sha256 if dtype is None else weights_sha256(chain)
     rows += [("weights", own)]
-    # What a gate compares with the model that is deployed, in the dtype that it is deployed in.
+    # A gate compares this hash with the deployed model, in the dtype in which the model is deployed.
     rows += [(f"as {certificate.dtype}", certificate.weights_sha256)] if certificate.weights_sha256 != own else []
     rows += [("data", samples.note)] if samples.note else []
-    out.table(f"{model}: certified against {ball.name}", ["", "over correctly classified samples where it says radius"], rows)
+    out.table(f"{model}: certified against {ball.name}", ["", "radii: over correctly classified samples"], rows)
     end(stopped, len(certificate), len(samples.index))
 
 
 @contextmanager
 def attackable() -> Iterator[None]:
-    """A model that cannot be certified can still be attacked: the sentence that refuses it says so."""
+    """Errors of the block say that a model that cannot be certified can still be attacked."""
     try:
         yield
     except UnsupportedLayer as error:
@@ -125,7 +125,7 @@ def attackable() -> Iterator[None]:
 
 
 def _why_not(certificate: Certificate) -> list[str]:
-    """The commonest reasons of samples that are classified correctly and not proved, with their numbers."""
+    """The most frequent reasons why correctly classified samples are not certified, with their counts."""
     from collections import Counter
 
     from robustlip.certificates import ABSTAINED
@@ -167,7 +167,7 @@ def _compare(
 
 
 def _show(out: Out, model: str, done: Comparison) -> None:
-    """The table, and below it what it leaves out."""
+    """Print the table, and below it notes on what it does not contain."""
     import numpy as np
 
     from robustlip.eval.tables import DASH, number, percent
@@ -195,9 +195,9 @@ def _show(out: Out, model: str, done: Comparison) -> None:
     at = "" if done.threat.radius is not None or not radii else ", shown at the quartiles of the best radii"
     notes.append(
         f"Radii ({done.threat.units}): medians over the {right} of {len(done.label)} samples that are classified correctly, covers {done.dtype}. "
-        f"Accuracy: of all samples, proved at that radius{at}; of the attack, not broken within it."
+        f"Accuracy: share of all samples that are certified at that radius{at}; for the attack, share not broken within it."
     )
-    notes.append("Largest on: samples on which no method proved more. Seconds: of this run, in this order; constants of the weights are shared.")
-    notes.append("This table is no certificate: certify with one method, or best, and --json to write one.")
+    notes.append("Largest on: number of samples on which no method proved more. Seconds: in this order; constants of the weights are shared.")
+    notes.append("This table is not a certificate. To write one, certify with one method or best, and with --json.")
     for note in notes:
         out.console().print(note, markup=False)

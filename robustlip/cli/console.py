@@ -1,4 +1,4 @@
-"""What the command line shows: text on one stream, JSON on another, a progress bar when something takes longer than two seconds."""
+"""Output of the command line: text on one stream, JSON on the other, and a progress bar for work that takes longer than two seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STDOUT = "-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-# What stands for a character that the console's encoding does not have. All else: its parts in ASCII (₂ is 2), or a question mark.
+# Replacements for characters that the console's encoding does not have. Others become their ASCII parts (₂ becomes 2) or a question mark.
 _STANDS_FOR = {
     "∞": "inf", "→": "->", "←": "<-", "↔": "<->", "≥": ">=", "≤": "<=", "≠": "!=", "≈": "~", "·": "-", "•": "*", "–": "-", "—": "--",
     "−": "-", "…": "...", "×": "x", "√": "sqrt", "‖": "||", "ℓ": "l", "∂": "d", "∇": "grad", "∈": "in", "±": "+-", "²": "^2", "³": "^3",
@@ -51,15 +51,15 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
 
 
 def never_fail_to_encode(*streams: TextIO | None) -> None:
-    """From here on these streams replace what their encoding does not have (cp1252, latin-1, ASCII, or lone surrogates in UTF-8): no traceback."""
+    """Make these streams replace characters that their encoding does not have (cp1252, latin-1, ASCII, lone surrogates in UTF-8) without an error."""
     codecs.register_error("robustlip", _replaced)
     for stream in streams:
-        if stream is not None and hasattr(stream, "reconfigure"):  # None: a process without a console; without: replaced by a test or a notebook
+        if stream is not None and hasattr(stream, "reconfigure"):  # None: no console; no reconfigure: replaced by a notebook or a test
             stream.reconfigure(errors="robustlip")
 
 
 def print_json(value: Any) -> None:
-    """The JSON of a value to stdout, in ASCII escapes where its encoding does not have a character: a replaced one would be another text."""
+    """Print a value as JSON to stdout. A character that the encoding does not have becomes a JSON escape, because a replacement changes the text."""
     text = json_text(value)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -70,8 +70,8 @@ def print_json(value: Any) -> None:
 
 
 class Out:
-    """Where a verb's results go. json_to: None, '-' for stdout (text then goes to stderr, so that stdout is JSON alone), or a file, which must be
-    none of `inputs`, what the verb reads."""
+    """The output of a verb. json_to: None, '-' for stdout (text then goes to stderr, so that stdout contains only JSON), or a file, which must not
+    be one of `inputs`, the files that the verb reads."""
 
     def __init__(self, json_to: str | None = None, *inputs: str | Path | None) -> None:
         self.json_to = json_to
@@ -83,15 +83,15 @@ class Out:
             read = next((str(path) for path in inputs if path is not None and Path(path).exists() and Path(path).samefile(json_to)), None)
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:  # a name that no file can have
-            raise BadInput(f"expected a place to write, got {json_to[:200]} ({first_line(error, 80)}); name another path") from None
+        except (OSError, ValueError) as error:  # an invalid file name
+            raise BadInput(f"expected a path that can be written, got {json_to[:200]} ({first_line(error, 80)}); name another path") from None
         if read is not None:
             raise BadInput(f"expected another file for --json than {read}, which this command reads; name a new file")
 
     def console(self) -> Console:
         from rich.console import Console
 
-        # Piped text has no width of its own, unless COLUMNS says one: 120 columns hold every table.
+        # Piped text has no width of its own, unless COLUMNS gives one: 120 columns fit every table.
         stream = sys.stderr if self.json_to == STDOUT else sys.stdout
         asked = os.environ.get("COLUMNS", "")
         said = stream.isatty() or (len(asked) < 5 and asked.isdecimal() and int(asked) >= 20)
@@ -101,7 +101,7 @@ class Out:
         print(text, file=sys.stderr if self.json_to == STDOUT else sys.stdout, flush=True)
 
     def json(self, value: Any) -> None:
-        """Write the verb's JSON, if it was asked for. Call it before anything that can still fail."""
+        """Write the verb's JSON if it was requested. Call this before anything that can still fail."""
         if self.json_to == STDOUT:
             print_json(value)
         elif self.json_to is not None:
@@ -109,22 +109,22 @@ class Out:
             self.say(f"wrote {self.json_to}")
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
-        """Rows as text in the terminal; the first `left` columns are aligned to the left.
+        """Print rows as a table; the first `left` columns are left-aligned.
 
-        A terminal too narrow for a digest beside its label gets it below the table, in one piece: a folded one cannot be copied.
+        If the terminal is too narrow for a hash, the hash is printed below the table on one line, so that it can be copied.
         """
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
         table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        # Labels stand on the first line of long texts; numbers on the last line of headings that broke.
+        # Labels stand on the first line of a wrapped text; numbers on the last line of a wrapped heading.
         vertical: Literal["top", "bottom"] = "bottom" if headings[0] else "top"
         console = self.console()
         label = max((len(row[0]) for row in rows), default=0)
         below = [row for row in rows if len(row) == 2 and _DIGEST.fullmatch(row[1]) and label + 2 + len(row[1]) > console.width]
         for i, heading in enumerate(headings):
-            # Names are never cut: another column folds.
+            # Names are never cut; another column wraps.
             name = i == 0 and any(headings) and max((len(row[0]) for row in rows), default=0) <= LONGEST_NAME
             table.add_column(Text(heading), justify="left" if i < left else "right", no_wrap=name, overflow="fold", vertical=vertical)
         for row in rows:
@@ -136,7 +136,7 @@ class Out:
 
 
 class Progress:
-    """`with Progress() as progress: progress(label, done, total)`; nothing is shown in the first two seconds."""
+    """`with Progress() as progress: progress(label, done, total)`; nothing is shown during the first two seconds."""
 
     def __init__(self, delay: float = 2.0) -> None:
         from rich.console import Console
@@ -162,7 +162,7 @@ class Progress:
 
     def __call__(self, label: str, done: int, total: int) -> None:
         self._bar.update(self._task, description=label, completed=done, total=total)
-        if self._shown and not self._terminal and label != self._label:  # a log instead of a bar
+        if self._shown and not self._terminal and label != self._label:  # log lines instead of a bar
             print(f"[{done}/{total}] {label}", file=sys.stderr, flush=True)
         self._label = label
 
@@ -172,7 +172,7 @@ class Progress:
 
 
 def choose_device(asked: str | None, out: Out) -> str:
-    """The device to compute on, and say which. Raises BadInput when the one that was asked for is not there."""
+    """The device to compute on; its name is printed. Raises BadInput if the requested device is not available."""
     import torch
 
     if asked is None:
@@ -180,19 +180,19 @@ def choose_device(asked: str | None, out: Out) -> str:
     else:
         try:
             if torch.device(asked).type == "meta":
-                raise RuntimeError("it holds no numbers")
+                raise RuntimeError("tensors on it have no values")
             device = str(torch.device(asked))
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            told = first_line(error, 120)
-            raise BadInput(f"expected a device that torch can use here, got {asked!r} ({told}); leave --device out or use cpu") from None
+            reason = first_line(error, 120)
+            raise BadInput(f"expected a device that torch can use here, got {asked!r} ({reason}); leave --device out or use cpu") from None
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{(n := torch.get_num_threads())} thread{'s' if n > 1 else ''}"
     out.say(f"device: {device} ({name})")
     return device
 
 
 def radius_summary(radius: np.ndarray, correct: np.ndarray) -> list[tuple[str, str]]:
-    """(what, value) of radii over correctly classified samples: least, median and largest."""
+    """(name, value) of the smallest, median and largest radius over correctly classified samples."""
     import numpy as np
 
     from robustlip.eval.tables import number

@@ -1,4 +1,4 @@
-"""`robustlip demo`: the bundled suite, from certificates to the report."""
+"""`robustlip demo`: run the bundled suite and write its report."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="folder of the run")] = Path("runs/demo"), json: Json = None, device: Device = None,
     batch_size: BatchSize = 256, limit: Limit = None, seed: Annotated[Optional[int], typer.Option("--seed")] = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """The whole story on the embedded data: certify and attack the zoo, print the table, write the report."""
+    """Certify and attack six models of the zoo on the embedded data, print the table, write the report."""
     run_and_show("demo", out, json, device, batch_size, limit, seed, data_dir)

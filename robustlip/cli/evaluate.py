@@ -1,4 +1,4 @@
-"""`robustlip eval`: a suite of models, threats and attacks. Exit code 130 after Ctrl-C, with what was evaluated until then."""
+"""`robustlip eval`: a suite of models, threats and attacks. Exit code 130 after Ctrl-C; finished results are kept."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def evaluate(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="a suite file (TOML) or the name of a bundled suite")],
     out: Annotated[Optional[Path], typer.Option("--out", help="folder of the run  [default: runs/NAME]")] = None, json: Json = None,
     device: Device = None, batch_size: BatchSize = 256, limit: Limit = None,
-    seed: Annotated[Optional[int], typer.Option("--seed", help="instead of the suite's")] = None, data_dir: DataDir = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", help="instead of the seed in the suite")] = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """Evaluate every model of a suite. Started again, it goes on where it was stopped."""
+    """Evaluate every model of a suite. Run it again to resume a stopped evaluation."""
     run_and_show(suite, out, json, device, batch_size, limit, seed, data_dir)
 
 
@@ -43,13 +43,13 @@ def run_and_show(
         if done.records:
             _show(done, out)
     finally:
-        # A table that cannot be drawn must not hide that a certificate is wrong.
+        # A plot that fails must not hide that a certificate is false.
         done.raise_errors()
     end_interrupted(done.interrupted, interrupted_sentence(done))
 
 
 def _show(run: Run, out: Out) -> None:
-    """The tables in the terminal, the JSON, the files of the run and where they lie."""
+    """Print the tables and the JSON, write the files of the run, and print their paths."""
     from robustlip.eval import tables
     from robustlip.eval.report import write_report
     from robustlip.files import write_text

@@ -1,4 +1,4 @@
-"""`robustlip gate`: yes or no to a model, by a policy."""
+"""`robustlip gate`: decide by a policy whether a model passes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from robustlip.errors import CertificateViolation, RobustlipError
 
 def gate(
     model: Model,
-    policy: Annotated[Path, typer.Option("--policy", help="what is required (TOML)")],
-    certificate: Annotated[Optional[list[Path]], typer.Option("--certificate", help="count this file; repeatable  [default: certify now]")] = None,
+    policy: Annotated[Path, typer.Option("--policy", help="the policy file (TOML)")],
+    certificate: Annotated[Optional[list[Path]], typer.Option("--certificate", help="certificate file; repeatable  [default: certify now]")] = None,
     json: Json = None, device: Device = None, batch_size: FileBatchSize = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """Yes or no by a policy. Exit code 0 pass, 1 below it or no usable certificate, 2 bad input, 3 a certificate that is not true, 130 interrupted,
-    with what was measured until then."""
+    """Decide by a policy whether a model passes. Exit code 0 pass, 1 fail or no usable certificate, 2 bad input, 3 a false certificate,
+    130 interrupted (finished measurements are shown)."""
     from robustlip import certificate_file
     from robustlip.attacks import by_name
     from robustlip.cli.console import Out, Progress, choose_device

@@ -1,4 +1,4 @@
-"""`robustlip import`: a checkpoint or log of the published code, read as data: a model of ours, and its claimed bound beside a proved one."""
+"""`robustlip import`: convert a checkpoint of the published code, without running code from it, and compare its claimed bound with a proved one."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ SOURCE = "Newhouse et al. 2025, arXiv 2507.13338"
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a checkpoint (.npz) or log (.json) of the published code")],
     out_folder: Annotated[Path, typer.Option("--out", help="folder of the model file and its card")] = Path("runs/import"),
-    name: Annotated[Optional[str], typer.Option("--name", help="of the model  [default: from the file's]")] = None,
-    checkpoint: Annotated[Optional[int], typer.Option("--checkpoint", min=0, help="which, when the file holds several  [default: the last]")] = None,
+    name: Annotated[Optional[str], typer.Option("--name", help="name of the model  [default: from the file name]")] = None,
+    checkpoint: Annotated[Optional[int], typer.Option("--checkpoint", min=0, help="number in the file  [default: the last]")] = None,
     vocabulary: Annotated[Optional[Path], typer.Option("--vocabulary", help="text file with the characters of token ids 0, 1, …")] = None,
     data: Annotated[Optional[str], typer.Option("--data", help="also measure loss and accuracy, e.g. on tiny_shakespeare:test")] = None,
     json: Json = None, limit: Limit = None, data_dir: DataDir = None,
     subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None, text_column: TextColumn = None,
 ) -> None:  # fmt: skip
-    """Turn a published checkpoint into a model, without running anything in it, and prove its bound; or recompute the bound of a log."""
+    """Convert a published checkpoint to a model, without running code from it, and prove its bound; or recompute the bound of a log."""
     from robustlip.cli.console import Out, Progress
     from robustlip.importing import convert, read_checkpoint, read_log
     from robustlip.importing.measure import measure
 
     out = Out(json, file, vocabulary)
     if limit is not None and data is None:
-        raise BadInput("expected --limit with --data, got it without, where nothing is measured; name the data, or leave it out")
+        raise BadInput("expected --limit with --data, got it without, so that nothing is measured; name the data, or leave it out")
     options = {"subset": subset, "image_column": image_column, "label_column": label_column, "text_column": text_column}
     columns = {option: value for option, value in options.items() if value is not None}
     if columns and data is None:
         named = ", ".join(f"--{option.replace('_', '-')}" for option in columns)
-        raise BadInput(f"expected {named} with --data, got it without, where nothing is measured; name the data, or leave it out")
+        raise BadInput(f"expected {named} with --data, got it without, so that nothing is measured; name the data, or leave it out")
     if not file.is_file():
         raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which is not there; check the path")
     with file.open("rb") as stream:
@@ -77,7 +77,7 @@ def _characters(path: Path) -> str:
 
 
 def _formulas(log: Log) -> dict[str, float | str]:
-    """What the published code makes of the log's norms, in each of its versions, or why it cannot."""
+    """The formula of the published code applied to the norms in the log, for each version of the code; or why it cannot be applied."""
     from robustlip.importing import FORMULAS
 
     values: dict[str, float | str] = {}
@@ -95,28 +95,29 @@ def _explained(log: Log, values: dict[str, float | str]) -> str:
     if log.claimed is None:
         return "the file claims no constant"
     if any(isinstance(value, str) for value in values.values()):
-        return "the file does not hold the norms that its constant comes from"
+        return "the file does not contain the norms from which its constant was computed"
     which = explained(log)
-    return f"the file's constant is the formula as {which}" if which else "the file's constant comes from neither version of the formula"
+    return f"the file's constant is the formula as {which}" if which else "the file's constant agrees with neither version of the formula"
 
 
 def _show_log(file: Path, log: Log, out: Out) -> None:
     values = _formulas(log)
-    said = _explained(log, values)
-    document = {"file": file.name, "claimed": log.claimed, "formulas": values, "explained": said, "accuracy": log.accuracy, "loss": log.loss}
+    explanation = _explained(log, values)
+    document = {"file": file.name, "claimed": log.claimed, "formulas": values, "explained": explanation, "accuracy": log.accuracy, "loss": log.loss}
     out.json({**document, "norms": dict(log.norms), "proved": None})
     out.table(
-        f"{file.name}: a log of the published code", ["", "Lipschitz constant, RMS, from one-hot characters or pixels"], _log_rows(log, values, said)
+        f"{file.name}: a log of the published code", ["", "Lipschitz constant, RMS, from one-hot characters or pixels"],
+        _log_rows(log, values, explanation),
     )
     out.say("A log holds no weights: none of this is proved. Import the checkpoint for a proved bound.")
 
 
-def _log_rows(log: Log, values: dict[str, float | str], said: str) -> list[tuple[str, str]]:
+def _log_rows(log: Log, values: dict[str, float | str], explanation: str) -> list[tuple[str, str]]:
     from robustlip.figures import figure
 
     rows = [("claimed in the file", figure(log.claimed, 6))]
     rows += [(f"formula as {name}, norms of the log", f"{value:.6g}" if isinstance(value, float) else value) for name, value in values.items()]
-    rows += [("so", said)]
+    rows += [("conclusion", explanation)]
     rows += [(f"{key} in the file", f"{value:.4f}") for key, value in (("accuracy", log.accuracy), ("loss", log.loss)) if value is not None]
     return rows
 
@@ -165,7 +166,7 @@ def _simple(value: Any) -> bool:
 
 
 def _same_source(card: Path, sha256: str) -> bool:
-    """Whether a card is of the same checkpoint: then an import writes what is there already."""
+    """Whether the card belongs to the same checkpoint: then the import may overwrite the model."""
     from robustlip.files import read_toml
 
     try:
@@ -187,11 +188,11 @@ def _save(file: Path, name: str | None, folder: Path, made: Converted, card: dic
         card["measured"] = {"accuracy": measured.accuracy, "loss": measured.loss, "of": measured.of}
     path = folder / f"{stem}.safetensors"
     if path.exists() and not _same_source(path.with_suffix(".toml"), card["source_sha256"]):
-        raise BadInput(f"expected a place without a model, or with one of this very file, got {path}; choose another --name or --out")
+        raise BadInput(f"expected a path without a model, or with the model of the same checkpoint, got {path}; choose another --name or --out")
     try:
         save_model(path, made.model)
     except OSError as error:
-        raise BadInput(f"expected a place to write, got {path} ({error.strerror or error}); name another --out") from error
+        raise BadInput(f"expected a path that can be written, got {path} ({error.strerror or error}); name another --out") from error
     card = {"name": stem, **card}
     write_text(path.with_suffix(".toml"), toml_text(card))
     out.json({"model": str(path), "card": card})

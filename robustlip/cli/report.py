@@ -1,4 +1,4 @@
-"""`robustlip report`: the page of a run."""
+"""`robustlip report`: the HTML report of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from robustlip.cli.options import Json
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
-    out_file: Annotated[Optional[Path], typer.Option("--out", help="where to write it  [default: report.html in the run]")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of an evaluation")],
+    out_file: Annotated[Optional[Path], typer.Option("--out", help="file to write  [default: report.html in that folder]")] = None,
     json: Json = None,
 ) -> None:  # fmt: skip
-    """Write the self-contained HTML page of a run."""
+    """Write the HTML report of an evaluation as one file."""
     from robustlip.cli.console import Out
     from robustlip.eval.report import write_report
     from robustlip.eval.results import check_soundness

@@ -1,4 +1,4 @@
-"""`robustlip smooth`: randomized smoothing, apart from all that is proved of the model itself."""
+"""`robustlip smooth`: randomized smoothing, kept separate from certificates of the model itself."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from robustlip.errors import BadInput
 if TYPE_CHECKING:
     from robustlip.certifiers.smoothing import SmoothedCertificate
 
-# Samples at a time: only how often the bar moves, draws of one sample fill batches of their own.
+# Samples per update of the progress bar; the noisy copies of one sample fill batches of their own.
 _CHUNK = 4
 STATEMENT = (
-    "Probabilistic, and of another classifier: the smoothed one, which answers what the model answers most often under noise. "
-    "Nothing here is proved of the model itself, and these radii belong in no column with deterministic ones."
+    "Probabilistic, and for the smoothed classifier, whose prediction is the model's most frequent prediction under noise. "
+    "These radii do not hold for the model itself and are not comparable with deterministic ones."
 )
 
 
 def smooth(
     model: Model, data: DataSpec,
     sigma: Annotated[float, typer.Option("--sigma", help="standard deviation of the noise, in raw input units")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="draws by which each sample's class probability is bounded")] = 10_000,
-    selection: Annotated[int, typer.Option("--selection", min=1, help="draws by which its class is chosen before")] = 100,
-    confidence: Annotated[float, typer.Option("--confidence", help="of each sample's radius on its own")] = 0.999,
-    radius: Annotated[Optional[float], typer.Option("--radius", help="ask whether this l2 radius holds")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="noisy copies of each sample to bound the probability of its class")] = 10_000,
+    selection: Annotated[int, typer.Option("--selection", min=1, help="noisy copies of each sample to choose its class")] = 100,
+    confidence: Annotated[float, typer.Option("--confidence", help="confidence of each single radius")] = 0.999,
+    radius: Annotated[Optional[float], typer.Option("--radius", help="report the certified accuracy at this l2 radius")] = None,
     json: Json = None, device: Device = None, limit: Limit = None, seed: Seed = 0, data_dir: DataDir = None,
     subset: Subset = None, image_column: ImageColumn = None, label_column: LabelColumn = None,
 ) -> None:  # fmt: skip
-    """Radii (l2) of the smoothed classifier, true with a stated probability (Cohen et al. 2019). Not of the model itself."""
+    """Radii (l2) of the smoothed classifier that hold with a stated probability (Cohen et al. 2019). They do not hold for the model itself."""
     import numpy as np
     import torch
 
@@ -65,25 +65,25 @@ def smooth(
         return f"{100 * np.mean(wanted):.1f}"
 
     status = np.array(done.status)
-    told = [("samples", str(count)), ("smoothed accuracy (%)", share(right)), ("no class found (%)", share(done.prediction == NO_CLASS))]
-    told += [(f"{SMOOTHED} (%)", f"{share(status == SMOOTHED)} at radius {radius:g}")] if radius else []
-    told += [(name.replace(" ", " smoothed "), value) for name, value in radius_summary(done.smoothed_radius, np.asarray(right))]
-    told += [
+    rows_shown = [("samples", str(count)), ("smoothed accuracy (%)", share(right)), ("no class found (%)", share(done.prediction == NO_CLASS))]
+    rows_shown += [(f"{SMOOTHED} (%)", f"{share(status == SMOOTHED)} at radius {radius:g}")] if radius else []
+    rows_shown += [(name.replace(" ", " smoothed "), value) for name, value in radius_summary(done.smoothed_radius, np.asarray(right))]
+    rows_shown += [
         ("units", ball.units),
         ("largest possible", f"{sigma * _largest(samples, confidence):.4g} with {samples} draws"),
-        ("sigma, draws", f"{sigma:g}, {selection} to choose the class and {samples} to bound its probability, seed {seed}"),
-        ("confidence", f"{done.confidence:g} of each radius on its own; all {count} together {done.joint_confidence:.4g} (Bonferroni)"),
+        ("sigma, draws", f"{sigma:g}, {selection} draws to choose the class, {samples} to bound its probability, seed {seed}"),
+        ("confidence", f"{done.confidence:g} for each single radius; {done.joint_confidence:.4g} for all {count} together (Bonferroni)"),
         ("statuses", ", ".join(f"{np.sum(status == s)} {s}" for s in (SMOOTHED, ABSTAINED, MISCLASSIFIED))),
         ("weights", done.weights_sha256),
     ]
-    told += [("data", rows.note)] if rows.note else []
-    out.table(f"{model}: SMOOTHED classifier, probabilistic radii", ["", "over samples whose smoothed class is the label where it says radius"], told)
+    rows_shown += [("data", rows.note)] if rows.note else []
+    out.table(f"{model}: SMOOTHED classifier, probabilistic radii", ["", "radii: over samples whose smoothed class is the label"], rows_shown)
     out.console().print(STATEMENT, markup=False)
     end(stopped, count, len(rows.index))
 
 
 def _largest(draws: int, confidence: float) -> float:
-    """The radius in σ of a class that all draws gave."""
+    """The radius in units of σ if all draws give the same class."""
     from scipy.stats import norm
 
     from robustlip.certifiers.smoothing import clopper_pearson_lower
@@ -92,7 +92,7 @@ def _largest(draws: int, confidence: float) -> float:
 
 
 def _joined(parts: Sequence[SmoothedCertificate]) -> SmoothedCertificate:
-    """Results of consecutive samples as one; their draws depend on seed and sample number alone."""
+    """Concatenate results of consecutive samples. The draws of a sample depend only on the seed and the sample number."""
     from dataclasses import replace
 
     import numpy as np

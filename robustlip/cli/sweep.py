@@ -1,4 +1,4 @@
-"""`robustlip sweep`: a grid of recipes, trained one after the other. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+"""`robustlip sweep`: train a grid of recipes one after the other. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from robustlip.errors import RobustlipError
 def sweep(
     grid: Annotated[Path, typer.Argument(metavar="GRID", help="a grid file (TOML): a base recipe and lists of changes")],
     out_folder: Annotated[Optional[Path], typer.Option("--out", help="folder of the sweep  [default: runs/NAME]")] = None,
-    limit: Annotated[Optional[int], typer.Option("--limit", min=0, help="train at most so many runs now; 0 shows what is there")] = None,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=0, help="train at most this many runs now; 0 shows finished runs only")] = None,
     json: Json = None, device: Device = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """Train every recipe of a grid, and draw accuracy against the proved bound. Started again, it goes on where it was stopped."""
+    """Train every recipe of a grid and plot accuracy against the proved bound. Run it again to resume a stopped sweep."""
     from robustlip.cli.console import Out, Progress, choose_device
     from robustlip.sweep import draw, load_grid, run_sweep, table
 
@@ -37,6 +37,6 @@ def sweep(
     if pictures:
         out.say(f"plot:    {pictures[0]} (also .svg)")
     left = sum(row.status != "finished" for row in done.rows)
-    end_interrupted(done.interrupted, f"interrupted with {left} of {len(done.rows)} runs to go; start it again to go on")
+    end_interrupted(done.interrupted, f"interrupted with {left} of {len(done.rows)} runs to go; run the command again to resume")
     if done.failed:
         raise RobustlipError(f"{len(done.failed)} of {len(done.rows)} runs failed; first {done.failed[0].name}: {done.failed[0].note}")

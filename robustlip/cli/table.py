@@ -1,4 +1,4 @@
-"""`robustlip table`: the robustness table of a run."""
+"""`robustlip table`: the robustness table of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from robustlip.cli.options import Json
 
 
 def table(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of an evaluation")],
     form: Annotated[str, typer.Option("--format", help="md, csv, latex or html")] = "md",
     one_row: Annotated[bool, typer.Option("--compact", help="one row per model")] = False,
     json: Json = None,
 ) -> None:  # fmt: skip
-    """Print the robustness table of a run."""
+    """Print the robustness table of an evaluation."""
     from robustlip.cli.console import STDOUT, Out
     from robustlip.eval import tables
     from robustlip.eval.results import check_soundness

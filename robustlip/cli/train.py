@@ -1,4 +1,4 @@
-"""`robustlip train`: one recipe, in one process or in those of torchrun."""
+"""`robustlip train`: train one recipe, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from robustlip.cli.options import DataDir, Device, Json
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (TOML)")],
     out_folder: Annotated[Path, typer.Option("--out", help="folder of the model file, its card and its checkpoints")] = Path("runs/train"),
-    resume: Annotated[bool, typer.Option(help="go on from the checkpoint in the folder")] = True,
-    parallel: Annotated[str, typer.Option("--parallel", help="started by torchrun: ddp, or fsdp, which shards the weights")] = "ddp",
+    resume: Annotated[bool, typer.Option(help="resume from the checkpoint in the folder")] = True,
+    parallel: Annotated[str, typer.Option("--parallel", help="under torchrun: ddp, or fsdp, which shards the weights")] = "ddp",
     json: Json = None, device: Device = None, data_dir: DataDir = None,
 ) -> None:  # fmt: skip
-    """Train a model from a recipe; started again, it goes on from its checkpoint. By torchrun: in several processes."""
+    """Train a model from a recipe. Run it again to resume from its checkpoint. Under torchrun: in several processes."""
     import contextlib
     import io
 
@@ -29,7 +29,7 @@ def train(
 
     rank, _, processes = launched()
     if rank:
-        with contextlib.redirect_stdout(io.StringIO()):  # the first one speaks
+        with contextlib.redirect_stdout(io.StringIO()):  # only the first process prints
             where = choose_device(device, Out())
             run(recipe, out_folder, device=where, data_dir=data_dir, resume=resume, parallel=parallel)
         return

@@ -1,4 +1,4 @@
-"""`robustlip vnncomp`: properties of VNN-LIB, in the competition's words."""
+"""`robustlip vnncomp`: decide properties of VNN-LIB files, with the results of VNN-COMP."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from robustlip.errors import BadInput
 
 def vnncomp(
     paths: Annotated[list[Path], typer.Argument(metavar="NETWORK PROPERTY RESULT | FOLDER RESULTS", help="files, or a folder with instances.csv")],
-    timeout: Annotated[Optional[float], typer.Option("--timeout", help="seconds for each  [default: of instances.csv, or 300]")] = None,
+    timeout: Annotated[Optional[float], typer.Option("--timeout", help="seconds per property  [default: as in instances.csv, or 300]")] = None,
     seed: Seed = 0,
 ) -> None:
     """Decide a property of a network: unsat (it holds, proved), sat (with a counterexample), unknown or timeout.
 
-    For NETWORK.onnx PROPERTY.vnnlib the result is written as the competition has it. For a folder, RESULTS gets a line
-    network,property,result,seconds for each of its instances, and beside it a counterexample for each that is sat.
+    For NETWORK.onnx PROPERTY.vnnlib the result file has the format of VNN-COMP. For a folder, RESULTS gets a line
+    network,property,result,seconds per instance, and each counterexample is written to a file in the same folder.
     """
     from robustlip.cli.console import Progress
     from robustlip.data.vnnlib import read_instances
@@ -32,7 +32,7 @@ def vnncomp(
     if len(paths) not in (2, 3):
         raise BadInput(f"expected NETWORK PROPERTY RESULT, or FOLDER RESULTS, got {len(paths)} paths; see robustlip vnncomp --help")
     if paths[-1].exists() and any(path.exists() and path.samefile(paths[-1]) for path in paths[:-1]):
-        raise BadInput(f"expected another file for results than {paths[-1].name}, which this command reads; name a new file")
+        raise BadInput(f"expected a new file for results, got {paths[-1].name}, which this command reads; name another file")
     if len(paths) == 3:
         answer = decide_files(paths[0], paths[1], timeout or DEFAULT_SECONDS, seed=seed)
         write_text(paths[2], answer.text())
@@ -52,7 +52,7 @@ def vnncomp(
                 verdict, took = answer.verdict, answer.seconds
                 if verdict == VIOLATED:
                     write_text(results.with_name(f"{results.stem}.{i}.counterexample"), answer.text())
-            except BadInput as error:  # the others go on
+            except BadInput as error:  # continue with the other instances
                 verdict, took = "error", 0.0
                 print(f"{instance.network.name} {instance.property.name}: {error}")
             count[verdict] += 1

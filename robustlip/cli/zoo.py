@@ -10,7 +10,7 @@ from robustlip.cli.options import Json
 
 
 def zoo_list(json: Json = None) -> None:
-    """The models by name."""
+    """List the models."""
     from robustlip.cli.console import Out
     from robustlip.eval.tables import DASH, percent
     from robustlip.models import zoo
@@ -33,7 +33,7 @@ def zoo_list(json: Json = None) -> None:
 
 
 def zoo_show(name: Annotated[str, typer.Argument(help="a zoo name")], json: Json = None) -> None:
-    """The card of one model: recipe, data, accuracy, caveats, and its sound bound computed from the weights that ship."""
+    """Print the card of one model: recipe, data, accuracy, caveats, and its sound bound, which is computed from the weights."""
     from robustlip.cli.console import Out
     from robustlip.models import zoo
 
