@@ -363,7 +363,8 @@ What `robustlip.capture` ([theory, section 13](theory.md)) does with unmodified 
 medians over four random images in ℓ2, or over four random texts of 16 tokens for the embedding of one token (the last token in models of the next
 token, the first in classifiers). *attack* is the smallest perturbation that the attack `min` found; no certified radius exceeds the radius
 that the attack found for the same sample. A model marked "attacked only" has no certificate; the last column names the operation that is
-not supported. `dual` was run for models with at most a million parameters. torch's own encoder runs without its fast path. ONNX files: [onnx.md](onnx.md).
+not supported. `dual` was run for models with at most a million parameters. torch's own encoder runs without its fast path.
+ONNX files: [onnx.md](onnx.md).
 
 """
 

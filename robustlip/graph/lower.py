@@ -1,7 +1,7 @@
-"""A program as layers in series, with joins where values that come of one value meet again.
+"""A program as layers in series, with joins where several values computed from the same value are combined.
 
-A node that reads several values is a join of branches that begin at its immediate dominator: the last value that every way from the input to it goes
-through (Cooper, Harvey & Kennedy 2001). What two branches of a join share behind that value is computed in both: the same function, twice.
+A node that reads several values is a join of branches. The branches begin at its immediate dominator: the last value that lies on every path from
+the input to the node (Cooper, Harvey & Kennedy 2001). A value after the dominator that two branches share is computed in both of them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from robustlip.graph.operations import JOINS, is_channel, layer_of, refuse
 from robustlip.graph.program import Node, Program, dominators
 from robustlip.layers import Concatenate, Maximum, Minimum, PrependToken, Product, Residual, Sum
 
-# Branches that share much are written out once each: what would never end is refused.
+# Branches that share many values are written out once each; more layers than this are refused.
 MOST_LAYERS = 20_000
-# Operations of two values, number by number. Both commute, to the bit.
+# Elementwise operations of two values that commute bit by bit.
 _PAIRS = {"mul": Product, "multiply": Product, "maximum": Maximum, "max": Maximum, "minimum": Minimum, "min": Minimum}
-# Branches inside of branches: more would be called inside of each other than Python allows.
+# The largest depth of nested branches: a deeper nesting exceeds Python's recursion limit.
 DEEPEST = 50
 
 
 def lowered(program: Program) -> OrderedDict[str, nn.Module]:
-    """The layers that compute the program, in series, by names of its nodes. Raises UnsupportedLayer for what no layer computes."""
+    """The layers that compute the program, in series, named after its nodes. Raises UnsupportedLayer for an operation without a layer."""
     return _Lowering(program).series(program.output, program.input)
 
 
@@ -35,7 +35,7 @@ class _Lowering:
         self.dominator = dominators(program)
 
     def series(self, sink: Node, source: Node) -> OrderedDict[str, nn.Module]:
-        """The layers from `source` (computed already) to `sink`."""
+        """The layers from `source`, which is computed already, to `sink`."""
         found: list[tuple[str, nn.Module]] = []
         node = sink
         while node is not source:
@@ -50,7 +50,7 @@ class _Lowering:
     def branch(self, sink: Node, source: Node) -> nn.Module:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise UnsupportedLayer(f"expected branches inside of at most {DEEPEST} others, got more; add in another order, or attack the model")
+            raise UnsupportedLayer(f"expected at most {DEEPEST} nested branches, got more; add in another order, or attack the model")
         layers = self.series(sink, source)
         self.depth -= 1
         if not layers:
@@ -58,7 +58,7 @@ class _Lowering:
         return next(iter(layers.values())) if len(layers) == 1 else nn.Sequential(layers)
 
     def _layer(self, node: Node) -> tuple[nn.Module, Node]:
-        """(the layer of a node, the node in front of it)."""
+        """(the layer of a node, the node before it)."""
         if node.op in JOINS and (len(node.inputs) > 1 or node.op == "cat"):
             return self._join(node)
         return layer_of(node), node.inputs[0]
@@ -72,19 +72,19 @@ class _Lowering:
                 rows = [_one_row(node, part) for part in parts[:-1]]
                 return PrependToken(rows[0] if len(rows) == 1 else torch.cat(rows, 1)), parts[-1]
             if any(not isinstance(part, Node) for part in parts):
-                raise refuse(node, "it joins a constant, not in front of tokens")
+                raise refuse(node, "it concatenates a constant, but not before tokens")
             if not is_channel(dim, rank):
-                raise refuse(node, f"it joins along dimension {dim % rank} of {rank}; known is the one of channels")
+                raise refuse(node, f"it concatenates along dimension {dim % rank} of {rank}; supported is the channel dimension")
             return Concatenate(*(self.branch(part, source) for part in parts)), source
         first, second = node.arguments["self"], node.arguments["other"]
         if node.op in _PAIRS:
             return self._pair(node, first, second, source), source
         if node.arguments["alpha"] != 1:
-            raise refuse(node, f"it multiplies the second by alpha={node.arguments['alpha']} in the same step")
+            raise refuse(node, f"it multiplies the second term by alpha={node.arguments['alpha']}")
         if first.shape != second.shape:
-            raise refuse(node, f"its terms have shapes {first.shape} and {second.shape}, of which one is repeated")
+            raise refuse(node, f"its terms have shapes {first.shape} and {second.shape}, and one of them is broadcast")
         if node.op == "add" and source in (first, second):
-            # Addition commutes, to the bit.
+            # Addition commutes bit by bit.
             return Residual(self.branch(second if source is first else first, source)), source
         sign = 1.0 if node.op == "add" else -1.0
         return Sum(self.branch(first, source), self.branch(second, source), weights=(1.0, sign)), source
@@ -96,13 +96,13 @@ class _Lowering:
                 first, second = second, first
             shapes = [first.shape, node.shape if second.shape == (node.shape[0], 1, 1) else second.shape]
         if any(shape != node.shape for shape in shapes):
-            raise refuse(node, f"its factors have shapes {first.shape} and {second.shape}, of which one is repeated otherwise than over pixels")
+            raise refuse(node, f"its factors have shapes {first.shape} and {second.shape}, and one of them is broadcast other than over pixels")
         return kind(self.branch(first, source), self.branch(second, source))
 
 
 def _one_row(node: Node, constant: Tensor) -> Tensor:
-    """A constant that is the same for every sample, (…, k, D), with one row (1, k, D). Raises UnsupportedLayer where rows differ."""
+    """A constant that is the same for every sample, (…, k, D), as (1, k, D). Raises UnsupportedLayer if it differs between samples."""
     rows = constant if constant.dim() == 3 else constant.unsqueeze(0)
     if rows.dim() != 3 or not torch.equal(rows, rows[:1].expand_as(rows)):
-        raise refuse(node, "it joins a constant that differs from sample to sample")
+        raise refuse(node, "it concatenates a constant that differs between samples")
     return rows[:1]

@@ -1,6 +1,6 @@
-"""Which layer computes a node: one function an operation of torch. A layer's forward calls that very operation, with the same arguments.
+"""The layer for each torch operation: one function per operation. The forward pass of the layer calls that operation with the same arguments.
 
-`capture` compares the outputs of chain and module to the bit, so a wrong entry here is a refusal, not a false certificate.
+`capture` compares the outputs of Chain and module bit by bit, so a wrong entry here leads to a refusal, not to a false certificate.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from robustlip.ops.normalization import BATCH_NORMS
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
-# Joins of several values, which `lower` knows.
+# Joins of several values, which `lower` translates.
 JOINS = ("add", "sub", "cat", "mul", "multiply", "maximum", "minimum", "max", "min")
-# Operations of two terms, of which either may be the constant.
+# Operations of two terms, either of which may be the constant.
 _TERMS = ("add", "sub", "mul", "subtract", "multiply", "rsub")
 
 
 def operation(*names: str) -> Callable[[Maker], Maker]:
-    """Function decorator: this makes the layer of nodes with these operations."""
+    """Function decorator: the function makes the layer for nodes with these operations."""
 
     def add(make: Maker) -> Maker:
         for name in names:
@@ -57,18 +57,18 @@ def operation(*names: str) -> Callable[[Maker], Maker]:
     return add
 
 
-def refuse(node: Node, why: str, remedy: str = "write it in operations that are, or attack the model, which needs no layers") -> UnsupportedLayer:
-    return UnsupportedLayer(f"expected operations that a layer with a proved rule computes, got {node.where()}: {why}; {remedy}")
+def refuse(node: Node, why: str, remedy: str = "use other operations, or attack the model, which needs no layers") -> UnsupportedLayer:
+    return UnsupportedLayer(f"expected operations for which a layer has a proved rule, got {node.where()}: {why}; {remedy}")
 
 
 _NOT_ATTENTION = (
-    "it is no self-attention that is known, of tokens (N, T, D) whose queries, keys and values are linear in the same tokens, head by head, with a "
-    "constant mask"
+    "it is not a supported self-attention: tokens (N, T, D) whose queries, keys and values are linear functions of the same tokens for each "
+    "head, with a constant mask"
 )
 
 
 def layer_of(node: Node) -> nn.Module:
-    """The layer that computes a node of one input. Raises UnsupportedLayer where there is none."""
+    """The layer that computes a node with one input. Raises UnsupportedLayer if there is none."""
     make = LAYERS.get(node.op)
     if make is None:
         raise refuse(node, _NOT_ATTENTION if node.op in ("scaled_dot_product_attention", "softmax", "matmul", "bmm") else "no layer computes it")
@@ -82,11 +82,11 @@ def layer_of(node: Node) -> nn.Module:
     except UnsupportedLayer:
         raise
     except (BadInput, ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise refuse(node, f"with these arguments it is no layer ({type(error).__name__}: {first_line(error)[:200]})") from error
+        raise refuse(node, f"with these arguments there is no layer ({type(error).__name__}: {first_line(error)[:200]})") from error
 
 
 def is_identity(node: Node) -> bool:
-    """Whether a node gives its first argument back, number for number."""
+    """Whether a node returns its first argument unchanged, bit by bit."""
     a = node.arguments
     if node.op in ("contiguous", "clone", "alias", "detach", "lift_fresh_copy"):
         return True
@@ -95,9 +95,9 @@ def is_identity(node: Node) -> bool:
     source = source_of(node)
     if source is None:
         return False
-    if node.op in ("to", "_to_copy", "type_as"):  # of a dtype that the value has already
+    if node.op in ("to", "_to_copy", "type_as"):  # to a dtype that the value already has
         return node.dtype == source.dtype and node.shape == source.shape
-    if node.stray or source.stray:  # of these no shape is known
+    if node.stray or source.stray:  # their shape is not known
         return False
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
@@ -111,20 +111,20 @@ def is_identity(node: Node) -> bool:
 
 
 def source_of(node: Node) -> Node | None:
-    """The first argument, where it depends on the input."""
+    """The first argument, if it depends on the input."""
     source = node.arguments.get("self", node.arguments.get("input"))
     return source if isinstance(source, Node) else None
 
 
 def own(value: Tensor | None) -> nn.Parameter | None:
-    """A weight: the module's own parameter, or what was folded as a parameter that is not trained."""
+    """A weight: the module's own parameter, or a constant as a parameter that is not trained."""
     if value is None or isinstance(value, nn.Parameter):
         return value
     return nn.Parameter(value.detach(), requires_grad=False)
 
 
 def _filled(layer: nn.Module, **values: Tensor | None) -> nn.Module:
-    """A layer made on the meta device, with its weights put in. Number by number they are those of the module."""
+    """A layer made on the meta device, with its weights set. They are equal to those of the module."""
     for name, value in values.items():
         if name in layer._buffers:
             layer._buffers[name] = value
@@ -155,7 +155,7 @@ def _made(node: Node) -> nn.Module:
 def _embedding(node: Node) -> nn.Module:
     a = node.arguments
     if not isinstance(a["weight"], Tensor) or a["scale_grad_by_freq"] or a["sparse"]:
-        raise refuse(node, "its table depends on the input, or its gradients are of another kind")
+        raise refuse(node, "its table depends on the input, or it has options that change gradients")
     made = nn.Embedding(int(a["weight"].shape[0]), int(a["weight"].shape[1]), device="meta")
     return _filled(made, weight=a["weight"])
 
@@ -190,9 +190,9 @@ def _transposed(node: Node) -> nn.Module:
 def _batch_norm(node: Node) -> nn.Module:
     a = node.arguments
     if a["training"] or a["running_mean"] is None:
-        raise refuse(node, "it normalises by the samples of the batch, which mixes them", "call model.eval(), and keep running statistics")
+        raise refuse(node, "it normalises with statistics of the batch, which mixes samples", "call model.eval(), and keep running statistics")
     if len(node.shape) > 4:
-        raise refuse(node, "it is of samples of more than four dimensions; known are vectors, signals, images and volumes")
+        raise refuse(node, "its samples have more than four dimensions; supported are vectors, signals, images and volumes")
     kind: Any = BATCH_NORMS[max(0, len(node.shape) - 2)]
     made: nn.Module = kind(len(a["running_mean"]), eps=a["eps"], momentum=a["momentum"], affine=a["weight"] is not None, device="meta")
     made = _filled(made, weight=a["weight"], bias=a["bias"], running_mean=a["running_mean"], running_var=a["running_var"])
@@ -215,7 +215,7 @@ def _rms_norm(node: Node) -> nn.Module:
 
 
 def _windows(node: Node) -> tuple[Any, Any, Any]:
-    """(kernel, stride, padding) of a pooling operation, by dimension."""
+    """(kernel, stride, padding) of a pooling operation, one number per dimension."""
     a, n = node.arguments, len(node.shape) - 1
     kernel = _ints(a["kernel_size"], n)
     return kernel, _ints(a["stride"], n) if a["stride"] else kernel, _ints(a["padding"], n)
@@ -274,13 +274,13 @@ def _mean(node: Node) -> nn.Module:
         return pool if node.arguments["keepdim"] else nn.Sequential(pool, nn.Flatten(1))
     if rank == 3 and dims == [1] and not node.arguments["keepdim"]:
         return MeanTokens()
-    raise refuse(node, f"it is the mean over dimensions {dims} of {rank}; known are those over pixels and over tokens")
+    raise refuse(node, f"it is the mean over dimensions {dims} of {rank}; supported are means over pixels and over tokens")
 
 
 @operation(*(name for name in VIEWS if name != "squeeze"))
 def _flatten(node: Node) -> nn.Module:
     if not node.shape:
-        raise refuse(node, "it leaves a number a sample, not a vector")
+        raise refuse(node, "its result is one number per sample, not a vector")
     return nn.Flatten(1) if len(node.shape) == 1 else View(*node.shape)
 
 
@@ -290,12 +290,12 @@ def _permute(node: Node) -> nn.Module:
     assert source is not None
     order = order_of(node, len(source.shape) + 1)
     if order is None or order[0] != 0:
-        raise refuse(node, "it moves the samples' dimension, or in an order that is not known")
+        raise refuse(node, "it moves the batch dimension, or its order of dimensions is not supported")
     return Permute(*order)
 
 
 def order_of(node: Node, rank: int) -> tuple[int, ...] | None:
-    """The order of dimensions, samples included, that a node puts them in; None where it is another operation or unclear."""
+    """The order of dimensions, batch dimension included, that a node makes; None for another operation or an unclear order."""
     a = node.arguments
     if node.op == "permute":
         return tuple(int(d) % rank for d in a["dims"])
@@ -319,9 +319,9 @@ def _select(node: Node) -> nn.Module:
     assert source is not None
     dim = node.arguments["dim"] % (len(source.shape) + 1)
     if dim == 0 or not isinstance(index, int):
-        raise refuse(node, "it takes samples, or a place that depends on values")
+        raise refuse(node, "it selects samples, or its index depends on values")
     if not node.shape:
-        raise refuse(node, "it leaves a number a sample, not a vector")
+        raise refuse(node, "its result is one number per sample, not a vector")
     return SelectToken(index) if dim == 1 and len(source.shape) == 2 else Select(dim, index)
 
 
@@ -349,17 +349,17 @@ def _channel_shuffle(node: Node) -> nn.Module:
 
 
 def channel_dimension(rank: int) -> int:
-    """The dimension of channels of values of that rank, samples included, counted from the front."""
+    """The channel dimension of values of that rank (batch dimension included), counted from 0."""
     return channels_at(rank) % rank
 
 
 def is_channel(dim: int, rank: int) -> bool:
-    """Whether a dimension of values of that rank, samples included, is the one of channels."""
+    """Whether a dimension is the channel dimension of values of that rank (batch dimension included)."""
     return dim % rank == channel_dimension(rank)
 
 
 def pads(node: Node) -> tuple[int, ...] | None:
-    """(left, right, top, bottom) of a node that pads images, two numbers of signals, six of volumes; None where it pads channels too."""
+    """(left, right, top, bottom) of a node that pads images, two numbers for signals, six for volumes; None if it also pads channels."""
     given, source = list(node.arguments["pad"]), source_of(node)
     if source is None or not 2 <= len(source.shape) <= 4 or len(given) > 2 * (len(source.shape) - 1):
         return None
@@ -370,7 +370,7 @@ def pads(node: Node) -> tuple[int, ...] | None:
 def _pad(node: Node) -> nn.Module:
     sides, mode, value = pads(node), node.arguments.get("mode", "constant"), node.arguments.get("value")
     if sides is None or mode not in ("constant", "reflect", "replicate", "circular"):
-        raise refuse(node, "it pads other dimensions than those behind the channels of signals, images or volumes")
+        raise refuse(node, "it pads other dimensions than those after the channels of signals, images or volumes")
     if mode == "constant" and value in (None, 0) and len(sides) == 4 and min(sides) >= 0:
         return nn.ZeroPad2d((sides[0], sides[1], sides[2], sides[3]))
     name = {"constant": "Constant", "reflect": "Reflection", "replicate": "Replication", "circular": "Circular"}[mode]
@@ -385,7 +385,7 @@ def _group_sort(node: Node) -> nn.Module:
 
 
 def channel_slice(node: Node) -> tuple[int, int] | None:
-    """(start, stop) of the channels that a node takes of its first argument, in their order; None where it takes something else."""
+    """(start, stop) of the channels that a node takes from its first argument, in order; None if it takes something else."""
     source, a = source_of(node), node.arguments
     if source is None or node.op not in ("narrow", "slice") or not is_channel(a["dim"], len(source.shape) + 1):
         return None
@@ -404,7 +404,7 @@ def _channels(node: Node) -> nn.Module:
     assert source is not None
     dim = a["dim"] % (len(source.shape) + 1)
     if dim == 0:
-        raise refuse(node, "it takes some of the samples")
+        raise refuse(node, "it selects some of the samples")
     places = slice(a["start"], a["start"] + a["length"]) if node.op == "narrow" else slice(a["start"], a["end"], a["step"])
     start, stop, step = places.indices(source.shape[dim - 1])
     return Slice(dim, start, stop, step)
@@ -425,7 +425,7 @@ def _written_norm(node: Node) -> nn.Module:
     return WrittenNorm(node.shape[-1], node.arguments["expression"], own(node.arguments["weight"]))
 
 
-# ---- elementwise: the class that calls the operation, with its options
+# ---- elementwise: the class that computes the operation, with its options
 
 
 
@@ -475,11 +475,11 @@ def _prelu(node: Node) -> nn.Module:
 
 
 def _by_channel(node: Node, value: Any) -> Tensor:
-    """A constant as one number, one a channel (C,) or a table, in the dtype that torch computes in. Raises UnsupportedLayer for other shapes."""
+    """A constant as one number, one per channel (C,) or a table, in the dtype in which torch computes. Raises UnsupportedLayer for other shapes."""
     source = source_of(node)
     assert source is not None
     if isinstance(value, bool | complex) or not isinstance(value, Tensor | int | float):
-        raise refuse(node, f"its constant is {value!r}; known are numbers and tensors of them")
+        raise refuse(node, f"its constant is {value!r}; supported are numbers and tensors")
     if not isinstance(value, Tensor):
         return torch.tensor([float(value)], dtype=torch.float64)
     rank = len(source.shape) + 1
@@ -489,22 +489,22 @@ def _by_channel(node: Node, value: Any) -> Tensor:
     elsewhere = any(n != 1 for i, n in enumerate(sizes) if i != channel)
     fits = len(sizes) == rank and node.shape == source.shape and sizes[0] == 1
     if not fits or any(n not in (1, m) for n, m in zip(sizes[1:], source.shape, strict=True)):
-        raise refuse(node, f"its constant has shape {tuple(value.shape)} for samples {source.shape}; known are numbers and tables of one sample")
+        raise refuse(node, f"its constant has shape {tuple(value.shape)} for samples {source.shape}; supported are numbers and tables of one sample")
     if elsewhere or sizes[channel] not in (1, channels):
         return value.detach().reshape(sizes[1:]) if rank > 2 else value.detach().reshape(-1)
     return value.detach().reshape(-1)
 
 
 def _typed(node: Node, value: Tensor) -> Tensor:
-    """A plain number is what torch makes of it in the dtype of the samples; a tensor stays as it is."""
+    """A plain number, converted as torch converts it for the dtype of the samples; a tensor is returned unchanged."""
     return value.to(node.dtype) if value.dtype == torch.float64 and node.dtype is not None else value
 
 
 def _plain_terms(node: Node) -> tuple[Any, bool]:
-    """(the constant of a node of two terms, whether it stands in front)."""
+    """(the constant of a node of two terms, whether it is the first term)."""
     first, second = node.arguments["self"], node.arguments["other"]
     if node.arguments.get("alpha", 1) != 1:
-        raise refuse(node, f"it multiplies the second by alpha={node.arguments['alpha']} in the same step")
+        raise refuse(node, f"it multiplies the second term by alpha={node.arguments['alpha']}")
     return (second, False) if isinstance(first, Node) else (first, True)
 
 
@@ -518,7 +518,7 @@ def _mul(node: Node) -> nn.Module:
 def _div(node: Node) -> nn.Module:
     value, front = _plain_terms(node)
     if front or node.arguments.get("rounding_mode") is not None:
-        raise refuse(node, "it divides by what depends on the input, or rounds")
+        raise refuse(node, "it divides by a value that depends on the input, or rounds the quotient")
     divisor = _typed(node, _by_channel(node, value))
     if not bool((divisor != 0).all()):
         raise refuse(node, "it divides by 0")
@@ -529,7 +529,7 @@ def _div(node: Node) -> nn.Module:
 def _power(node: Node) -> nn.Module:
     exponent = node.arguments.get("exponent", 2)
     if not isinstance(node.arguments["self"], Node) or isinstance(exponent, Tensor | Node) or exponent not in (2, 3):
-        raise refuse(node, f"it raises to the power {exponent if not isinstance(exponent, Tensor | Node) else 'of a tensor'}; known are 2 and 3")
+        raise refuse(node, f"it raises to the power {exponent if not isinstance(exponent, Tensor | Node) else 'of a tensor'}; supported are 2 and 3")
     square = Product(nn.Identity(), nn.Identity())
     return square if exponent == 2 else Product(square, nn.Identity())
 
@@ -551,7 +551,7 @@ def _shift(node: Node) -> nn.Module:
 
 
 def _facing(node: Node) -> Node:
-    """The same node with the value that depends on the input as `self`."""
+    """The same node with its arguments exchanged so that `self` depends on the input."""
     if isinstance(node.arguments["self"], Node):
         return node
     return replace(node, arguments={**node.arguments, "self": node.arguments["other"], "other": node.arguments["self"]})
@@ -561,16 +561,16 @@ def _facing(node: Node) -> Node:
 def _clamp(node: Node) -> nn.Module:
     low, high = node.arguments.get("min"), node.arguments.get("max")
     if any(isinstance(bound, Tensor | Node) for bound in (low, high)):
-        raise refuse(node, "its bounds are tensors; known are plain numbers")
+        raise refuse(node, "its bounds are tensors; supported are plain numbers")
     return Clamp(low, high)
 
 
 @operation("maximum", "minimum", "max", "min")
 def _bounded(node: Node) -> nn.Module:
-    """Of a value and one number: a clamp."""
+    """maximum or minimum of a value and one number: a clamp."""
     bound = node.arguments.get("other")
     if not isinstance(bound, Tensor) or bound.numel() != 1 or bound.dtype != node.dtype or not isinstance(node.arguments["self"], Node):
-        raise refuse(node, "it is along a dimension, or of a constant that is more than one number")
+        raise refuse(node, "it acts along a dimension, or its constant is more than one number")
     return Clamp(float(bound), None) if node.op.startswith("max") else Clamp(None, float(bound))
 
 
