@@ -20,7 +20,7 @@ from robustlip.attacks.spaces import EmbeddingSpace, InputSpace, Space, round_do
 from robustlip.attacks.weight_space import WeightSpace
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput, RobustlipError
-from robustlip.execution import covered
+from robustlip.execution import covered_kernels
 from robustlip.geometry import length
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_request
@@ -185,7 +185,7 @@ class Attack(ABC):
         self.check_threat(threat)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         target = Target(model)
-        with preserved(model), in_eval_mode(model), covered(target.kind):
+        with preserved(model), in_eval_mode(model), covered_kernels(target.kind):
             check_finite_weights(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)

@@ -15,7 +15,7 @@ from robustlip.attacks.spaces import Space
 from robustlip.attacks.weight_space import WeightSpace
 from robustlip.checks import check_fit
 from robustlip.errors import BadInput, RobustlipError, first_line
-from robustlip.execution import covered
+from robustlip.execution import covered_kernels
 from robustlip.geometry import per_sample, safe_divide
 from robustlip.modes import in_eval_mode, undrawn
 from robustlip.samples import as_samples, as_threat
@@ -70,7 +70,7 @@ def observed_sensitivity(
     x, threat = as_samples(x)[0], as_threat(threat)
     x = x.double() if x.is_floating_point() else x
     target = Target(_double(model))
-    with undrawn(), in_eval_mode(target.module), covered(target.kind), torch.enable_grad():
+    with undrawn(), in_eval_mode(target.module), covered_kernels(target.kind), torch.enable_grad():
         x = x.clone()
         target.check_inputs(x)
         check_fit(target.module, x)

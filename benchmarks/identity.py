@@ -50,7 +50,7 @@ def unit(seed: int, at: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for threat in threats:
         for name, method in METHODS.items():
-            if method.applies(model, threat) or family in DEAR_ON.get(name, ()):
+            if method.why_not(model, threat) or family in DEAR_ON.get(name, ()):
                 continue
             few = min(SAMPLES.get(name, MOST), MOST if family != "zoo" else 2)
             try:

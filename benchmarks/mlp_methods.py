@@ -22,7 +22,7 @@ from torch import nn
 from robustlip.attacks import by_name
 from robustlip.certifiers.constants import constants_of
 from robustlip.data import load_data
-from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radii, sdp_applies, sdp_radii
+from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radii, sdp_radii, sdp_why_not
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import global_radii
 from robustlip.layers import Chain
@@ -80,7 +80,7 @@ def measure(name: str, norm: str, samples: int, lirpa: int) -> list[dict[str, ob
     rows = []
     context = Context(torch.float32, constants_of(model)[1])
     for method, run in METHODS.items():
-        if method == "sdp" and sdp_applies(model, threat):
+        if method == "sdp" and sdp_why_not(model, threat):
             continue
         with torch.no_grad():
             (radius, _), seconds = timed(lambda run=run: run(model, x, y, model.scores(x), threat, context))  # type: ignore[misc]

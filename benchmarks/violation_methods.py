@@ -220,7 +220,7 @@ def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally, 
         inner = model.embed(x) if isinstance(threat, EmbeddingBall) else x
         found: tuple[Tensor, Tensor] | None = None
         for name in names:
-            if METHODS[name].applies(model, threat) or (family == "zoo" and name in DEAR_ON_THE_ZOO and not named):
+            if METHODS[name].why_not(model, threat) or (family == "zoo" and name in DEAR_ON_THE_ZOO and not named):
                 continue
             begun = time.perf_counter()
             few = SAMPLES.get(name, MOST)

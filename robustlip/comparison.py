@@ -101,7 +101,8 @@ class Comparison:
 
     def to_json_dict(self) -> dict[str, Any]:
         wins = self.wins()
-        rows = [self.row(name, r, self.seconds[name]) | {"what": methods()[name].what, "largest_on": wins[name]} for name, r in self.radius.items()]
+        what = {name: methods()[name].description for name in self.radius}
+        rows = [self.row(name, r, self.seconds[name]) | {"what": what[name], "largest_on": wins[name]} for name, r in self.radius.items()]
         attack = None
         if self.attacked is not None:
             attack = {key: value for key, value in self.row(self.attack, self.attacked, self.attack_seconds).items() if key != "fraction_of_attack"}
@@ -188,7 +189,7 @@ def _run(
 ) -> Comparison:
     free = replace(running.threat, radius=None)
     for name, method in methods().items():
-        if reason := method.applies(chain, free):
+        if reason := method.why_not(chain, free):
             running.left_out[name] = reason
         elif name in SLOW and not slow:
             running.left_out[name] = "takes minutes; --slow runs it too"

@@ -34,7 +34,7 @@ from robustlip.data import Dataset, load_data
 from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
-from robustlip.execution import covered
+from robustlip.execution import covered_kernels
 from robustlip.files import read_toml
 from robustlip.geometry import length
 from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
@@ -393,7 +393,7 @@ def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray
     """The predictions (N,) of a model that is not certified. Raises BadInput where it does not take the data."""
     target = Target(model)
     found = []
-    with undrawn(), covered(target.kind), in_eval_mode(model):
+    with undrawn(), covered_kernels(target.kind), in_eval_mode(model):
         for start in range(0, len(data), batch_size):
             x = data.x[start : start + batch_size]
             x = x.to(target.device(x), target.dtype(x) if x.is_floating_point() else x.dtype)

@@ -19,7 +19,7 @@ from robustlip.attacks.regions import search
 from robustlip.certifiers.boxes import outputs_hold
 from robustlip.data.vnnlib import Case, Property, read_property
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.execution import covered
+from robustlip.execution import covered_kernels
 from robustlip.modes import in_eval_mode
 
 HOLDS, VIOLATED, UNKNOWN, TIMEOUT = "unsat", "sat", "unknown", "timeout"
@@ -136,7 +136,7 @@ def decide(model: nn.Module, prop: Property, seconds: float = DEFAULT_SECONDS, *
     if shape is None or first is None:
         raise BadInput("expected a network that says the shape of its input, got one that does not; give an .onnx file")
     count = int(torch.Size(shape).numel())
-    with in_eval_mode(model), covered(first.device.type):
+    with in_eval_mode(model), covered_kernels(first.device.type):
         with torch.no_grad():
             outputs = model(torch.zeros(1, *shape, dtype=first.dtype)).numel()
         if (prop.inputs, prop.outputs) != (count, outputs):

@@ -51,8 +51,7 @@ from robustlip.domains.quadratic.program import holds, program_of
 from robustlip.domains.quadratic.reach import row_gains
 from robustlip.layers import Chain, Normalize, ScaledGELU, as_chain
 from robustlip.models import LipschitzGPT
-from robustlip.numerics.enclosures import Ball as Enclosure
-from robustlip.numerics.enclosures import Rows
+from robustlip.numerics.enclosures import Enclosure, SparseRows
 from robustlip.threats import EmbeddingBall, InputBall
 
 NORMS = ("l2", "linf", "l1")
@@ -541,7 +540,7 @@ def test_rows_of_pairs_enclose_differences_of_both_rows() -> None:
 
 def test_errors_of_coefficients_count_at_the_size_of_what_they_meet() -> None:
     """A coefficient that is known to 0.1, on numbers that are known to 0.5: all products of the two are enclosed."""
-    rows = Rows(torch.tensor([[1, 0]]), torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([[0.1, 0.3]], dtype=torch.float64), 2)
+    rows = SparseRows(torch.tensor([[1, 0]]), torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([[0.1, 0.3]], dtype=torch.float64), 2)
     ball = Enclosure(torch.tensor([[4.0], [-3.0]], dtype=torch.float64), torch.tensor([[0.5], [0.25]], dtype=torch.float64))
     found, dense = rows.apply(ball), rows.dense()
     for c, e, signs in product((0, 1), (0, 1), product((-1, 1), repeat=2)):

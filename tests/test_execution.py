@@ -18,7 +18,7 @@ from robustlip.certifiers import lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.certifiers.smoothing import certify_smoothed, predict_smoothed
 from robustlip.errors import BadInput
-from robustlip.execution import check_program, covered, execution_of
+from robustlip.execution import check_program, covered_kernels, execution_of
 from robustlip.hashing import architecture_sha256
 from robustlip.layers import Attention, Chain, MaxMin, Residual, Sum
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall
@@ -146,11 +146,11 @@ def test_patched_classes_and_functions_are_refused(monkeypatch, owner, name) -> 
 
 def test_a_method_of_torch_in_the_place_of_another_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(nn.ReLU, "forward", nn.Tanh.forward)
-    with pytest.raises(BadInput, match="ReLU with another forward"):
+    with pytest.raises(BadInput, match="ReLU with a replaced forward"):
         proved(mlp())
     monkeypatch.undo()
     monkeypatch.setattr(F, "relu", F.silu)
-    with pytest.raises(BadInput, match=r"another torch\.nn\.functional\.relu"):
+    with pytest.raises(BadInput, match=r"a replaced torch\.nn\.functional\.relu"):
         proved(mlp())
 
 
@@ -158,7 +158,7 @@ def test_a_patched_layer_of_ours_is_refused(monkeypatch) -> None:
     model = nn.Sequential(nn.Linear(8, 16), MaxMin(), nn.Linear(16, 4)).eval()
     proved(model)
     monkeypatch.setattr(MaxMin, "forward", lambda self, x: x.flip(-1))
-    with pytest.raises(BadInput, match="MaxMin with another forward"):
+    with pytest.raises(BadInput, match="MaxMin with a replaced forward"):
         proved(model)
 
 
@@ -423,7 +423,7 @@ def test_the_certificate_names_its_execution() -> None:
 
 def test_covered_kernels_on_cuda_are_the_named_ones() -> None:
     before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn.enabled
-    with covered("cuda"):
+    with covered_kernels("cuda"):
         assert torch.backends.cuda.math_sdp_enabled()
         assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -433,7 +433,7 @@ def test_covered_kernels_on_cuda_are_the_named_ones() -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_covered_keeps_the_gradient_mode(grad) -> None:
-    with torch.set_grad_enabled(grad), covered("cpu"):
+    with torch.set_grad_enabled(grad), covered_kernels("cpu"):
         assert torch.is_grad_enabled() == grad
-    with torch.inference_mode(), covered("cpu"):
+    with torch.inference_mode(), covered_kernels("cpu"):
         assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

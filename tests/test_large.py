@@ -49,7 +49,7 @@ def test_distances_are_those_of_the_whole_table_to_the_bit(space: str, monkeypat
         table = up(dual_length(difference, space, 2) * (1 + 1e-12 * 7**0.5))
     y = torch.tensor([3, 39, 3, 0, 5])
     for room in (10**6, 300, 70, 1):
-        monkeypatch.setattr(of_margins, "numbers_at_once", lambda like, room=room: room)
+        monkeypatch.setattr(of_margins, "chunk_numbers", lambda like, room=room: room)
         found = Distances(rows, space)
         for _ in range(2):
             assert torch.equal(found.of(y), table[y]) and torch.equal(found.of(torch.tensor([6])), table[[6]])

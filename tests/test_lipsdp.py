@@ -21,12 +21,12 @@ from robustlip.certifiers import METHODS, certify
 from robustlip.domains.norms import Context
 from robustlip.domains.quadratic import (
     Constants,
-    eclipse_applies,
     eclipse_constants,
     eclipse_radii,
-    lipsdp_applies,
+    eclipse_why_not,
     lipsdp_constants,
     lipsdp_radii,
+    lipsdp_why_not,
     network_of,
     product_of_norms,
 )
@@ -39,7 +39,7 @@ from robustlip.domains.quadratic.reach import row_gains, through_activation, thr
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, NextTokenChain, Normalize, ScaledGELU
 from robustlip.models import LipschitzGPT, LipschitzMLP
-from robustlip.numerics.enclosures import Ball, Rows, dominating, product, proved_positive, sandwich
+from robustlip.numerics.enclosures import Enclosure, SparseRows, dominating, product, proved_positive, sandwich
 from robustlip.threats import EmbeddingBall, InputBall, parse_threat
 
 
@@ -87,7 +87,7 @@ def upper_pairs(table: torch.Tensor) -> torch.Tensor:
 def test_products_of_balls_enclose_exact_products(shape) -> None:
     m, k, n = shape
     scale = 10.0 ** torch.randint(-8, 8, (m, k)).double()
-    a, b = Ball(torch.randn(m, k).double() * scale, torch.rand(m, k).double() * 1e-10), Ball(torch.randn(k, n).double())
+    a, b = Enclosure(torch.randn(m, k).double() * scale, torch.rand(m, k).double() * 1e-10), Enclosure(torch.randn(k, n).double())
     result = product(a, b)
     turned = product(b.mT, a.mT)  # the radius may stand on either side
     assert bool(((turned.mid.mT - result.mid).abs() <= result.rad).all())
@@ -106,11 +106,11 @@ def test_products_of_balls_enclose_exact_products(shape) -> None:
 def test_rows_are_the_matrices_they_stand_for() -> None:
     for kind in ACTIVATIONS:
         constraint = constraint_of(ACTIVATIONS[kind](12), 12)
-        x = Ball(torch.randn(12, 5).double())
+        x = Enclosure(torch.randn(12, 5).double())
         for rows in (constraint.keep, constraint.read):
             dense = rows.dense()
             assert bool(((rows.apply(x).mid - dense.mid @ x.mid).abs() <= rows.apply(x).rad + 1e-14).all())
-        square = Ball(torch.randn(12, 12).double())
+        square = Enclosure(torch.randn(12, 12).double())
         both = constraint.read.dense().mid @ square.mid @ constraint.keep.dense().mid.mT
         torch.testing.assert_close(sandwich(constraint.read, square, constraint.keep).mid, both, rtol=1e-12, atol=1e-13)
 
@@ -120,7 +120,7 @@ def test_dominating_matrices_dominate() -> None:
         torch.manual_seed(seed)
         mid, rad = torch.randn(6, 6).double(), torch.rand(6, 6).double() * 0.3
         mid = mid + mid.mT
-        top = dominating(Ball(mid, rad))
+        top = dominating(Enclosure(mid, rad))
         assert bool((top == top.mT).all())
         for _ in range(20):
             shift = (torch.rand(6, 6).double() * 2 - 1) * rad
@@ -139,12 +139,12 @@ def test_positive_means_positive(size) -> None:
             values = torch.linspace(1, 2, size, dtype=torch.float64)
             values[0] = smallest
             plain = (q * values) @ q.mT
-            assert proved_positive(Ball((plain + plain.mT) / 2)) is expected
+            assert proved_positive(Enclosure((plain + plain.mT) / 2)) is expected
             matrix = stretch @ plain @ stretch  # scaling rows and columns changes no sign
-            assert proved_positive(Ball((matrix + matrix.mT) / 2)) in ((expected,) if not expected else (True, False))
-    assert not proved_positive(Ball(torch.full((2, 2), torch.nan, dtype=torch.float64)))
-    assert not proved_positive(Ball(torch.eye(3, dtype=torch.float64), torch.full((3, 3), 0.5, dtype=torch.float64)))
-    assert not proved_positive(Ball(torch.zeros(2, 2, dtype=torch.float64)))
+            assert proved_positive(Enclosure((matrix + matrix.mT) / 2)) in ((expected,) if not expected else (True, False))
+    assert not proved_positive(Enclosure(torch.full((2, 2), torch.nan, dtype=torch.float64)))
+    assert not proved_positive(Enclosure(torch.eye(3, dtype=torch.float64), torch.full((3, 3), 0.5, dtype=torch.float64)))
+    assert not proved_positive(Enclosure(torch.zeros(2, 2, dtype=torch.float64)))
 
 
 def test_radii_of_balls_are_not_forgotten() -> None:
@@ -156,11 +156,11 @@ def test_radii_of_balls_are_not_forgotten() -> None:
         matrix = (q * values) @ q.mT
         matrix = (matrix + matrix.mT) / 2
         corner = torch.outer(q[:, 0], q[:, 0])
-        assert proved_positive(Ball(matrix))
-        assert not proved_positive(Ball(matrix, 1.01e-5 * corner.abs()))  # the member matrix − 1.01e-5·corner is not positive
+        assert proved_positive(Enclosure(matrix))
+        assert not proved_positive(Enclosure(matrix, 1.01e-5 * corner.abs()))  # the member matrix − 1.01e-5·corner is not positive
     mid = torch.tensor([[1.0, 1 - 1e-7], [1 - 1e-7, 1.0]], dtype=torch.float64)
-    assert proved_positive(Ball(mid))
-    assert not proved_positive(Ball(mid, torch.full((2, 2), 1e-6, dtype=torch.float64)))
+    assert proved_positive(Enclosure(mid))
+    assert not proved_positive(Enclosure(mid, torch.full((2, 2), 1e-6, dtype=torch.float64)))
 
 
 # ---- the constraints of activations, attacked by pairs of points
@@ -205,7 +205,7 @@ def rotated(constraint: Quadratic) -> Quadratic:
     turn = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64).repeat(width // 2, 1) / 2**0.5
     reach = constraint.write.coefficient[:, :1]
     error = torch.zeros_like(turn)
-    return replace(constraint, read=Rows(index, turn, error, width), write=Rows(index, turn * reach, error, width))
+    return replace(constraint, read=SparseRows(index, turn, error, width), write=SparseRows(index, turn * reach, error, width))
 
 
 FALSE = {
@@ -413,7 +413,7 @@ def test_the_matrix_of_the_textbook_agrees_about_every_multiplier(kind) -> None:
     model = mlp([4, 6, 5, 3], kind, 5)
     network = network_of(model)
     rows = pair_rows(network.head)[0]
-    program = program_of(network, Ball(rows.mid[:1], rows.rad[:1]))
+    program = program_of(network, Enclosure(rows.mid[:1], rows.rad[:1]))
     first, second, c = model[0].weight.detach(), model[2].weight.detach(), rows.mid[:1].mT
     low, high = {"relu": (0.0, 1.0), "gelu": (-0.1289042, 1.1289042)}[kind]
     start = program.join(fast_multipliers(network, 1.5)[0])
@@ -453,7 +453,7 @@ def test_no_multipliers_whatsoever_prove_less_than_is_true() -> None:
     model = mlp([3, 6, 6, 3], "relu", 3)
     network, below = network_of(model), brute_force(model)
     rows, first, second = pair_rows(network.head)
-    programs = [program_of(network, Ball(rows.mid[k : k + 1], rows.rad[k : k + 1])) for k in range(3)]
+    programs = [program_of(network, Enclosure(rows.mid[k : k + 1], rows.rad[k : k + 1])) for k in range(3)]
     start = programs[0].join(fast_multipliers(network, 1.5)[0])
     proved = 0
     for seed in range(30):
@@ -503,20 +503,20 @@ def test_a_cholesky_factor_that_is_wrong_proves_nothing(monkeypatch) -> None:
         return torch.eye(len(matrix), dtype=torch.float64), torch.zeros((), dtype=torch.int32)
 
     indefinite = torch.tensor([[1.0, 1.1], [1.1, 1.0]], dtype=torch.float64)
-    assert not proved_positive(Ball(indefinite)) and factorise(indefinite)[1] > 0
+    assert not proved_positive(Enclosure(indefinite)) and factorise(indefinite)[1] > 0
     monkeypatch.setattr(torch.linalg, "cholesky_ex", wrong)
-    assert not proved_positive(Ball(indefinite))
+    assert not proved_positive(Enclosure(indefinite))
     # The factor of the nearest positive matrix: residual and radius are each below the shift, together they are not. 1.07 is in the ball.
     root = 0.935**0.5
     near = torch.tensor([[root, 0.0], [root, 0.0]], dtype=torch.float64)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (near, torch.zeros((), dtype=torch.int32)))
     apart = 1 - torch.eye(2, dtype=torch.float64)
-    assert not proved_positive(Ball(torch.eye(2, dtype=torch.float64) + 0.97 * apart, 0.1 * apart))
+    assert not proved_positive(Enclosure(torch.eye(2, dtype=torch.float64) + 0.97 * apart, 0.1 * apart))
     monkeypatch.setattr(torch.linalg, "cholesky_ex", wrong)
     # Not positive by very little, which only the residual knows.
     nearly = torch.eye(3, dtype=torch.float64) * 2.0**-30
     nearly[0, 1] = nearly[1, 0] = 2.0**-30 * (1 + 1e-12)
-    assert not proved_positive(Ball(nearly))
+    assert not proved_positive(Enclosure(nearly))
 
 
 def test_a_step_is_the_smallest_and_never_below_it() -> None:
@@ -716,17 +716,17 @@ def test_constants_follow_the_weights(methods) -> None:
 
 def test_what_the_methods_are_not_for() -> None:
     good, large = mlp([4, 6, 3], "relu"), LipschitzMLP([4, 9000, 9000, 2])
-    for applies in (lipsdp_applies, eclipse_applies):
-        assert applies(good, InputBall("l2")) == ""
-        assert "embedding-l2" in applies(good, EmbeddingBall())
-        assert "begins with Embedding" in applies(LipschitzGPT("abc", 8, 2, 1), InputBall("l2"))
-        assert "ends with ReLU" in applies(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.ReLU())), InputBall("l2"))
-        assert "LayerNorm" in applies(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.LayerNorm(4), c=nn.Linear(4, 2))), InputBall("l2"))
-        assert "flattens" in applies(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.Flatten(), c=nn.Linear(4, 2))), InputBall("l2"))
+    for why_not in (lipsdp_why_not, eclipse_why_not):
+        assert why_not(good, InputBall("l2")) == ""
+        assert "embedding-l2" in why_not(good, EmbeddingBall())
+        assert "begins with Embedding" in why_not(LipschitzGPT("abc", 8, 2, 1), InputBall("l2"))
+        assert "ends with ReLU" in why_not(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.ReLU())), InputBall("l2"))
+        assert "LayerNorm" in why_not(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.LayerNorm(4), c=nn.Linear(4, 2))), InputBall("l2"))
+        assert "flattens" in why_not(Chain(OrderedDict(a=nn.Linear(4, 4), b=nn.Flatten(), c=nn.Linear(4, 2))), InputBall("l2"))
         between = Chain(OrderedDict(a=nn.Linear(4, 2), b=Normalize([0.0, 0.0], [1.0, 2.0]), c=nn.Linear(2, 2)))
-        assert "by channel" in applies(between, InputBall("l2"))
-        assert "neurons" in applies(large, InputBall("l2"))
-        assert "begins with ReLU" in applies(Chain(OrderedDict(a=nn.ReLU(), c=nn.Linear(2, 2))), InputBall("l2"))
+        assert "by channel" in why_not(between, InputBall("l2"))
+        assert "neurons" in why_not(large, InputBall("l2"))
+        assert "begins with ReLU" in why_not(Chain(OrderedDict(a=nn.ReLU(), c=nn.Linear(2, 2))), InputBall("l2"))
 
 
 def test_samples_that_are_not_vectors_are_refused(methods) -> None:

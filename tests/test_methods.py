@@ -43,7 +43,7 @@ MODELS = {"relu": relu_net, "gelu": gelu_net, "gpt": gpt}
 
 
 def able(model: Chain, threat: Threat) -> list[str]:
-    return [name for name, method in METHODS.items() if not method.applies(model, threat)]
+    return [name for name, method in METHODS.items() if not method.why_not(model, threat)]
 
 
 @pytest.fixture
@@ -209,14 +209,14 @@ def test_every_method_says_in_a_sentence_why_it_does_not_apply():
     out = 0
     for threat in (EmbeddingBall(), WeightBall("spectral")):
         for name, method in METHODS.items():
-            if reason := method.applies(model, threat):
+            if reason := method.why_not(model, threat):
                 out += 1
                 assert "\n" not in reason and len(reason.split()) >= 4
                 with pytest.raises(UnsupportedLayer) as caught:
                     certify(model, x, y, threat, name)
                 assert name in str(caught.value) and "\n" not in str(caught.value) and "best" in str(caught.value)
     assert out > 8
-    assert METHODS["global"].applies(model, WeightBall("spectral")) == ""
+    assert METHODS["global"].why_not(model, WeightBall("spectral")) == ""
 
 
 # ---- the comparison
@@ -350,7 +350,7 @@ def test_help_lists_the_methods(capsys):
     assert run("certify", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name, method in METHODS.items():
-        assert f"{name} {method.what}"[:60] in shown, name
+        assert f"{name} {method.description}"[:60] in shown, name
 
 
 def test_certificate_files_name_the_method_of_each_sample_and_verify(place, capsys):

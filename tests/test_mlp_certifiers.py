@@ -16,7 +16,7 @@ from torch import nn
 
 from robustlip.attacks import by_name
 from robustlip.certifiers.constants import constants_of
-from robustlip.domains.lines import crown_radii, ibp_radii, linear_applies, local_lipschitz_radii
+from robustlip.domains.lines import crown_radii, ibp_radii, linear_why_not, local_lipschitz_radii
 from robustlip.domains.lines import dense as network_module
 from robustlip.domains.lines.crown import (
     Ball,
@@ -36,7 +36,7 @@ from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import GlobalBound, global_radii
 from robustlip.domains.quadratic import multipliers as dual_module
-from robustlip.domains.quadratic import sdp_applies, sdp_radii
+from robustlip.domains.quadratic import sdp_radii, sdp_why_not
 from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
 from robustlip.domains.quadratic.multipliers import Search, clean_gradients
 from robustlip.errors import BadInput
@@ -66,7 +66,7 @@ from robustlip.ops.maps import mapped_layers
 from robustlip.threats import EmbeddingBall, InputBall
 
 METHODS = {"ibp": ibp_radii, "crown": crown_radii, "local-lipschitz": local_lipschitz_radii, "sdp": sdp_radii}
-APPLIES = {"ibp": linear_applies, "crown": linear_applies, "local-lipschitz": linear_applies, "sdp": sdp_applies}
+APPLIES = {"ibp": linear_why_not, "crown": linear_why_not, "local-lipschitz": linear_why_not, "sdp": sdp_why_not}
 ORDER = {"l2": 2.0, "linf": math.inf, "l1": 1.0}
 NORMS = tuple(ORDER)
 
@@ -298,7 +298,7 @@ def lower_bounds(network, ball: Ball, y: torch.Tensor, model: Chain) -> dict[str
         "crown": linear_margins(network, ball, boxes, y),
         "local": lipschitz_margins(network, ball, boxes, y, gains(network, ball.norm, context_of(model), model))[0],
     }
-    if not sdp_applies(model, InputBall(ball.norm)):
+    if not sdp_why_not(model, InputBall(ball.norm)):
         found["sdp"] = dual_margins(network, ball, boxes, y)
     return found
 
@@ -803,12 +803,12 @@ def test_layers_without_relaxation_are_named(layer, word) -> None:
 def test_threats_and_curves_that_do_not_fit_are_named(monkeypatch) -> None:
     relu, x, y, logits = make("relu")
     smooth = make("scaled-gelu")[0]
-    assert "embedding-l2" in linear_applies(relu, EmbeddingBall())
-    assert "tokens" in linear_applies(LipschitzGPT("abcd", 4, 1, 1), InputBall("l2"))
-    assert linear_applies(smooth, InputBall("linf")) == "" and "ScaledGELU" in sdp_applies(smooth, InputBall("linf"))
-    assert "hidden layer" in sdp_applies(make("linear")[0], InputBall("l2"))
+    assert "embedding-l2" in linear_why_not(relu, EmbeddingBall())
+    assert "tokens" in linear_why_not(LipschitzGPT("abcd", 4, 1, 1), InputBall("l2"))
+    assert linear_why_not(smooth, InputBall("linf")) == "" and "ScaledGELU" in sdp_why_not(smooth, InputBall("linf"))
+    assert "hidden layer" in sdp_why_not(make("linear")[0], InputBall("l2"))
     wide = as_chain(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bicubic"), nn.Flatten(), nn.Linear(4, 2)))
-    assert "bicubic" in linear_applies(wide, InputBall("l2"))
+    assert "bicubic" in linear_why_not(wide, InputBall("l2"))
     with pytest.raises(BadInput, match="ScaledGELU"):
         radii("sdp", *make("scaled-gelu")[:3], "l2")
     monkeypatch.setattr(dual_module, "LARGEST_FORM", 10)

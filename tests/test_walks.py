@@ -121,7 +121,7 @@ X, Y = torch.linspace(0, 1, 12).view(2, 6), torch.tensor([0, 1])
 # name → a walk over the layers of a model: it has to raise.
 WALKS = {
     "rules": lambda model: [rule_for(layer) for layer in flat(model)],
-    "traced norms": lambda model: trace.traced_scores(model, X),
+    "traced norms": lambda model: trace.scores_and_norms(model, X),
     "bounds of a model": lambda model: bounds.bound_of_chain(model, context()),
     "dense matrices": lambda model: mlp_network.network_of(model.double(), (6,), context()),
     "quadratic constraints": lambda model: sdp_network.network_of(model.double()),
@@ -159,9 +159,9 @@ def test_quadratic_constraints_accept_what_they_name() -> None:
 # name → the sentence that a method gives for a model, '' where it applies.
 REASONS = {
     "linear": lambda model: mlp_network.why_not(model, InputBall("l2")),
-    "sdp": lambda model: mlp_dual.sdp_applies(model, InputBall("l2")),
+    "sdp": lambda model: mlp_dual.sdp_why_not(model, InputBall("l2")),
     "lipsdp": lambda model: sdp_network.refusal(model, InputBall("l2"), "LipSDP", 1000),
-    "dual": lambda model: dual.dual_applies(model, InputBall("l2")),
+    "dual": lambda model: dual.dual_why_not(model, InputBall("l2")),
 }
 
 
@@ -221,7 +221,7 @@ def test_curves_and_constraints_are_of_named_layers() -> None:
 
 
 def test_the_quadratic_dual_takes_no_other_curve_for_relu() -> None:
-    """Whatever `sdp_applies` says, the form itself is of relu."""
+    """Whatever `sdp_why_not` says, the form itself is of relu."""
     model = around(nn.Tanh()).double()
     net = mlp_network.network_of(model, (6,), context())
     ball = linear.Ball(X.double(), torch.full((2,), 0.1, dtype=torch.float64), "l2")

@@ -18,7 +18,7 @@ from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certific
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.chains import architecture_of, cast, chain_of, check_weights_of
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.methods import METHODS, check_method, methods, radii_by
+from robustlip.certifiers.methods import METHODS, check_method, methods, radii_of_method
 from robustlip.certifiers.samples import (
     batches,
     check_arithmetic,
@@ -27,11 +27,11 @@ from robustlip.certifiers.samples import (
     check_labels,
     check_model,
     check_samples,
-    kind_of,
+    device_type,
     outside_range,
     train_mode_reason,
 )  # fmt: skip
-from robustlip.certifiers.trace import traced_scores
+from robustlip.certifiers.trace import scores_and_norms
 from robustlip.checks import check_is_logit, check_logits
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
@@ -62,19 +62,20 @@ def certify(
     index: Tensor | np.ndarray | None = None,
     batch_size: int | None = None,
 ) -> Certificate:
-    """Per sample, the largest radius proved for `threat`, rounded down; 0 with the reason where none is.
+    """The largest radius proved for each sample under `threat`, rounded down; 0, with the reason, where nothing is proved.
 
-    model: a Chain, an nn.Sequential of layers with rules, or any module that `robustlip.capture` takes.
-    x: raw inputs, images (N, C, H, W), vectors (N, n) or token ids (N, T).
-    y: labels (N,), for next-token models the token after the window. x, y and threat: in the forms of `robustlip.samples`: tensors, arrays, columns,
-    lists, a loader in place of both, a name for a threat. method: a key of `methods()`, or 'best': the largest radius of those that
-    apply, sample by sample, and which method gave it; with threat.radius set, dearer methods see only samples that it is not yet proved for.
-    dtype: None covers the model as executed in the dtype of its weights, rounding included; 'real' covers exact arithmetic only
-    (evaluated in float64); another name covers the model cast to that dtype, whose weights the hash then names.
-    Inputs that the covered dtype cannot hold are cast, and an input radius still counts from the point that was given.
-    index: sample numbers (N,), 0, 1, … unless given. batch_size: samples at a time; chosen by the memory they need unless given.
-    With threat.radius set, samples proved for less are 'abstained'.
-    A model that is in train mode and behaves otherwise there, and samples outside the model's input_range, are abstained with the reason.
+    model: a Chain, an nn.Sequential of supported layers, or any module that `robustlip.capture` supports.
+    x: raw inputs: images (N, C, H, W), vectors (N, n) or token ids (N, T).
+    y: labels (N,); for next-token models, the token after the window. `robustlip.samples` lists the accepted forms of x, y and threat: tensors,
+    arrays, columns, lists, a data loader instead of x and y, the name of a threat.
+    method: a key of `methods()`, or 'best'. 'best' takes, for each sample, the largest radius of all applicable methods and records which method
+    proved it. If threat.radius is set, the more expensive methods run only on the samples for which this radius is not proved yet.
+    dtype: None certifies the model as executed in the dtype of its weights, rounding errors included. 'real' certifies exact arithmetic
+    (evaluated in float64). Another dtype name certifies the model cast to that dtype; the hash is then that of the cast weights.
+    Inputs are cast to the certified dtype; an input radius is still measured from the original point.
+    index: sample numbers (N,), default 0, 1, …. batch_size: samples per batch; by default chosen from the memory they need.
+    If threat.radius is set, samples with a smaller proved radius are 'abstained'. Samples outside the model's input_range are abstained. All samples
+    are abstained if the model is in train mode and train mode changes its outputs.
     Raises BadInput or UnsupportedLayer. Source: docs/theory.md, sections 1, 2, 3, 4, 7 and 8; Tsuzuku et al. 2018 for radii from Lipschitz bounds.
     """
     check_method(method)
@@ -89,7 +90,7 @@ def certify(
         covers = own if dtype is None else evaluated_in(dtype)
         if covers != own and source is None:
             chain = cast(chain, covers)  # type: ignore[assignment]
-        elif covers != own:  # what a module computes of its weights, it computes in their dtype
+        elif covers != own:  # a captured module may compute with its weights, in their dtype: cast the module and capture it again
             subject = cast(model, covers)
             chain, source = chain_of(subject, x)
         if source is not None and threat.place == "weights":
@@ -106,9 +107,9 @@ def _certify(
     batch_size: int | None, training: str | None, source: str | None,
     subject: nn.Module,
 ) -> Certificate:  # fmt: skip
-    """The certificate of checked samples, by a chain that is in the covered dtype, in eval mode and out of place.
+    """The certificate of checked samples. The chain is in the certified dtype, in eval mode and without in-place layers.
 
-    training: why none counts. source: as `chain_of` gives it. subject: what was captured.
+    training: None, or why train mode excludes every sample. source: as returned by `chain_of`. subject: the module that was captured.
     """
     outside = outside_range(chain, x)
     refused: list[str] = []
@@ -120,21 +121,21 @@ def _certify(
     device = next(chain.parameters()).device
     parts, winners = [], []
     for part in batches(len(x), batch_size or _batch_size(chain, x, method)):
-        # Copies: what the caller passed stays as it is, and a tensor made under inference mode can be differentiated.
+        # Copies: the caller's tensors stay unchanged, and tensors made under inference mode become differentiable.
         xb, yb = x[part].to(device, copy=True), y[part].to(device).long()
-        given = xb
+        original = xb
         xb = xb.to(covers) if xb.is_floating_point() else xb
-        logits, clean = traced_scores(chain, xb)
+        logits, clean = scores_and_norms(chain, xb)
         if type(chain[len(chain) - 1]) is not nn.Linear and chain(xb[:1]).shape[-1] == 1:
             check_is_logit(logits[:, 1])
         check_labels(yb, logits.shape[-1])
         check_logits(logits, len(xb))
         if source is not None:
-            check_answers(chain, subject, xb)  # what was passed is what is certified
-        behind = 0.0 if real else lost(chain.final, logits.shape[1], covers, kind_of(chain))
-        radii, bounds, winner = radii_by(method, chain, xb, yb, logits, threat, replace(context, clean=clean, behind=behind))
+            check_answers(chain, subject, xb)  # the certified chain computes what the caller's module computes
+        final_error = 0.0 if real else lost(chain.final, logits.shape[1], covers, device_type(chain))
+        radii, bounds, winner = radii_of_method(method, chain, xb, yb, logits, threat, replace(context, clean=clean, final_error=final_error))
         winners += winner
-        radii = _around(given, xb, threat, radii)
+        radii = _minus_cast_error(original, xb, threat, radii)
         parts.append((radii, bounds, logits.argmax(-1).cpu(), torch.isfinite(logits).all(-1).cpu()))
     radius, bound, prediction, finite = (torch.cat(column) for column in zip(*parts, strict=True))
     radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
@@ -146,18 +147,18 @@ def _certify(
 
 
 def _batch_size(chain: Chain, x: Tensor, method: str) -> int:
-    """Samples at a time: few enough for the widest activation to stay under 2²⁵ numbers, at most 4096. 2²² where adjoints are kept."""
+    """Samples per batch, at most 4096: the widest activation of a batch has at most 2²⁵ entries, 2²² where the method stores adjoints."""
     widest = max(max(p.shape) for p in chain.parameters())
     tokens = x.shape[1:].numel() if chain.embedding_depth else 1
     most = 2**22 if tokens > 1 and method in ("dual", "best") else 2**25
     return max(1, min(4096, most // (widest * tokens)))
 
 
-def _around(given: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:
-    """Radii around the point that was given, when the model's dtype cannot hold it: smaller by how far the cast moved it."""
-    if not isinstance(threat, InputBall) or given.dtype == cast.dtype:
+def _minus_cast_error(original: Tensor, cast: Tensor, threat: Threat, radii: Tensor) -> Tensor:
+    """Radii around the original inputs: the distance between `original` and its cast to the model's dtype is subtracted."""
+    if not isinstance(threat, InputBall) or original.dtype == cast.dtype:
         return radii
-    moved = length(given.double() - cast.double(), threat.norm).cpu()
+    moved = length(original.double() - cast.double(), threat.norm).cpu()
     return down(radii - up(moved) * (1 + 1e-9)).clamp_min(0.0)
 
 
@@ -181,7 +182,7 @@ def _assemble(
     status = np.where(wrong.numpy(), MISCLASSIFIED, np.where(proved.numpy(), CERTIFIED, ABSTAINED)).tolist()
     reason = [""] * len(y)
     unproved = (~proved).nonzero()[:, 0]
-    # Lists, because reading single numbers out of tensors costs more than all of the proof.
+    # Lists, because reading single numbers from tensors would take longer than the proof.
     rows = (column[unproved].tolist() for column in (wrong, finite, radius))
     for i, is_wrong, is_finite, r in zip(unproved.tolist(), *rows, strict=True):
         reason[i] = (
@@ -189,11 +190,11 @@ def _assemble(
             else "the prediction is not the label" if is_wrong
             else "logits are not finite" if not is_finite
             else f"proved for a radius of {r:.6g} only" if r > 0
-            else f"the margin is not above what {'' if dtype == 'real' else f'{dtype} '}rounding and the bound can move"
+            else f"the margin does not exceed the error bound of {'' if dtype == 'real' else f'{dtype} '}rounding"
         )  # fmt: skip
     largest = bound[torch.isfinite(bound)]
     constants: dict[str, float | str] = {"lipschitz_to_last_hidden": float(largest.max())} if len(largest) else {}
-    with suppress(BadInput):  # some chains have no bound apart from their samples; their radii stand without it
+    with suppress(BadInput):  # some chains have no bound that is independent of the samples; their radii do not need it
         whole = context.constant(chain, "lipschitz-bound", lambda: bound_of_chain(chain, replace(context, weight_radius=None)))
         constants |= {f"model_{key}": value for key, value in whole.items()}
     if chain.final:
@@ -213,5 +214,5 @@ def _assemble(
         methods=tuple(name if r > 0 else "" for name, r in zip(winners, radius.tolist(), strict=True)),
         bound=constants,
         versions={**plugins.versions(), "robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
-        execution=EXACT if dtype == "real" else execution_of(kind_of(chain)),
+        execution=EXACT if dtype == "real" else execution_of(device_type(chain)),
     )

@@ -1,4 +1,4 @@
-"""Bounds of a model as a whole: its Lipschitz constant for a card, and how far its logits move when its weights do."""
+"""Bounds that hold for a whole model: its Lipschitz constant, and the change of its logits under a change of its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.chains import chain_of, check_weights_of
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.samples import batches, check_entry, check_model, kind_of
+from robustlip.certifiers.samples import batches, check_entry, check_model, device_type
 from robustlip.domains.norms import Context, State, run_rules
 from robustlip.domains.norms.bound import entry, first_state
 from robustlip.errors import BadInput, UnsupportedLayer
@@ -26,38 +26,39 @@ from robustlip.threats import WeightBall
 
 @torch.no_grad()
 def lipschitz_bound(model: nn.Module) -> dict[str, float | str]:
-    """A guaranteed Lipschitz constant to the logits: of the input in ℓ2, or of the embeddings in the largest token norm.
+    """A guaranteed Lipschitz constant of the logits: with respect to the input in ℓ2, or to the embeddings in the largest token norm.
 
-    'l2': ‖f(x') − f(x)‖₂ ≤ l2·‖x' − x‖₂ (for transformers per output token, and max_t‖x'_t − x_t‖₂ on the right).
-    'rms': the same in the paper's units (∞-RMS in, RMS out). 'domain': the largest token norm ‖x_t‖₂ for which it holds, or 'all'; for
-    a threat of radius ε a certificate takes the domain enlarged by ε, so its own constant is a little larger.
+    Returns a dictionary. 'l2': ‖f(x') − f(x)‖₂ ≤ l2·‖x' − x‖₂ (for transformers per output token, with max_t‖x'_t − x_t‖₂ on the right).
+    'rms': the same constant in RMS units (∞-RMS of the input, RMS of the output). 'domain': the largest token norm ‖x_t‖₂ for which the constant
+    holds, or 'all'. For a threat of radius ε a certificate uses the domain enlarged by ε, so its own constant is slightly larger.
+    Raises BadInput or UnsupportedLayer. Source: docs/theory.md, section 3.
     """
     chain = as_chain(model)
     dtype = check_model(chain)
-    with proving(kind_of(chain)):
+    with proving(device_type(chain)):
         return bound_of_chain(chain, Context(dtype=dtype, store=constants_of(chain)[1]))
 
 
 def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
-    # The constant is of exact arithmetic; float64's rounding keeps the norms finite where float16's would not.
+    # The constant is that of exact arithmetic. float64 keeps the norms finite where float16 would overflow.
     context = replace(context, dtype=torch.float64)
     embedding, layers = list(chain)[: chain.embedding_depth], list(chain)[chain.embedding_depth :]
     if embedding:
         norm, width = _embedding_norm(embedding, context)
     else:
         norm, width = torch.ones(1, dtype=torch.float64), _first_linear(layers).in_features
-    # Change per unit of an infinitesimal change: a rule may saturate for large ones, and then says nothing about pairs of inputs that are near.
+    # Output change per unit of a very small input change: some rules saturate for large changes and would underestimate the constant of near pairs.
     step = torch.full((1,), 1e-100, dtype=torch.float64)
     state = State(norm, step, torch.zeros(1, dtype=torch.float64), "l2", 1, width)
     if not embedding and type(layers[0]) is nn.Flatten:
-        layers = layers[1:]  # the bound is of the input as one vector already
+        layers = layers[1:]  # the input is bounded as one vector already
     if any(type(m) in (nn.Flatten, Patchify) for layer in layers for m in layer.modules()):
         raise BadInput("expected a model whose bound does not depend on the number of tokens, got one that flattens them; certify samples instead")
     start, state = state, run_rules(layers, state, context)
-    # NaN compares false: a bound that overflows for large inputs depends on their size too.
+    # NaN compares false: a bound that overflows for large inputs also depends on their size.
     if not embedding and not bool(run_rules(layers, replace(start, norm=start.norm * 1e6), context).change <= state.change):
         raise BadInput("expected a model whose bound holds for all inputs, got one whose bound grows with their size (attention); certify samples")
-    # NaN is a bound that overflowed on its way: none.
+    # NaN means that an intermediate bound overflowed: no bound.
     value = float(up(state.change / step).nan_to_num(torch.inf, torch.inf))
     return {"l2": value, "rms": value * math.sqrt(width / state.width) * (1 + 1e-15), "domain": float(norm) if embedding else "all"}
 
@@ -70,7 +71,7 @@ def _first_linear(layers: list[nn.Module]) -> nn.Linear:
 
 
 def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tensor, int]:
-    """(largest ‖x_t‖₂ (1,), width) of any embedding: a table's rows, or patches of images with pixels in [0, 1], of norm ≤ √numbers."""
+    """(largest ‖x_t‖₂ of any embedded token (1,), width). Tokens are rows of a table, or patches of n pixels in [0, 1], whose norm is at most √n."""
     if isinstance(embedding[0], nn.Embedding):
         return norm_up(embedding[0].weight.detach()).amax().cpu().reshape(1), embedding[0].embedding_dim
     if type(embedding[0]) is not Patchify:
@@ -83,10 +84,11 @@ def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tenso
 
 @torch.no_grad()
 def weight_sensitivity_bound(model: nn.Module, x: Any, threat: WeightBall, batch_size: int = 256) -> np.ndarray:
-    """Upper bounds (N,) of ‖f_{W+E}(x) − f_W(x)‖₂ over all E in the ball (logits of the prediction), exact arithmetic. docs/theory.md, section 3.
+    """Upper bounds (N,) of ‖f_{W+E}(x) − f_W(x)‖₂ over all E in the weight ball, in exact arithmetic; f are the logits of the prediction.
 
-    x: in the forms of `robustlip.samples`; numbers are rounded to the dtype of the weights, and the bound is of the rounded input.
-    threat.radius must be set. A Frobenius ball lies inside the spectral ball of its radius, so the same bound serves both.
+    x: in any form that `robustlip.samples` accepts; inputs are rounded to the dtype of the weights, and the bound holds at the rounded input.
+    threat.radius must be set. A Frobenius ball lies inside the spectral ball of the same radius, so the same bound holds for both.
+    Raises BadInput or UnsupportedLayer. Source: docs/theory.md, section 3.
     """
     if not isinstance(threat, WeightBall) or threat.radius is None:
         got = "none" if isinstance(threat, WeightBall) else f"{threat!r}"
@@ -107,6 +109,6 @@ def weight_sensitivity_bound(model: nn.Module, x: Any, threat: WeightBall, batch
             radius = torch.full_like(norm, threat.radius)
             context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
             state = run_rules(layers, first_state(inside, norm, threat, radius), context)
-            # As in lipschitz_bound, NaN is a bound that overflowed on its way: none.
+            # As in bound_of_chain, NaN means that an intermediate bound overflowed: no bound.
             out.append(up(state.change).nan_to_num(torch.inf, torch.inf))
     return torch.cat(out).numpy()

@@ -1,5 +1,4 @@
-"""What is proved of the executed outputs of a model on a box of inputs, a distance for each number: `robustlip.domains.lines.outputs` with all that
-`certify` checks before it trusts a model."""
+"""Properties of a model's executed outputs, proved on a box of inputs: the checks that `certify` makes, then `robustlip.domains.lines.outputs`."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from robustlip.certifiers.chains import chain_of
 from robustlip.certifiers.constants import constants_of
-from robustlip.certifiers.samples import check_arithmetic, check_in_place, check_model, kind_of
-from robustlip.certifiers.trace import traced_scores
+from robustlip.certifiers.samples import check_arithmetic, check_in_place, check_model, device_type
+from robustlip.certifiers.trace import scores_and_norms
 from robustlip.domains.lines.crown import Cuboid
 from robustlip.domains.lines.outputs import Executed, cuboid, holds, plain_bounds
 from robustlip.domains.norms import Context
@@ -22,14 +21,14 @@ from robustlip.graph.capturing import check_answers
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import TINY, U64, UNIT
 
-# Boxes of so few numbers are halved; of more, cases of activations are told apart.
-FEW = 16
-# Boxes at once, and the most that wait.
+# Boxes of at most this many inputs are split in half; for more inputs, activations are split instead.
+MOST_HALVED = 16
+# Boxes bounded at once, and the most boxes that may be left to bound.
 BATCH, MOST_BOXES = 256, 200_000
 
 
-def as_given(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The box (float64), larger by what rounding a point to float64 and then to a dtype can move it: the points that a model of that dtype sees."""
+def widened_by_rounding(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The box (float64) enlarged by the error of rounding a point to float64 and then to `dtype`: it contains every input that the model receives."""
     moved = (UNIT[dtype] * (1 + 2.0**-20) + 4 * U64) * torch.maximum(low.abs(), high.abs()) + 2 * TINY[dtype]
     return low - moved, high + moved
 
@@ -38,28 +37,30 @@ def as_given(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 def outputs_hold(
     model: nn.Module, low: Tensor, high: Tensor, groups: list[tuple[Tensor, Tensor]], shape: tuple[int, ...], until: float
 ) -> tuple[bool, bool]:
-    """(proved that in every group some row·logits > its offset, at every point of the box; whether time or room ended the search).
+    """(whether the property is proved, whether the search stopped at its limit of time or of boxes).
 
-    low, high (n,), float64: the box; points are rounded to the model's dtype and run by it. groups: rows (r, C) and offsets (r,), float64.
-    shape: of a sample. until: by time.monotonic(). Raises BadInput or UnsupportedLayer for a model that nothing is proved of.
+    The property: at every point of the box, every group has at least one row with row·logits > offset.
+    low, high: the box (n,), float64; its points are rounded to the model's dtype before the model runs. groups: pairs of rows (r, C) and
+    offsets (r,), float64. shape: of one sample. until: deadline on the clock of time.monotonic().
+    Raises BadInput or UnsupportedLayer where the model is not supported. Source: docs/theory.md, section 9.
     """
     chain, source = chain_of(model, torch.zeros(2, *shape))
     dtype = check_model(chain)
-    with proving(kind_of(chain)), evaluated(chain):
+    with proving(device_type(chain)), evaluated(chain):
         check_arithmetic(chain, dtype)
-        low, high = as_given(low, high, dtype)
+        low, high = widened_by_rounding(low, high, dtype)
         store = constants_of(chain)[1]
 
         def executed(box: Cuboid) -> Executed:
             points = box.x.to(dtype).reshape(len(box.x), *shape)
             check_in_place(chain, points)
-            _, clean = traced_scores(chain, points)
+            _, clean = scores_and_norms(chain, points)
             if source is not None:
                 check_answers(chain, model, points)
             return Executed.of(chain, points, replace(Context(dtype=dtype, store=store), clean=clean))
 
-        if len(low) <= FEW and time.monotonic() < until:
-            return _halved(executed, low, high, groups, until)
+        if len(low) <= MOST_HALVED and time.monotonic() < until:
+            return _halve(executed, low, high, groups, until)
         box = cuboid(low[None], high[None])
         program = executed(box)
         single = [g for g in groups if len(g[0]) == 1]
@@ -71,7 +72,7 @@ def outputs_hold(
         for rows, offsets in (g for g in groups if len(g[0]) > 1):
             order = (plain_bounds(program, box, rows[None])[0] - offsets).argsort(descending=True).tolist()
             done = ended = False
-            for r in order:  # any of them is enough
+            for r in order:  # one proved row is enough
                 proved, ended = holds(program, box, rows[r : r + 1], offsets[r : r + 1], until)
                 if done := bool(proved.all()):
                     break
@@ -80,10 +81,10 @@ def outputs_hold(
     return True, False
 
 
-def _halved(
+def _halve(
     executed: Callable[[Cuboid], Executed], low: Tensor, high: Tensor, groups: list[tuple[Tensor, Tensor]], until: float
 ) -> tuple[bool, bool]:
-    """As `outputs_hold`, by CROWN on the box and, where that is not enough, on its halves: together they are all of it."""
+    """As `outputs_hold`: CROWN bounds on the box, and on its two halves where the bounds on the box are too weak."""
     rows, offsets = (torch.cat(parts) for parts in zip(*groups, strict=True))
     sizes = [len(g[0]) for g in groups]
     width = (high - low).clamp_min(1e-300)
@@ -103,7 +104,7 @@ def _halved(
         at = ((highs - lows) / width).argmax(-1, keepdim=True)
         middle = (lows / 2 + highs / 2).gather(1, at)
         if bool(((middle <= lows.gather(1, at)) | (middle >= highs.gather(1, at))).any()):
-            return False, False  # too small to be halved
+            return False, False  # float64 has no number between the two ends
         all_lows = torch.cat([all_lows, lows, lows.scatter(1, at, middle)])
         all_highs = torch.cat([all_highs, highs.scatter(1, at, middle), highs])
     return True, False

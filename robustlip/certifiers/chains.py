@@ -1,4 +1,4 @@
-"""What is certified when somebody passes a model: a Chain as it is, an nn.Sequential of known layers, or the capture of any other module."""
+"""The chain that is certified for a model: a Chain itself, an nn.Sequential of supported layers, or the capture of any other module."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from robustlip.graph import capture
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, Lookup, as_chain
 
-# By module: its last capture, whose constants are remembered with it.
+# The last capture of each module. Its constants are cached with it.
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, Chain] = weakref.WeakKeyDictionary()
 
 
 def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
-    """(the chain that is the model, None); or (its capture on inputs like x, SHA-256 of the module's own weights).
+    """(the model as a chain, None), or (the capture of the module on inputs like x, SHA-256 of the module's weights).
 
-    A module is captured at every call: attributes, layers and tensors that no hash names may have changed. The same program has the same chain.
-    Raises UnsupportedLayer for a module that cannot be captured, with both reasons where it is an nn.Sequential.
+    A module is captured at every call, because attributes, layers and tensors that are not hashed may have changed. If the captured program has not
+    changed, the same Chain object is returned.
+    Raises UnsupportedLayer for a module that cannot be captured; for an nn.Sequential, with the reasons of both attempts.
     """
     if isinstance(model, Chain):
         return as_chain(model), None
@@ -32,7 +33,7 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
             chain = as_chain(model)
             for layer in _inside(chain):
                 rule_for(layer)
-            if type(chain[len(chain) - 1]) is nn.Sigmoid:  # of one logit it is left out
+            if type(chain[len(chain) - 1]) is nn.Sigmoid:  # the capture leaves out the sigmoid of a single logit
                 captured = _captured(model, x)
                 return captured if captured[0].final else (chain, None)
             return chain, None
@@ -53,7 +54,7 @@ def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
     example = x[:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype)
     chain, known = capture(model, example), _CAPTURED.get(model)
     if known is not None and known.computes_weights == chain.computes_weights and architecture_of(known, "") == architecture_of(chain, ""):
-        # What no hash names is as it is now.
+        # These attributes are not hashed: take their present values.
         known.input_range, known.final, known.embedding_depth = chain.input_range, chain.final, chain.embedding_depth
         chain = known
     _CAPTURED[model] = chain
@@ -61,7 +62,7 @@ def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
 
 
 def check_weights_of(chain: Chain, model: nn.Module) -> None:
-    """Raises UnsupportedLayer for a capture whose matrices are not the module's own, each of them: a weight threat is of the module's."""
+    """Raises UnsupportedLayer unless the matrices of the capture are exactly those of the module: a weight threat changes the module's matrices."""
     own = {id(p) for p in model.parameters() if p.dim() > 1}
     used = {id(p) for p in chain.parameters() if p.dim() > 1}
     if own != used or chain.computes_weights or isinstance(chain[0], Lookup):
@@ -72,26 +73,26 @@ def check_weights_of(chain: Chain, model: nn.Module) -> None:
 
 
 def identity_of(model: nn.Module, x: Tensor) -> tuple[str, str]:
-    """(SHA-256 of the weights, SHA-256 of the architecture) that a certificate of the model names. Of a captured one the latter is of the chain."""
+    """(SHA-256 of the weights, SHA-256 of the architecture) as a certificate states them. For a captured model the second is that of its chain."""
     chain, source = chain_of(model, x)
     return source or weights_sha256(chain), architecture_of(chain, source)
 
 
 def architecture_of(chain: Chain, source: str | None) -> str:
-    """Of a capture also its tensors count: what the module computed of its weights is part of the program."""
+    """SHA-256 of the architecture. For a capture (source is not None) it includes the chain's tensors: the module may have computed them."""
     printed = architecture_sha256(chain)
     return printed if source is None else hashlib.sha256(f"{printed}\0{weights_sha256(chain)}".encode()).hexdigest()
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model in another dtype; the model itself where it is in that one."""
+    """A copy of the model in another dtype; the model itself if it already has this dtype."""
     if all(t.dtype == dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()):
         return model
     return copy.deepcopy(model).to(dtype)
 
 
 def _inside(chain: nn.Module) -> list[nn.Module]:
-    """The layers of a chain and of its branches, but not what is inside of layers with a rule of their own (attention)."""
+    """The layers of a chain and of its branches, but not the submodules of a layer that has a rule (attention)."""
     found: list[nn.Module] = []
     for layer in chain.children():
         found.append(layer)

@@ -1,4 +1,4 @@
-"""The guaranteed constants of a model, computed once for given weights."""
+"""The cache of a model's guaranteed constants, valid as long as its weights do not change."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _STORES: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[tuple[int, str], A
 
 
 def constants_of(model: nn.Module) -> tuple[str, dict[tuple[int, str], Any]]:
-    """(SHA-256 of the weights as they are now, the store of constants that belongs to them).
+    """(SHA-256 of the present weights, the dictionary of constants computed from them).
 
-    Raises BadInput for weights that are not finite. Keyed by content: version counters miss writes through `.data` and shared memory, and a
-    stale constant would be a false certificate.
+    The key is the content of the weights: version counters miss writes through `.data` and shared memory, and a stale constant would make a
+    certificate false. Raises BadInput for weights that are not finite.
     """
     sha = weights_sha256(model)
-    # Constants of the whole model depend on scales and residual weights too, which the structure prints.
+    # Constants of the whole model also depend on scales and residual weights, which are part of the architecture's hash.
     state = sha + architecture_sha256(model)
     known = _STORES.get(model)
     if known is None or known[0] != state:

@@ -1,4 +1,4 @@
-"""What every certifier needs first: checked inputs, and margins over all rivals. docs/theory.md, section 4."""
+"""Checks of models, inputs and labels that every certifier makes first."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from robustlip.threats import InputBall, Threat
 
 
 def check_model(model: Chain) -> torch.dtype:
-    """The one dtype of the weights. Raises BadInput when they are mixed, empty or of no dtype that rounding is known for, UnsupportedLayer
-    for a layer without a rule (of every layer, for a certifier may look at the last one's weights only), and for what `check_program` refuses."""
+    """The dtype of the weights.
+
+    Raises BadInput for weights of several dtypes or devices, empty weights, and dtypes whose rounding is not bounded. Raises UnsupportedLayer for a
+    layer without a rule (every layer is checked, the last one too) and for whatever `check_program` refuses.
+    """
     check_weights(model)
     for layer in model:
         rule_for(layer)
@@ -35,7 +38,7 @@ def check_model(model: Chain) -> torch.dtype:
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1:
         raise BadInput(f"expected weights on one device, got {sorted(map(str, devices))}; move the model with .to(device)")
-    execution_of(kind_of(model))
+    execution_of(device_type(model))
     dtype = dtypes.pop()
     if dtype not in UNIT:
         raise BadInput(f"expected weights in float64, float32, bfloat16 or float16, got {dtype}; cast the model with .to(dtype)")
@@ -43,28 +46,30 @@ def check_model(model: Chain) -> torch.dtype:
 
 
 def check_arithmetic(model: Chain, covered: torch.dtype) -> None:
-    """Raises BadInput where torch is told to compute in less than the covered dtype: the logits would be those of another program."""
-    if lower := lower_precision(kind_of(model), covered):
+    """Raises BadInput where torch's settings lower the precision of products below the certified dtype: another program would compute the logits."""
+    if lower := lower_precision(device_type(model), covered):
         raise BadInput(
             f"expected {str(covered).removeprefix('torch.')} products in {str(covered).removeprefix('torch.')}, got {lower}; turn it off "
             f"(torch.set_float32_matmul_precision('highest'), no autocast, no such variable), and cast the model for a lower dtype"
         )
 
 
-def kind_of(model: nn.Module) -> str:
-    """The kind of device that the weights are on: 'cpu', 'cuda', …"""
+def device_type(model: nn.Module) -> str:
+    """The type of the device that holds the weights: 'cpu', 'cuda', …"""
     return next(model.parameters()).device.type
 
 
 def train_mode_reason(model: nn.Module) -> str | None:
-    """Why no sample can be certified in the mode the model is in, or None: dropout is random, batch norm lets samples change each other."""
+    """Why no sample can be certified in the model's present mode, or None. In train mode dropout is random and batch norm mixes samples."""
     active = (isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0) for m in model.modules() if m.training)
     return "the model is in train mode; call model.eval()" if any(active) else None
 
 
 def check_in_place(model: Chain, x: Tensor) -> None:
-    """Raises UnsupportedLayer where a layer in place changes what the model computes: its input is read again, and the layer's rule is of another
-    program. Compared on at most 64 of the samples x, in the dtype and on the device of the model."""
+    """Raises UnsupportedLayer where an in-place layer changes the model's outputs, because its input is read again after the layer overwrote it.
+
+    The outputs with and without inplace=True are compared on at most 64 of the samples x, in the dtype and on the device of the model.
+    """
     if not any(getattr(m, "inplace", False) is True for m in model.modules()):
         return
     first = next(model.parameters())
@@ -74,11 +79,13 @@ def check_in_place(model: Chain, x: Tensor) -> None:
         with out_of_place(model):
             separate = model.scores(some.clone())
     if not torch.equal(executed.nan_to_num(), separate.nan_to_num()):
-        raise UnsupportedLayer("expected layers in place whose input nobody reads again, got logits that differ without inplace=True; leave it out")
+        raise UnsupportedLayer(
+            "expected in-place layers whose input is not read again, got logits that differ without inplace=True; set inplace=False"
+        )
 
 
 def outside_range(model: Chain, x: Tensor) -> Tensor:
-    """(N,) bool on the CPU: samples with a number outside model.input_range; none where the model states no range."""
+    """(N,) bool on the CPU: samples with a value outside model.input_range; all False where the model has no range."""
     if model.input_range is None or not x.is_floating_point():
         return torch.zeros(len(x), dtype=torch.bool)
     low, high = model.input_range
@@ -87,7 +94,7 @@ def outside_range(model: Chain, x: Tensor) -> Tensor:
 
 
 def check_entry(model: Chain, x: Tensor, threat: Threat) -> None:
-    """Raises BadInput for inputs that are not numbers to a threat that changes them, or not token ids to a model that has no table for them."""
+    """Raises BadInput for integer inputs under an input threat, and for integer inputs of a model that has no embedding layer for token ids."""
     if x.is_floating_point():
         return
     if isinstance(threat, InputBall):
@@ -97,13 +104,13 @@ def check_entry(model: Chain, x: Tensor, threat: Threat) -> None:
         )
     if type(model[0]) not in (nn.Embedding, Lookup) or x.dim() != 2:
         raise BadInput(
-            f"expected token ids (N, T) in front of an Embedding, or floating-point inputs, got {x.dtype} of shape {tuple(x.shape)} "
-            f"in front of {type(model[0]).__name__}; convert the inputs"
+            f"expected token ids (N, T) before an Embedding, or floating-point inputs, got {x.dtype} of shape {tuple(x.shape)} "
+            f"before {type(model[0]).__name__}; convert the inputs"
         )
 
 
 def check_samples(model: Chain, x: Tensor, y: Tensor) -> None:
-    """Raises BadInput for inputs and labels that do not fit together or are not finite."""
+    """Raises BadInput for inputs that are not finite or do not fit the model, and for labels that do not match the inputs."""
     if x.shape[0] == 0:
         raise BadInput("expected at least one sample, got none; check the data's limit")
     if y.dim() != 1 or y.shape[0] != x.shape[0]:
@@ -115,6 +122,7 @@ def check_samples(model: Chain, x: Tensor, y: Tensor) -> None:
 
 
 def check_labels(y: Tensor, classes: int) -> None:
+    """Raises BadInput for labels outside [0, classes − 1], and for fewer than two classes."""
     if classes < 2:
         raise BadInput(f"expected a model with at least 2 classes, got {classes}; a prediction needs a rival")
     if bool(((y < 0) | (y >= classes)).any()):
@@ -122,5 +130,6 @@ def check_labels(y: Tensor, classes: int) -> None:
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` samples that cover 0, …, count − 1."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -1,18 +1,19 @@
-"""Randomized smoothing: radii of the SMOOTHED classifier, true with a stated probability. Cohen, Rosenfeld & Kolter 2019.
+"""Randomized smoothing: certified radii of the SMOOTHED classifier, each correct with a stated probability. Cohen, Rosenfeld & Kolter 2019.
 
-For a base classifier F and σ > 0 the smoothed classifier is g(x) = the class that F gives most often at x + σε, ε standard normal. If F gives class
-A at x + σε with probability at least p > ½, then g is A everywhere within σ·Φ⁻¹(p) of x in ℓ2 (Neyman-Pearson; theorem 1 there). p is bounded
-from below by Clopper & Pearson 1934 from n draws, after n₀ others chose A (CERTIFY there), so each radius is wrong with probability at most α.
+For a base classifier F and σ > 0, the smoothed classifier g(x) is the class that F predicts most often at x + σε, ε standard normal. If F predicts
+class A at x + σε with probability at least p > ½, then g predicts A everywhere within ℓ2 distance σ·Φ⁻¹(p) of x (Neyman-Pearson; theorem 1 of the
+paper). n₀ draws choose A; n other draws give a lower bound of p (Clopper & Pearson 1934; CERTIFY in the paper). Each radius is wrong with probability
+at most α.
 
-This says nothing about the model itself, and nothing that is certain: hence a result of its own, `SmoothedCertificate`, which no function that
-takes a `Certificate` accepts, whose radii have another name, and which carries its confidence, σ, the number of draws and the seed.
+The result holds for g and not for F, and it is probabilistic. It therefore has its own type, `SmoothedCertificate`, which no function for a
+`Certificate` accepts. It names its radii differently and states its confidence, σ, the number of draws and the seed.
 
-Arithmetic. F is the program: noise and sum in float64, the sum rounded to the dtype of the weights, the model executed on it. Theorem 1 holds for
-any F, its rounding included, if the draws are normal; it is not proved that they are. Draws come from a pseudo-random generator, are float64
-numbers (so their support is finite), and x + σε rounds to float64 before F sees it. Jin et al. 2022 break certificates whose noise is added in
-the model's float32 by choosing x so that the rounding of the sum tells x apart. Here the sum has 29 more bits than a float32 model reads, and an
-attack of that kind must act on the draws (about one in 10⁸ a coordinate) whose float32 value depends on the last of them; for a float64 model
-there is no such gap. A model whose results depend on the size of the batch it is run in is not one function F; draws run in batches of one size.
+Arithmetic. F is the executed program: the noise and the sum x + σε are computed in float64, the sum is rounded to the dtype of the weights, and the
+model is executed. Theorem 1 holds for any F, rounding included, if the draws are normal. This last condition is not proved: draws come from a
+pseudo-random generator, they are float64 numbers (so they have finite support), and x + σε is rounded to float64. Jin et al. 2022 break certificates
+whose noise is added in float32, with inputs x that the rounding of the sum reveals. Here the sum has 29 more bits than a float32 model reads. Such an
+attack can only use draws whose float32 value depends on the last of these bits, about one in 10⁸ for each coordinate. A float64 model does not have
+this protection. A model whose output depends on the batch size is not one function F; therefore all batches have the same size.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from robustlip.certificates import ABSTAINED, MISCLASSIFIED
 from robustlip.certifiers.samples import check_labels, train_mode_reason
 from robustlip.checks import check_finite_weights, check_fit
 from robustlip.errors import BadInput
-from robustlip.execution import covered, lower_precision
+from robustlip.execution import covered_kernels, lower_precision
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import chain_or_module
 from robustlip.modes import in_eval_mode, undrawn
@@ -43,22 +44,23 @@ from robustlip.threats import InputBall
 
 SMOOTHED = "certified-smoothed"
 
-# The class of a prediction that is none.
+# The prediction where the smoothed classifier abstains.
 NO_CLASS = -1
 
-# Rows in one execution of the model.
+# Number of draws in one batch.
 _BATCH = 1024
 
 
 @dataclass(frozen=True)
 class SmoothedCertificate:
-    """Per sample, a radius around which the smoothed classifier keeps its prediction, wrong with probability at most 1 − confidence each.
+    """For each sample, a radius within which the smoothed classifier keeps its prediction; each is wrong with probability at most 1 − confidence.
 
-    smoothed_radius: float64 (N,), ℓ2 in raw input units, 0 where there is none. prediction: int64 (N,), of the smoothed classifier, −1 where
-    it abstained. probability: float64 (N,), the lower bound of the predicted class's probability. status: N strings among
-    certified-smoothed, abstained, misclassified. confidence: of each sample on its own; all hold together with `joint_confidence`.
-    sigma: raw input units. selection, samples: draws a sample to choose the class, and to bound its probability. seed: of the draws, with `index`.
-    Source: Cohen, Rosenfeld & Kolter 2019. What is not proved of the arithmetic: the module's docstring.
+    smoothed_radius: float64 (N,), ℓ2 in raw input units, 0 where nothing is certified. prediction: int64 (N,), the smoothed classifier's class, −1
+    where it abstains. probability: float64 (N,), the lower bound of the predicted class's probability. status: N strings among
+    certified-smoothed, abstained, misclassified. confidence: for each sample by itself; `joint_confidence` is for all samples together.
+    sigma: standard deviation of the noise, raw input units. selection, samples: number of draws per sample that choose the class and that bound its
+    probability. seed: determines the draws, together with `index`.
+    Source: Cohen, Rosenfeld & Kolter 2019. The module's docstring says what is not proved about the arithmetic.
     """
 
     threat: InputBall
@@ -89,16 +91,16 @@ class SmoothedCertificate:
 
     @property
     def joint_confidence(self) -> float:
-        """With what probability all N statements hold together: 1 − N(1 − confidence), at least 0 (Bonferroni)."""
+        """A lower bound of the probability that all N statements hold: 1 − N(1 − confidence), at least 0 (Bonferroni)."""
         return max(0.0, 1 - len(self) * (1 - self.confidence))
 
     def smoothed_accuracy(self, radius: float) -> float:
-        """The fraction of samples whose smoothed prediction is the label and certified at `radius`; each with the stated confidence."""
+        """The fraction of samples whose smoothed prediction is the label and is certified at `radius`, each with the stated confidence."""
         kept = np.array([s == SMOOTHED for s in self.status]) & (self.smoothed_radius >= radius)
         return float(np.mean(kept)) if len(self) else float("nan")
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON types only. No key is named as in a deterministic certificate's samples: the radius is `smoothed_radius`."""
+        """The certificate in JSON types. The samples use other keys than those of a deterministic certificate: the radius is `smoothed_radius`."""
         columns = zip(self.index, self.label, self.prediction, self.probability, self.smoothed_radius, self.status, strict=True)
         rows = [
             {"index": int(i), "label": int(y), "prediction": int(p), "probability": float(q), "smoothed_radius": float(r), "status": s}
@@ -113,9 +115,10 @@ class SmoothedCertificate:
 
 
 def clopper_pearson_lower(successes: int, draws: int, alpha: float) -> float:
-    """A p with P(Binomial(draws, p) ≥ successes) ≤ alpha, nearly the largest: below the true probability except with probability alpha.
+    """A lower confidence bound p of a probability: P(Binomial(draws, p) ≥ successes) ≤ alpha, nearly the largest such p.
 
-    The beta quantile comes from scipy; it is lowered until the binomial tail, computed anew, is below alpha less what a tail can be off by.
+    scipy gives the beta quantile. It is lowered until the binomial tail at p, computed separately, is below alpha minus the error of that tail.
+    Raises BadInput for counts that are impossible and for alpha outside (0, 1).
     """
     if not 0 <= successes <= draws or draws < 1 or not 0 < alpha < 1:
         raise BadInput(f"expected 0 ≤ successes ≤ draws and alpha in (0, 1), got {successes} of {draws} at {alpha}; check the counts")
@@ -161,25 +164,25 @@ def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, c
         target.settle(x[:8].to(target.device(x), dtype))
     if target.alone:
         raise BadInput(
-            "expected a model whose answer to a sample does not depend on the others of its batch, got one where it does; smoothing needs one "
-            "function of the sample: use running statistics in batch norm"
+            "expected a model whose output for a sample does not depend on the other samples of the batch, got one where it does; "
+            "use running statistics in batch norm"
         )
     return target, dtype
 
 
 @contextmanager
 def _executed(target: Target, x: Tensor) -> Iterator[None]:
-    """The program as it is deployed: eval mode, the kernels that are named, and whatever it draws given back."""
-    with undrawn(), covered(target.device(x).type), in_eval_mode(target.module):
+    """The program that is certified: eval mode and the kernels of `execution_of`; the state of the random generators is restored afterwards."""
+    with undrawn(), covered_kernels(target.device(x).type), in_eval_mode(target.module):
         yield
 
 
 def _votes(target: Target, x: Tensor, dtype: torch.dtype, sigma: float, draws: int, key: tuple[int, int, int]) -> Tensor:
-    """How often F gave each class at x + σε: int64 (C + 1,), the last for logits that are not finite. x: one sample. key: seeds the draws.
+    """How often F predicts each class at x + σε: int64 (C + 1,), last for logits that are not finite. x: one sample. key: seed of the draws.
 
-    Every execution has _BATCH rows; surplus rows are not counted.
+    Every batch has _BATCH draws; surplus draws are not counted.
     """
-    # Independent streams for every seed, sample and stage, whatever the order or the batches in which samples come.
+    # Independent streams for every seed, sample and stage, independent of the order and of the batches of the samples.
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
     device = target.device(x)
     centre = x.detach().double().cpu()
@@ -201,9 +204,11 @@ def _votes(target: Target, x: Tensor, dtype: torch.dtype, sigma: float, draws: i
 def predict_smoothed(
     model: nn.Module, x: Any, *, sigma: float, n: int = 1000, alpha: float = 0.001, seed: int = 0, index: np.ndarray | None = None
 ) -> np.ndarray:
-    """The smoothed classifier's class (N,), −1 where it abstains: each is not the true one of g with probability at most alpha.
+    """The smoothed classifier's class (N,) int64, −1 where it abstains. Each class differs from that of g with probability at most alpha.
 
-    PREDICT of Cohen et al. 2019: the two classes seen most are compared by an exact two-sided binomial test at ½.
+    x: inputs in any form that `robustlip.samples` accepts. sigma: standard deviation of the noise, raw input units. n: draws per sample.
+    seed, index: determine the draws of each sample. Raises BadInput.
+    Source: PREDICT of Cohen et al. 2019: an exact two-sided binomial test at ½ of the two most frequent classes.
     """
     x = as_samples(x)[0]
     target, dtype = _check(model, x, sigma, alpha, seed, {"n": n})
@@ -234,12 +239,13 @@ def certify_smoothed(
     seed: int = 0,
     index: np.ndarray | None = None,
 ) -> SmoothedCertificate:
-    """Radii of the smoothed classifier (module's docstring), each with confidence 1 − alpha. For all N together take alpha/N (Bonferroni).
+    """Radii of the smoothed classifier (module's docstring), each with confidence 1 − alpha. For all N together choose alpha/N (Bonferroni).
 
-    model: any nn.Module that classifies (see `robustlip.target`). x: raw inputs (N, …), floating point. y: labels (N,); `robustlip.samples` says
-    in which forms. sigma: the noise's standard deviation, raw input units.
-    threat: InputBall('l2'); with a radius, samples certified for less are abstained. n0, n: draws to choose a class and to bound its probability.
-    seed, index: the draws of a sample depend on these two alone. Raises BadInput.
+    model: any nn.Module that classifies (see `robustlip.target`). x: raw inputs (N, …), floating point. y: labels (N,). `robustlip.samples` lists the
+    accepted forms of both. sigma: standard deviation of the noise, raw input units.
+    threat: InputBall('l2'); if it has a radius, samples with a smaller certified radius are abstained. n0, n: draws that choose the class and that
+    bound its probability. seed, index: determine the draws of each sample.
+    Raises BadInput. Source: Cohen, Rosenfeld & Kolter 2019.
     """
     x, y, ball = as_request(x, y, threat or InputBall("l2"))
     if not isinstance(ball, InputBall) or ball.norm != "l2":
@@ -262,7 +268,7 @@ def certify_smoothed(
             if chosen != int(y[i]):
                 status[i] = MISCLASSIFIED
                 continue
-            # The quantile is good to a few units in the last place.
+            # The error of the quantile is a few units in the last place.
             proved = sigma * float(stats.norm.ppf(probability[i])) * (1 - 1e-12)
             radius[i] = proved
             if proved > 0 and proved >= (ball.radius or 0.0):
@@ -291,6 +297,7 @@ def certify_smoothed(
 
 
 def _numbers(index: np.ndarray | None, count: int) -> np.ndarray:
+    """The sample numbers (count,) int64: `index`, or 0, 1, …. Raises BadInput for a wrong shape and for negative numbers."""
     numbers = np.arange(count) if index is None else np.asarray(index, dtype=np.int64)
     if numbers.shape != (count,) or bool((numbers < 0).any()):
         raise BadInput(f"expected {count} sample numbers of at least 0, got shape {numbers.shape}; leave index out to count from 0")

@@ -1,4 +1,4 @@
-"""The clean forward pass, as executed, with the norms of what every layer put out."""
+"""The clean forward pass, as executed, with the norms of the layers' outputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from robustlip.numerics.rounding import quick_norm_up
 from robustlip.ops import is_elementwise
 
 
-def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool, Tensor]]]:
+def scores_and_norms(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool, Tensor]]]:
     """(logits (N, C) of the prediction, {id(layer): (by token?, norm (N,) float64 on the CPU, rounded up)}).
 
-    Outputs (N, T, D) are measured by token, the largest of a sample kept; others as one vector. A layer that is used twice keeps the larger.
+    For outputs (N, T, D) the norm is the largest token norm of the sample; other outputs are measured as one vector. A layer that is used twice gets
+    the larger of its two norms.
     """
     seen: dict[int, tuple[bool, Tensor]] = {}
 
@@ -27,7 +28,7 @@ def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool
             norm = torch.maximum(norm, other) if before == by_token else torch.full_like(norm, torch.inf)
         seen[id(layer)] = (by_token, norm)
 
-    # The head's output is the logits, and layers inside attention have no states of their own.
+    # No hook on the last layer (its output is the logits) nor inside attention (its submodules have no states).
     bounded = [m for m in _with_states(model) if m is not model[len(model) - 1]]
     handles = [layer.register_forward_hook(record) for layer in bounded]
     try:
@@ -39,16 +40,16 @@ def traced_scores(model: Chain, x: Tensor) -> tuple[Tensor, dict[int, tuple[bool
 
 
 def _with_states(model: nn.Module) -> list[nn.Module]:
-    """The layers behind which a rule's state is worth tightening: chains and residual branches are entered, attention is not."""
+    """The layers whose states the clean norms can tighten: layers of chains and of branches, but not the submodules of attention."""
     found: list[nn.Module] = []
     children = list(model.children())
     for child, following in zip(children, [*children[1:], None], strict=True):
-        rule_for(child)  # refuses unknown classes, and foreign hooks before ours are there
+        rule_for(child)  # refuses unsupported classes, and modules that have hooks already
         if type(child) is nn.Flatten or (following is not None and is_elementwise(following)):
-            continue  # the rule of an elementwise layer needs no norm in front of it that is not also known behind it
+            continue  # the norm after the elementwise layer is enough
         found.append(child)
         if type(child) is Residual:
-            # What the branch puts out is measured again with the residual, right behind it.
+            # The last layer of the branch is left out: the output of the residual is measured right after it.
             found += _with_states(child.branch)[:-1] if type(child.branch) is nn.Sequential else []
         elif type(child) is nn.Sequential:
             found += _with_states(child)

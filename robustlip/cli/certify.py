@@ -47,7 +47,7 @@ class CertifyCommand(TyperCommand):
 
         with formatter.section("Methods"):
             rows = [("best", "for each sample the largest radius of all methods that apply"), (ALL, "compare them in a table; no certificate")]
-            formatter.write_dl(rows + [(name, method.what) for name, method in methods().items()])
+            formatter.write_dl(rows + [(name, method.description) for name, method in methods().items()])
 
 
 def certify(

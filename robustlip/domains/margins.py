@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustlip.geometry import dual_length
 from robustlip.layers import Chain
-from robustlip.numerics.rounding import norm_up, numbers_at_once, up
+from robustlip.numerics.rounding import chunk_numbers, norm_up, up
 
 # Numbers of distances that are remembered for one head (128 MiB).
 _REMEMBERED = 2**24
@@ -72,7 +72,7 @@ class Distances:
         return torch.stack([known[label] for label in labels.tolist()])[at]
 
     def _made(self, labels: Tensor) -> Tensor:
-        count, room = len(self.rows), numbers_at_once(self.rows)
+        count, room = len(self.rows), chunk_numbers(self.rows)
         found = torch.empty(len(labels), count, dtype=torch.float64, device=self.rows.device)
         of_labels = max(1, room // self.rows.numel())
         of_rivals = max(1, room // (of_labels * self.rows.shape[1]))

@@ -1,1 +1,1 @@
-"""Numbers and how they are rounded; nothing here knows a layer."""
+"""Rounding error bounds, enclosures of matrices and guaranteed spectral norms. No file here depends on layers."""

@@ -1,4 +1,4 @@
-"""The arithmetic of a floating-point type: what one operation can lose in it. docs/theory.md, section 1."""
+"""Floating-point arithmetic: bounds of the rounding error of one operation in a dtype. docs/theory.md, section 1."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from robustlip.numerics.rounding import FLUSHED, TINY, UNIT, gamma
 
 
-class Rounds(Protocol):
-    """What a bound of an executed error asks of an arithmetic; also of two at once, whose errors add (`domains.expansion.base.Scope`)."""
+class RoundingModel(Protocol):
+    """The constants from which error bounds are computed: those of one dtype, or sums over two dtypes (`domains.expansion.base.Scope`)."""
 
     @property
     def unit(self) -> float: ...
@@ -29,7 +29,7 @@ class Rounds(Protocol):
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """dtype: float64, float32, bfloat16 or float16."""
+    """The rounding constants of a dtype: float64, float32, bfloat16 or float16."""
 
     dtype: torch.dtype
 
@@ -40,12 +40,12 @@ class Arithmetic:
 
     @property
     def tiny(self) -> float:
-        """The largest absolute loss of one underflow."""
+        """The largest absolute error of one underflow."""
         return TINY[self.dtype]
 
     @property
     def flushed(self) -> float:
-        """The largest number that a processor may take for zero where it reads an operand."""
+        """The largest operand that a processor may replace by zero (flush to zero)."""
         return FLUSHED[self.dtype]
 
     @property
@@ -54,24 +54,24 @@ class Arithmetic:
         return torch.finfo(self.dtype).max
 
     @property
-    def scalars_largest(self) -> float:
-        """The largest number inside a kernel that keeps to itself what it computes: half precision is computed in float32 there."""
+    def largest_scalar(self) -> float:
+        """The largest number inside an elementwise kernel: such kernels compute half precision in float32."""
         return torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).max
 
     @property
     def smallest_divisor(self) -> float:
-        """What a processor may take for zero where it divides by it, as soon as it is smaller: scalars of half precision are float32's."""
+        """A processor may replace smaller divisors by zero. Scalars of half precision kernels are float32."""
         return TINY[torch.float64 if self.dtype == torch.float64 else torch.float32]
 
     def gamma(self, n: float) -> float:
-        """The relative error of n roundings in any order."""
+        """γ_n: a bound of the relative error of n roundings in any order."""
         return gamma(n, self.unit)
 
-    def divides(self, bound: Tensor, by: float) -> Tensor:
-        """A bound, infinite where a processor may take what was divided by for zero."""
+    def infinite_if_flushed(self, bound: Tensor, by: float) -> Tensor:
+        """`bound`, or infinity where a processor may replace the divisor `by` by zero."""
         return bound if abs(by) >= self.smallest_divisor else torch.full_like(bound, math.inf)
 
-    def fits(self, bound: Tensor, largest: Tensor) -> Tensor:
-        """A bound, infinite where the largest number on the way to what it bounds could overflow."""
+    def infinite_if_overflow(self, bound: Tensor, largest: Tensor) -> Tensor:
+        """`bound`, or infinity where the largest intermediate value could overflow."""
         overflow = ~(largest < self.largest / 4)
         return torch.where(overflow, torch.full_like(bound, math.inf), bound) if bool(overflow.any()) else bound

@@ -1,6 +1,6 @@
-"""Spectral norms: guaranteed upper bounds for certificates, and estimates that are called estimates. docs/theory.md, section 2.
+"""Spectral norms: guaranteed upper bounds for certificates, and one lower estimate for reports. docs/theory.md, section 2.
 
-Power iteration converges from below, so nothing that a certificate uses may come from it.
+Power iteration converges from below, so no certificate may use its result as a bound.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from robustlip.errors import BadInput
 from robustlip.numerics.rounding import TINY, U64, gamma, norm_up, up
 
-# Sizes above which Gram iteration takes minutes, and a factor of tI − S is worth a second and a third t.
+# Above this size Gram iteration takes minutes, so that a second and a third attempt at a Cholesky factor of tI − S is faster.
 _WIDE = 512
 
 
 def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, e) with W = A·2^e per matrix, the largest |entry| of A in [½, 1): float64 products of A neither overflow nor vanish."""
+    """(A, e) with W = A·2^e for each matrix, the largest |entry| of A in [½, 1): float64 products of A neither overflow nor underflow."""
     if weight.dim() < 2:
         raise BadInput(f"expected matrices (..., m, n), got shape {tuple(weight.shape)}; reshape the weight to a matrix")
     a = weight.detach().to(torch.float64)
@@ -27,7 +27,7 @@ def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(largest).all()):
         raise BadInput("expected finite weights, got NaN or infinity; retrain or repair the weights")
     _, exponent = torch.frexp(largest)
-    # ldexp in two halves: 2^-e itself can overflow for subnormal matrices.
+    # Two factors, because 2^-e itself can overflow for subnormal matrices.
     half = -exponent // 2
     one = torch.ones(exponent.shape, dtype=a.dtype, device=a.device)
     return a * torch.ldexp(one, half) * torch.ldexp(one, -exponent - half), exponent[..., 0, 0]
@@ -39,7 +39,7 @@ def _unscaled(norm: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _gram(a: Tensor) -> tuple[Tensor, Tensor]:
-    """(G, error): AᵀA or AAᵀ, whichever is smaller, and a bound of ‖fl(G) − G‖_F (underflow included)."""
+    """(G, error): the smaller of AᵀA and AAᵀ, and a bound of ‖fl(G) − G‖_F (underflow included)."""
     m, n = a.shape[-2:]
     gram = a.mT @ a if n <= m else a @ a.mT
     frobenius2 = a.square().sum((-2, -1)) * (1 + gamma(m * n + 2, U64))
@@ -47,11 +47,11 @@ def _gram(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spectral_norm_bound(weight: Tensor) -> Tensor:
-    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, within about 10⁻¹¹ of the truth.
+    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, with a relative error of about 10⁻¹¹.
 
-    Eigendecomposition of the smaller Gram matrix with its a-posteriori residual: for any computed Q, Λ,
-    λ_max(G) ≤ max(Λ)·(1 + ‖QᵀQ − I‖_F) + ‖G − QΛQᵀ‖_F, whatever the eigensolver did; rounding of every product is added.
-    Any dtype, zero, rank-one, huge, tiny and subnormal matrices. Raises BadInput for NaN, infinity or fewer than 2 dimensions.
+    Uses an eigendecomposition of the smaller Gram matrix and its residual: λ_max(G) ≤ max(Λ)·(1 + ‖QᵀQ − I‖_F) + ‖G − QΛQᵀ‖_F holds for any Q and Λ
+    that an eigensolver returns. The rounding error of every product is added. Works for any dtype and scale (zero and subnormal matrices too).
+    Raises BadInput for NaN, infinity or fewer than 2 dimensions.
     """
     a, exponent = _scaled(weight)
     gram, gram_error = _gram(a)
@@ -70,10 +70,11 @@ def spectral_norm_bound(weight: Tensor) -> Tensor:
 
 
 def gram_iteration_bound(weight: Tensor, iterations: int = 10) -> Tensor:
-    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), by matrix products only, so it suits a GPU.
+    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, from matrix products only (fast on a GPU).
 
-    Delattre et al. 2023 (Gram iteration): σ ≤ ‖(AᵀA)^(2^k)‖_F^(1/2^(k+1)), an over-estimate by at most n^(1/2^(k+2)).
-    Each squaring G ← GᵀG/‖·‖_F has its rounding added on the way back: σ(G_i)² ≤ s_i·σ(G_{i+1}) + γ_n‖G_i‖_F².
+    Gram iteration (Delattre et al. 2023): σ ≤ ‖(AᵀA)^(2^k)‖_F^(1/2^(k+1)), too large by a factor of at most n^(1/2^(k+2)).
+    The rounding error of each squaring G ← GᵀG/‖·‖_F is added when the result is scaled back: σ(G_i)² ≤ s_i·σ(G_{i+1}) + γ_n‖G_i‖_F².
+    Raises BadInput as `spectral_norm_bound`, and for fewer than one iteration.
     """
     if iterations < 1:
         raise BadInput(f"expected at least one Gram iteration, got {iterations}; 10 is within 0.02 % for n = 1000")
@@ -93,7 +94,7 @@ def gram_iteration_bound(weight: Tensor, iterations: int = 10) -> Tensor:
     for _ in range(iterations):
         gram, size = normalised(gram.mT @ gram)
         scales.append(size)
-    # ‖G_k‖_F is 1 up to rounding and bounds σ(G_k); every factor below is inflated by more than its own rounding.
+    # ‖G_k‖_F, which is 1 up to rounding, bounds σ(G_k). Every factor below is enlarged by more than its rounding error.
     slack = 1 + gamma(n * n + 8, U64)
     sigma = torch.linalg.matrix_norm(gram) * slack
     for size in reversed(scales[1:]):
@@ -103,10 +104,10 @@ def gram_iteration_bound(weight: Tensor, iterations: int = 10) -> Tensor:
 
 
 def largest_eigenvalue_bound(symmetric: Tensor) -> Tensor:
-    """λ ≥ λ_max(S) for each symmetric positive semidefinite matrix of `symmetric` (..., n, n): float64 (...), guaranteed, mostly within 3 %.
+    """λ ≥ λ_max(S) for each symmetric positive semidefinite matrix S of `symmetric` (..., n, n): float64 (...), guaranteed, mostly ≤ 3 % too large.
 
-    A number t just above what power iteration finds, and a Cholesky factor of tI − S: λ_max(S) ≤ t + ‖tI − S − LLᵀ‖_F, whatever the factorisation
-    did, with the rounding of every product added. Where there is no factor, Gram iteration. Cheaper than an eigensolver by far. Any scale.
+    t is slightly above the estimate of power iteration, and L a Cholesky factor of tI − S. λ_max(S) ≤ t + ‖tI − S − LLᵀ‖_F holds for any L; the
+    rounding error of every product is added. Where the factorisation fails, Gram iteration is used. Much faster than an eigensolver. Any scale.
     Raises BadInput for NaN and infinity.
     """
     scaled, exponent = _scaled(symmetric)
@@ -114,7 +115,7 @@ def largest_eigenvalue_bound(symmetric: Tensor) -> Tensor:
 
 
 def _largest_eigenvalue(scaled: Tensor, above: float = 1.02) -> Tensor:
-    """`largest_eigenvalue_bound` of finite matrices whose squares neither overflow nor vanish where it matters: entries up to about 1."""
+    """`largest_eigenvalue_bound` of scaled matrices: finite entries of absolute value up to about 1, whose squares do not overflow."""
     s = (scaled + scaled.mT) / 2
     n = s.shape[-1]
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -128,7 +129,7 @@ def _largest_eigenvalue(scaled: Tensor, above: float = 1.02) -> Tensor:
     factor = torch.where((info == 0)[..., None, None], factor.nan_to_num(), 0.0)
     size2 = factor.square().sum((-2, -1)) * (1 + gamma(n * n + 2, U64))
     left = torch.linalg.matrix_norm(shifted - factor @ factor.mT) * (1 + gamma(n * n + 4, U64))
-    # The shift rounds each diagonal once, the product each entry by γ_n of |L||L|ᵀ, the difference and the mean of S and Sᵀ once more each.
+    # Errors: one rounding of each diagonal entry by the shift, γ_n|L||L|ᵀ in the product, one rounding each in the difference and in the mean.
     rounded = gamma(n + 4, U64) * size2 + 4 * U64 * (n * t + torch.linalg.matrix_norm(s)) + 2 * n * n * n * TINY[torch.float64]
     found = up((t + left + rounded) * (1 + 1e-13))
     failed = info != 0
@@ -140,14 +141,14 @@ def _largest_eigenvalue(scaled: Tensor, above: float = 1.02) -> Tensor:
 
 
 def spectral_norm_quick(weight: Tensor) -> Tensor:
-    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, mostly within 2 %, by `largest_eigenvalue_bound`."""
+    """σ ≥ ‖W‖₂ for each matrix of `weight` (..., m, n): float64 (...), guaranteed, mostly at most 2 % too large, from `largest_eigenvalue_bound`."""
     a, exponent = _scaled(weight)
     gram, gram_error = _gram(a)
     return _unscaled(up(up(_largest_eigenvalue(gram) + gram_error).sqrt()), exponent) * (a.abs().amax((-2, -1)) > 0)
 
 
 def spectral_norm_estimate(weight: Tensor, iterations: int = 100) -> Tensor:
-    """A LOWER estimate of ‖W‖₂ by power iteration: float64 (...). For reporting the gap; never for a certificate."""
+    """A LOWER estimate of ‖W‖₂ by power iteration: float64 (...). For reports of the gap; never for a certificate."""
     a, exponent = _scaled(weight)
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = torch.randn(a.shape[-1], 1, generator=generator, dtype=torch.float64).to(a.device).expand(*a.shape[:-2], -1, -1)
@@ -161,17 +162,18 @@ def spectral_norm_estimate(weight: Tensor, iterations: int = 100) -> Tensor:
 def quartic_bound(weight: Tensor) -> float:
     """q ≥ max ‖(Wx)∘(Wx)‖₂ over ‖x‖₂ ≤ 1, for W (m, n) with rows w_i.
 
-    (w_i·x)² = ⟨w_iw_iᵀ, xxᵀ⟩ and xxᵀ = I/n + S for a unit x, with S of trace 0 and ‖S‖_F ≤ 1; S meets the w_iw_iᵀ less their part along I, whose
-    Gram matrix is G∘G − ssᵀ/n with G = WWᵀ, s_i = ‖w_i‖². So q = ‖s‖/n + sqrt(λ_max of it), at most max_i‖w_i‖·σ(W), which is taken where it is less.
+    (w_i·x)² = ⟨w_iw_iᵀ, xxᵀ⟩. For a unit vector x, xxᵀ = I/n + S, where S has trace 0 and ‖S‖_F ≤ 1. Only the traceless parts of w_iw_iᵀ contribute
+    to ⟨w_iw_iᵀ, S⟩; their Gram matrix is G∘G − ssᵀ/n with G = WWᵀ and s_i = ‖w_i‖². Hence q = ‖s‖/n + sqrt(λ_max(G∘G − ssᵀ/n)). The bound
+    max_i‖w_i‖·σ(W) also holds; the smaller of the two is returned.
     """
     a, exponent = _scaled(weight)
     gram = a @ a.mT
     size = norm_up(a).square()
     traceless = gram.square() - size[:, None] * size / a.shape[1]
-    # A Gram entry is off by γ_n‖w_i‖‖w_j‖, its square by a little more than twice that times as much; the rest of the rounding, s included, is far
-    # below what ‖S‖_F² = 1 − 1/n < 1 leaves.
+    # The error of an entry of G is at most γ_n‖w_i‖‖w_j‖, that of its square slightly more than 2γ_n(‖w_i‖‖w_j‖)². All other rounding errors are far
+    # below the slack that ‖S‖_F² = 1 − 1/n < 1 leaves.
     lost = up(8 * gamma(a.shape[1] + 4, U64) * norm_up(size, 0).square())
-    # Both are within a few percent; of wide layers Gram iteration costs five times as much.
+    # Both bounds are within a few percent; for wide layers Gram iteration takes five times as long.
     largest = largest_eigenvalue_bound if len(a) > 2 * _WIDE else partial(gram_iteration_bound, iterations=6)
     top = up(largest((traceless + traceless.mT) / 2) + lost).sqrt()
     plain = up(size.amax().sqrt() * spectral_norm_bound(a))
@@ -182,11 +184,11 @@ def quartic_bound(weight: Tensor) -> float:
 def infinity_to_two_bound(weight: Tensor) -> Tensor:
     """c ≥ max ‖Wx‖₂ over ‖x‖_∞ ≤ 1, for W (m, n): float64 scalar.
 
-    min(√n·σ(W), ‖ |W|·1 ‖₂): the second sums each row's absolute values, so it is at most Σ_j ‖w_j‖₂ over columns (triangle inequality).
+    The smaller of √n·σ(W) and ‖ |W|·1 ‖₂, the ℓ2 norm of the rows' sums of absolute values.
     """
     a = weight.detach().to(torch.float64)
     m, n = a.shape
-    # norm_up scales: squares of weights below 1e-154 would vanish, and with them the bound.
+    # norm_up scales its argument: otherwise squares of weights below 1e-154 would underflow and the bound would be 0.
     by_rows = up(norm_up(a.abs().sum(-1)) * (1 + gamma(m + n + 4, U64)))
     return torch.minimum(by_rows, up(spectral_norm_bound(a) * math.sqrt(n)))
 
@@ -198,18 +200,18 @@ def one_to_two_bound(weight: Tensor) -> Tensor:
 
 
 def symbol_work(kernel: Tensor, torus: tuple[int, ...]) -> int:
-    """About how many products `symbol_bound` takes."""
+    """About how many multiplications `symbol_bound` needs."""
     return math.prod(torus) // 2 * (2 * max(kernel.shape[:2])) ** 3 * 8
 
 
 def symbol_bound(kernel: Tensor, torus: tuple[int, ...], dilation: tuple[int, ...] = (1, 1)) -> Tensor:
-    """σ ≥ the operator norm of the circular convolution (stride 1) with `kernel` (out, in, kh, kw) on a torus: float64 scalar.
+    """σ ≥ the operator norm of the circular convolution (stride 1) with `kernel` (out, in, kh, kw) on a torus (H, W): float64 scalar.
 
-    Of signals and volumes too, kernels (out, in, k) and (out, in, kd, kh, kw); images are what is written here.
+    Also for signals, kernels (out, in, k), and volumes, kernels (out, in, kd, kh, kw); the formulas below are those for images.
 
-    The discrete Fourier transform is unitary and makes it block diagonal: one out×in matrix Σ_ab W[:, :, a, b]·exp(2πi(u·a·dh/H + v·b·dw/W))
-    for each frequency (u, v) of the torus (H, W) (Sedghi, Gupta & Long 2019). Real kernels: −(u, v) has the conjugate matrix, so
-    half of the v suffice. Each complex matrix is bounded by its real embedding [[Re, −Im], [Im, Re]], of the same norm.
+    The discrete Fourier transform is unitary and makes the convolution block diagonal, with one out×in matrix
+    Σ_ab W[:, :, a, b]·exp(2πi(u·a·dh/H + v·b·dw/W)) for each frequency (u, v) of the torus (Sedghi, Gupta & Long 2019). The kernel is real, so the
+    matrix of −(u, v) is the complex conjugate, and half of the v suffice. A complex matrix has the norm of its real embedding [[Re, −Im], [Im, Re]].
     """
     out, into, *sizes = kernel.shape
     flat, exponent = _scaled(kernel.flatten(1))
@@ -217,7 +219,7 @@ def symbol_bound(kernel: Tensor, torus: tuple[int, ...], dilation: tuple[int, ..
     device = kernel.device
 
     def turns(count: int, size: int, step: int, frequencies: int) -> Tensor:
-        """(frequency·tap·step mod size)/size: the angle as a fraction of a turn, reduced exactly (frequencies, taps)."""
+        """(frequency·tap·step mod size)/size (frequencies, taps): the angle as a fraction of a full turn; the reduction mod size is exact."""
         frequency = torch.arange(frequencies, device=device)[:, None]
         return (frequency * torch.arange(count, device=device) * step % size).double() / size
 
@@ -230,8 +232,8 @@ def symbol_bound(kernel: Tensor, torus: tuple[int, ...], dilation: tuple[int, ..
         turn = one.view(shape) if turn is None else turn + one.view(shape)
     assert turn is not None
     phases = (2 * math.pi * turn).reshape(-1, taps)
-    # turn < 2 is off by 4u (two divisions, one sum), so the angle by 25u, and by another 25u for π and the product; cos and sin add an ulp or two.
-    # Of volumes turn < 3 is off by 8u (three divisions, two sums): 51u and 38u.
+    # turn < 2 has an error of 4u (two divisions, one sum). The angle has an error of 25u from it, and of another 25u from π and the product; cos and
+    # sin add one or two ulps. For volumes turn < 3 has an error of 8u (three divisions, two sums), which gives 51u and 38u.
     phase_error = (64 if count < 3 else 128) * U64
     rows = flat.reshape(out * into, taps)
     biggest = 2 * max(out, into)
@@ -242,7 +244,7 @@ def symbol_bound(kernel: Tensor, torus: tuple[int, ...], dilation: tuple[int, ..
         real, imaginary = ((rows @ f(part).mT).mT.reshape(-1, out, into) for f in (torch.cos, torch.sin))
         embedded = torch.cat([torch.cat([real, -imaginary], -1), torch.cat([imaginary, real], -1)], -2)
         best.append(gram_iteration_bound(embedded, iterations).amax())
-    # Each entry, real and imaginary, is off by at most (γ_taps + phase_error)·Σ_ab|W_ab|; √2 for the two of them, √taps by Cauchy-Schwarz.
+    # The error of each real and imaginary part is at most (γ_taps + phase_error)·Σ_ab|W_ab|. √2 accounts for both parts, √taps is by Cauchy-Schwarz.
     relative = (gamma(taps + 2, U64) + phase_error) * (1 + 1e-9)
     error = relative * math.sqrt(2 * taps) * norm_up(flat.flatten(), 0) + out * into * taps * TINY[torch.float64]
     return _unscaled(up(torch.stack(best).amax() + error), exponent)

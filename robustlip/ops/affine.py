@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound
 
 
-def offset_error(bias: Tensor | float, size: Tensor, terms: int, width: int, arithmetic: Rounds) -> Tensor:
+def offset_error(bias: Tensor | float, size: Tensor, terms: int, width: int, arithmetic: RoundingModel) -> Tensor:
     """What the bias adds to ‖fl(Ax + b) − (Ax + b)‖₂, `width` numbers of `terms` products each: ‖b‖₂ ≤ bias, ‖|A||x|‖₂ ≤ size.
 
     The sum may begin with the bias, as torch's own kernels do, so that every partial sum rounds at its size: γ of terms + 1 of all that is summed,
@@ -42,7 +42,7 @@ class Matrix:
         """‖W + E‖_F for ‖E‖₂ ≤ change."""
         return self.frobenius + math.sqrt(min(self.fan_out, self.fan_in)) * change
 
-    def rounding(self, norm: Tensor, change: Tensor | float, arithmetic: Rounds) -> Tensor:
+    def rounding(self, norm: Tensor, change: Tensor | float, arithmetic: RoundingModel) -> Tensor:
         """‖fl((W + E)x) − (W + E)x‖₂ ≤ γ_n‖W + E‖_F‖x‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change, any order of summation; underflow added."""
         frobenius = self.perturbed_frobenius(change)
         # Products may vanish, and so may inputs and weights where a processor takes subnormals for zero.
@@ -50,7 +50,7 @@ class Matrix:
         lost = lost + math.sqrt(self.fan_in * self.fan_out) * norm * arithmetic.flushed
         return arithmetic.gamma(self.fan_in) * frobenius * norm + lost
 
-    def error(self, bias: float | None, norm: Tensor, change: Tensor | float, arithmetic: Rounds) -> Tensor:
+    def error(self, bias: float | None, norm: Tensor, change: Tensor | float, arithmetic: RoundingModel) -> Tensor:
         """‖fl((W + E)x + b) − ((W + E)x + b)‖₂ for executed ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change. bias: ‖b‖₂, None without one."""
         fresh = self.rounding(norm, change, arithmetic)
         if bias is not None:
@@ -58,19 +58,19 @@ class Matrix:
         return fresh
 
 
-def row_error(row: Tensor | float, bias: float, norm: Tensor, width: int, arithmetic: Rounds) -> Tensor:
+def row_error(row: Tensor | float, bias: float, norm: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
     """|fl(⟨w, x⟩ + b) − (⟨w, x⟩ + b)| of one number, for ‖w‖₂ ≤ row, |b| ≤ bias, ‖x‖₂ ≤ norm, w of `width` numbers."""
     size = row * norm + bias
     lost = (width + 2) * arithmetic.tiny + math.sqrt(width) * (row + norm) * arithmetic.flushed  # products, and subnormal operands
     return arithmetic.gamma(width + 1) * size + arithmetic.unit * size + lost
 
 
-def shift_error(norm: Tensor, width: int, arithmetic: Rounds) -> Tensor:
+def shift_error(norm: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(x + p) − (x + p)‖₂ for a constant p and ‖x + p‖₂ ≤ norm, x of `width` numbers: one rounding; both terms may be subnormal."""
     return arithmetic.unit * norm + 2 * math.sqrt(width) * arithmetic.flushed
 
 
-def standardize_error(size: Tensor, gain: float, width: int, arithmetic: Rounds) -> Tensor:
+def standardize_error(size: Tensor, gain: float, width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(y) − y‖₂ of y = (x − mean)/std by channel, gain = 1/min|std|, ‖x‖₂ + ‖mean‖₂ ≤ size/gain, of `width` numbers.
 
     Each number is off by 4u of its own size. x, mean and their difference may all be subnormal, and are divided.

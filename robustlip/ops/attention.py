@@ -12,29 +12,29 @@ import math
 import torch
 from torch import Tensor
 
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.ops.elementwise import FUNCTION_ULPS
 
 
-def projection_error(frobenius: Tensor, norm: Tensor, width: int, head_width: int, arithmetic: Rounds) -> Tensor:
+def projection_error(frobenius: Tensor, norm: Tensor, width: int, head_width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(W_h x) − W_h x‖₂ of one head's queries, keys or values, for ‖W_h‖_F ≤ frobenius, ‖x‖₂ ≤ norm, W_h (head_width, width)."""
     root = math.sqrt(head_width)
     error = arithmetic.gamma(width) * frobenius * norm + width * root * arithmetic.tiny
     return error + math.sqrt(width) * (frobenius + root * norm) * arithmetic.flushed  # subnormal inputs and weights
 
 
-def table_error(norm: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
+def table_error(norm: Tensor, head_width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(Rx) − Rx‖₂ of a query or key rotated by tables of cos and sin, for ‖x‖₂ ≤ norm: `rotation_error`, and numbers of the tables that vanish."""
     return rotation_error(norm, head_width, arithmetic) + 2 * (norm + math.sqrt(head_width)) * arithmetic.flushed
 
 
-def rotation_error(norm: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
+def rotation_error(norm: Tensor, head_width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(Rx) − Rx‖₂ of a rotated query or key: cos and sin are rounded once, each number is a difference of two products, at most 6u of ‖x‖₂."""
     return 6 * arithmetic.unit * norm + 4 * head_width * arithmetic.tiny
 
 
 def logit_error(
-    logit: Tensor, query: Tensor, key: Tensor, scale: float, head_width: int, arithmetic: Rounds, explicit: str | None = None
+    logit: Tensor, query: Tensor, key: Tensor, scale: float, head_width: int, arithmetic: RoundingModel, explicit: str | None = None
 ) -> Tensor:
     """|fl(c·q·k) − c·q·k| for |c·q·k| ≤ logit, ‖q‖₂ ≤ query, ‖k‖₂ ≤ key, c = scale.
 
@@ -48,22 +48,22 @@ def logit_error(
     return error + math.sqrt(head_width * max(scale, scale**2)) * arithmetic.tiny * (query + key)
 
 
-def shifted(error: Tensor, logit: Tensor, bias: float, arithmetic: Rounds) -> Tensor:
+def shifted(error: Tensor, logit: Tensor, bias: float, arithmetic: RoundingModel) -> Tensor:
     """The error of a logit once the bias (|bias| ≤ bias) was added and the row's maximum subtracted: both round at the size of the logits."""
     return error + 3 * arithmetic.unit * (2 * (logit + bias) + error)
 
 
-def mixing_error(length: int, arithmetic: Rounds) -> float:
+def mixing_error(length: int, arithmetic: RoundingModel) -> float:
     """Relative error of Σ_j softmax_j v_j from exp on: exp (once more per block), the sum, the division, the weighted sum of `length` values."""
     return arithmetic.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16))
 
 
-def mixing_underflow(length: int, value: Tensor, head_width: int, arithmetic: Rounds) -> Tensor:
+def mixing_underflow(length: int, value: Tensor, head_width: int, arithmetic: RoundingModel) -> Tensor:
     """What underflow takes from that sum, for ‖v_j‖₂ ≤ value: weights that vanish, and each of the products, `head_width` of them a token."""
     return 2 * length * arithmetic.tiny * (value + math.sqrt(head_width))
 
 
-def scaled_error(lost: Tensor, scale: float, norm: Tensor, width: int, arithmetic: Rounds) -> Tensor:
+def scaled_error(lost: Tensor, scale: float, norm: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
     """The error of scale·y, `width` numbers, for ‖y‖₂ ≤ norm and |scale|·(the error of y) ≤ lost: the product and the scalar round."""
     by, root = abs(scale), math.sqrt(width)
     lost = lost + 3 * arithmetic.unit * (by * norm + lost) + root * arithmetic.tiny

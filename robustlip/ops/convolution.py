@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound, symbol_bound, symbol_work
 from robustlip.ops.affine import offset_error
@@ -201,7 +201,7 @@ class Convolution:
         """≥ every partial sum of every number behind, for ‖x‖₂ ≤ norm."""
         return self.perturbed_frobenius(change) * norm + self.shift
 
-    def error(self, norm: Tensor, change: Tensor | float, arithmetic: Rounds) -> Tensor:
+    def error(self, norm: Tensor, change: Tensor | float, arithmetic: RoundingModel) -> Tensor:
         """‖fl((W + E)*x + b) − ((W + E)*x + b)‖₂ for executed ‖x‖₂ ≤ norm and a convolution E of norm at most `change`.
 
         γ_n|W + E|*|x| in any order of summation, underflow of products and subnormal operands, and the sum with the bias.
@@ -255,14 +255,14 @@ def check_algorithm(layer: nn.Module) -> None:
     if weight.device.type == "cuda" and torch.backends.cudnn.enabled:
         raise UnsupportedLayer(
             "expected convolutions that sum products, got cuDNN, which may choose Winograd or FFT or TF32, whose rounding has no proved bound; "
-            "run it inside robustlip.execution.covered('cuda'), as certify does"
+            "run it inside robustlip.execution.covered_kernels('cuda'), as certify does"
         )
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     nnpack = torch.backends.nnpack.is_available() and torch._C._get_nnpack_enabled()
     if weight.device.type == "cpu" and not onednn and nnpack:
         raise UnsupportedLayer(
             "expected convolutions that sum products, got NNPACK without oneDNN, which may choose Winograd; "
-            "run it inside robustlip.execution.covered('cpu'), as certify does"
+            "run it inside robustlip.execution.covered_kernels('cpu'), as certify does"
         )
 
 
@@ -316,7 +316,7 @@ class Average:
         """≥ the sum of every window, before it is divided, for ‖x‖₂ ≤ norm."""
         return math.sqrt(self.size) * norm
 
-    def error(self, norm: Tensor, arithmetic: Rounds) -> Tensor:
+    def error(self, norm: Tensor, arithmetic: RoundingModel) -> Tensor:
         """‖fl(means) − means‖₂ for ‖x‖₂ ≤ norm: a sum and a division a window."""
         return arithmetic.gamma(self.size + 2) * self.gain * norm + 2 * math.sqrt(math.prod(self.out)) * arithmetic.tiny
 
@@ -327,6 +327,6 @@ def is_global(layer: nn.Module) -> bool:
     return all(n == 1 for n in (size if isinstance(size, tuple | list) else (size,)))
 
 
-def maxima_error(out: Shape, arithmetic: Rounds) -> float:
+def maxima_error(out: Shape, arithmetic: RoundingModel) -> float:
     """‖executed − exact‖₂ of maxima of windows: subnormals count for zero, or are not told apart. Nothing else rounds."""
     return 2 * math.sqrt(math.prod(out)) * arithmetic.flushed

@@ -133,7 +133,7 @@ class Elementwise:
     def error(self, norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
         """`executed_error`, infinite where execution may overflow or divide by what counts for zero."""
         largest = torch.maximum(self.on_the_way(norm), self.size(norm, root) / self.divisor)
-        return arithmetic.divides(arithmetic.fits(self.executed_error(norm, root, arithmetic), largest), self.divisor)
+        return arithmetic.infinite_if_flushed(arithmetic.infinite_if_overflow(self.executed_error(norm, root, arithmetic), largest), self.divisor)
 
 
 def exact(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:

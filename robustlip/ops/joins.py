@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from robustlip.errors import BadInput
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 
 
-def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width: int, arithmetic: Rounds) -> tuple[Tensor, Tensor]:
+def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width: int, arithmetic: RoundingModel) -> tuple[Tensor, Tensor]:
     """(‖fl(y) − y‖₂, ‖y‖₂) at most, for y = Σ_i a_i·u_i with ‖u_i‖₂ ≤ norms[i], |a_i| = scalars[i], of `width` numbers.
 
     In every term the scalar, the product and the sums round: k terms, k + 2 roundings each, with what they multiply to.
@@ -26,7 +26,7 @@ def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width:
     return fresh, norm
 
 
-def product_error(norm: Tensor, first: Tensor, second: Tensor, width: int, arithmetic: Rounds) -> Tensor:
+def product_error(norm: Tensor, first: Tensor, second: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(a∘b) − a∘b‖₂ for executed ‖a∘b‖₂ ≤ norm, ‖a‖₂ ≤ first, ‖b‖₂ ≤ second, a and b of `width` numbers: one rounding each."""
     # Products vanish, and so may a or b where a processor takes subnormals for zero.
     return 2 * arithmetic.unit * norm + math.sqrt(width) * arithmetic.tiny + (first + second) * arithmetic.flushed
@@ -51,6 +51,6 @@ def root_of_squares(norms: Sequence[Tensor]) -> Tensor:
     return norm_up(torch.stack(list(norms), -1))
 
 
-def mean_error(norm: Tensor, tokens: int, width: int, arithmetic: Rounds) -> Tensor:
+def mean_error(norm: Tensor, tokens: int, width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(y) − y‖₂ of y = mean_t x_t, for ‖x_t‖₂ ≤ norm: a sum of T numbers and one division round at most T times."""
     return arithmetic.gamma(tokens + 1) * norm + math.sqrt(width) * arithmetic.tiny * tokens

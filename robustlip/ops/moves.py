@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers import Flip, Permute, PrependToken, Select, SelectToken, Slice, Tokens, View
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 
 Sample = tuple[int, ...]
@@ -79,7 +79,7 @@ class Moves:
         """‖behind‖ ≤ this·‖in front‖, both norms those of the space: 'l1', 'l2' or 'linf'."""
         return growth(self.copies, space)
 
-    def lost(self, size: float, count: int, arithmetic: Rounds) -> float:
+    def lost(self, size: float, count: int, arithmetic: RoundingModel) -> float:
         """What rounding of `count` constants of norm `size` comes to."""
         return arithmetic.unit * size + math.sqrt(count) * (arithmetic.tiny + arithmetic.flushed) if self.rounds and size else 0.0
 

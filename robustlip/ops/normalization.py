@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers.formulas import WrittenNorm
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import TINY, U64, gamma, norm_up, up
 from robustlip.ops.convolution import image_shape
 from robustlip.ops.elementwise import FUNCTION_ULPS
@@ -105,7 +105,7 @@ def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float) -> 
     return up(largest_gain(layer) / (least.square() / count * (1 - 8 * U64) + eps * (1 - 8 * U64)).sqrt())
 
 
-def normalization_error(layer: Normalization, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: Rounds) -> Tensor:
+def normalization_error(layer: Normalization, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel) -> Tensor:
     """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ behind and 1/s ≤ inverse there; infinite where nothing is known.
 
     Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and LeVeque
@@ -132,7 +132,7 @@ def normalization_error(layer: Normalization, norm: Tensor, behind: Tensor | flo
     return (centring + (relative + 8 * arithmetic.unit) * behind + lost).nan_to_num(math.inf, math.inf)
 
 
-def _written_error(layer: WrittenNorm, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: Rounds) -> Tensor:
+def _written_error(layer: WrittenNorm, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel) -> Tensor:
     """`normalization_error` of an expression that runs operation by operation, in any of the orders that `norm_of` knows.
 
     The mean is off by γ_D‖x‖/√D and the difference by u, so the computed ĉ by ‖e‖ ≤ E = g‖x‖, g = γ_{D+8}. Squares, their sum, the quotient, eps
@@ -206,7 +206,7 @@ class BatchScale:
         """‖y‖₂, and of all terms of its sum, for ‖x‖₂ ≤ norm."""
         return self.gain * norm + self.shift * math.sqrt(positions) * (1 + 1e-12)
 
-    def error(self, norm: Tensor, positions: int, width: int, arithmetic: Rounds) -> Tensor:
+    def error(self, norm: Tensor, positions: int, width: int, arithmetic: RoundingModel) -> Tensor:
         """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, x of `width` numbers, `positions` a channel; infinite where nothing is known.
 
         A handful of roundings each of γ/sqrt(var + eps), g·x, g·mean and the sums, in any order; a tiny var + eps may itself be rounded by `tiny`.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.ops.convolution import GLOBAL_MEANS, Average, Mean, Shape, along, dimensions, image_shape, is_global
 
 UPSAMPLES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
@@ -61,7 +61,7 @@ class Resampling:
         """≥ every sum on the way, for ‖x‖₂ ≤ norm: a window is summed before it is divided."""
         return norm * (self.terms + 1)
 
-    def error(self, norm: Tensor, arithmetic: Rounds) -> Tensor:
+    def error(self, norm: Tensor, arithmetic: RoundingModel) -> Tensor:
         """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm: weights, products and sums, places that are off, underflow."""
         if self.copies:
             return 0 * norm

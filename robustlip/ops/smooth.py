@@ -95,7 +95,7 @@ def _softplus(layer: nn.Softplus) -> Elementwise:
         own = (FUNCTION_ULPS + 6) * unit * norm + root * ((2 * FUNCTION_ULPS + 4) * unit / beta + (2 + 3 / beta) * tiny)
         jump = (max(-early, 0.0) + math.log1p(math.exp(-abs(early)))) / beta * (1 + 1e-12)
         lost = own + (reach >= early).to(own.dtype) * (root * jump)
-        limit = math.log(arithmetic.scalars_largest) - 1
+        limit = math.log(arithmetic.largest_scalar) - 1
         overflows = reach.clamp_max(threshold + 4.1 * unit * abs(threshold)) > limit
         return torch.where(overflows, torch.full_like(lost, math.inf), lost)
 

@@ -335,7 +335,8 @@ class AttentionExpansion(Expansion):
                 self.heads.output_sums(mixed_size, e_o, layer) * max(1.0, abs(self.factor)),
             ]
         ).amax(0)
-        fresh = self.scope.divided(self.scope.fits(up(fresh), largest), self.s)  # a scale that counts for zero makes NaN of what is masked
+        # A scale that is flushed to zero turns masked logits into NaN.
+        fresh = self.scope.infinite_if_flushed(self.scope.infinite_if_overflow(up(fresh), largest), self.s)
         if not remainder:
             return Behind(up(moved) + fresh, ball.error, [])
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from robustlip.domains.norms import Context, rule_for
 from robustlip.errors import UnsupportedLayer
-from robustlip.numerics.rounding import U64, gamma, numbers_at_once, up
+from robustlip.numerics.rounding import U64, chunk_numbers, gamma, up
 from robustlip.numerics.spectral import largest_eigenvalue_bound
 from robustlip.ops import elementwise_layers
 from robustlip.ops.moves import moving_layers
@@ -71,13 +71,13 @@ class Scope:
     def gamma(self, n: float) -> float:
         return self.context.gamma(n) + gamma(n, U64)
 
-    def divided(self, radius: Tensor, by: float) -> Tensor:
+    def infinite_if_flushed(self, radius: Tensor, by: float) -> Tensor:
         """The radius, infinite where a processor may take what was divided by for zero."""
-        return self.context.divides(radius, by)
+        return self.context.infinite_if_flushed(radius, by)
 
-    def fits(self, radius: Tensor, largest: Tensor) -> Tensor:
+    def infinite_if_overflow(self, radius: Tensor, largest: Tensor) -> Tensor:
         """The radius, infinite where an intermediate value could overflow the covered dtype."""
-        return self.context.fits(radius, largest)
+        return self.context.infinite_if_overflow(radius, largest)
 
     def weight_change(self, ball: Ball, sigma: float) -> Tensor | float:
         """‖E‖ of a matrix with σ(W) ≤ sigma, of shape (…, N, 1) where it is not 0: radii by token broadcast against it."""
@@ -238,7 +238,7 @@ class Curved(Group):
         both = torch.maximum(bound.convex, bound.concave) if self.convex is self.concave else None
         sums = []
         # A few adjoints at a time: on a processor, products that stay in its cache take a fraction of the time of those that do not.
-        count = max(1, numbers_at_once(squares) // max(1, self.convex[:1].numel()))
+        count = max(1, chunk_numbers(squares) // max(1, self.convex[:1].numel()))
         for convex, concave in zip(self.convex.split(count), self.concave.split(count), strict=True):
             bent = convex * bound.convex if both is None else convex * both
             if both is None:
@@ -263,7 +263,7 @@ class Curved(Group):
         w = bound.matrix
         # Wᵀdiag(c)W as float64 has it is off by at most γ of |W|ᵀdiag(c)|W|, whose Frobenius norm is at most Σ_n c_n‖w_n‖².
         lost = gamma(len(w) + 4, U64) * (c[wanted] @ w.square().sum(-1)) + w.numel() * 2.0**-1022
-        count = max(1, 16 * numbers_at_once(w) // w.numel())
+        count = max(1, 16 * chunk_numbers(w) // w.numel())
         values = []
         for part in c[wanted].split(count):
             product = w.mT @ (part.unsqueeze(-1) * w)

@@ -56,7 +56,7 @@ class ScaleExpansion(ConstantStep):
 
     def lost(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         fresh = self.scope.both(lambda arithmetic: scale_error(norm, self.gain, self.map.outputs, arithmetic))
-        return self.scope.divided(fresh, self.smallest), self.gain * norm
+        return self.scope.infinite_if_flushed(fresh, self.smallest), self.gain * norm
 
 
 @register(Shift, any_space=True, keeps="any")

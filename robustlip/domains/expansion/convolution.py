@@ -67,7 +67,7 @@ class MapStep(AffineStep):
         fresh, largest = self.lost(self.norm + self.factor * ball.radius, ball)
         # Behind, an ℓ1 norm can be √n times the ℓ2 norm; an ℓ∞ norm is never more.
         spread = math.sqrt(self.map.outputs) * (1 + 1e-15) if self.space == "l1" else 1.0
-        return up(self.gain * ball.radius), self.scope.fits(up(fresh * spread), largest)
+        return up(self.gain * ball.radius), self.scope.infinite_if_overflow(up(fresh * spread), largest)
 
     def back(self, g: Tensor) -> Tensor:
         return self.map.adjoint(g)

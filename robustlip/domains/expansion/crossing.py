@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from robustlip.domains.expansion.base import Group
-from robustlip.numerics.rounding import U64, gamma, norm_up, numbers_at_once, up
+from robustlip.numerics.rounding import U64, chunk_numbers, gamma, norm_up, up
 from robustlip.numerics.spectral import largest_eigenvalue_bound
 
 # Steps of Frank and Wolfe, and of the power iteration in each.
@@ -71,7 +71,7 @@ class Kinks(Group):
         assert self.falling is not None and bound.whole is not None
         crossing, share, together = bound.crossing, bound.share, bound.height * bound.whole
         parts = []
-        count = max(1, numbers_at_once(crossing) // max(1, self.falling[:1].numel()))
+        count = max(1, chunk_numbers(crossing) // max(1, self.falling[:1].numel()))
         for falling in self.falling.split(count):
             parts.append(torch.minimum((falling * crossing).sum(-1), norm_up(falling * share) * together))
         return (1 + 1e-12) * torch.cat(parts).sum(-1)
@@ -132,7 +132,7 @@ class Crossing(Group):
         reached = (crossing > 0).to(crossing.dtype)
         together = 2 * bound.share * bound.whole
         parts = []
-        count = max(1, numbers_at_once(crossing) // max(1, self.falling[:1].numel()))
+        count = max(1, chunk_numbers(crossing) // max(1, self.falling[:1].numel()))
         for falling in self.falling.split(count):
             single = (falling * crossing).sum(-1)
             parts.append(torch.minimum(single, norm_up(falling * reached) * together))
@@ -160,7 +160,7 @@ class Crossing(Group):
         largest = torch.full_like(lost, torch.inf)
         peak, constant = torch.zeros_like(lost), torch.zeros_like(lost)
         w = bound.rows
-        for at in torch.arange(len(a), device=a.device).split(max(1, 16 * numbers_at_once(w) // w.numel())):
+        for at in torch.arange(len(a), device=a.device).split(max(1, 16 * chunk_numbers(w) // w.numel())):
             i, j, l = a[at], n[at], t[at]
             largest[i, j, l], peak[i, j, l], constant[i, j, l] = _forms(self.falling[i, j, l], bound.near[j, l], bound.moved[j, l], w)
         return replace(self, forms=KinkForms(largest, peak, constant))

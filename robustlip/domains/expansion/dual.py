@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.domains.expansion import Group, JacobianChain, Pair, loss, picked, vanished
-from robustlip.domains.expansion.local import Reference, local_applies, reference_of, search
+from robustlip.domains.expansion.local import Reference, local_why_not, reference_of, search
 from robustlip.domains.expansion.sorting import REFLECTIONS
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.elementwise import DROPOUTS
@@ -45,7 +45,7 @@ from robustlip.layers import (
     Sum,
     WrittenNorm,
 )
-from robustlip.numerics.rounding import U64, gamma, norm_up, numbers_at_once, up
+from robustlip.numerics.rounding import U64, chunk_numbers, gamma, norm_up, up
 from robustlip.ops import is_elementwise
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
@@ -62,11 +62,11 @@ REACHES: Reaches = ((1.25, 0.02),)
 FAR: Reaches = ((4.0, 0.05), (2.0, 0.05), (1.25, 0.02))
 
 
-def dual_applies(model: Chain, threat: Threat) -> str:
+def dual_why_not(model: Chain, threat: Threat) -> str:
     """'' when the method covers the model and the threat, otherwise the sentence that says why not."""
     if isinstance(threat, WeightBall):
         return "method 'dual' has no first order in the weights yet"
-    return local_applies(model, threat).replace("'local'", "'dual'")
+    return local_why_not(model, threat).replace("'local'", "'dual'")
 
 
 def first_order(g: Tensor, threat: Threat) -> Tensor:
@@ -179,7 +179,7 @@ def at_positions(reference: Reference, sample: Tensor, position: Tensor, *, jaco
 
 def dual_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), NaN: the method has no Lipschitz constant), float64 on the CPU. Signature as global_radii."""
-    if reason := dual_applies(model, threat):
+    if reason := dual_why_not(model, threat):
         raise UnsupportedLayer(f"expected a model and threat that the method covers, got one where {reason}; use method='best'")
     radius = torch.zeros(len(y), dtype=torch.float64, device=y.device)
     todo = ((logits.argmax(-1) == y) & torch.isfinite(logits).all(-1)).nonzero()[:, 0]
@@ -246,7 +246,7 @@ class Aside:
         if not isinstance(body, JacobianChain) or rows is None or len(rows) <= EVERY:
             return cls(reference, None)
         whole, lost = body.end_to_end()
-        room = max(1, 8 * numbers_at_once(rows) // rows.shape[1])
+        room = max(1, 8 * chunk_numbers(rows) // rows.shape[1])
         found = torch.empty_like(reference.margin)
         for i, jacobian in enumerate(whole):
             own, at = rows[y[i]] @ jacobian, 0

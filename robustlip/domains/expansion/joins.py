@@ -62,7 +62,7 @@ class SumExpansion(Branches):
         sizes = [abs(w) for w in self.weights]
         reached = [self.norms[..., i] + r for i, r in enumerate(radii)]
         fresh, norm = weighted_sum_error(sizes, reached, self.clean.shape[-1], self.scope)
-        fresh = self.scope.fits(up(fresh), norm)
+        fresh = self.scope.infinite_if_overflow(up(fresh), norm)
         if remainder:
             bounds += [fresh, ball.radius.amax(-1, keepdim=True)]
 

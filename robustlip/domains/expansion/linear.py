@@ -110,7 +110,7 @@ class Affine(AffineStep):
         bias = None if c.bias is None else c.bias_norm
         fresh = self.scope.both(lambda arithmetic: c.matrix.error(bias, norm, perturbed, arithmetic)) + perturbed * norm
         largest = c.matrix.largest(norm, perturbed) + c.bias_norm
-        return up(c.gain * radius), self.scope.fits(up(fresh), largest)
+        return up(c.gain * radius), self.scope.infinite_if_overflow(up(fresh), largest)
 
     @property
     def quartic(self) -> float | None:

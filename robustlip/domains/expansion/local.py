@@ -26,7 +26,7 @@ from robustlip.ops.affine import Matrix, row_error
 from robustlip.threats import EmbeddingBall, Threat, WeightBall
 
 
-def local_applies(model: Chain, threat: Threat) -> str:
+def local_why_not(model: Chain, threat: Threat) -> str:
     """'' when every layer behind the threat has a local expansion, otherwise the sentence that says which has none."""
     inner = [m for layer in model for m in layer.modules() if not isinstance(m, Chain)]
     # Matrices inside attention and residual branches are found by modules() too; what attention reads itself is expanded with it.
@@ -96,7 +96,7 @@ class Reference:
         width, row, reach = self.rows.shape[1], self.largest_row + self.head_change(epsilon), self.hidden_norm + hidden
         scope = Scope(self.context)
         lost = scope.both(lambda arithmetic: row_error(row, self.largest_bias, reach, width, arithmetic))
-        return scope.fits(up(lost), row * reach + self.largest_bias)
+        return scope.infinite_if_overflow(up(lost), row * reach + self.largest_bias)
 
 
 def double_copy(model: Chain, context: Context) -> Chain:
@@ -150,7 +150,7 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
         largest_row = context.constant(head, "largest-row", lambda: float(norm_up(rows).amax()))
         largest_bias = 0.0 if bias is None else float(bias.abs().amax())
         sigma = float(context.constant(head, "matrix", lambda: Matrix.of(head.weight)).sigma)
-    margin = margins(logits, y) - context.behind
+    margin = margins(logits, y) - context.final_error
     return Reference(body, start, rows, bias, margin, pairs, row, norm_up(last), largest_row, largest_bias, sigma, context, threat)
 
 
@@ -175,7 +175,7 @@ def search(losses: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor, to
 
 def local_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), Lipschitz bound to the last hidden state on that ball (N,)), float64 on the CPU. Signature as global_radii."""
-    if reason := local_applies(model, threat):
+    if reason := local_why_not(model, threat):
         raise UnsupportedLayer(f"expected a model that the method covers, got one where {reason}; use method='best'")
     weights = isinstance(threat, WeightBall)
     reference = reference_of(model, x, y, threat, context)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
 from robustlip.layers.formulas import WrittenNorm
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops.normalization import (
     Normalization,
@@ -71,11 +71,11 @@ class NormalizationExpansion(Expansion):
         norm = self.largest * root + self.shift
         inverse = gain / self.largest if self.largest else torch.full_like(gain, 1 / least_size(self.layer))  # 1/s_min
 
-        def one(arithmetic: Rounds) -> Tensor:
+        def one(arithmetic: RoundingModel) -> Tensor:
             return normalization_error(self.layer, self.norm + radius, norm, inverse, arithmetic)
 
         # The sum of squares, and what comes out.
-        fresh = self.scope.fits(up(self.scope.both(one)), (self.norm + radius).square().clamp_min(norm))
+        fresh = self.scope.infinite_if_overflow(up(self.scope.both(one)), (self.norm + radius).square().clamp_min(norm))
         curve = 0.5 * curvature(self.layer) / math.sqrt(self.count) * gain * inverse * radius.square()
         bounds: list[Pair] = [up(curve), fresh, radius.amax(-1, keepdim=True)] if remainder else []
         moved = torch.minimum(up(gain * radius), torch.full_like(radius, 2 * self.largest * root)) + fresh

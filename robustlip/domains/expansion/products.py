@@ -20,7 +20,7 @@ from robustlip.domains.expansion.sorting import ReflectionExpansion
 from robustlip.domains.expansion.structure import ChainExpansion, ToL2, shape_of
 from robustlip.errors import BadInput
 from robustlip.layers import Channels, Concatenate, Maximum, MaxMin, Minimum, Product
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
 from robustlip.ops.joins import product_error, root_of_squares, spread_over
@@ -61,10 +61,10 @@ class ProductExpansion(Branches):
         reached = self.norms[..., 0] + r_a, self.norms[..., 1] + math.sqrt(self.spread) * (1 + 1e-15) * r_b
         norm = reached[0] * (by_a + r_b)
 
-        def one(arithmetic: Rounds) -> Tensor:
+        def one(arithmetic: RoundingModel) -> Tensor:
             return product_error(norm, *reached, self.clean.shape[-1], arithmetic)
 
-        fresh = self.scope.fits(up(self.scope.both(one)), norm)
+        fresh = self.scope.infinite_if_overflow(up(self.scope.both(one)), norm)
         if remainder:
             bounds += [up(bent), fresh, ball.radius.amax(-1, keepdim=True)]
         return Behind(up(by_a * r_a + by_b * r_b + bent) + fresh, up(by_a * e_a + by_b * e_b + bent) + fresh, bounds)

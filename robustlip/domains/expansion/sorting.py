@@ -103,7 +103,7 @@ class ReflectionExpansion(Neurons):
 
         # The reference is not sorted but reflected, in all three.
         own = 32 * 2.0**-53 * norm + 8 * root * 2.0**-1022 * (1 + norm)
-        return self.scope.fits(up(one(self.scope.context) + own), 4 * norm)
+        return self.scope.infinite_if_overflow(up(one(self.scope.context) + own), 4 * norm)
 
     def lipschitz(self) -> Tensor | float:
         return self.sigma

@@ -222,7 +222,7 @@ class AddPositionsExpansion(Expansion):
 
     def advance(self, ball: Ball, remainder: bool = True) -> Behind:
         norm = self.norm + ball.radius
-        fresh = self.scope.fits(up(shift_error(norm, self.clean.shape[-1], self.scope)), norm)
+        fresh = self.scope.infinite_if_overflow(up(shift_error(norm, self.clean.shape[-1], self.scope)), norm)
         return Behind(ball.radius + fresh, ball.error + fresh, [fresh] if remainder else [])
 
     def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
@@ -241,7 +241,7 @@ class MeanTokensExpansion(Expansion):
     def advance(self, ball: Ball, remainder: bool = True) -> Behind:
         radius = ball.radius
         largest = (self.norm + radius).amax(-1, keepdim=True)
-        fresh = self.scope.fits(up(mean_error(largest, self.tokens, self.clean.shape[-1], self.scope)), largest * self.tokens)
+        fresh = self.scope.infinite_if_overflow(up(mean_error(largest, self.tokens, self.clean.shape[-1], self.scope)), largest * self.tokens)
         bounds: list[Pair] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
         return Behind(up(radius.mean(-1, keepdim=True)) + fresh, up(ball.error.mean(-1, keepdim=True)) + fresh, bounds)
 
@@ -343,7 +343,7 @@ class NormalizeExpansion(Expansion):
         # In ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
         fresh = standardize_error(size, self.gain, self.clean.shape[-1], self.scope)
         # The difference has to fit before it is divided.
-        fresh = self.scope.divided(self.scope.fits(up(fresh), torch.maximum(size, reach)), self.smallest)
+        fresh = self.scope.infinite_if_flushed(self.scope.infinite_if_overflow(up(fresh), torch.maximum(size, reach)), self.smallest)
         bounds: list[Pair] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
         return Behind(moved, up(self.gain * ball.error) + fresh, bounds)

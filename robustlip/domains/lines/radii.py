@@ -60,7 +60,7 @@ class Problem:
         drift = self.network.drift(size, known).cpu()
         # Underflow loses 2⁻¹⁰²² a product, times what follows: far less than 1e-120 while no bound of any size exceeds 1e60.
         drift = torch.where(torch.stack(self.network.sizes(size, known)).amax(0).cpu() < 1e60, drift + 1e-120, torch.full_like(drift, torch.inf))
-        return up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * drift[:, None]) + self.context.behind
+        return up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * drift[:, None]) + self.context.final_error
 
 
 Margins = Callable[[Problem, Tensor], Tensor]
@@ -131,7 +131,7 @@ def local_lipschitz_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, th
     return search(Problem(model, x, y, logits, threat, context), _local)
 
 
-def linear_applies(model: nn.Module, threat: Threat) -> str:
+def linear_why_not(model: nn.Module, threat: Threat) -> str:
     """'' where 'ibp', 'crown' and 'local-lipschitz' apply, else why not, in one sentence."""
     assert isinstance(model, Chain)
     return why_not(model, threat)

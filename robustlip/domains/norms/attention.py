@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from robustlip.domains.norms.state import Context, Rule, State, register, rule_for
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Attention
-from robustlip.numerics.arithmetic import Rounds
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.ops.affine import Matrix, offset_error
@@ -128,7 +128,7 @@ class Heads:
         """size·ρ, of queries or keys in front of their rotation."""
         return size if self.turn == 1.0 else size * self.turn
 
-    def projected_error(self, name: str, change: Tensor | float, norm: Tensor, layer: Attention, arithmetic: Rounds) -> Tensor:
+    def projected_error(self, name: str, change: Tensor | float, norm: Tensor, layer: Attention, arithmetic: RoundingModel) -> Tensor:
         """‖fl((W_h + E)x + b_h) − ((W_h + E)x + b_h)‖₂ by head (…, H), for ‖x‖₂ ≤ norm (…, 1), ‖E‖₂ ≤ change."""
         frobenius = self.frobenius[name] + math.sqrt(layer.head_width) * change
         error = projection_error(frobenius, norm, layer.width, layer.head_width, arithmetic)
@@ -137,7 +137,7 @@ class Heads:
             return error
         return error + offset_error(offset, frobenius * norm, layer.width, layer.head_width, arithmetic)
 
-    def output_error(self, norm: Tensor, change: Tensor | float, arithmetic: Rounds) -> Tensor:
+    def output_error(self, norm: Tensor, change: Tensor | float, arithmetic: RoundingModel) -> Tensor:
         """‖fl((W_o + E)x + b_o) − ((W_o + E)x + b_o)‖₂ for ‖x‖₂ ≤ norm, ‖E‖₂ ≤ change; 0 without an output projection."""
         matrix = self.output_matrix
         if matrix is None:
@@ -159,7 +159,7 @@ def _largest_added(layer: Attention) -> float:
     return 0.0 if added is None else float(added.double().abs().amax())
 
 
-def turn_error(layer: Attention, norm: Tensor, arithmetic: Rounds) -> Tensor:
+def turn_error(layer: Attention, norm: Tensor, arithmetic: RoundingModel) -> Tensor:
     """‖fl(Rx) − Rx‖₂ of a query or key with ‖x‖₂ ≤ norm, where the layer rotates them."""
     by_table = layer.cos is not None
     return (table_error if by_table else rotation_error)(norm, layer.head_width, arithmetic)

@@ -94,7 +94,7 @@ class GlobalBound:
         extra = 2**0.5 * (1 + 1e-15) * perturbed * state.norm + zero
         row = rows + perturbed
         single = row_error(row, bias, state.norm, matrix.fan_in, context)
-        return state, extra, context.fits(single, row * state.norm + bias)
+        return state, extra, context.infinite_if_overflow(single, row * state.norm + bias)
 
     def room(self, margin: Tensor, space: str) -> tuple[Tensor, Tensor]:
         """(q, c): margins are kept while change·c_j < m_j for all rivals, that is change < q = min_j m_j/c_j; c the smallest factor (N,)."""
@@ -143,7 +143,7 @@ def global_radii(
     """
     layers, inside, norm = entry(model, x, threat)
     bound = GlobalBound(model, layers, inside, norm, threat, y.cpu(), context)
-    margin = margins(logits.detach().cpu(), y.cpu()) - context.behind
+    margin = margins(logits.detach().cpu(), y.cpu()) - context.final_error
     evaluate = bound.evaluator(margin)
     scale = torch.ones_like(norm) if isinstance(threat, WeightBall) else norm.clamp_min(1e-3)
     radius, change = largest_radius(evaluate, 1e-9 * scale)

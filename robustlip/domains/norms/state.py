@@ -77,7 +77,7 @@ class Context(Arithmetic):
     weight_radius: Tensor | None = None
     relative: bool = True
     clean: Mapping[int, tuple[bool, Tensor]] = field(default_factory=dict)
-    behind: float = 0.0
+    final_error: float = 0.0
 
     def constant(self, layer: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
         """compute(), remembered for this layer as long as the model's weights stay the same (see certifiers.constants)."""
@@ -109,11 +109,12 @@ class Context(Arithmetic):
 
     def divided(self, state: State, by: float) -> State:
         """The state with infinite rounding where a processor may take what was divided by for zero."""
-        return replace(state, rounding=self.divides(state.rounding, by))
+        return replace(state, rounding=self.infinite_if_flushed(state.rounding, by))
 
     def finite(self, state: State, largest: Tensor | None = None) -> State:
         """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
-        return replace(state, rounding=self.fits(state.rounding, state.norm if largest is None else torch.maximum(state.norm, largest)))
+        largest = state.norm if largest is None else torch.maximum(state.norm, largest)
+        return replace(state, rounding=self.infinite_if_overflow(state.rounding, largest))
 
 
 class Rule:

@@ -6,22 +6,22 @@ only guess. Margins of one sample: 'sdp', the Lagrange dual of the exact ReLU ne
 """
 
 from robustlip.domains.quadratic.constants import Constants, product_of_norms
-from robustlip.domains.quadratic.eclipse import eclipse_applies, eclipse_constants, eclipse_radii
+from robustlip.domains.quadratic.eclipse import eclipse_constants, eclipse_radii, eclipse_why_not
 from robustlip.domains.quadratic.layers import Network, network_of
-from robustlip.domains.quadratic.lipsdp import lipsdp_applies, lipsdp_constants, lipsdp_radii
-from robustlip.domains.quadratic.multipliers import sdp_applies, sdp_radii
+from robustlip.domains.quadratic.lipsdp import lipsdp_constants, lipsdp_radii, lipsdp_why_not
+from robustlip.domains.quadratic.multipliers import sdp_radii, sdp_why_not
 
 __all__ = [
     "Constants",
     "Network",
-    "eclipse_applies",
+    "eclipse_why_not",
     "eclipse_constants",
     "eclipse_radii",
-    "lipsdp_applies",
+    "lipsdp_why_not",
     "lipsdp_constants",
     "lipsdp_radii",
     "network_of",
     "product_of_norms",
-    "sdp_applies",
+    "sdp_why_not",
     "sdp_radii",
 ]

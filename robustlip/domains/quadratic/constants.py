@@ -83,7 +83,7 @@ def constant_radii(
     growth = l2_factor(threat.norm, size)
     y = y.cpu()
     bound = GlobalBound(model, layers, inside, norm, threat, y, context)
-    margin = margins(logits.detach().cpu(), y) - context.behind
+    margin = margins(logits.detach().cpu(), y) - context.final_error
     table, heads = constants.pairs[y], bound.pairs("l2")
     # Rows that are equal up to rounding would divide by 0; a larger constant is still a bound.
     table = table.clamp_min(max(1e-9 * float(constants.pairs[torch.isfinite(constants.pairs)].amax()), 1e-300))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import GroupSort, Householder, MaxMin
-from robustlip.numerics.enclosures import Rows
+from robustlip.numerics.enclosures import SparseRows
 from robustlip.numerics.rounding import U64
 from robustlip.ops import elementwise_of, is_elementwise
 
@@ -44,9 +44,9 @@ class Quadratic:
     up to a relative 1e-6: the closed form of ECLipsE-Fast.
     """
 
-    keep: Rows
-    read: Rows
-    write: Rows
+    keep: SparseRows
+    read: SparseRows
+    write: SparseRows
     group: Tensor
     fast: float
 
@@ -71,9 +71,9 @@ def slopes(layer: nn.Module) -> tuple[float, float] | None:
     return middle, reach if Fraction(reach) >= exact else math.nextafter(reach, math.inf)
 
 
-def _rows(index: Tensor, coefficient: Tensor, width: int, error: float = 0.0) -> Rows:
+def _rows(index: Tensor, coefficient: Tensor, width: int, error: float = 0.0) -> SparseRows:
     coefficient = coefficient.double().expand(index.shape).contiguous()
-    return Rows(index, coefficient, torch.full_like(coefficient, error), width)
+    return SparseRows(index, coefficient, torch.full_like(coefficient, error), width)
 
 
 def elementwise(middle: float, reach: float, width: int) -> Quadratic:

@@ -44,7 +44,7 @@ def eclipse_constants(network: Network) -> Constants:
     return constants_at(network, x, proved).and_also(product_of_norms(network))
 
 
-def eclipse_applies(model: Chain, threat: Threat) -> str:
+def eclipse_why_not(model: Chain, threat: Threat) -> str:
     """'' or one sentence why the method cannot certify this model against this threat."""
     return refusal(model, threat, "ECLipsE", LARGEST)
 

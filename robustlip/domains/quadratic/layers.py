@@ -11,7 +11,7 @@ from robustlip.domains.norms import rule_for
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.domains.quadratic.constraints import Quadratic, constraint_of, known
 from robustlip.layers import Chain, Normalize
-from robustlip.numerics.enclosures import Ball, product
+from robustlip.numerics.enclosures import Enclosure, product
 from robustlip.numerics.rounding import U64
 from robustlip.threats import InputBall, Threat
 
@@ -26,8 +26,8 @@ class Network:
     Exact arithmetic of the model's weights; products of layers that follow each other directly, and divisions by a std, are enclosed.
     """
 
-    stages: tuple[tuple[Ball, Quadratic], ...]
-    head: Ball
+    stages: tuple[tuple[Enclosure, Quadratic], ...]
+    head: Enclosure
 
     @property
     def inputs(self) -> int:
@@ -62,14 +62,14 @@ def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
     return ""
 
 
-def _exact(layer: nn.Linear) -> Ball:
-    return Ball(layer.weight.detach().double().cpu())
+def _exact(layer: nn.Linear) -> Enclosure:
+    return Enclosure(layer.weight.detach().double().cpu())
 
 
 def network_of(model: Chain) -> Network:
     """The network of a chain that `refusal` accepts. Normalize by channel is taken as its largest gain: ‖(x' − x)/std‖ ≤ ‖x' − x‖/min|std|."""
-    stages: list[tuple[Ball, Quadratic]] = []
-    linear: Ball | None = None
+    stages: list[tuple[Enclosure, Quadratic]] = []
+    linear: Enclosure | None = None
     width = 0
     gain = 1.0  # of scalings in front of the next Linear layer
     for layer in model:
@@ -83,7 +83,7 @@ def network_of(model: Chain) -> Network:
             width = layer.out_features
         elif type(layer) is not nn.Flatten and type(layer) not in DROPOUTS:
             constraint = constraint_of(layer, width)
-            linear = Ball(torch.eye(width, dtype=torch.float64)) if linear is None else linear
+            linear = Enclosure(torch.eye(width, dtype=torch.float64)) if linear is None else linear
             if gain != 1.0:
                 linear, gain = linear.scaled(gain), 1.0
             if constraint is not None:
@@ -91,12 +91,12 @@ def network_of(model: Chain) -> Network:
                 linear = None
     assert linear is not None
     if len(linear.mid) == 1:  # the logits are 0 and z
-        linear = Ball(torch.cat([torch.zeros_like(linear.mid), linear.mid]), torch.cat([torch.zeros_like(linear.mid), linear.radius()]))
+        linear = Enclosure(torch.cat([torch.zeros_like(linear.mid), linear.mid]), torch.cat([torch.zeros_like(linear.mid), linear.radius()]))
     return Network(tuple(stages), linear)
 
 
-def pair_rows(head: Ball) -> tuple[Ball, Tensor, Tensor]:
+def pair_rows(head: Enclosure) -> tuple[Enclosure, Tensor, Tensor]:
     """(u_i − u_j for all pairs i < j of logits, i, j)."""
     first, second = torch.triu_indices(len(head.mid), len(head.mid), 1)
     radius = head.radius()
-    return Ball(head.mid[first], radius[first]).minus(Ball(head.mid[second], radius[second])), first, second
+    return Enclosure(head.mid[first], radius[first]).minus(Enclosure(head.mid[second], radius[second])), first, second

@@ -19,7 +19,7 @@ from robustlip.domains.quadratic.newton import minimise
 from robustlip.domains.quadratic.program import Program, least_proved, program_of
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
-from robustlip.numerics.enclosures import Ball
+from robustlip.numerics.enclosures import Enclosure
 from robustlip.numerics.rounding import up
 from robustlip.threats import Threat
 
@@ -59,7 +59,7 @@ def lipsdp_constants(network: Network, *, solver: str = "newton", pairwise: bool
     rows, first, second = pair_rows(network.head)
     count, classes = len(first), len(network.head.mid)
     everything = program_of(
-        network, Ball(torch.cat([rows.mid, network.head.mid]), torch.cat([rows.radius(), network.head.radius()]))
+        network, Enclosure(torch.cat([rows.mid, network.head.mid]), torch.cat([rows.radius(), network.head.radius()]))
     )
 
     def constant(chosen: Tensor) -> float:
@@ -77,7 +77,7 @@ def lipsdp_constants(network: Network, *, solver: str = "newton", pairwise: bool
     return Constants(pairs, whole).and_also(fallback)
 
 
-def lipsdp_applies(model: Chain, threat: Threat) -> str:
+def lipsdp_why_not(model: Chain, threat: Threat) -> str:
     """'' or one sentence why the method cannot certify this model against this threat."""
     return refusal(model, threat, "LipSDP", LARGEST)
 

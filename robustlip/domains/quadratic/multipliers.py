@@ -238,7 +238,7 @@ def sdp_radii(
     steps: of the multipliers' search, for the binding rival of each sample, in each of `rounds` rounds; boxes are made anew for each round.
     """
     problem = Problem(model, x, y, logits, threat, context)
-    if why := sdp_applies(model, threat) or _too_large(problem.network):
+    if why := sdp_why_not(model, threat) or _too_large(problem.network):
         raise BadInput(f"expected a model and threat that quadratic duals are proved for, but {why}; use method 'crown'")
     radius = torch.zeros_like(problem.norm)
     todo = problem.correct.nonzero()[:, 0]
@@ -367,7 +367,7 @@ def _too_large(network: Network) -> str:
     return f"gradients of all its logits have {gradients} numbers a sample, above {RIVALS // 4}" if gradients > RIVALS // 4 else ""
 
 
-def sdp_applies(model: nn.Module, threat: Threat) -> str:
+def sdp_why_not(model: nn.Module, threat: Threat) -> str:
     """'' where 'sdp' applies (sizes apart), else why not, in one sentence."""
     assert isinstance(model, Chain)
     if why := why_not(model, threat):

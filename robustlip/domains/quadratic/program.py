@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from robustlip.domains.quadratic.layers import Network
-from robustlip.numerics.enclosures import Ball, product, proved_positive
+from robustlip.numerics.enclosures import Enclosure, product, proved_positive
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Program:
     """
 
     rows: int
-    u: tuple[Ball, ...]
-    q: Ball
+    u: tuple[Enclosure, ...]
+    q: Enclosure
     group: Tensor
     sizes: tuple[int, ...]
 
@@ -51,8 +51,8 @@ class Program:
         tail = torch.arange(self.rows, self.size)
         columns = torch.cat([chosen, tail])
 
-        def take(ball: Ball, rows: Tensor | slice, kept: Tensor) -> Ball:
-            return Ball(ball.mid[rows][:, kept], ball.radius()[rows][:, kept])
+        def take(ball: Enclosure, rows: Tensor | slice, kept: Tensor) -> Enclosure:
+            return Enclosure(ball.mid[rows][:, kept], ball.radius()[rows][:, kept])
 
         u = tuple(take(ball, slice(None), columns[: len(chosen) + ball.mid.shape[1] - self.rows]) for ball in self.u)
         return Program(len(chosen), u, take(self.q, columns, columns), self.group, self.sizes)
@@ -86,28 +86,28 @@ class Program:
         root = torch.linalg.solve_triangular(inner, m[self.rows :, : self.rows], upper=False)
         return float(torch.linalg.eigvalsh(root.mT @ root - m[: self.rows, : self.rows])[-1])
 
-    def enclosed(self, flat: Tensor) -> Ball:
+    def enclosed(self, flat: Tensor) -> Enclosure:
         """Encloses M(0, λ) of the exact weights."""
         size = self.size
-        total = Ball(-self.q.mid, self.q.radius())
+        total = Enclosure(-self.q.mid, self.q.radius())
         each = flat[self.group]
         for ball, weights in zip(self.u, each.split([len(ball.mid) for ball in self.u]), strict=True):
             n = ball.mid.shape[1]
             square = product(ball.mT, ball.times_rows(weights))
             pad = (0, size - n, 0, size - n)
-            total = total.minus(Ball(torch.nn.functional.pad(square.mid, pad), torch.nn.functional.pad(square.radius(), pad)))
+            total = total.minus(Enclosure(torch.nn.functional.pad(square.mid, pad), torch.nn.functional.pad(square.radius(), pad)))
         diagonal = torch.cat([torch.zeros(self.rows, dtype=torch.float64), each])
-        return total.plus(Ball(torch.diag(diagonal)))
+        return total.plus(Enclosure(torch.diag(diagonal)))
 
 
-def holds(program: Program, rho: float, flat: Tensor, enclosed: Ball | None = None) -> bool:
+def holds(program: Program, rho: float, flat: Tensor, enclosed: Enclosure | None = None) -> bool:
     """True only if M(ρ, λ) ⪰ 0 is proved, for the exact weights, this ρ and these λ: then √ρ is a Lipschitz constant of the rows."""
     if not bool((flat > 0).all() & torch.isfinite(flat).all()):
         return False
     at_zero = program.enclosed(flat) if enclosed is None else enclosed
     diagonal = torch.zeros(program.size, dtype=torch.float64)
     diagonal[: program.rows] = rho
-    return proved_positive(at_zero.plus(Ball(torch.diag(diagonal))))
+    return proved_positive(at_zero.plus(Enclosure(torch.diag(diagonal))))
 
 
 # By how much ρ is raised above what plain float64 says, one after the other, until it is proved.
@@ -134,19 +134,19 @@ def least_proved(program: Program, flat: Tensor) -> float:
     return float("inf")
 
 
-def program_of(network: Network, rows: Ball) -> Program:
+def program_of(network: Network, rows: Enclosure) -> Program:
     """The program for all rows c (m, n) at once. The network has at least one stage."""
     count = len(rows.mid)
     widths = [len(constraint.group) for _, constraint in network.stages]
-    a = Ball(rows.mid.mT, None if rows.rad is None else rows.rad.mT)
+    a = Enclosure(rows.mid.mT, None if rows.rad is None else rows.rad.mT)
     seen, groups, sizes = [], [], []
     known = 0
-    q: Ball | None = None
+    q: Enclosure | None = None
     for i, (weight, constraint) in reversed(list(enumerate(network.stages))):
         seen.append(product(constraint.write.dense().mT, a))
         # h = Dᵀa + Eᵀb: the columns of b are new.
         read, kept = constraint.read.dense().mT, product(constraint.keep.dense().mT, a)
-        h = Ball(torch.cat([kept.mid, read.mid], 1), torch.cat([kept.radius(), read.radius()], 1))
+        h = Enclosure(torch.cat([kept.mid, read.mid], 1), torch.cat([kept.radius(), read.radius()], 1))
         groups.append(constraint.group + known)
         sizes.append(constraint.groups)
         known += constraint.groups

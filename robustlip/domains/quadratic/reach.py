@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from robustlip.domains.quadratic.constraints import Quadratic
-from robustlip.numerics.enclosures import Ball, dominating, product, proved_positive, sandwich
+from robustlip.numerics.enclosures import Enclosure, dominating, product, proved_positive, sandwich
 from robustlip.numerics.rounding import TINY, U64, gamma, up
 from robustlip.numerics.spectral import spectral_norm_bound
 
@@ -31,9 +31,9 @@ from robustlip.numerics.spectral import spectral_norm_bound
 _SLACKS = (1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
-def through_linear(weight: Ball, x: Tensor | None) -> Tensor:
+def through_linear(weight: Enclosure, x: Tensor | None) -> Tensor:
     """G ⪰ WXWᵀ, symmetric float64; x None: X = I."""
-    left = weight if x is None else product(weight, Ball(x))
+    left = weight if x is None else product(weight, Enclosure(x))
     return dominating(product(left, weight.mT))
 
 
@@ -42,15 +42,15 @@ def through_activation(constraint: Quadratic, g: Tensor, multipliers: Tensor) ->
     if not bool((multipliers > 0).all() & torch.isfinite(multipliers).all()):
         return None
     keep, read, write = constraint.keep, constraint.read, constraint.write
-    seen = read.apply(Ball(g))  # EG
+    seen = read.apply(Enclosure(g))  # EG
     corner, cross = read.apply(seen.mT), keep.apply(seen.mT).mT
-    kept = sandwich(keep, Ball(g), keep)
+    kept = sandwich(keep, Enclosure(g), keep)
     spread = torch.diag(multipliers[constraint.group])
-    front = Ball(spread).minus(corner)
+    front = Enclosure(spread).minus(corner)
     factor, failed = torch.linalg.cholesky_ex(front.mid)
     if bool(failed):
         return None
-    base = kept.plus(sandwich(write, Ball(spread), write))
+    base = kept.plus(sandwich(write, Enclosure(spread), write))
     root = torch.linalg.solve_triangular(factor, cross.mid, upper=False)
     guess = base.mid + root.mT @ root
     guess = (guess + guess.mT) / 2
@@ -63,18 +63,18 @@ def through_activation(constraint: Quadratic, g: Tensor, multipliers: Tensor) ->
     return None
 
 
-def _holds(front: Ball, cross: Ball, base: Ball, x: Tensor) -> bool:
+def _holds(front: Enclosure, cross: Enclosure, base: Enclosure, x: Tensor) -> bool:
     """Whether (LMI) is proved for this X: front encloses Λ − EGEᵀ, cross EGDᵀ, base DGDᵀ + RΛRᵀ."""
-    behind = Ball(x).minus(base)
+    behind = Enclosure(x).minus(base)
     blocks = [[front, cross], [cross.mT, behind]]
     mid = torch.cat([torch.cat([b.mid for b in row], 1) for row in blocks])
     rad = torch.cat([torch.cat([b.radius() for b in row], 1) for row in blocks])
-    return proved_positive(Ball(mid, rad))
+    return proved_positive(Enclosure(mid, rad))
 
 
-def row_gains(rows: Ball, x: Tensor | None) -> Tensor:
+def row_gains(rows: Enclosure, x: Tensor | None) -> Tensor:
     """√(cᵀXc) for each row c (m, n), rounded up: (m,) float64."""
-    left = rows if x is None else product(rows, Ball(x))
+    left = rows if x is None else product(rows, Enclosure(x))
     size = rows.mid.abs()
     total = (left.mid * rows.mid).sum(1)
     lost = (left.radius() * (size + rows.radius()) + left.mid.abs() * rows.radius()).sum(1)
@@ -83,7 +83,7 @@ def row_gains(rows: Ball, x: Tensor | None) -> Tensor:
     return up(up(square.clamp_min(0)).sqrt())
 
 
-def whole_gain(head: Ball, x: Tensor | None) -> float:
+def whole_gain(head: Enclosure, x: Tensor | None) -> float:
     """√λ_max(CXCᵀ), rounded up: how far all logits together move in ℓ2 per unit of the input in ℓ2."""
     y = through_linear(head, x)
     return float(up(up(spectral_norm_bound(y)).sqrt())) if bool(torch.isfinite(y).all()) else float("inf")
