@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation("constants: maps add what layers subtract", OPS_MAPS, "bias=-value if layer.subtract else value", "bias=value",
              f"{CAPTURE} -k 'by_hand or inside'"),
     # ---- captures
-    Mutation("capture: samples may stand anywhere", PROGRAM, "        if node.stray:", "        if False:", f"{CAPTURE} -k refused"),
+    Mutation("capture: samples may stand anywhere", PROGRAM, "        if node.refusal:", "        if False:", f"{CAPTURE} -k refused"),
     Mutation("capture: what is written over may be read again", PROGRAM, "stale[value] = node", "pass",
              f"{CAPTURE} -k refused"),
     Mutation("capture: weights may be written into", PROGRAM, 'value.name.startswith(("p_", "b_", "c_"))', "False",
@@ -124,7 +124,7 @@ MUTATIONS = [
              f"{CAPTURE} -k refused"),
     Mutation("capture: outputs are not compared", CAPTURING, "        check_same(chain, module, example)\n",
              "        pass\n", f"{CAPTURE} -k wrong_layer"),
-    Mutation("capture: what is certified is not compared", ENTRY, "check_answers(chain, subject, xb)  # the", "pass  # the",
+    Mutation("capture: what is certified is not compared", ENTRY, "check_outputs(chain, subject, xb)  # the", "pass  # the",
              f"{CAPTURE} -k certified_is_compared"),
     Mutation("capture: a weight threat takes any matrices", ENTRY, 'if source is not None and threat.place == "weights":', "if False:",
              f"{CAPTURE} -k own_matrices"),

@@ -399,7 +399,7 @@ def random(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 REFUSED = {
-    mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in place on values that nobody reads again",
+    mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in-place operations on values that are not read again",
     writes_weights: "which writes into them", branches: "torch.export can record", by_number: "the same operations for any number of samples",
     twice: "logits are plain to see", unknown: "fft|real", random: "dropout",
 }  # fmt: skip
@@ -417,7 +417,7 @@ def test_a_buffer_that_is_assigned_is_refused() -> None:
         m.count = m.count + 1
         return m.a(x)
 
-    with pytest.raises(UnsupportedLayer, match="leaves its own weights and buffers as they are"):
+    with pytest.raises(UnsupportedLayer, match="does not change its own weights and buffers"):
         capture(Written(counts, a=nn.Linear(6, 3), count=torch.zeros(1)).eval(), data(4, 6))
 
 
@@ -425,7 +425,7 @@ def test_a_wrong_layer_would_be_seen(monkeypatch) -> None:
     """Nothing but the comparison of outputs stands between a wrong entry of the table and a certificate."""
     monkeypatch.setitem(operations.LAYERS, "relu", lambda node: nn.LeakyReLU(1e-6))
     module, x = made("mlp")
-    with pytest.raises(UnsupportedLayer, match="outputs to the bit"):
+    with pytest.raises(UnsupportedLayer, match="outputs bit by bit"):
         capture(module, x - 0.5)
 
 
@@ -665,7 +665,7 @@ def test_what_is_certified_is_compared() -> None:
     """Of seven samples, which capture does not try."""
     module, x = Two(lambda m, x: m.l(x) * (-1.0 if len(x) == 7 else 1.0)).eval(), data(7, 2)
     capture(module, x[:4])
-    with pytest.raises(UnsupportedLayer, match="to the bit"):
+    with pytest.raises(UnsupportedLayer, match="bit by bit"):
         certify(module, x, module(x).argmax(-1), InputBall("l2"))
 
 

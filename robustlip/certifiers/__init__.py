@@ -37,7 +37,7 @@ from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
 from robustlip.geometry import length
-from robustlip.graph.capturing import check_answers
+from robustlip.graph.capturing import check_outputs
 from robustlip.graph.final import lost
 from robustlip.layers import Chain
 from robustlip.modes import evaluated
@@ -131,7 +131,7 @@ def _certify(
         check_labels(yb, logits.shape[-1])
         check_logits(logits, len(xb))
         if source is not None:
-            check_answers(chain, subject, xb)  # the certified chain computes what the caller's module computes
+            check_outputs(chain, subject, xb)  # the certified chain computes what the caller's module computes
         final_error = 0.0 if real else lost(chain.final, logits.shape[1], covers, device_type(chain))
         radii, bounds, winner = radii_of_method(method, chain, xb, yb, logits, threat, replace(context, clean=clean, final_error=final_error))
         winners += winner

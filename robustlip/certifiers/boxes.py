@@ -17,7 +17,7 @@ from robustlip.domains.lines.crown import Cuboid
 from robustlip.domains.lines.outputs import Executed, cuboid, holds, plain_bounds
 from robustlip.domains.norms import Context
 from robustlip.execution import proving
-from robustlip.graph.capturing import check_answers
+from robustlip.graph.capturing import check_outputs
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import TINY, U64, UNIT
 
@@ -56,7 +56,7 @@ def outputs_hold(
             check_in_place(chain, points)
             _, clean = scores_and_norms(chain, points)
             if source is not None:
-                check_answers(chain, model, points)
+                check_outputs(chain, model, points)
             return Executed.of(chain, points, replace(Context(dtype=dtype, store=store), clean=clean))
 
         if len(low) <= MOST_HALVED and time.monotonic() < until:

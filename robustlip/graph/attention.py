@@ -1,9 +1,9 @@
-"""Self-attention in a program: everything between the tokens x and the mixed values, as one node.
+"""Finds self-attention in a program, and replaces it by one node from the tokens x to the attention output.
 
     q, k, v = moved(linear(x)), …      logits = scale·q kᵀ + mask      o = softmax(logits) v      y = linear(moved(o))
 
-The moving operations (split, view, transpose, …) are not read one by one: they are run on the places of numbers, and what comes out says which row
-of which matrix each number of q, k, v is. That holds for any values, since these operations move numbers and do nothing else.
+The moving operations (split, view, transpose, …) are not interpreted one by one. They are run on the indices of numbers, and the result says which
+row of which matrix each number of q, k, v is. This is valid for any values, because these operations only move numbers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from robustlip.graph.operations import is_identity, own, source_of
 from robustlip.graph.program import TRIED, Node, Program, at, rewritten
 from robustlip.layers import Attention
 
-# Operations that leave numbers where they are, and as they are where `is_identity` says so.
-_STILL = frozenset("dropout to type_as _to_copy contiguous clone alias detach".split())
-# Those, and operations that move or repeat numbers.
+# Operations that neither move nor change numbers, if `is_identity` confirms it.
+_COPIES = frozenset("dropout to type_as _to_copy contiguous clone alias detach".split())
+# These, and operations that move or repeat numbers.
 _MOVES = frozenset(
     "view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose swapaxes permute movedim moveaxis t numpy_T mT expand expand_as "
     "repeat repeat_interleave select slice narrow chunk split split_with_sizes unbind getitem".split()
-) | _STILL  # fmt: skip
-# By how many samples places are computed.
+) | _COPIES  # fmt: skip
+# The batch size for which indices are computed.
 _SAMPLES = TRIED[0]
 
 
 def with_attention(program: Program) -> Program:
-    """The program with a node 'attention' in the place of each self-attention that is understood; what is not stays as it was recorded."""
+    """The program with each supported self-attention replaced by a node 'attention'; unsupported ones stay as recorded."""
     finder = _Finder(program)
     replaced = dict(pair for node in program.nodes if (pair := finder.of(node)) is not None)
     return rewritten(program, replaced) if replaced else program
@@ -38,7 +38,8 @@ def with_attention(program: Program) -> Program:
 
 @dataclass
 class _Heads:
-    """Queries, keys or values: head h of token t is rows first + step·h … of a linear node's output for that token."""
+    """Queries, keys or values: head h of a token is the `width` outputs of a linear node from first + (h // group)·width on. group: how many
+    consecutive heads share the same outputs."""
 
     linear: Node
     source: Node
@@ -49,8 +50,8 @@ class _Heads:
     angles: tuple[Tensor, Tensor] | None = None
 
 
-class _No(Exception):
-    """Not an attention that is understood."""
+class _NotAttention(Exception):
+    """The nodes are not a supported attention."""
 
 
 class _Finder:
@@ -62,20 +63,20 @@ class _Finder:
         self.output = program.output
 
     def of(self, node: Node) -> tuple[Node, Node] | None:
-        """(the node that is replaced, attention in its place); None where `node` mixes no values, or in a way that is not understood."""
+        """(the node to replace, the attention node); None if `node` is not attention or not a supported one."""
         try:
             if node.op == "scaled_dot_product_attention":
                 return self._fused(node)
             if node.op in ("matmul", "bmm") and _softmax_of(node.arguments.get("self")) is not None:
                 return self._explicit(node)
-        except _No:
+        except _NotAttention:
             return None
         return None
 
     def _fused(self, node: Node) -> tuple[Node, Node]:
         a = node.arguments
         if a["dropout_p"] or isinstance(a["attn_mask"], Node):
-            raise _No
+            raise _NotAttention
         q, k, v = (_heads(a[name]) for name in ("query", "key", "value"))
         scale = q.width**-0.5 if a["scale"] is None else float(a["scale"])
         return self._made(node, q, k, v, {"logit_scale": scale, "mask": _mask(a["attn_mask"]), "causal": bool(a["is_causal"])})
@@ -84,29 +85,29 @@ class _Finder:
         softmax = _softmax_of(node.arguments["self"])
         assert softmax is not None
         if softmax.arguments["dim"] not in (-1, 3) or softmax.arguments.get("dtype") not in (None, node.dtype):
-            raise _No
+            raise _NotAttention
         how: dict[str, Any] = {"explicit": "logits", "logit_scale": 1.0, "causal": False}
-        logits = _still(softmax.arguments["self"])
+        logits = _before_copies(softmax.arguments["self"])
         if logits.op == "masked_fill" and isinstance(logits.arguments["mask"], Tensor) and not isinstance(logits.arguments["value"], Node):
             if float(logits.arguments["value"]) > -1e30:
-                raise _No
+                raise _NotAttention
             hidden = _mask(logits.arguments["mask"])
             assert hidden is not None
             how |= {"mask": ~hidden.bool(), "mask_fill": True}
-            logits = _still(logits.arguments["self"])
+            logits = _before_copies(logits.arguments["self"])
         elif logits.op == "add" and isinstance(logits.arguments["other"], Tensor) and logits.arguments["alpha"] == 1:
             how["mask"] = _mask(logits.arguments["other"])
-            logits = _still(logits.arguments["self"])
+            logits = _before_copies(logits.arguments["self"])
         if logits.arguments.get("rounding_mode") is not None:
-            raise _No
+            raise _NotAttention
         if logits.op in ("mul", "div") and not isinstance(logits.arguments["other"], Node):
             number = float(logits.arguments["other"])
             how |= {"logit_scale": number} if logits.op == "mul" else {"explicit": "divide", "divisor": number, "logit_scale": None}
-            logits = _still(logits.arguments["self"])
+            logits = _before_copies(logits.arguments["self"])
         if logits.op not in ("matmul", "bmm"):
-            raise _No
+            raise _NotAttention
         query = logits.arguments["self"]
-        scaled = _still(query)
+        scaled = _before_copies(query)
         plain = how["explicit"] == "logits" and how["logit_scale"] == 1.0
         if plain and scaled.op in ("mul", "div") and scaled.arguments.get("rounding_mode") is None:
             by = scaled.arguments["other"]
@@ -118,13 +119,13 @@ class _Finder:
 
     def _made(self, node: Node, q: _Heads, k: _Heads, v: _Heads, how: dict[str, Any]) -> tuple[Node, Node]:
         x = q.source
-        same = k.source is x and v.source is x and not x.stray and not x.merged and len(x.shape) == 2
+        same = k.source is x and v.source is x and not x.refusal and not x.merged and len(x.shape) == 2
         shapes = q.group == 1 and k.heads == v.heads == q.heads and k.group == v.group and q.width == k.width == v.width
         if not (same and shapes) or (q.angles is None) != (k.angles is None) or v.angles is not None:
-            raise _No
+            raise _NotAttention
         if q.angles is not None and k.angles is not None:
             if not all(torch.equal(a, b) for a, b in zip(q.angles, k.angles, strict=True)):
-                raise _No
+                raise _NotAttention
             how["angles"] = q.angles
         heads, key_heads, d = q.heads, k.heads // k.group, q.width
         rows = {"query": heads * d, "key": key_heads * d, "value": key_heads * d}
@@ -134,7 +135,7 @@ class _Finder:
         sizes = [sum(rows.values())] if joined else list(rows.values())
         weights = {name: _weights(linear) for name, linear in parts.items()}
         if (q.first, k.first, v.first) != starts or [len(weight) for weight, _ in weights.values()] != sizes:
-            raise _No
+            raise _NotAttention
         end, projection = self._end(node, heads, d, x)
         if projection is not None:
             weights["output"] = _weights(projection)
@@ -151,21 +152,21 @@ class _Finder:
             linear.register_parameter("weight", own(weight))
             if bias is not None:
                 linear.register_parameter("bias", own(bias))
-        return end, replace(end, op="attention", arguments={"self": x, "layer": layer}, stray="", merged=False)
+        return end, replace(end, op="attention", arguments={"self": x, "layer": layer}, refusal="", merged=False)
 
     def _end(self, node: Node, heads: int, width: int, x: Node) -> tuple[Node, Node | None]:
-        """(the node that holds the mixed values or their projection as tokens (N, T, ·), the projection)."""
+        """(the node that holds the attention output or its projection as tokens (N, T, ·), the projection)."""
         length, here = x.shape[0], node
         inner = heads * width
         tokens = torch.arange(_SAMPLES * length).view(_SAMPLES, 1, length, 1)
         place = tokens * inner + torch.arange(heads).view(-1, 1, 1) * width + torch.arange(width)
         if node.op == "bmm":
-            raise _No
+            raise _NotAttention
         plain: Node | None = None
         projection: Node | None = None
         size = inner
         while True:
-            if not here.stray and not here.merged and torch.equal(place, torch.arange(_SAMPLES * length * size).view(_SAMPLES, length, size)):
+            if not here.refusal and not here.merged and torch.equal(place, torch.arange(_SAMPLES * length * size).view(_SAMPLES, length, size)):
                 if projection is not None:
                     return here, projection
                 plain = here
@@ -188,29 +189,29 @@ class _Finder:
             else:
                 break
         if plain is None:
-            raise _No
+            raise _NotAttention
         return plain, None
 
 
 def _softmax_of(value: Any) -> Node | None:
-    found = _still(value) if isinstance(value, Node) else None
+    found = _before_copies(value) if isinstance(value, Node) else None
     return found if found is not None and found.op in ("softmax", "_softmax") else None
 
 
-def _still(node: Any) -> Node:
-    """The value behind operations that change neither numbers nor places in eval mode."""
-    while isinstance(node, Node) and node.op in _STILL:
-        node = _before(node)
+def _before_copies(node: Any) -> Node:
+    """The value before operations that neither move nor change numbers in eval mode."""
+    while isinstance(node, Node) and node.op in _COPIES:
+        node = _argument_of(node)
     if not isinstance(node, Node):
-        raise _No
+        raise _NotAttention
     return node
 
 
-def _before(node: Node) -> Node:
-    """What a moving operation reads. Raises _No for several values, a cast to another dtype and random numbers."""
+def _argument_of(node: Node) -> Node:
+    """The argument of a moving operation. Raises _NotAttention for several arguments, a cast to another dtype and random numbers."""
     source = source_of(node)
-    if source is None or (len(node.inputs) != 1 and node.op != "type_as") or (node.op in _STILL and not is_identity(node)):
-        raise _No
+    if source is None or (len(node.inputs) != 1 and node.op != "type_as") or (node.op in _COPIES and not is_identity(node)):
+        raise _NotAttention
     return source
 
 
@@ -219,34 +220,34 @@ def _mask(mask: Tensor | None) -> Tensor | None:
     while mask is not None and mask.dim() > 2 and len(mask) == 1:
         mask = mask[0]
     if mask is not None and mask.dim() not in (2, 3):
-        raise _No
+        raise _NotAttention
     return mask
 
 
 def _weights(node: Node) -> tuple[Tensor, Tensor | None]:
-    """(weight (out, in), bias) of a linear node. Raises _No for one whose matrix depends on the input."""
+    """(weight (out, in), bias) of a linear node. Raises _NotAttention if its matrix depends on the input."""
     a = node.arguments
     if node.op == "linear":
         weight, bias = a["weight"], a["bias"]
     else:
         if a["alpha"] != 1 or a["beta"] != 1:
-            raise _No
+            raise _NotAttention
         weight, bias = a["mat2"], a["self"]
         weight = weight.t() if isinstance(weight, Tensor) else weight
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)) or (bias is not None and bias.dim() != 1):
-        raise _No
+        raise _NotAttention
     return weight, bias
 
 
-def _behind(node: Node) -> Node:
-    """What moving operations read, through all of them."""
+def _origin(node: Node) -> Node:
+    """The value that a sequence of moving operations starts from."""
     while node.op in _MOVES:
-        node = _before(node)
+        node = _argument_of(node)
     return node
 
 
 def _run(node: Node, known: dict[Node, Any]) -> Any:
-    """What a node makes of the values that are known, by torch's own operations."""
+    """The value of a node for given values of other nodes, computed by torch's own operations."""
     memory = dict(known)
 
     def value(part: Any) -> Any:
@@ -257,9 +258,9 @@ def _run(node: Node, known: dict[Node, Any]) -> Any:
         return [value(p) for p in part] if isinstance(part, list) else at(part, _SAMPLES)
 
     def compute(this: Node) -> Any:
-        if this.op in _STILL:
-            made = value(_before(this))
-            return made.contiguous() if this.op in ("contiguous", "clone") else made  # a view behind it asks for that
+        if this.op in _COPIES:
+            made = value(_argument_of(this))
+            return made.contiguous() if this.op in ("contiguous", "clone") else made  # a later view requires it
         if this.op == "getitem":
             return value(this.arguments["self"])[this.arguments["index"]]
         return this.target(**{name: value(a) for name, a in this.arguments.items()})
@@ -267,31 +268,31 @@ def _run(node: Node, known: dict[Node, Any]) -> Any:
     try:
         return value(node)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise _No from error
+        raise _NotAttention from error
 
 
 def _heads(node: Any, across: bool = False) -> _Heads:
-    """Which rows of which linear node's output queries, keys or values (N, H, T, d) are; across: they come transposed, (N, H, d, T)."""
+    """The rows of a linear node's output that form the queries, keys or values (N, H, T, d); across: they are transposed, (N, H, d, T)."""
     if not isinstance(node, Node):
-        raise _No
+        raise _NotAttention
     top = _turned(node)
-    linear = _behind(node if top is None else top.terms[0])
+    linear = _origin(node if top is None else top.terms[0])
     if linear.op not in ("linear", "addmm"):
-        raise _No
+        raise _NotAttention
     read = linear.arguments["input" if linear.op == "linear" else "mat1"]
     if not isinstance(read, Node):
-        raise _No
+        raise _NotAttention
     x = read
-    while x.op in _MOVES and (x.stray or x.merged or len(x.shape) != 2):
-        x = _before(x)
-    if x.stray or x.merged or len(x.shape) != 2:
-        raise _No
+    while x.op in _MOVES and (x.refusal or x.merged or len(x.shape) != 2):
+        x = _argument_of(x)
+    if x.refusal or x.merged or len(x.shape) != 2:
+        raise _NotAttention
     length, width = x.shape
     rows = torch.arange(_SAMPLES * length).view(_SAMPLES, length, 1) * width + torch.arange(width)
     moved = _run(read, {x: rows})
     token = moved[..., :1] // width
     if moved.shape[-1] != width or not torch.equal(moved, token * width + torch.arange(width)):
-        raise _No
+        raise _NotAttention
     size = len(_weights(linear)[0])
     places = token * size + torch.arange(size)
     known = {linear: places}
@@ -302,7 +303,7 @@ def _heads(node: Any, across: bool = False) -> _Heads:
     if across:
         place = place.mT
     if place.dim() != 4 or place.shape[0] != _SAMPLES or place.shape[2] != length:
-        raise _No
+        raise _NotAttention
     heads, d = place.shape[1], place.shape[3]
     starts = place[0, :, 0, 0]
     first = int(starts[0])
@@ -310,7 +311,7 @@ def _heads(node: Any, across: bool = False) -> _Heads:
     expected = first + (torch.arange(heads) // group) * d
     tokens = torch.arange(_SAMPLES * length).view(_SAMPLES, 1, length, 1) * size
     if not torch.equal(place, tokens + expected.view(-1, 1, 1) + torch.arange(d)) or heads % group:
-        raise _No
+        raise _NotAttention
     return _Heads(linear, x, first, heads, group, d, angles)
 
 
@@ -319,7 +320,7 @@ def _heads(node: Any, across: bool = False) -> _Heads:
 
 @dataclass
 class _Turn:
-    """x·cos + (−x₂, x₁)·sin, written as such or half by half: its node `top`, the terms, and the two tables."""
+    """x·cos + (−x₂, x₁)·sin, as one expression or for each half: its last node `top`, the terms, and the two tables."""
 
     top: Node
     terms: tuple[Node, Node]
@@ -328,21 +329,21 @@ class _Turn:
     by_halves: bool
 
     def places(self, known: dict[Node, Tensor]) -> Tensor:
-        """Places of x where `top` has its rotation. Raises _No unless the terms are x and (−x₂, x₁), or x₁ and x₂."""
+        """The indices of x at which `top` has its rotation. Raises _NotAttention unless the terms are x and (−x₂, x₁), or x₁ and x₂."""
         first, second = (_run(term, known) for term in self.terms)
         if self.by_halves:
             return torch.cat([first, second], -1)
-        # From 1 on, so that a sign shows.
+        # Indices start at 1, so that a changed sign is visible.
         turned = _run(self.terms[1], {self.terms[0]: first + 1})
         half = first.shape[-1] // 2
         if first.shape[-1] % 2 or not torch.equal(turned, torch.cat([-(first[..., half:] + 1), first[..., :half] + 1], -1)):
-            raise _No
+            raise _NotAttention
         return first
 
 
 def _turned(node: Node) -> _Turn | None:
-    """The rotation that moving operations carry to `node`, if there is one."""
-    top = _behind(node)
+    """The rotation whose result moving operations carry to `node`, if there is one."""
+    top = _origin(node)
     if top.op == "add" and top.arguments["alpha"] == 1:
         for first, second in (("self", "other"), ("other", "self")):
             (x, cos), (halves, sin) = (_factors(top.arguments[name]) for name in (first, second))
@@ -364,7 +365,7 @@ def _turned(node: Node) -> _Turn | None:
 
 
 def _factors(node: Any) -> tuple[Node | None, Any]:
-    """(x, c) of x·c with a constant tensor c, (None, None) of anything else."""
+    """(x, c) for x·c with a constant tensor c; (None, None) for anything else."""
     if not isinstance(node, Node) or node.op != "mul":
         return None, None
     a, b = node.arguments["self"], node.arguments["other"]
@@ -374,21 +375,21 @@ def _factors(node: Any) -> tuple[Node | None, Any]:
 
 
 def _turned_places(node: Node, turn: _Turn, known: dict[Node, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """(places of x as `node` has them, the tables (T, d) there). Raises _No where heads or halves do not stay together."""
+    """(indices of x at `node`, the tables (T, d) there). Raises _NotAttention if heads or halves do not stay together."""
     place = turn.places(known)
     try:
         tables = [table.detach().expand(place.shape) for table in (turn.cos, turn.sin)]
     except RuntimeError as error:
-        raise _No from error
+        raise _NotAttention from error
     d = place.shape[-1]
-    half = torch.arange(d).expand(place.shape)  # where in its head a number stands: it must stand there behind the moves too
+    half = torch.arange(d).expand(place.shape)  # the position of a number in its head: it must be the same after the moves
     there, inside, *tables = (_run(node, {turn.top: value}) for value in (place, half, *tables))
     if d % 2 or there.dim() != 4 or not torch.equal(inside, torch.arange(d).expand(inside.shape)):
-        raise _No
+        raise _NotAttention
     found = []
     for table in tables:
         first = table[0, 0]
         if table.shape != there.shape or not torch.equal(table, first.expand_as(table)):
-            raise _No
+            raise _NotAttention
         found.append(first.clone())
     return there, (found[0], found[1])

@@ -1,4 +1,4 @@
-"""Any module as a Chain that is the same program, or the reason why there is none."""
+"""Converts any module to a Chain that computes the same outputs, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from robustlip.layers import AddPositions, Attention, Chain, NextTokenChain, Pat
 from robustlip.modes import evaluated, undrawn
 from robustlip.target import logits_of
 
-# Sizes of the random batches that chain and module have to agree on.
+# Sizes of the random batches on which chain and module have to agree.
 TRIED = (1, 3, 130)
-# By what they are multiplied: a clamp far away shows on large numbers alone.
+# Factors of the random batches: a clamp at a large bound has an effect on large numbers only.
 RANGES = (1e-3, 1.0, 30.0, 1e3, 1e6)
 
 
-class Answering(nn.Module):
-    """A module that answers with its logits alone, whatever the module inside puts around them (`robustlip.target.logits_of`)."""
+class LogitsOnly(nn.Module):
+    """A module that returns only the logits of the module inside (`robustlip.target.logits_of`)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = logits_of(self.module(x), x.shape[0])  # len(x) would be a plain number for the tracer
+        logits = logits_of(self.module(x), x.shape[0])  # len(x) would be a constant for the tracer
         return logits.unsqueeze(1) if logits.dim() == 1 else logits
 
 
 @undrawn()
 def capture(module: nn.Module, example: Tensor) -> Chain:
-    """The module as a Chain of layers and joins with rules, made by torch.export: what certifiers take.
+    """The module as a Chain of layers and joins with rules, recorded by torch.export: the form that certifiers need.
 
     module: in eval mode, from one tensor (N, …) to logits (N, C). example: inputs of the kind that it takes, on its device; one sample is repeated.
-    The chain shares the module's parameters; weights that the module computes from others (parametrizations: spectral_norm, orthogonal, weight_norm)
-    are those of now. A softmax, a log_softmax or the sigmoid of one logit at the end is left out (`Chain.final`). Its outputs, with that,
-    were equal to the module's to the bit on the example and on random inputs, by `check_same`.
-    Raises UnsupportedLayer for what cannot be captured, with its place in the module: an operation that no layer computes, one that mixes samples or
-    writes over what is read again, a module that changes its buffers, is compiled, has hooks or is in train mode. Raises BadInput for a bad example.
-    Source: docs/theory.md, section 13.
+    The Chain shares the module's parameters. Weights that the module computes from others (parametrizations: spectral_norm, orthogonal, weight_norm)
+    have their present values. A softmax, a log_softmax or the sigmoid of one logit at the end is left out (`Chain.final`). `check_same` has compared
+    the outputs of both, with that function applied, on the example and on random inputs: they are equal bit by bit.
+    Raises UnsupportedLayer, with the place in the module, if the module cannot be captured: an operation without a layer, one that mixes samples or
+    overwrites a value that is read again; a module that changes its buffers, is compiled, has hooks or is in train mode. Raises BadInput for a bad
+    example. Source: docs/theory.md, section 13.
     """
     if not isinstance(module, nn.Module):
         raise BadInput(f"expected a model that is an nn.Module, got {type(module).__name__}; wrap it in a module with a forward")
@@ -56,26 +56,26 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
         raise BadInput(f"expected an example of samples (N, …), a tensor, got {got}; give one batch of inputs")
     check_capturable(module)
     if any(part.training for part in module.modules()):
-        raise UnsupportedLayer("expected a model in eval mode, got one in train mode, where it computes another function; call model.eval()")
+        raise UnsupportedLayer("expected a model in eval mode, got one in train mode, in which it computes another function; call model.eval()")
     tokens = not example.is_floating_point()
     if tokens and (example.dtype not in (torch.int64, torch.int32) or example.dim() != 2):
         raise BadInput(f"expected floating-point numbers or token ids (N, T), got {example.dtype} of shape {tuple(example.shape)}; encode the text")
     torchs = any(isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer) for part in module.modules())
     if torchs and torch.backends.mha.get_fastpath_enabled():
         raise UnsupportedLayer(
-            "expected attention of torch without its fast path, which runs another program where no gradient is asked for, got "
+            "expected torch's attention without its fast path, which runs another program if gradients are disabled, got "
             "MultiheadAttention with it; call torch.backends.mha.set_fastpath_enabled(False)"
         )
     example = example.detach().clone()
     example = example if len(example) > 1 else torch.cat([example, example])
-    module = Answering(module)
+    module = LogitsOnly(module)
     with evaluated(module), torch.no_grad():
         program = with_attention(with_embedding(recorded(module, example)))
         check_apart(program)
         program, final = without_final(simplified(program))
         layers = lowered(program)
         if not layers:
-            raise UnsupportedLayer("expected a model that computes something, got one that returns its input; give it a layer")
+            raise UnsupportedLayer("expected a model with at least one operation, got one that returns its input; give it a layer")
         chain = _kind(program, layers, getattr(module.module, "task", None)).eval()
         chain.input_range = getattr(module.module, "input_range", None)
         chain.final = final
@@ -85,9 +85,10 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
 
 
 def _kind(program: Program, layers: OrderedDict[str, nn.Module], task: str | None) -> Chain:
-    """The layers as a chain of the kind that its inputs and outputs say: token ids in, a row of logits for each token out, or neither.
+    """The layers as a Chain whose kind follows from its inputs and outputs: takes token ids, returns a row of logits per token, or neither.
 
-    task: what the module says of itself. Scores by token are of the next token where it says so, or where there is one for each word of the table.
+    task: the task that the module declares. Scores per token are logits of the next token if it declares that, or if there is one per row of the
+    embedding table.
     """
     assert program.input.dtype is not None
     if not program.input.dtype.is_floating_point:
@@ -96,8 +97,8 @@ def _kind(program: Program, layers: OrderedDict[str, nn.Module], task: str | Non
         words = int(next(iter(layers.values())).num_embeddings)  # type: ignore[arg-type]
         if task != "next-token" and program.output.shape[-1] != words:
             raise UnsupportedLayer(
-                f"expected a row of logits for each sample, or for each token one for each of {words} words, got {program.output.shape[-1]} scores "
-                f"a token; classifiers of tokens are not covered, and a model of the next token says so by task = 'next-token'"
+                f"expected one row of logits per sample, or {words} logits per token for a model of the next token, got {program.output.shape[-1]} "
+                f"scores per token; classifiers of tokens are not supported; a model of the next token needs task = 'next-token'"
             )
         return NextTokenChain(layers)
     chain = Chain(layers)
@@ -106,7 +107,7 @@ def _kind(program: Program, layers: OrderedDict[str, nn.Module], task: str | Non
 
 
 def _embedding_depth(layers: list[nn.Module]) -> int:
-    """How many leading layers make the tokens (N, T, D) of an image, class tokens and positions included; 0 where nothing attends to them."""
+    """The number of leading layers that compute the tokens (N, T, D) of an image, with class tokens and positions; 0 without attention after them."""
     if not any(isinstance(part, Attention) for layer in layers for part in layer.modules()):
         return 0
     made = next((i for i, layer in enumerate(layers) if isinstance(layer, Tokens | Patchify)), None)
@@ -117,7 +118,7 @@ def _embedding_depth(layers: list[nn.Module]) -> int:
 
 
 def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
-    """Raises UnsupportedLayer unless chain and module give the same bits on the example and on random batches of other sizes and ranges."""
+    """Raises UnsupportedLayer unless chain and module agree bit by bit on the example and on random batches of other sizes and ranges."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(chain, TokenChain):
         size = int(chain[0].num_embeddings)  # type: ignore[arg-type]
@@ -126,14 +127,14 @@ def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
         batches = _random(example, generator)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for batch in batches:
-        check_answers(chain, module, batch)
-    with torch.enable_grad():  # a forward may ask
-        check_answers(chain, module, example.clone().requires_grad_(example.is_floating_point()))
-    check_answers(chain, module, example.transpose(0, -1).contiguous().transpose(0, -1))  # the same numbers, another layout
+        check_outputs(chain, module, batch)
+    with torch.enable_grad():  # a forward may depend on the grad mode
+        check_outputs(chain, module, example.clone().requires_grad_(example.is_floating_point()))
+    check_outputs(chain, module, example.transpose(0, -1).contiguous().transpose(0, -1))  # the same numbers with another memory layout
     changed = [name for name, tensor in module.state_dict().items() if name not in state or not torch.equal(tensor, state[name])]
     if changed:
         name = changed[0].removeprefix("module.")
-        raise UnsupportedLayer(f"expected a model that leaves its own weights and buffers as they are, got one that changes {name}; {FREEZE}")
+        raise UnsupportedLayer(f"expected a model that does not change its own weights and buffers, got one that changes {name}; {FREEZE}")
 
 
 def _random(example: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -147,28 +148,28 @@ def _random(example: Tensor, generator: torch.Generator) -> list[Tensor]:
     return batches + [scale * spread * batches[3] for scale in RANGES]
 
 
-def check_answers(chain: Chain, module: nn.Module, x: Tensor) -> None:
-    """Raises UnsupportedLayer unless chain and module give the same bits on these inputs."""
+def check_outputs(chain: Chain, module: nn.Module, x: Tensor) -> None:
+    """Raises UnsupportedLayer unless chain and module agree bit by bit on these inputs."""
     batch = x if x.requires_grad else x.clone(memory_format=torch.preserve_format)
     try:
         theirs = logits_of(module(batch), len(x)).detach()
         theirs = theirs.unsqueeze(1) if theirs.dim() == 1 else theirs
     except (BadInput, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a module of somebody else raises
+    except Exception as error:  # a user's module may raise anything
         raise UnsupportedLayer(
-            f"expected a model that answers {len(x)} samples of its own kind, got {type(error).__name__}: {first_line(error)[:200]}; mend its forward"
+            f"expected a model that runs on {len(x)} samples, got {type(error).__name__}: {first_line(error)[:200]}; correct its forward"
         ) from error
     try:
         with torch.no_grad():
             ours = finished(chain.final, chain(x.detach().clone()))
     except (RuntimeError, IndexError) as error:
         raise UnsupportedLayer(
-            f"expected layers that compute what the model does, got {type(error).__name__} of them: {first_line(error)[:200]}; attack the model"
+            f"expected layers that compute what the model does, got {type(error).__name__} from them: {first_line(error)[:200]}; attack the model"
         ) from error
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
         apart = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("nan")
         raise UnsupportedLayer(
-            f"expected layers that compute the model's outputs to the bit, got outputs up to {apart:.3g} apart on {len(x)} samples; "
-            f"its forward may depend on values, on the number of samples or on a mode, or draw random numbers: attack it"
+            f"expected layers that compute the model's outputs bit by bit, got outputs that differ by up to {apart:.3g} on {len(x)} samples; "
+            f"its forward may depend on values, on the number of samples or on a mode, or use random numbers: attack it"
         )

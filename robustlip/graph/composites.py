@@ -1,6 +1,7 @@
-"""Functions that a model writes out in plain operations, as one node: GELU and its like, RMSNorm, LayerNorm (`robustlip.layers.formulas`).
+"""Functions written in several plain operations, found and replaced by one node: GELU and similar, RMSNorm, LayerNorm (`robustlip.layers.formulas`).
 
-Only what has proved bounds as a whole becomes one: its operations one by one would be products of branches, which lose much.
+Only functions with proved bounds for the whole function are replaced. Bounds of the single operations would be products of bounds of branches,
+which are much looser.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from robustlip.graph.program import Node
 from robustlip.layers.formulas import MOST_OPERATIONS, WEIGHT, Expression, X
 from robustlip.ops.formulas import facts_of, norm_of, operations
 
-# How many nodes behind each other are looked at; what is known has fewer.
+# How many predecessors of a node are searched; all supported functions have fewer nodes.
 MOST_NODES = 24
-# What tells that a product may be the end of one.
-_TELLING = frozenset("tanh erf sigmoid relu6 hardtanh clamp mean sum var std".split())
+# A product can only be the end of a supported function if one of these operations precedes it.
+_CHARACTERISTIC = frozenset("tanh erf sigmoid relu6 hardtanh clamp mean sum var std".split())
 _UNARY = frozenset("neg square tanh erf sigmoid relu relu6 rsqrt sqrt reciprocal".split())
 
 
 def composite(node: Node) -> Node:
-    """A product or quotient at the end of a function that is known as a whole: a node of its own; any other node as it is."""
+    """A node of its own for a product or quotient that ends a supported function; any other node is returned unchanged."""
     if node.op not in ("mul", "multiply", "div", "true_divide") or not node.inputs:
         return node
-    seen = _behind(node)
-    if not any(before.op in _TELLING for before in seen):
+    seen = _predecessors(node)
+    if not any(before.op in _CHARACTERISTIC for before in seen):
         return node
     for source in seen:
         if source.shape != node.shape or not source.shape:
@@ -46,7 +47,7 @@ def composite(node: Node) -> Node:
 
 
 def gated(node: Node) -> Node:
-    """glu: one half of a value times the sigmoid of the other, which is how torch computes it in float32 and float64."""
+    """glu: one half of a value times the sigmoid of the other half, as torch computes it in float32 and float64."""
     source = node.arguments.get("self")
     if node.op != "glu" or not isinstance(source, Node):
         return node
@@ -62,8 +63,8 @@ def gated(node: Node) -> Node:
     return replace(node, op="mul", arguments={"self": parts[0], "other": gate})
 
 
-def _behind(node: Node) -> list[Node]:
-    """The first nodes in front of a node, nearest first."""
+def _predecessors(node: Node) -> list[Node]:
+    """The nodes before a node, nearest first, at most MOST_NODES of them."""
     found: dict[Node, None] = {}
     waiting = [node]
     while waiting and len(found) < MOST_NODES:
@@ -75,13 +76,13 @@ def _behind(node: Node) -> list[Node]:
 
 
 def expressed(node: Node, source: Node, weights: list[Tensor]) -> Expression | None:
-    """A node as an expression of one in front of it, None where something else is in it. weights: the gain in it, if any, is put there."""
+    """A node as an expression of an earlier one; None if it contains another operation. A gain in the expression is appended to `weights`."""
     made: dict[Node, Expression | None] = {source: X}
 
     def of(part: Any) -> Expression | None:
         if isinstance(part, Node):
             if part not in made:
-                made[part] = None  # until it is known
+                made[part] = None  # not known yet
                 if len(made) <= MOST_NODES:
                     made[part] = _operation(part, of)
             return made[part]
@@ -94,7 +95,7 @@ def expressed(node: Node, source: Node, weights: list[Tensor]) -> Expression | N
         return part if isinstance(part, int | float) and not isinstance(part, bool) else None
 
     found = of(node)
-    # Nodes that are read twice stand in it twice.
+    # Nodes that are read twice occur twice in the expression.
     return found if isinstance(found, tuple) and operations(found, MOST_OPERATIONS) <= MOST_OPERATIONS else None
 
 
@@ -123,7 +124,7 @@ def _operation(node: Node, of: Callable[[Any], Expression | None]) -> Expression
 
 
 def _last(node: Node) -> bool:
-    """Whether a node goes along the last dimension alone."""
+    """Whether a node acts along the last dimension only."""
     dims, source = node.arguments.get("dim"), node.arguments["self"]
     if not isinstance(source, Node) or (not dims and dims != 0):
         return False

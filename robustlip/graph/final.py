@@ -1,7 +1,7 @@
-"""What a module does with its logits at the very end, which moves no decision: softmax, log_softmax, the sigmoid of one logit, views of one number.
+"""The last operation of a module, if it keeps the order of the logits: softmax, log_softmax, the sigmoid of one logit, views of one number.
 
-A chain ends with the logits in front of it. The executed function may round logits that differ to probabilities that do not: `lost` is how far apart
-logits have to be that it keeps their order, and a certificate asks for as much. docs/theory.md, section 13.
+The Chain ends with the logits before that operation. The executed operation may round different logits to equal probabilities. `lost` is the
+difference of logits above which their order is kept; certificates require margins above it. docs/theory.md, section 13.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from robustlip.ops.elementwise import FUNCTION_ULPS
 
 
 def without_final(program: Program) -> tuple[Program, str]:
-    """(the program up to its logits, (C,) a sample; the name of what was left out, or '')."""
+    """(the program up to its logits, (C,) per sample; the name of the operation that was left out, or '')."""
     node, final = program.output, ""
     while (source := source_of(node)) is not None and source is not program.input:
         one = math.prod(node.shape) == 1 == math.prod(source.shape)
@@ -29,23 +29,24 @@ def without_final(program: Program) -> tuple[Program, str]:
                 break
             final = node.op
         node = source
-    if len(node.shape) != 1:  # one number that is no vector yet: the view makes it one
+    if len(node.shape) != 1:  # a number that a view makes a vector
         return program, ""
     return Program(program.input, node, needed(node), program.computes_weights), final
 
 
 def finished(final: str, logits: Tensor) -> Tensor:
-    """What the module answers where the chain gives these logits (N, C)."""
+    """The module's output if the Chain returns these logits (N, C)."""
     if final in ("", "sigmoid"):
         return logits.sigmoid() if final else logits
     return logits.softmax(-1) if final == "softmax" else logits.log_softmax(-1)
 
 
 def lost(final: str, classes: int, dtype: torch.dtype, kind: str) -> float:
-    """Logits further apart than this have function values in the same order, as executed. kind: of device. Raises UnsupportedLayer.
+    """The difference of logits above which the executed function keeps their order. kind: of device. Raises UnsupportedLayer.
 
-    softmax: e_y = 1 up to the error of exp, e_j ≤ e^−d times it, and the same sum divides both: a few roundings each, at p_y ≥ 1/C. sigmoid: p moves
-    away from ½ by nearly a quarter of the logit. log_softmax: (z_j − max) − log Σ rounds at log Σ ≤ log C, in the order in which CPUs compute it.
+    softmax: e_y = 1 up to the error of exp, e_j ≤ e^−d times that, and the same sum divides both: a few roundings each, and p_y ≥ 1/C.
+    sigmoid: |p − ½| is nearly a quarter of |z|. log_softmax: (z_j − max) − log Σ has a rounding error of the size of log Σ ≤ log C, in the
+    order in which CPUs compute it.
     """
     if not final:
         return 0.0
@@ -53,7 +54,7 @@ def lost(final: str, classes: int, dtype: torch.dtype, kind: str) -> float:
     if final == "log_softmax":
         if kind != "cpu":
             raise UnsupportedLayer(
-                f"expected a model whose log_softmax runs on a CPU, got one on {kind}, where it rounds at the size of the logits; return the logits"
+                f"expected a model whose log_softmax runs on a CPU, got one on {kind}, where its rounding has the size of the logits; return logits"
             )
         return 16 * unit * (math.log(classes) + 1)
     return (4 * FUNCTION_ULPS + 32) * unit

@@ -97,7 +97,7 @@ def is_identity(node: Node) -> bool:
         return False
     if node.op in ("to", "_to_copy", "type_as"):  # to a dtype that the value already has
         return node.dtype == source.dtype and node.shape == source.shape
-    if node.stray or source.stray:  # their shape is not known
+    if node.refusal or source.refusal:  # their shape is not known
         return False
     if node.op == "slice":
         whole = node.shape == source.shape and a["step"] == 1
@@ -551,7 +551,7 @@ def _shift(node: Node) -> nn.Module:
 
 
 def _facing(node: Node) -> Node:
-    """The same node with its arguments exchanged so that `self` depends on the input."""
+    """The same node with its arguments swapped so that `self` depends on the input."""
     if isinstance(node.arguments["self"], Node):
         return node
     return replace(node, arguments={**node.arguments, "self": node.arguments["other"], "other": node.arguments["self"]})

@@ -1,6 +1,6 @@
-"""What torch.export recorded of a module, as nodes that depend on the input; everything else is folded into constants.
+"""The program that torch.export recorded for a module, as nodes that depend on the input. Everything else is folded into constants.
 
-Operations are not decomposed: a linear layer, a convolution, a normalisation stay whole, and the program that is recorded is the one that runs.
+Operations are not decomposed: linear layers, convolutions and normalisations stay single nodes, so the recorded program is the one that runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer, first_line
 
-# More nodes than a model of this kind has.
+# An upper limit of the number of operations, above that of any supported model.
 LARGEST_PROGRAM = 50_000
-# Operations whose result has memory of its own. Every other one is taken for one whose result may share memory with its arguments.
+# Operations whose result has its own memory. The result of any other operation is assumed to share memory with its arguments.
 _FRESH = frozenset(
     "linear conv1d conv2d conv3d convolution batch_norm layer_norm group_norm instance_norm relu gelu silu tanh sigmoid elu celu selu leaky_relu "
     "prelu softplus hardtanh hardswish hardsigmoid relu6 mish log_sigmoid abs clamp clamp_min clamp_max neg add sub mul div rsub cat stack maximum "
@@ -32,11 +32,11 @@ _FRESH = frozenset(
 class Node:
     """One operation on values that depend on the input.
 
-    op: its name in torch ('conv2d', 'add'), '' for the input itself. arguments: by the names of torch's schema; a Node where the value depends on
-    the input, a Tensor where it is a constant of the model, lists of those, or plain Python values. shape: without the dimension of the samples.
-    path: where in the module it is called. dtype: of its value. target: the operation itself. merged: whether samples and the dimension behind them
-    are one, as a view makes them for a matrix product; `shape` has that dimension by itself. stray: why the value is refused unless what reads it
-    is understood as a whole (attention), '' where it has samples along its first dimension alone.
+    op: the operation's name in torch ('conv2d', 'add'), '' for the input. arguments: by their names in torch's schema. An argument is a Node if it
+    depends on the input, a Tensor if it is a constant of the model, a list of those, or a plain Python value. shape: without the batch dimension.
+    path: the submodule that calls it. dtype: of the result. target: the operation. merged: whether the batch dimension and the next one are merged
+    into one, as a view does for a matrix product; `shape` contains the next dimension separately. refusal: '' if the first dimension is the batch
+    dimension and no other one is; otherwise the error message, which applies unless the nodes around it are recognised together as attention.
     """
 
     op: str
@@ -47,7 +47,7 @@ class Node:
     dtype: torch.dtype | None = None
     target: Any = None
     merged: bool = False
-    stray: str = ""
+    refusal: str = ""
 
     @property
     def inputs(self) -> list[Node]:
@@ -55,7 +55,7 @@ class Node:
         return list(_nodes(self.arguments.values()))
 
     def where(self) -> str:
-        """For messages: what it is and where."""
+        """Name and place of the operation, for messages."""
         return f"{self.op or 'the input'} of {self.path or 'the model itself'}"
 
 
@@ -69,8 +69,8 @@ def _nodes(values: Any) -> Iterator[Node]:
 
 @dataclass
 class Program:
-    """input → output; every node between them. computes_weights: whether a matrix of the module, or what is computed of it, is read elsewhere than as
-    the matrix of a layer."""
+    """The nodes from input to output. computes_weights: whether a matrix of the module, or a value computed from one, is used other than as the
+    matrix of a layer."""
 
     input: Node
     output: Node
@@ -79,23 +79,23 @@ class Program:
 
 
 def recorded(module: nn.Module, example: Tensor) -> Program:
-    """The program that the module runs on inputs like `example` (N ≥ 2, …), for any number of samples.
+    """The program that the module runs on inputs like `example` (N ≥ 2, …), for any number of samples N.
 
-    Raises UnsupportedLayer where torch.export cannot record one, where samples are mixed, where the module changes its own buffers, or where an
-    operation in place writes over what is read again.
+    Raises UnsupportedLayer if torch.export cannot record the module, if it mixes samples, if it changes its own buffers, or if an in-place operation
+    overwrites a value that is read again.
     """
     exported, twin = _export(module, example)
     signature = exported.graph_signature
     if signature.buffers_to_mutate:
         names = ", ".join(sorted(signature.buffers_to_mutate.values())[:3])
         raise UnsupportedLayer(
-            f"expected a model that leaves its own weights and buffers as they are, got one that changes {names} in eval mode; {FREEZE}"
+            f"expected a model that does not change its own weights and buffers, got one that changes {names} in eval mode; {FREEZE}"
         )
     outputs = [spec for spec in signature.output_specs if spec.kind.name == "USER_OUTPUT"]
     inputs = [spec for spec in signature.input_specs if spec.kind.name == "USER_INPUT"]
     if len(outputs) != 1 or len(inputs) != 1:
         raise UnsupportedLayer(
-            f"expected a model from one tensor to one tensor, got {len(inputs)} inputs and {len(outputs)} outputs; wrap it in such a module"
+            f"expected a model from one tensor to one tensor, got {len(inputs)} inputs and {len(outputs)} outputs; wrap it in one"
         )
     graph = list(exported.graph_module.graph.nodes)
     twins = dict.fromkeys(graph) if twin is None else _paired(graph, list(twin.graph_module.graph.nodes))
@@ -113,27 +113,28 @@ def recorded(module: nn.Module, example: Tensor) -> Program:
 
 
 def check_apart(program: Program) -> None:
-    """Raises UnsupportedLayer for a value in which samples are not apart, for an operation on merged samples that may mix them, for another dtype.
+    """Check that every value has one batch dimension and one dtype, and that no operation on merged dimensions can mix samples.
 
-    A node that reads merged samples has to treat each row by itself: an elementwise operation, a product with a matrix, a view.
+    A node that reads a value with merged dimensions has to treat every row separately: an elementwise operation, a product with a matrix, a view.
+    Raises UnsupportedLayer otherwise.
     """
     dtype = program.output.dtype
     for node in program.nodes:
-        if node.stray:
-            raise UnsupportedLayer(node.stray)
+        if node.refusal:
+            raise UnsupportedLayer(node.refusal)
         if node.dtype not in (None, dtype):
             raise UnsupportedLayer(f"expected a model that computes in one dtype, {dtype}, got {node.where()} in {node.dtype}; cast the model")
         if any(read.merged for read in node.inputs) and node.op not in _ROWWISE:
             raise UnsupportedLayer(
-                f"expected samples along the first dimension alone, got {node.where()}, which reads samples and tokens in one dimension; "
-                f"keep them apart"
+                f"expected operations on separate samples, got {node.where()}, which reads samples and tokens merged into one dimension; "
+                f"keep them separate"
             )
-    if program.output.merged or program.input.stray:
-        raise UnsupportedLayer(program.input.stray or "expected one row of outputs for each sample, got samples and tokens in one; keep them apart")
+    if program.output.merged or program.input.refusal:
+        raise UnsupportedLayer(program.input.refusal or "expected one row of outputs per sample, got samples and tokens merged; keep them separate")
 
 
 def needed(output: Node) -> list[Node]:
-    """The nodes that the output depends on, inputs before what reads them, the program's input left out."""
+    """The nodes that the output depends on, in topological order, without the program's input."""
     found: dict[Node, None] = {}
     stack = [(output, False)]
     while stack:
@@ -148,8 +149,8 @@ def needed(output: Node) -> list[Node]:
     return list(found)
 
 
-def rewritten(program: Program, exchanged: Mapping[Node, Node] | None = None, change: Callable[[Node], Node] = lambda node: node) -> Program:
-    """The program with other nodes, inputs first: for a node of `exchanged` the one there, then what `change` makes of it with its new arguments."""
+def rewritten(program: Program, replaced: Mapping[Node, Node] | None = None, change: Callable[[Node], Node] = lambda node: node) -> Program:
+    """The program rebuilt in topological order: each node is replaced by its entry in `replaced`, if any, and then by `change` of the result."""
     now: dict[Node, Node] = {program.input: program.input}
 
     def inside(value: Any) -> Any:
@@ -158,17 +159,17 @@ def rewritten(program: Program, exchanged: Mapping[Node, Node] | None = None, ch
         return [inside(part) for part in value] if isinstance(value, list) else value
 
     for node in program.nodes:
-        made = (exchanged or {}).get(node, node)
+        made = (replaced or {}).get(node, node)
         now[node] = change(replace(made, arguments={name: inside(value) for name, value in made.arguments.items()}))
     output = now[program.output]
     return Program(program.input, output, needed(output), program.computes_weights)
 
 
 def dominators(program: Program) -> dict[Node, Node]:
-    """By node, its immediate dominator: the last value that every way from the input to it goes through (Cooper, Harvey & Kennedy 2001)."""
+    """The immediate dominator of each node: the last value on every path from the input to the node (Cooper, Harvey & Kennedy 2001)."""
     order = {program.input: 0, **{node: i for i, node in enumerate(program.nodes, 1)}}
     above: dict[Node, Node] = {}
-    for node in program.nodes:  # inputs come before what reads them, so one pass is enough
+    for node in program.nodes:  # topological order, so one pass is enough
         common: Node | None = None
         for read in dict.fromkeys(node.inputs):
             other = read
@@ -183,37 +184,37 @@ def dominators(program: Program) -> dict[Node, Node]:
     return above
 
 
-FREEZE = "freeze them: remove what iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
-# Operations that may take the number of samples, in a shape.
+FREEZE = "freeze them: remove the parametrization that iterates, e.g. by torch.nn.utils.parametrize.remove_parametrizations"
+# Operations that may take the batch size as part of a shape.
 _TAKES_SIZES = frozenset("view reshape _unsafe_view expand zeros ones new_zeros new_ones".split())
-# Operations that give a sample's numbers another shape and keep their order.
+# Operations that change the shape of a sample and keep the order of its numbers.
 VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
-# What may read samples that are merged with the dimension behind them: each of these treats every row by itself.
+# Operations that may read merged dimensions: each of these treats every row separately.
 _ROWWISE = frozenset((*VIEWS, "addmm", "mm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "to", "contiguous", "clone"))
-# Where a matrix of the module is one that a threat on the weights moves as such.
+# Arguments that are matrices of the module and are changed by a threat on weights.
 _MATRIX_OF = ("linear", "embedding", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-# Operations on constants that repeat one row for every sample, whose results do so too, whatever the number of samples.
+# If the arguments of these operations repeat one row for every sample, the result does too, for every batch size.
 _REPEATS = frozenset(
     "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like expand expand_as repeat view reshape _unsafe_view unsqueeze squeeze "
     "permute transpose contiguous clone to _to_copy type_as alias detach lift_fresh_copy ne eq lt le gt ge add sub rsub mul div neg abs clamp "
     "clamp_min clamp_max where masked_fill bitwise_not logical_not bitwise_and logical_and bitwise_or logical_or __and__ __or__ embedding cos sin "
     "gather cat stack slice matmul bmm getitem unbind cumsum diff".split()
 )
-# What torch records of checks that it made itself: they compute nothing.
+# Checks that torch.export inserts; they compute nothing.
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
-# Numbers of samples by which constants are computed that depend on that number.
+# Batch sizes for which constants that depend on the batch size are computed.
 TRIED = (2, 5)
-# Numbers of samples that no other dimension of a model is likely to have, for programs that hold theirs as a plain number, one of them large.
+# Batch sizes that are unlikely to be another dimension of a model, for programs that contain theirs as a plain number. One of them is large.
 _SIZES = (83, 1_009)
 
 
 def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedProgram, torch.export.ExportedProgram | None]:
-    """(the program for any number of samples, None); or the programs for two numbers of samples, where the forward reads it as a plain number."""
+    """(the program for any batch size, None); or the programs for two batch sizes, if the forward reads the batch size as a plain number."""
     if len(example) < 2:
         raise BadInput(f"expected an example of two or more samples, so that their number can vary, got {len(example)}; repeat the sample")
     batch = torch.export.Dim("batch", min=1)
     try:
-        module(example.clone())  # what is made at a first call (tables of positions, caches) is made of numbers, not by the tracer
+        module(example.clone())  # caches (tables of positions) that the first call fills get real values, not those of the tracer
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -223,29 +224,29 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
                 if guard:
                     raise UnsupportedLayer(
                         f"expected a model that runs the same operations for any number of samples, got one that runs others unless {guard}; "
-                        f"take out of its forward what depends on that number"
+                        f"remove the dependence on that number from its forward"
                     ) from error
-                # Their numbers are not read.
+                # Only the shape of this example matters.
                 first, second = (torch.export.export(module, (example.new_empty(n, *example.shape[1:]),), strict=False) for n in _SIZES)
                 return first, second
     except BadInput:
         raise
-    except Exception as error:  # whatever a module of somebody else raises under a tracer
+    except Exception as error:  # a user's module may raise anything under the tracer
         raise UnsupportedLayer(
             f"expected a model that torch.export can record for any number of samples, got {type(error).__name__}: {first_line(error)[:300]}; "
-            f"it can be attacked; to certify it, take out of its forward what depends on values or on the number of samples"
+            f"it can be attacked; to certify it, remove from its forward what depends on values or on the number of samples"
         ) from error
 
 
 def _guarded(said: str) -> str:
-    """What torch.export says that the program asks of the number of samples, other than to be more than one; '' for nothing."""
+    """The condition on the batch size that torch.export reports, other than that it exceeds 1; '' if there is none."""
     guards = re.findall(r"satisfy the generated guard ([^\n]*)", said)
     plain = re.compile(r"[^<>=!]*(2 <= L\['x'\]\.size\(\)\[0\]|L\['x'\]\.size\(\)\[0\] != 1)\.?\s*")
     return next((guard for guard in guards if not plain.fullmatch(guard)), "")
 
 
 def _name_of(node: fx.Node) -> str:
-    """'conv2d' of aten.conv2d.default, 'library::conv2d' of an operation of the same name that is not torch's."""
+    """'conv2d' for aten.conv2d.default, 'library::conv2d' for an operation of that name from another library."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet is None:
         return "getitem" if node.target is operator.getitem else f"python::{getattr(node.target, '__name__', node.target)}"
@@ -254,7 +255,7 @@ def _name_of(node: fx.Node) -> str:
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an operation writes into, and the parts of those that are lists."""
+    """The arguments that an operation writes into; list arguments are expanded."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return []
@@ -267,20 +268,20 @@ def _writes(node: fx.Node) -> list[fx.Node]:
 
 
 def _check_in_place(graph: list[fx.Node]) -> None:
-    """Raises UnsupportedLayer where something that may share memory with what was written over is read afterwards."""
-    shares: dict[fx.Node, set[fx.Node]] = {}  # values that may share memory with this one; one set for all of them
-    stale: dict[fx.Node, fx.Node] = {}  # values that were written over, and by which operation
+    """Raises UnsupportedLayer if a value is read after an in-place operation may have overwritten it."""
+    shares: dict[fx.Node, set[fx.Node]] = {}  # values that may share memory with the key; one common set for all of them
+    stale: dict[fx.Node, fx.Node] = {}  # overwritten values, and the operation that did it
     for node in graph:
         for read in node.all_input_nodes:
             if read in stale:
                 raise UnsupportedLayer(
-                    f"expected operations in place on values that nobody reads again, got {_name_of(stale[read])} of {_path(stale[read])}, "
+                    f"expected in-place operations on values that are not read again, got {_name_of(stale[read])} of {_path(stale[read])}, "
                     f"whose argument is read by {_name_of(node)} of {_path(node)}; run it out of place (inplace=False, y = y + x)"
                 )
         written = _writes(node)
         if any(value.op == "placeholder" and value.name.startswith(("p_", "b_", "c_")) for old in written for value in shares[old]):
             raise UnsupportedLayer(
-                f"expected a model that leaves its own weights and buffers as they are, got {_name_of(node)} of {_path(node)}, which writes into "
+                f"expected a model that does not change its own weights and buffers, got {_name_of(node)} of {_path(node)}, which writes into "
                 f"them; {FREEZE}"
             )
         group = {node}
@@ -302,7 +303,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node | None]:
-    """By node of the program for _SIZES[0] samples, its node of the one for _SIZES[1]. Raises UnsupportedLayer unless they differ in that alone."""
+    """Each node of the program for _SIZES[0] samples, with its node for _SIZES[1]. Raises UnsupportedLayer if they differ in more than the size."""
 
     def same(a: Any, b: Any, shapes: bool) -> bool:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
@@ -318,16 +319,16 @@ def _paired(graph: list[fx.Node], twin: list[fx.Node]) -> dict[fx.Node, fx.Node 
         if not (alike and same(a.args, b.args, shapes) and all(same(a.kwargs[key], b.kwargs[key], shapes) for key in a.kwargs)):
             raise UnsupportedLayer(
                 f"expected a model that runs the same operations for any number of samples, got {_name_of(a)} of {_path(a)}, which depends on it; "
-                f"take out of its forward what depends on that number"
+                f"remove the dependence on that number from its forward"
             )
         pairs[a] = b
     if len(graph) != len(twin):
-        raise UnsupportedLayer("expected the same operations for any number of samples, got more of them for some; keep samples apart")
+        raise UnsupportedLayer("expected the same operations for any number of samples, got more operations for some; keep samples separate")
     return pairs
 
 
 class _Reader:
-    """fx nodes → Nodes and constants."""
+    """Converts fx nodes to Nodes and constants."""
 
     def __init__(self, exported: torch.export.ExportedProgram, module: nn.Module, user: str, twins: dict[fx.Node, fx.Node | None]) -> None:
         self.twins = twins
@@ -340,17 +341,17 @@ class _Reader:
         for spec in exported.graph_signature.input_specs:
             if spec.kind.name == "USER_INPUT":
                 continue
-            # The module's own tensors, so that a change of its weights is one of the chain's.
+            # The module's own tensors, so that a change of its weights changes the Chain too.
             value = own.get(spec.target) if spec.target is not None else None
             value = exported.constants.get(spec.target) if value is None else value
             if not isinstance(value, Tensor):
                 raise UnsupportedLayer(f"expected parameters, buffers and constant tensors, got {spec.target}; register it as a buffer")
             self.constants[spec.arg.name] = value
         self.batch: Any = None
-        # The module's matrices, and the memory that each of them is in.
+        # The module's matrices, and the memory range of each.
         self.matrices = {id(value): value for value in module.parameters() if value.dim() > 1 and value.numel()}
         self.memory = [_memory(value) for value in self.matrices.values()]
-        # By identity, and kept so that no other tensor gets the same: constants that are made of the module's matrices.
+        # Constants computed from the module's matrices, by id; the tensors are kept alive so that no other tensor gets the same id.
         self.derived: set[int] = set()
         self.kept: list[Any] = []
         self.computes_weights = False
@@ -359,15 +360,15 @@ class _Reader:
         if node.op == "placeholder":
             if node.name == self.user:
                 self.batch = node.meta["val"].shape[0]
-                shape, merged, stray = self._shape(node, True)
-                self.input = Node("", {}, shape, "", node.name, node.meta["val"].dtype, stray=stray or ("merged" if merged else ""))
+                shape, merged, refusal = self._shape(node, True)
+                self.input = Node("", {}, shape, "", node.name, node.meta["val"].dtype, refusal=refusal or ("merged" if merged else ""))
                 self.values[node] = self.input
             else:
                 self.values[node] = self.constants[node.name]
         elif node.op == "output":
             self.output = self._argument(node.args[0][0])  # type: ignore[index]
         elif node.op == "get_attr":
-            raise UnsupportedLayer(f"expected plain operations, got a branch on values ({node.target}); take it out of the forward")
+            raise UnsupportedLayer(f"expected plain operations, got a branch that depends on values ({node.target}); remove it from the forward")
         elif _name_of(node) not in _CHECKS:
             self.values[node] = self._call(node)
 
@@ -392,8 +393,8 @@ class _Reader:
         args = [self._for_all(a, node) for a in args]
         kwargs = {key: self._for_all(a, node) for key, a in kwargs.items()}
         flat = list(_flat([*args, *kwargs.values()]))
-        if name not in _TAKES_SIZES and any(isinstance(a, Many) for a in flat):
-            raise UnsupportedLayer(f"expected the number of samples in shapes alone, got it in {name} of {path}; keep samples apart")
+        if name not in _TAKES_SIZES and any(isinstance(a, PerBatchSize) for a in flat):
+            raise UnsupportedLayer(f"expected the number of samples in shapes only, got it in {name} of {path}; keep samples separate")
         if node.target is operator.getitem:
             arguments: dict[str, Any] = {"self": args[0], "index": args[1]}
         else:
@@ -409,50 +410,50 @@ class _Reader:
         return self._node(node, name, arguments, path)
 
     def _size(self, node: fx.Node) -> Any:
-        """A number that is one of sizes: by the number of samples, or plain; None for any other value."""
+        """A number computed from sizes: PerBatchSize or a plain number; None for any other value."""
         value = node.meta.get("val")
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, torch.SymInt) and isinstance(self.batch, torch.SymInt):
             size, batch = value.node.expr, self.batch.node.expr
-            return Many({n: int(size.subs(batch, n)) for n in TRIED}, bool(size.is_polynomial(batch)))
+            return PerBatchSize({n: int(size.subs(batch, n)) for n in TRIED}, bool(size.is_polynomial(batch)))
         return None
 
     def _sizes(self, value: Any, twin: Any) -> Any:
-        """The same with the number of samples named, where two programs hold two numbers."""
+        """The same value with the batch size made explicit, if two programs contain two sizes."""
         if isinstance(value, list):
             return [self._sizes(*pair) for pair in zip(value, twin, strict=True)]
         times = _multiple(value, twin)
-        return value if times is None else Many({n: times * n for n in TRIED})
+        return value if times is None else PerBatchSize({n: times * n for n in TRIED})
 
     def _folded(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What an operation makes of constants, by the number of samples where that counts, and whether a matrix of the module is among them."""
+        """The result of an operation on constants, per batch size if it depends on that; records whether a matrix of the module is among them."""
         flat = list(_flat([*args, *kwargs.values()]))
-        read = [part for a in flat for part in (_flat(a.values.values()) if isinstance(a, Many) else [a]) if isinstance(part, Tensor)]
-        if any(isinstance(a, Many) for a in flat):
+        read = [part for a in flat for part in (_flat(a.values.values()) if isinstance(a, PerBatchSize) else [a]) if isinstance(part, Tensor)]
+        if any(isinstance(a, PerBatchSize) for a in flat):
             values = {n: node.target(*at(args, n), **{key: at(a, n) for key, a in kwargs.items()}) for n in TRIED}  # type: ignore[operator]
-            made: Any = Many(values, _repeats(_name_of(node), args, kwargs))
+            made: Any = PerBatchSize(values, _repeats(_name_of(node), args, kwargs))
             parts = [part for part in _flat(made.values.values()) if isinstance(part, Tensor)]
         else:
             made = node.target(*args, **kwargs)  # type: ignore[operator]
             parts = [part for part in _flat([made]) if isinstance(part, Tensor)]
         if any(self._of_matrix(a) for a in read):
-            self.derived |= {id(part) for part in parts if id(part) not in self.matrices}  # contiguous() may give itself
+            self.derived |= {id(part) for part in parts if id(part) not in self.matrices}  # contiguous() may return its argument
         self.kept += parts
         return made
 
     def _of_matrix(self, value: Tensor) -> bool:
-        """Whether a constant is a matrix of the module, shares memory with one, or is computed of one."""
+        """Whether a constant is a matrix of the module, shares memory with one, or was computed from one."""
         if id(value) in self.derived or id(value) in self.matrices:
             return True
         device, first, end = _memory(value)
         return any(device == where and first < stop and start < end for where, start, stop in self.memory)
 
     def _for_all(self, value: Any, node: fx.Node) -> Any:
-        """A constant that an operation on samples reads: the same for every number of samples, or one row where all rows are the same."""
+        """A constant that an operation on samples reads: equal for every batch size, or one row if all rows are equal. Otherwise UnsupportedLayer."""
         if isinstance(value, list):
             return [self._for_all(part, node) for part in value]
-        if not isinstance(value, Many) or (value.repeats and not all(isinstance(part, Tensor) for part in value.values.values())):
+        if not isinstance(value, PerBatchSize) or (value.repeats and not all(isinstance(part, Tensor) for part in value.values.values())):
             return value
         row = _row(value.values) if value.repeats else None
         if row is None:
@@ -465,13 +466,13 @@ class _Reader:
         return row
 
     def _node(self, node: fx.Node, name: str, arguments: dict[str, Any], path: str) -> Node:
-        shape, merged, stray = self._shape(node, name in _ROWWISE) if isinstance(node.meta["val"], Tensor) else ((), False, "")
+        shape, merged, refusal = self._shape(node, name in _ROWWISE) if isinstance(node.meta["val"], Tensor) else ((), False, "")
         dtype = getattr(node.meta["val"], "dtype", None)
         name = name.removesuffix("_") if _writes(node) else name
-        return Node(name, arguments, shape, path, node.name, dtype, node.target, merged, stray)
+        return Node(name, arguments, shape, path, node.name, dtype, node.target, merged, refusal)
 
     def _shape(self, node: fx.Node, may_merge: bool) -> tuple[tuple[int, ...], bool, str]:
-        """(the shape of a value without samples, whether they are merged with its first dimension, why it is refused)."""
+        """(the shape of a value without the batch dimension, whether that is merged with the next one, the error message or '')."""
         value, twin = node.meta["val"], self.twins[node]
         first = value.shape[0] if value.dim() else None
         rest = value.shape[1:]
@@ -486,13 +487,13 @@ class _Reader:
             assert times is not None
             return (tuple(int(n) for n in rest), False, "") if times == 1 else ((times, *(int(n) for n in rest)), True, "")
         return (), False, (
-            f"expected values with samples along their first dimension alone, got {_name_of(node)} of {_path(node)} with shape "
+            f"expected values whose first dimension is the number of samples, and no other, got {_name_of(node)} of {_path(node)} with shape "
             f"{tuple(map(str, value.shape))}; an operation that moves or mixes samples cannot be certified"
         )  # fmt: skip
 
 
 def _memory(value: Tensor) -> tuple[torch.device, int, int]:
-    """(the device, the first byte and the one behind the last) of a tensor of numbers."""
+    """(the device, the address of the first byte, the address after the last byte) of a tensor."""
     numbers = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
     return value.device, value.data_ptr(), value.data_ptr() + numbers * value.element_size()
 
@@ -506,10 +507,10 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Many:
-    """A constant that depends on the number of samples: its values for those of `TRIED`.
+class PerBatchSize:
+    """A constant that depends on the batch size: its values for the batch sizes `TRIED`.
 
-    repeats: whether it is known to do the same for any other number: a polynomial, or a tensor that repeats what it holds.
+    repeats: whether it is proved to follow the same pattern for every batch size: a polynomial in the size, or a tensor that repeats its rows.
     """
 
     values: dict[int, Any]
@@ -517,59 +518,60 @@ class Many:
 
 
 def at(value: Any, samples: int) -> Any:
-    """A constant for so many samples."""
+    """The value of a constant for a batch size."""
     if isinstance(value, list):
         return [at(part, samples) for part in value]
-    return value.values[samples] if isinstance(value, Many) else value
+    return value.values[samples] if isinstance(value, PerBatchSize) else value
 
 
 def _repeats(name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation on constants that depend on the number of samples makes one that repeats what it holds for any number of them."""
+    """Whether an operation on constants that repeat their rows for every batch size gives a constant that does so too."""
     flat = list(_flat([*args, *kwargs.values()]))
     first: Any = args[0] if args else None
     second: Any = args[1] if len(args) > 1 else None
     if name == "mul" and any(isinstance(a, int) and a == 0 for a in flat):
         return True
-    if name == "index":  # of a table whose rows are the same: whichever row is taken
+    if name == "index":  # of a table with equal rows: the index does not matter
         rest = list(_flat([second[1:]]))
-        return isinstance(first, Many) and first.repeats and _by_sample(first) and not any(isinstance(a, Many) and not a.repeats for a in rest)
-    if name not in _REPEATS or any(isinstance(a, Many) and not a.repeats for a in flat):
+        repeats = not any(isinstance(a, PerBatchSize) and not a.repeats for a in rest)
+        return isinstance(first, PerBatchSize) and first.repeats and _by_sample(first) and repeats
+    if name not in _REPEATS or any(isinstance(a, PerBatchSize) and not a.repeats for a in flat):
         return False
-    if name in ("full", "new_full", "full_like"):  # of a number that is not the one of samples
-        return not any(isinstance(a, Many) for a in _flat([args[2 if name == "new_full" else 1 :], list(kwargs.values())]))
+    if name in ("full", "new_full", "full_like"):  # filled with a number that does not depend on the batch size
+        return not any(isinstance(a, PerBatchSize) for a in _flat([args[2 if name == "new_full" else 1 :], list(kwargs.values())]))
     dims = {"slice": (1, 0), "gather": (1, 0), "cat": (1, 0), "cumsum": (1, 0), "diff": (2, -1), "unbind": (1, 0)}
-    if name in dims:  # along a dimension that the samples have no part in
+    if name in dims:  # along a dimension that is not the batch dimension
         at_place, default = dims[name]
         dim = args[at_place] if len(args) > at_place else kwargs.get("dim", default)
         parts = first if name == "cat" else [first]
         fixed = isinstance(dim, int) and all(_fixed(part, dim) for part in parts)
         if name == "gather":
-            return fixed and isinstance(first, Many)
-        if name == "slice":  # of fixed places, or all of them
+            return fixed and isinstance(first, PerBatchSize)
+        if name == "slice":  # with fixed bounds, or of everything
             whole = args[2:4] in ([], [0], [None], [0, None], [None, None], [0, 2**63 - 1]) and args[4:] in ([], [1])
-            return whole or (fixed and not any(isinstance(a, Many) for a in args[1:]))
+            return whole or (fixed and not any(isinstance(a, PerBatchSize) for a in args[1:]))
         return fixed
     if name in ("matmul", "bmm"):
-        return _fixed(first, -1) and _fixed(second, -1) and (not isinstance(second, Many) or _fixed(second, -2))
+        return _fixed(first, -1) and _fixed(second, -1) and (not isinstance(second, PerBatchSize) or _fixed(second, -2))
     return True
 
 
-def _by_sample(value: Many) -> bool:
-    """Whether the first dimension of a constant, and no other, is of the number of samples."""
+def _by_sample(value: PerBatchSize) -> bool:
+    """Whether the first dimension of a constant, and no other, is the batch size."""
     shapes = {n: part.shape for n, part in value.values.items() if isinstance(part, Tensor)}
     return len({tuple(shape[1:]) for shape in shapes.values()}) == 1 and all(shape[:1] == (n,) for n, shape in shapes.items())
 
 
 def _fixed(value: Any, dim: int) -> bool:
-    """Whether a constant has one size along a dimension, whatever the number of samples."""
-    if not isinstance(value, Many):
+    """Whether the size of a constant along a dimension does not depend on the batch size."""
+    if not isinstance(value, PerBatchSize):
         return True
     shapes = [part.shape for part in value.values.values() if isinstance(part, Tensor)]
     return bool(shapes) and all(-len(shape) <= dim < len(shape) and shape[dim] == shapes[0][dim] for shape in shapes)
 
 
 def _row(values: dict[int, Tensor]) -> Tensor | None:
-    """What a constant is for any number of samples: itself, or its one row (1, …) where it repeats that; None where it is neither."""
+    """The constant for every batch size: itself, or its one row (1, …) if it repeats that row; None if neither."""
     found = list(values.values())
     if all(torch.equal(part, found[0]) for part in found):
         return found[0]
@@ -579,14 +581,14 @@ def _row(values: dict[int, Tensor]) -> Tensor | None:
 
 
 def _multiple(a: Any, b: Any) -> int | None:
-    """How many times the number of samples both numbers are, where two programs hold _SIZES; None for anything else."""
+    """The factor k if both numbers are k times the batch sizes _SIZES; None otherwise."""
     if type(a) is not int or type(b) is not int or not a or a % _SIZES[0] or a // _SIZES[0] * _SIZES[1] != b:
         return None
     return a // _SIZES[0]
 
 
 def _times(size: Any, batch: Any) -> int | None:
-    """How many times the number of samples a size is, whatever that number is; None where it is something else."""
+    """The factor k if a size is k times the batch size for every batch size; None otherwise."""
     if not (isinstance(size, torch.SymInt) and isinstance(batch, torch.SymInt)):
         return None
     quotient = size.node.expr / batch.node.expr

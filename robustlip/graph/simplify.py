@@ -1,5 +1,5 @@
-"""A program with fewer nodes and the same values: what changes nothing is gone, views of views are one, parts of a chunk are slices, and operations
-that together make a layer of ours are one node."""
+"""Rewrites a program to fewer nodes with the same values: identities are removed, consecutive views become one, parts of a chunk become slices, and
+several operations that form one of our layers become one node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rewrite = Callable[[Node], Node]
 
 
 def simplified(program: Program) -> Program:
-    """The program rewritten node by node, inputs first."""
+    """The program rewritten node by node in topological order."""
     return rewritten(program, change=_simple)
 
 
@@ -29,12 +29,12 @@ def _simple(node: Node) -> Node:
 
 
 def _apart(node: Node) -> Node:
-    """Samples that are merged with the dimension behind them, by themselves again: what reads them treats each row by itself (`check_apart`)."""
+    """Separates merged batch and token dimensions again: the nodes that read them treat each row separately (`check_apart`)."""
     return replace(node, op="view" if node.op in VIEWS else node.op, merged=False) if node.merged else node
 
 
 def _product(node: Node) -> Node:
-    """addmm and mm by a constant matrix: what F.linear runs with its transpose."""
+    """addmm and mm with a constant matrix, as the linear layer that runs with its transpose."""
     if node.op not in ("addmm", "mm"):
         return node
     a = node.arguments
@@ -45,12 +45,12 @@ def _product(node: Node) -> Node:
         return node
     source = source_of(x)
     if x.op in VIEWS and source is not None and source.shape and source.shape[-1] == x.shape[-1]:
-        x = source  # a product treats each row by itself: rows need not be merged
+        x = source  # a product treats each row separately: rows need not be merged
     return replace(node, op="linear", arguments={"input": x, "weight": matrix.t(), "bias": bias}, shape=(*x.shape[:-1], matrix.shape[1]))
 
 
 def _view(node: Node) -> Node:
-    """A view of a view is one of the first value: row by row, both keep the order of a sample's numbers."""
+    """A view of a view as one view of the first value: both keep the order of a sample's numbers."""
     source = source_of(node)
     if node.op not in VIEWS or source is None or source.op not in VIEWS:
         return node
@@ -58,7 +58,7 @@ def _view(node: Node) -> Node:
 
 
 def _tokens(node: Node) -> Node:
-    """Channels in front of places, turned: images (C, H, W) as tokens (H·W, C), flatten(2).transpose(1, 2)."""
+    """Images (C, H, W) transposed to tokens (H·W, C): flatten(2).transpose(1, 2)."""
     places = source_of(node)
     image = None if places is None else source_of(places)
     if places is None or image is None or places.op not in VIEWS or len(places.shape) != 2 or len(image.shape) < 3:
@@ -68,7 +68,7 @@ def _tokens(node: Node) -> Node:
 
 
 def _part(node: Node) -> Node:
-    """One of the parts that chunk and split make: a slice of what they cut."""
+    """One of the parts that chunk and split return, as a slice of their argument."""
     whole = node.arguments.get("self")
     if node.op != "getitem" or not isinstance(whole, Node) or whole.op not in ("chunk", "split", "split_with_sizes"):
         return node
@@ -90,7 +90,7 @@ def _part(node: Node) -> Node:
 
 
 def _maxmin(node: Node) -> Node:
-    """cat([max(a, b), min(a, b)]) of the two halves a, b of the channels of one value."""
+    """cat([max(a, b), min(a, b)]) of the two halves a, b of the channels of one value, as MaxMin."""
     if node.op != "cat" or len(node.arguments["tensors"]) != 2 or not is_channel(int(node.arguments["dim"]), len(node.shape) + 1):
         return node
     high, low = node.arguments["tensors"]
@@ -111,7 +111,7 @@ def _maxmin(node: Node) -> Node:
 
 
 def _group_sort(node: Node) -> Node:
-    """Neighbouring channels cut into groups by a view, sorted in each, and put back by a view."""
+    """Neighbouring channels that a view groups, sorted in each group, and ungrouped by a view, as GroupSort."""
     inner = source_of(node)
     if node.op not in VIEWS or inner is None:
         return node
@@ -127,7 +127,7 @@ def _group_sort(node: Node) -> Node:
 
 
 def _sorted(node: Node) -> Node | None:
-    """What a node sorts in ascending order along the groups that follow the channels: sort(v).values, or cat([min(v), max(v)]) of groups of 2."""
+    """The value that a node sorts in ascending order along the groups after the channels: sort(v).values, or cat([min(v), max(v)]) for pairs."""
     if node.op == "getitem" and node.arguments["index"] == 0:
         sort = node.arguments["self"]
         if sort.op != "sort" or sort.arguments.get("descending"):
@@ -150,7 +150,7 @@ def _sorted(node: Node) -> Node | None:
 
 
 def _along_groups(node: Node, dim: int) -> Node | None:
-    """The first argument of a node that acts along the dimension behind the one of channels."""
+    """The first argument of a node that acts along the dimension after the channels."""
     source = source_of(node)
     if source is None or len(source.shape) < 2:
         return None
@@ -159,7 +159,7 @@ def _along_groups(node: Node, dim: int) -> Node | None:
 
 
 def _padded(node: Node) -> Node:
-    """A convolution behind a padding that copies numbers: one convolution with a padding mode, which is what nn.Conv2d runs."""
+    """A convolution after a padding that copies numbers, as one convolution with a padding mode, as nn.Conv2d runs it."""
     pad = source_of(node)
     if node.op not in ("conv1d", "conv2d", "conv3d") or pad is None or pad.op != "pad" or pad.arguments["mode"] == "constant":
         return node
@@ -171,7 +171,7 @@ def _padded(node: Node) -> Node:
 
 
 def _softsign(node: Node) -> Node:
-    """x/(|x| + 1), which is how torch computes it."""
+    """x/(|x| + 1), as torch computes softsign."""
     x, divisor = node.arguments.get("self"), node.arguments.get("other")
     if node.op != "div" or not isinstance(x, Node) or not isinstance(divisor, Node) or divisor.op != "add":
         return node
