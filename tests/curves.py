@@ -8,7 +8,7 @@ import mpmath
 from formulas import ELEMENTWISE
 from torch import nn
 
-from robustlip.domains.lines.relaxations import curve_of
+from robustlip.domains.lines.relaxations import activation_of
 from robustlip.layers import Abs, Clamp
 
 
@@ -64,5 +64,5 @@ ACTIVATIONS: dict[str, tuple[nn.Module, Callable[[mpmath.mpf], mpmath.mpf]]] = {
     "hardswish": (nn.Hardswish(), lambda z: z * min(max(z + 3, mpmath.mpf(0)), mpmath.mpf(6)) / 6),
 }  # fmt: skip
 
-CURVES = {name: curve_of(layer) for name, (layer, _) in ACTIVATIONS.items()}
+CURVES = {name: activation_of(layer) for name, (layer, _) in ACTIVATIONS.items()}
 DIGITS = {name: function for name, (_, function) in ACTIVATIONS.items()}

@@ -26,7 +26,7 @@ from robustlip.domains.lines import crown_radii, ibp_radii, local_lipschitz_radi
 from robustlip.domains.lines.crown import (
     Ball,
     Boxes,
-    band_of,
+    activation_range,
     first_box,
     interval_boxes,
     interval_margins,
@@ -36,9 +36,9 @@ from robustlip.domains.lines.crown import (
 )  # fmt: skip
 from robustlip.domains.lines.dense import Network
 from robustlip.domains.lines.radii import Problem
-from robustlip.domains.lines.relaxations import Relu, Smooth, curve_of
+from robustlip.domains.lines.relaxations import Relu, Smooth, activation_of
 from robustlip.domains.lines.secants import gains, lipschitz_margins
-from robustlip.domains.lines.stages import Stage
+from robustlip.domains.lines.stages import DenseStage
 from robustlip.domains.norms import Context, State, rule_for
 from robustlip.domains.norms.bound import GlobalBound
 from robustlip.domains.quadratic import constants as sdp_constants
@@ -68,13 +68,13 @@ def wide(*shape: int, seed: int, spread: float = 6.0) -> Tensor:
     return size * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def stage(weight: Tensor, bias: Tensor, curve=None, linear: Tensor | None = None) -> Stage:
+def stage(weight: Tensor, bias: Tensor, curve=None, linear: Tensor | None = None) -> DenseStage:
     """An affine map that is exact as it stands."""
     linear = torch.zeros(len(weight), dtype=torch.bool) if linear is None else linear
-    return Stage(weight, bias, 0.0, 0.0, curve, linear, float(weight.norm()) * (1 + 1e-12), float(bias.norm()) * (1 + 1e-12))
+    return DenseStage(weight, bias, 0.0, 0.0, curve, linear, float(weight.norm()) * (1 + 1e-12), float(bias.norm()) * (1 + 1e-12))
 
 
-def affine(s: Stage, h: list[Fraction]) -> list[Fraction]:
+def affine(s: DenseStage, h: list[Fraction]) -> list[Fraction]:
     bias = exact(s.bias)
     return [sum((Fraction(w) * v for w, v in zip(row, h, strict=True)), bias[i]) for i, row in enumerate(s.weight.tolist())]
 
@@ -150,12 +150,12 @@ def test_dual_norms_and_reach_of_balls(norm) -> None:
         ball = Ball(torch.zeros(1, 7, dtype=torch.float64), torch.ones(1, dtype=torch.float64), norm)
         found, sizes = Fraction(float(ball.dual(row)[0])), [abs(v) for v in exact(row)]
         assert found**2 >= sum(v * v for v in sizes) if norm == "l2" else found >= (sum(sizes) if norm == "linf" else max(sizes))
-        assert Fraction(float(ball.reach[0])) ** 2 >= (7 if norm == "linf" else 1)
+        assert Fraction(float(ball.l2_radius[0])) ** 2 >= (7 if norm == "linf" else 1)
 
 
 def test_neurons_that_pass_by_an_activation_keep_their_sign() -> None:
     s = stage(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), CURVES["relu"], torch.tensor([True, False]))
-    low, high = band_of(s, torch.tensor([[-2.0, -2.0]], dtype=torch.float64), torch.tensor([[-1.0, -1.0]], dtype=torch.float64))
+    low, high = activation_range(s, torch.tensor([[-2.0, -2.0]], dtype=torch.float64), torch.tensor([[-1.0, -1.0]], dtype=torch.float64))
     assert low.tolist() == [[-2.0, 0.0]] and high.tolist() == [[-1.0, 0.0]]
 
 
@@ -242,7 +242,7 @@ def test_forward_errors_and_sizes_hold_in_exact_arithmetic() -> None:
         x = wide(1, 5, seed=seed + 7000, spread=1.0)
         norm = x.norm(dim=-1) * (1 + 1e-12)
         truth = run(network, x[0])
-        for z, t, error, size in zip(network.forward(x), truth, network.forward_errors(norm), network.sizes(norm)[1:], strict=True):
+        for z, t, error, size in zip(network.forward(x), truth, network.forward_errors(norm), network.norm_bounds(norm)[1:], strict=True):
             assert sum((a - b) ** 2 for a, b in zip(exact(z), t, strict=True)) <= Fraction(float(error[0])) ** 2
             assert sum(v * v for v in t) <= Fraction(float(size[0])) ** 2
 
@@ -254,7 +254,7 @@ def test_sizes_see_what_activations_add() -> None:
     head = stage(torch.ones(1, m, dtype=torch.float64), torch.full((1,), 3.0, dtype=torch.float64), None, torch.ones(1, dtype=torch.bool))
     network = Network((first, head))
     x = torch.zeros(1, 2, dtype=torch.float64)
-    assert float(network.sizes(torch.zeros(1, dtype=torch.float64))[-1][0]) >= float(network.forward(x)[-1].abs()) == m / 2 + 3
+    assert float(network.norm_bounds(torch.zeros(1, dtype=torch.float64))[-1][0]) >= float(network.forward(x)[-1].abs()) == m / 2 + 3
 
 
 @pytest.mark.parametrize("which", ["weights", "bias"])
@@ -270,7 +270,7 @@ def test_drift_is_what_errors_of_the_matrices_may_move(which) -> None:
     s = replace(s, weight_error=e if which == "weights" else 0.0, bias_error=e if which == "bias" else 0.0)
     network = Network((s, stage(head, torch.zeros(1, dtype=torch.float64), None, torch.ones(1, dtype=torch.bool))))
     moved = head @ (e * torch.outer(pushed, x) @ x if which == "weights" else e * pushed)
-    assert float(moved.abs()) <= float(network.drift(torch.ones(1, dtype=torch.float64))[0]) <= 3 * float(moved.abs()) * (1 + 1e-6)
+    assert float(moved.abs()) <= float(network.conversion_error(torch.ones(1, dtype=torch.float64))[0]) <= 3 * float(moved.abs()) * (1 + 1e-6)
 
 
 # ---- curves between the points of their grids
@@ -299,14 +299,14 @@ def test_slopes_and_lines_hold_between_the_points_of_a_grid(name) -> None:
     z = low + (high - low) * torch.linspace(0, 1, 1601, dtype=torch.float64)[:, None]
     z = torch.cat([z, low + (high - low).clamp_max(8.0) * torch.linspace(0, 1, 401, dtype=torch.float64)[:, None],
                    place.clamp(low, high) + torch.linspace(-1, 1, 201, dtype=torch.float64)[:, None]]).clamp(low, high)  # fmt: skip
-    least, most = curve.slopes((low, low), low, high)
+    least, most = curve.secant_slopes((low, low), low, high)
     found = derivative(name, z)
     assert bool((found.amax(0) <= most + 1e-12).all()) and bool((found.amin(0) >= least - 1e-12).all())
     s, t, upper, above = curve.lines(low, high)
     value = curve.value(z)
     scale = 1e-13 * (1 + value.abs().amax(0) + (s * z).abs().amax(0))
     assert bool((s * z + t <= value + scale).all()) and bool((upper * z + above >= value - scale).all())
-    below, top = curve.band(low, high)
+    below, top = curve.value_range(low, high)
     assert bool((below <= value + scale).all()) and bool((top >= value - scale).all())
 
 
@@ -314,7 +314,7 @@ def test_slopes_and_lines_hold_between_the_points_of_a_grid(name) -> None:
 def test_bands_of_points_hold_in_forty_digits(name) -> None:
     curve = CURVES[name]
     z = torch.cat([torch.linspace(-6, 6, 97, dtype=torch.float64), wide(60, seed=3, spread=2.0)])
-    below, above = curve.band(z, z)
+    below, above = curve.value_range(z, z)
     with mpmath.workdps(40):
         for a, b, point in zip(below.tolist(), above.tolist(), z.tolist(), strict=True):
             assert mpmath.mpf(a) <= DIGITS[name](mpmath.mpf(point)) <= mpmath.mpf(b)
@@ -346,13 +346,13 @@ def test_secants_of_relu_from_centres_that_are_not_known_exactly() -> None:
 
 def test_slopes_of_a_divided_curve_are_divided() -> None:
     for divisor in (0.5, 3.0):
-        curve = curve_of(ScaledGELU(divisor))
+        curve = activation_of(ScaledGELU(divisor))
         assert isinstance(curve, Smooth)
         z = torch.linspace(-3, 3, 601, dtype=torch.float64).requires_grad_()
         (slope,) = torch.autograd.grad(ScaledGELU(divisor)(z).sum(), z)
         for low, high in ((-3.0, 3.0), (0.5, 1.7), (-40.0, 3.0)):
             ends = torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
-            a, b = curve.slopes(ends, *ends)
+            a, b = curve.secant_slopes(ends, *ends)
             inside = slope[(z >= low) & (z <= high)]
             assert float(a) <= float(inside.min()) and float(b) >= float(inside.max())
 
@@ -480,7 +480,7 @@ def test_plain_bounds_of_the_dual_hold_on_the_ball(norm) -> None:
 
 
 def test_nothing_that_rounding_may_take_is_certified_by_the_dual(monkeypatch) -> None:
-    """What `lost` says is taken off every bound: of the multipliers, of the constants, and of lines."""
+    """What `execution_error` says is taken off every bound: of the multipliers, of the constants, and of lines."""
     torch.manual_seed(3)
     model = as_chain(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).double().requires_grad_(False))
     x = torch.randn(16, 6, dtype=torch.float64)
@@ -488,7 +488,7 @@ def test_nothing_that_rounding_may_take_is_certified_by_the_dual(monkeypatch) ->
     y = logits.argmax(-1)
     margin = (logits.gather(1, y[:, None]) - logits).double().scatter(1, y[:, None], math.inf).amin(1)
     middle = float(margin.median())
-    monkeypatch.setattr(Problem, "lost", lambda self, radius: torch.full_like(self.margin, middle))
+    monkeypatch.setattr(Problem, "execution_error", lambda self, radius: torch.full_like(self.margin, middle))
     for method in (ibp_radii, crown_radii, local_lipschitz_radii, sdp_radii):
         radius, _ = method(model, x, y, logits, InputBall("l2"), Context(torch.float64, constants_of(model)[1]))
         assert bool((radius[margin < middle * (1 - 1e-9)] == 0).all()) and bool((radius[margin > 1.2 * middle] > 0).all())

@@ -61,7 +61,7 @@ def test_distances_are_those_of_the_whole_table_to_the_bit(space: str, monkeypat
 
 @pytest.mark.parametrize("method", ["global", "local", "dual", "ibp", "crown", "local-lipschitz"])
 def test_classes_too_many_for_a_table_are_certified_as_few(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crown, "RIVALS", 2**18)
+    monkeypatch.setattr(crown, "RIVAL_ENTRIES", 2**18)
     # Rows of lines are C² numbers a sample, a few at a time: that is time, not memory.
     whole, small = large(classes=CLASSES if method in ("global", "local", "dual") else 600)
     x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -89,7 +89,7 @@ def test_rivals_in_parts_have_the_bounds_of_all_at_once(monkeypatch: pytest.Monk
         whole = certify(model, x, y, InputBall("linf"), method).radius
         assert (whole > 0).all()
         for room in (12 * 12 * 2, 12 * 5):
-            monkeypatch.setattr(crown, "RIVALS", room)
+            monkeypatch.setattr(crown, "RIVAL_ENTRIES", room)
             assert certify(model, x, y, InputBall("linf"), method).radius == pytest.approx(whole, rel=1e-9), (method, room)
         monkeypatch.undo()
 

@@ -17,7 +17,7 @@ from robustlip.domains.lines import dense as network_module
 from robustlip.domains.lines import stages as stages_module
 from robustlip.domains.lines.crown import Ball, Boxes, backward, first_box, interval_boxes, interval_step, linear_boxes
 from robustlip.domains.lines.dense import network_of
-from robustlip.domains.lines.stages import MapStage, Stage
+from robustlip.domains.lines.stages import DenseStage, MapStage
 from robustlip.domains.norms import Context
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import GroupSort, MaxMin, Residual, as_chain
@@ -84,7 +84,7 @@ def test_radii_are_those_of_the_dense_network(name, norm, monkeypatch) -> None:
     assert np.allclose(found["ibp"], dense["ibp"], rtol=slack, atol=0)
     assert np.allclose(found["crown"], dense["crown"], rtol=slack, atol=0)
     # Where rows are many, those of relu that cannot bend are left out: the intervals behind begin wider.
-    monkeypatch.setattr(crown_module, "MANY", 10**9)
+    monkeypatch.setattr(crown_module, "MANY_CHUNKS", 10**9)
     fewer = robustlip.certify(again, x, y, ball, "crown").radius
     assert (fewer <= found["crown"] * (1 + 1e-3)).all() and (fewer >= 0.8 * found["crown"]).all()
     broken = MinimumRadius(steps=4, descent=60)(model, x, y, ball).radius
@@ -134,7 +134,7 @@ def test_bounds_at_a_point_hold_what_float64_loses(mapped) -> None:
     x = torch.randn(3, 60, dtype=torch.float64) * 10
     ball = Ball(x, torch.zeros(3, dtype=torch.float64), "linf")
     exact = [[sum((a * b for a, b in zip(row, fractions(p), strict=True)), c) for row, c in zip(matrix, bias, strict=True)] for p in x]
-    computed, errors = stage.forward(x), net.forward_errors(ball.size)[0]
+    computed, errors = stage.forward(x), net.forward_errors(ball.l2_norm)[0]
     low, high = first_box(stage, ball)
     below, above = interval_step(stage, x, x)
     rows = torch.randn(1, 4, 27, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_bounds_at_a_point_hold_what_float64_loses(mapped) -> None:
 
 def test_weights_of_maps_are_not_written(mapped) -> None:
     net = network(drawn(NETS["relu"]()))
-    assert isinstance(net.stages[0], MapStage) and isinstance(net.stages[-1], (Stage, MapStage))
+    assert isinstance(net.stages[0], MapStage) and isinstance(net.stages[-1], (DenseStage, MapStage))
     with pytest.raises(UnsupportedLayer, match="map of images"):
         _ = net.stages[0].weight
 

@@ -24,14 +24,14 @@ from robustlip.domains.lines.crown import (
     first_box,
     interval_boxes,
     interval_margins,
-    known_sizes,
     linear_boxes,
     linear_margins,
+    norms_from_boxes,
     rival_rows,
 )
 from robustlip.domains.lines.dense import network_of
 from robustlip.domains.lines.radii import Problem
-from robustlip.domains.lines.relaxations import RELU, Pieces, Relu, Smooth, curve_of
+from robustlip.domains.lines.relaxations import RELU, PiecewiseLinear, Relu, Smooth, activation_of
 from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import GlobalBound, global_radii
@@ -450,11 +450,11 @@ def test_networks_are_the_models(name) -> None:
     size = x.double().flatten(1).norm(dim=-1)
     # Sizes that know of no boxes are squared at each product.
     point = Ball(x.double().flatten(1), torch.zeros(len(x), dtype=torch.float64), "l2")
-    known = known_sizes(network, interval_boxes(network, point))
+    known = norms_from_boxes(network, interval_boxes(network, point))
     gap = (network.forward(x.double().flatten(1))[-1] - exact).norm(dim=-1)
     assert bool((gap <= 1e-12 * (1 + exact.norm(dim=-1))).all())
-    assert bool((gap <= network.drift(size, known) + 2 * network.forward_errors(size, known)[-1]).all())
-    assert bool((network.drift(size, known) < (1e-6 if network.multiplies else 1e-8)).all())
+    assert bool((gap <= network.conversion_error(size, known) + 2 * network.forward_errors(size, known)[-1]).all())
+    assert bool((network.conversion_error(size, known) < (1e-6 if network.has_products else 1e-8)).all())
 
 
 def test_joined_matrices_state_their_own_error() -> None:
@@ -477,9 +477,9 @@ def test_joined_matrices_state_their_own_error() -> None:
     assert 0 < float(wrong) <= stage.weight_error < 1e-12 and 0 < float(off) <= stage.bias_error < 1e-12
     one = torch.ones(1, dtype=torch.float64)
     network = network_of(model, (4,), context_of(model))
-    assert float(network.drift(3 * one)) >= 3 * stage.weight_error + stage.bias_error
+    assert float(network.conversion_error(3 * one)) >= 3 * stage.weight_error + stage.bias_error
     deep = scaled(mixed(), 1.0)
-    assert float(network_of(deep, (1, 6, 6), context_of(deep)).drift(one)) > 0
+    assert float(network_of(deep, (1, 6, 6), context_of(deep)).conversion_error(one)) > 0
 
 
 @pytest.mark.parametrize(("name", "norm"), EVERY)
@@ -520,9 +520,9 @@ def test_lines_bands_and_slopes_hold_in_forty_digits(name) -> None:
         for a, b in INTERVALS:
             low, high = (torch.tensor([v], dtype=torch.float64) for v in (a, b))
             s, t, upper, above = (float(v) for v in curve.lines(low, high))
-            below, top = (float(v) for v in curve.band(low, high))
+            below, top = (float(v) for v in curve.value_range(low, high))
             centres = [torch.tensor([share * a + (1 - share) * b], dtype=torch.float64) for share in (0.7, 0.2)]
-            secants = [[float(v) for v in curve.slopes((centre, centre), low, high)] for centre in centres]
+            secants = [[float(v) for v in curve.secant_slopes((centre, centre), low, high)] for centre in centres]
             slack = 0.0
             for i in range(301):
                 z = a + (b - a) * i / 300 if i < 300 else b
@@ -535,7 +535,7 @@ def test_lines_bands_and_slopes_hold_in_forty_digits(name) -> None:
                         assert least <= secant <= most, (a, b, z)
                 slack = max(slack, float(mpmath.mpf(upper) * mpmath.mpf(z) + mpmath.mpf(above) - value))
             if b - a < 1:
-                share = 0.45 if isinstance(curve, Pieces) else 0.3
+                share = 0.45 if isinstance(curve, PiecewiseLinear) else 0.3
                 assert slack < share * max(1.0, steep - flat) * (b - a) + 1e-9  # lines that say nothing would pass
 
 
@@ -543,7 +543,7 @@ def test_slopes_from_an_uncertain_centre_hold_from_all_of_it() -> None:
     curve = RELU
     first, last = torch.tensor([-0.1], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
     low, high = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
-    a, b = (float(v) for v in curve.slopes((first, last), low, high))
+    a, b = (float(v) for v in curve.secant_slopes((first, last), low, high))
     for centre in (-0.1, 0.0, 0.1, 0.2):
         for z in torch.linspace(-1, 1, 41).tolist():
             if abs(z - centre) > 1e-6:
@@ -574,7 +574,7 @@ def test_curvature_and_minimum_are_those_of_forty_digits(name) -> None:
             assert abs(float(curve.derivative(torch.tensor(z, dtype=torch.float64))) - float(first(z))) < 1e-12
 
 
-@pytest.mark.parametrize("name", [n for n in CURVES if isinstance(CURVES[n], Pieces)])
+@pytest.mark.parametrize("name", [n for n in CURVES if isinstance(CURVES[n], PiecewiseLinear)])
 def test_piecewise_linear_curves_have_the_best_lines_and_slopes(name) -> None:
     """In the middle of the interval no line above φ is lower than the concave envelope there, and theirs is no higher; slopes are attained."""
     curve = CURVES[name]
@@ -582,7 +582,7 @@ def test_piecewise_linear_curves_have_the_best_lines_and_slopes(name) -> None:
     ends = 3 * torch.randn(2, 300, dtype=torch.float64, generator=g)
     low, high = ends.amin(0), ends.amax(0) + 0.05
     z = low + (high - low) * torch.linspace(0, 1, 102, dtype=torch.float64)[:, None]  # an even number of points, none in the middle
-    z = torch.cat([z, *(low.clamp_min(k).minimum(high)[None] for k in curve.places)])
+    z = torch.cat([z, *(low.clamp_min(k).minimum(high)[None] for k in curve.breakpoints)])
     value, middle = curve.value(z), (low + high) / 2
     left, right = z < middle, z > middle
     share = (middle - z[:, None]) / (z - z[:, None] + 1e-300)  # of the right point, (points, points, intervals)
@@ -593,8 +593,8 @@ def test_piecewise_linear_curves_have_the_best_lines_and_slopes(name) -> None:
     assert bool(((upper * middle + above - top).abs() < 1e-9).all()) and bool(((s * middle + t - bottom).abs() < 1e-9).all())
     for centre in (low + 0.3 * (high - low), low, high, torch.zeros_like(low)):
         first, last = centre - 1e-3, centre + 2e-3
-        a, b = curve.slopes((first, last), low, high)
-        starts = torch.stack([first, centre, last, *(first.clamp_min(k).minimum(last) for k in curve.places)])
+        a, b = curve.secant_slopes((first, last), low, high)
+        starts = torch.stack([first, centre, last, *(first.clamp_min(k).minimum(last) for k in curve.breakpoints)])
         apart = (z[:, None] - starts).abs()
         secant = (value[:, None] - curve.value(starts)) / (z[:, None] - starts)
         seen = torch.where(apart > 1e-7, secant, torch.nan)
@@ -605,7 +605,7 @@ def test_piecewise_linear_curves_have_the_best_lines_and_slopes(name) -> None:
 
 @pytest.mark.parametrize("slope", [0.01, -0.5, 2.0, 0.1])
 def test_lines_of_two_slopes_hold_in_exact_arithmetic(slope) -> None:
-    curve, g = curve_of(nn.LeakyReLU(slope)), torch.Generator().manual_seed(1)
+    curve, g = activation_of(nn.LeakyReLU(slope)), torch.Generator().manual_seed(1)
     low, high = (sign * 10 ** (8 * torch.rand(2000, dtype=torch.float64, generator=g) - 4) for sign in (-1, 1))
     for a, b, *line in zip(*(v.tolist() for v in (low, high, *curve.lines(low, high))), strict=True):
         lower, bottom, upper, top = map(Fraction, line)
@@ -615,13 +615,13 @@ def test_lines_of_two_slopes_hold_in_exact_arithmetic(slope) -> None:
 
 
 def test_scaled_gelu_divides_everything() -> None:
-    curve = curve_of(ScaledGELU(2.0))
+    curve = activation_of(ScaledGELU(2.0))
     z = torch.linspace(-4, 4, 81, dtype=torch.float64)
     low, high = torch.full_like(z, -4.0), torch.full_like(z, 4.0)
     s, t, upper, above = curve.lines(low, high)
     value = ScaledGELU(2.0)(z)
     assert bool((s * z + t <= value).all()) and bool((value <= upper * z + above).all())
-    assert float(curve.band(low, high)[0].amin()) <= float(value.min()) and curve.lipschitz < 0.5646
+    assert float(curve.value_range(low, high)[0].amin()) <= float(value.min()) and curve.lipschitz < 0.5646
 
 
 def test_minima_on_the_graph_of_relu() -> None:
@@ -643,7 +643,7 @@ def test_minima_on_the_graph_of_relu() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_rounding_takes_is_all_there(dtype) -> None:
-    """The perturbed pass rounds in the hidden state and in two logits, and the matrices drift: each part is in `lost`."""
+    """The perturbed pass rounds in the hidden state and in two logits, and the matrices drift: each part is in `execution_error`."""
     model, x, _, _ = make("batchnorm")
     model, x = model.to(dtype), x.to(dtype)
     logits = model.scores(x)
@@ -653,10 +653,10 @@ def test_what_rounding_takes_is_all_there(dtype) -> None:
     state, _, single = problem.bound.at(radius)
     rows = model[-1].weight.double()
     factor = (rows[y][:, None] - rows).norm(dim=-1)
-    drift = problem.network.drift(problem.ball(radius).size)
-    assert bool((problem.lost(radius) >= factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * drift[:, None]).all())
+    drift = problem.network.conversion_error(problem.ball(radius).l2_norm)
+    assert bool((problem.execution_error(radius) >= factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * drift[:, None]).all())
     assert bool((state.rounding > 0).all()) and bool((single > 0).all()) and bool((drift > 0).all())
-    assert bool((problem.lost(2 * radius) >= problem.lost(radius)).all())
+    assert bool((problem.execution_error(2 * radius) >= problem.execution_error(radius)).all())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -201,7 +201,7 @@ def test_planes_of_products_hold_and_touch() -> None:
     """z_n·z_p between its two planes on the whole box, each of which touches it at a corner; a square between tangent and chord."""
     curve, low, high, z, _ = boxes()
     lower, below, upper, above = curve.lines(low, high)
-    cross = curve.across(low, high)
+    cross = curve.partner_lines(low, high)
     assert cross is not None and float(cross.slope[:, 1].abs().max()) == 0.0
     added, value = cross.slope * z[..., curve.partner], curve.value(z)
     over, under = upper * z + added + above - value, value - (lower * z + added + below)
@@ -209,7 +209,7 @@ def test_planes_of_products_hold_and_touch() -> None:
         size = 1e-12 * (1 + value[..., n].abs().amax(0))
         assert bool((over[..., n] >= 0).all()) and bool((under[..., n] >= 0).all())
         assert bool((over[..., n].amin(0) <= size).all()) and bool((under[..., n].amin(0) <= size).all())
-    floor, ceiling = curve.band(low, high)
+    floor, ceiling = curve.value_range(low, high)
     for n in (0, 1):
         assert bool((floor[:, n] <= value[..., n]).all()) and bool((value[..., n] <= ceiling[:, n]).all())
         assert bool((ceiling[:, n] - value[..., n].amax(0) <= 1e-9).all())
@@ -218,7 +218,7 @@ def test_planes_of_products_hold_and_touch() -> None:
 def test_secants_of_products_hold() -> None:
     """z_nz_p − z⁰_nz⁰_p = s(z_n − z⁰_n) + t(z_p − z⁰_p), with s and t in the intervals that are said, and both ends of each taken."""
     curve, low, high, z, z0 = boxes()
-    (a, b), across = curve.slopes((z0, z0), low, high), curve.secants_across((z0, z0), low, high)
+    (a, b), across = curve.secant_slopes((z0, z0), low, high), curve.partner_slopes((z0, z0), low, high)
     assert across is not None
     s, t = (z + z0)[..., curve.partner] / 2, (z + z0) / 2
     s[..., 1], t[..., 1] = (z + z0)[..., 1], 0.0
@@ -238,7 +238,7 @@ def test_networks_of_stages_compute_nested_gates() -> None:
     model = as_chain(nn.Sequential(Residual(gate, skip=0.5, weight=-1.5), inner, nn.Linear(13, 3)).double())
     x = torch.randn(3, 5, dtype=torch.float64)
     network = network_of(model, (5,), Context(torch.float64, {}))
-    assert network.multiplies and not network.piecewise_linear
+    assert network.has_products and not network.piecewise_linear
     torch.testing.assert_close(network.forward(x)[-1], model(x), rtol=1e-12, atol=1e-12)
     ball = crown.Ball(x, torch.full((3,), 0.1, dtype=torch.float64), "l2")
     interval, linear = crown.interval_boxes(network, ball), crown.linear_boxes(network, ball)

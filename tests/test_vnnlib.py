@@ -21,8 +21,8 @@ from robustlip.certifiers import boxes
 from robustlip.certifiers.boxes import outputs_hold, widened_by_rounding
 from robustlip.data.vnnlib import read_instances, read_property
 from robustlip.domains.lines import outputs
-from robustlip.domains.lines.crown import Choice
-from robustlip.domains.lines.outputs import Executed, cuboid, holds, plain_bounds
+from robustlip.domains.lines.crown import Tunable
+from robustlip.domains.lines.outputs import ExecutedNetwork, crown_lower_bounds, holds, input_box
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, Shift, as_chain
@@ -159,9 +159,9 @@ def network(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     return as_chain(nn.Sequential(*layers[:-1]).eval().to(dtype))
 
 
-def program(model: Chain, box: Any, shape: tuple[int, ...]) -> Executed:
+def program(model: Chain, box: Any, shape: tuple[int, ...]) -> ExecutedNetwork:
     dtype = next(model.parameters()).dtype
-    return Executed.of(model, box.x.to(dtype).reshape(-1, *shape), Context(dtype=dtype, store={}))
+    return ExecutedNetwork.of(model, box.x.to(dtype).reshape(-1, *shape), Context(dtype=dtype, store={}))
 
 
 @pytest.mark.parametrize("kind", ["dense", "images", "shifted", "norms"])
@@ -184,11 +184,11 @@ def test_bounds_hold_for_what_is_executed_and_rounding_counts(kind) -> None:
     below = 0
     for width in (0.0, 0.05):
         half = width * torch.rand(200, count).double()
-        box = cuboid(x - half, x + half)
+        box = input_box(x - half, x + half)
         executed = program(model, box, shape)
         assert (executed.maps is None) == (kind == "norms")
         with torch.no_grad():
-            lower = plain_bounds(executed, box, rows[None])
+            lower = crown_lower_bounds(executed, box, rows[None])
             exact = model.double()(x.reshape(200, *shape)) @ rows.mT
             model.to(torch.bfloat16)
             for _ in range(20):
@@ -214,8 +214,8 @@ def test_roundings_that_add_up_are_covered() -> None:
     rows, x = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).double(), torch.ones(1, 1).double()
     with torch.no_grad():
         assert float(model(x.bfloat16())[0, 0]) > 0.03  # 0 in exact arithmetic
-        executed = program(model, cuboid(x, x), (1,))
-        assert bool((plain_bounds(executed, cuboid(x, x), rows[None]) <= model(x.bfloat16()).double() @ rows.mT).all())
+        executed = program(model, input_box(x, x), (1,))
+        assert bool((crown_lower_bounds(executed, input_box(x, x), rows[None]) <= model(x.bfloat16()).double() @ rows.mT).all())
         # Of a product of many numbers any order counts, one after the other and rounded each time too.
         layer = nn.Linear(100, 1, bias=False)
         layer.weight.fill_(1.0)
@@ -224,8 +224,8 @@ def test_roundings_that_add_up_are_covered() -> None:
         total = torch.zeros((), dtype=torch.bfloat16)
         for number in x[0].bfloat16():
             total = total + number
-        box = cuboid(x, x)
-        lower = plain_bounds(program(model, box, (100,)), box, rows[None])[0, 1]
+        box = input_box(x, x)
+        lower = crown_lower_bounds(program(model, box, (100,)), box, rows[None])[0, 1]
         assert float(lower) <= float(total) < float(x.sum()) - 1
 
 
@@ -239,9 +239,9 @@ def test_branch_and_bound_comes_close_to_the_least_value_and_never_above(seed) -
         values = model.double()(grid.reshape(-1, 3).double()) @ rows.mT
         model.float()
     least, spread = values.amin(0), float(values.max() - values.min())
-    box = cuboid(low[None], high[None])
+    box = input_box(low[None], high[None])
     executed = program(model, box, (3,))
-    crown = plain_bounds(executed, box, rows[None])[0]
+    crown = crown_lower_bounds(executed, box, rows[None])[0]
     assert bool((crown < least - 0.03 * spread).any())  # CROWN alone is not enough
     proved, ended = holds(executed, box, rows, least - 0.05 * spread, time.monotonic() + 30)
     assert bool(proved.all()) and not ended
@@ -262,7 +262,7 @@ def test_any_slopes_and_multipliers_give_a_bound_and_cases_are_the_whole_box(see
     low, high = torch.tensor([[-1.0, -0.3, 0.2]]).double(), torch.tensor([[1.0, 0.9, 0.7]]).double()
     points = low + (high - low) * torch.rand(5_000, 3, generator=generator, dtype=torch.float64)
     row = torch.randn(1, 2, generator=generator).double()
-    box = cuboid(low, high)
+    box = input_box(low, high)
     executed = program(model, box, (3,))
     with torch.no_grad():
         boxes_, stages = executed.boxes(box), executed.network.forward(points)
@@ -273,12 +273,12 @@ def test_any_slopes_and_multipliers_give_a_bound_and_cases_are_the_whole_box(see
             sides = [side * (torch.rand(side.shape, generator=generator) < 0.3) for side in sides]
             chosen = [torch.rand(l.shape, generator=generator, dtype=torch.float64) for l in boxes_.low]
             chosen += [torch.rand(l.shape, generator=generator, dtype=torch.float64) for l in boxes_.low]
-            bound = outputs._backward(executed.network, box, boxes_, 2, row[:, None], None, Choice(chosen[:2], chosen[2:], sides))[0, 0]
+            bound = outputs._backward(executed.network, box, boxes_, 2, row[:, None], None, Tunable(chosen[:2], chosen[2:], sides))[0, 0]
             there = torch.stack([(side * z >= 0).all(1) for side, z in zip(sides, stages, strict=False)]).all(0)
             assert bool((value[there] >= bound).all())
             below += int((value < bound).sum())
         assert below > 0  # known signs say something
-        cases = outputs._Cases(
+        cases = outputs._Subproblems(
             row, list(boxes_.low), list(boxes_.high), *([torch.zeros_like(l) for l in boxes_.low] for _ in range(3)),
             torch.full((1,), -1e9).double(),
         )  # fmt: skip
@@ -286,8 +286,8 @@ def test_any_slopes_and_multipliers_give_a_bound_and_cases_are_the_whole_box(see
             until = time.monotonic() + 60
             cases, seen = outputs._ascend(executed.network, box, boxes_.error, cases, torch.full((len(cases.row),), 1e9).double(), 5, until)
             assert all(bool((b >= 0).all()) and bool((b[s == 0] == 0).all()) for b, s in zip(cases.beta, cases.side, strict=True))
-            parts = outputs._cut(executed.network, cases, seen, [True, True])
-            cases = outputs._Cases.joined(parts)
+            parts = outputs._split(executed.network, cases, seen, [True, True])
+            cases = outputs._Subproblems.joined(parts)
             inside = [
                 ((z[:, None] >= l - 1e-9) & (z[:, None] <= h + 1e-9)).all(-1) for z, l, h in zip(stages, cases.low, cases.high, strict=False)
             ]

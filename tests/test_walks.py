@@ -206,7 +206,7 @@ def test_rules_of_normalisation_are_of_two_layers() -> None:
 def test_curves_and_constraints_are_of_named_layers() -> None:
     for layer in (Tripled(), OtherGELU(), OtherReLU(), other(ScaledGELU)()):
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
-            curves.curve_of(layer)
+            curves.activation_of(layer)
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):
             sdp_quadratic.constraint_of(layer, 8)
         with pytest.raises(UnsupportedLayer, match=type(layer).__name__):

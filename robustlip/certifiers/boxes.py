@@ -13,8 +13,8 @@ from robustlip.certifiers.chains import chain_of
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import check_arithmetic, check_in_place, check_model, device_type
 from robustlip.certifiers.trace import scores_and_norms
-from robustlip.domains.lines.crown import Cuboid
-from robustlip.domains.lines.outputs import Executed, cuboid, holds, plain_bounds
+from robustlip.domains.lines.crown import InputBox
+from robustlip.domains.lines.outputs import ExecutedNetwork, crown_lower_bounds, holds, input_box
 from robustlip.domains.norms import Context
 from robustlip.execution import proving
 from robustlip.graph.capturing import check_outputs
@@ -51,17 +51,17 @@ def outputs_hold(
         low, high = widened_by_rounding(low, high, dtype)
         store = constants_of(chain)[1]
 
-        def executed(box: Cuboid) -> Executed:
+        def executed(box: InputBox) -> ExecutedNetwork:
             points = box.x.to(dtype).reshape(len(box.x), *shape)
             check_in_place(chain, points)
             _, clean = scores_and_norms(chain, points)
             if source is not None:
                 check_outputs(chain, model, points)
-            return Executed.of(chain, points, replace(Context(dtype=dtype, store=store), clean=clean))
+            return ExecutedNetwork.of(chain, points, replace(Context(dtype=dtype, store=store), clean=clean))
 
         if len(low) <= MOST_HALVED and time.monotonic() < until:
             return _halve(executed, low, high, groups, until)
-        box = cuboid(low[None], high[None])
+        box = input_box(low[None], high[None])
         program = executed(box)
         single = [g for g in groups if len(g[0]) == 1]
         if single:
@@ -70,7 +70,7 @@ def outputs_hold(
             if not bool(proved.all()):
                 return False, ended
         for rows, offsets in (g for g in groups if len(g[0]) > 1):
-            order = (plain_bounds(program, box, rows[None])[0] - offsets).argsort(descending=True).tolist()
+            order = (crown_lower_bounds(program, box, rows[None])[0] - offsets).argsort(descending=True).tolist()
             done = ended = False
             for r in order:  # one proved row is enough
                 proved, ended = holds(program, box, rows[r : r + 1], offsets[r : r + 1], until)
@@ -82,7 +82,7 @@ def outputs_hold(
 
 
 def _halve(
-    executed: Callable[[Cuboid], Executed], low: Tensor, high: Tensor, groups: list[tuple[Tensor, Tensor]], until: float
+    executed: Callable[[InputBox], ExecutedNetwork], low: Tensor, high: Tensor, groups: list[tuple[Tensor, Tensor]], until: float
 ) -> tuple[bool, bool]:
     """As `outputs_hold`: CROWN bounds on the box, and on its two halves where the bounds on the box are too weak."""
     rows, offsets = (torch.cat(parts) for parts in zip(*groups, strict=True))
@@ -94,9 +94,9 @@ def _halve(
             return False, True
         lows, highs = all_lows[-BATCH:], all_highs[-BATCH:]
         all_lows, all_highs = all_lows[:-BATCH], all_highs[:-BATCH]
-        here = cuboid(lows, highs)
+        here = input_box(lows, highs)
         program = executed(here)
-        enough = plain_bounds(program, here, rows[None]) > offsets + 2.0**-45 * offsets.abs()
+        enough = crown_lower_bounds(program, here, rows[None]) > offsets + 2.0**-45 * offsets.abs()
         proved = torch.stack([part.any(-1) for part in enough.split(sizes, dim=-1)], -1).all(-1)
         lows, highs = lows[~proved], highs[~proved]
         if not len(lows):

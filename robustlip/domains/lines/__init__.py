@@ -1,4 +1,4 @@
-"""Bounds of multilayer perceptrons and small convolutional networks under input balls by intervals, lines and local slopes."""
+"""Interval bounds, linear bounds (CROWN) and local Lipschitz bounds of chains of affine maps and activations, under input balls."""
 
 from robustlip.domains.lines.radii import crown_radii, ibp_radii, linear_why_not, local_lipschitz_radii
 

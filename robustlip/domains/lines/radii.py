@@ -1,9 +1,9 @@
-"""Certified radii of networks of matrices and curves: methods 'ibp', 'crown' and 'local-lipschitz'.
+"""Certified radii of networks of affine stages and activations: methods 'ibp', 'crown' and 'local-lipschitz'.
 
-A method gives lower bounds of every margin of the float64 matrices on a ball, in exact arithmetic. From a bound v_j for rival j the executed
-model has a margin of at least v_j − √2·drift − c_j·rounding − 2·single > 0 at every point of the ball: drift for what the matrices differ from the
-layers (`Network.drift`), rounding of the last hidden state times the norm c_j of u_y − u_j, and the head's own rounding of two logits
-(`GlobalBound.at`). Only the perturbed pass is executed here: the clean margin is not used.
+Each method gives a lower bound v_j of every margin on a ball, for the float64 matrices in exact arithmetic. The executed model then has a margin of
+at least v_j − √2·conversion_error − c_j·rounding − 2·single at every point of the ball. Here conversion_error bounds the difference between matrices
+and layers (`Network.conversion_error`), rounding is the error of the last hidden state, c_j the norm of u_y − u_j, and single the error of one logit
+in the head (`GlobalBound.at`). Only the perturbed pass has to be bounded; the clean margin is not used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.lines.crown import Ball, interval_boxes, interval_margins, known_sizes, linear_boxes, linear_margins
+from robustlip.domains.lines.crown import Ball, interval_boxes, interval_margins, linear_boxes, linear_margins, norms_from_boxes
 from robustlip.domains.lines.dense import Network, network_of, why_not
 from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.margins import margins
@@ -27,9 +27,9 @@ from robustlip.threats import InputBall, Threat
 
 
 class Problem:
-    """One batch: the network, the clean points in float64, and what rounding may take from each margin.
+    """A batch: the network, the clean inputs in float64, and the bounds of rounding errors.
 
-    dense: whether the method needs every stage as a matrix.
+    dense: whether the method needs a matrix for every stage. Raises BadInput where the method does not apply.
     """
 
     def __init__(self, model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context, *, dense: bool = True) -> None:
@@ -50,27 +50,29 @@ class Problem:
     def ball(self, radius: Tensor) -> Ball:
         return Ball(self.x, radius.to(self.x.device), self.threat.norm)  # type: ignore[union-attr]
 
-    def lost(self, radius: Tensor) -> Tensor:
-        """What the margins (N, C) of the executed, perturbed model can be below those of the float64 matrices; radius (N,) on the CPU."""
+    def execution_error(self, radius: Tensor) -> Tensor:
+        """The largest amount (N, C) by which margins of the executed model fall below those of the float64 matrices; radius (N,) on the CPU."""
         state, _, single = self.bound.at(radius)
         factor = torch.full_like(self.margin, 2**0.5 * (1 + 1e-15)) if self.bound.head is None else self.bound.pairs("l2")
         ball = self.ball(radius)
-        size = ball.size
-        known = known_sizes(self.network, interval_boxes(self.network, ball)) if self.network.multiplies else []
-        drift = self.network.drift(size, known).cpu()
-        # Underflow loses 2⁻¹⁰²² a product, times what follows: far less than 1e-120 while no bound of any size exceeds 1e60.
-        drift = torch.where(torch.stack(self.network.sizes(size, known)).amax(0).cpu() < 1e60, drift + 1e-120, torch.full_like(drift, torch.inf))
-        return up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * drift[:, None]) + self.context.final_error
+        size = ball.l2_norm
+        known = norms_from_boxes(self.network, interval_boxes(self.network, ball)) if self.network.has_products else []
+        conversion_error = self.network.conversion_error(size, known).cpu()
+        # An underflow has an error of 2⁻¹⁰²², times the gains that follow: far below 1e-120 while no bound exceeds 1e60.
+        small = torch.stack(self.network.norm_bounds(size, known)).amax(0).cpu() < 1e60
+        conversion_error = torch.where(small, conversion_error + 1e-120, torch.full_like(conversion_error, torch.inf))
+        error = up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * conversion_error[:, None])
+        return error + self.context.final_error
 
 
 Margins = Callable[[Problem, Tensor], Tensor]
 
 
 def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float = 4e-3) -> tuple[Tensor, Tensor]:
-    """(radius (N,), NaN (N,)): the largest radius tried at which `lower` leaves every margin positive, rounding included.
+    """(radius (N,), NaN (N,)): the largest tried radius at which `lower` proves every margin positive, rounding errors included.
 
-    The share of the margin that is used up grows like a power of the radius, which the last two trials tell; the next trial aims just below
-    all of it, or halves the bracket where that aim falls outside. What is returned was evaluated as feasible.
+    The used fraction of the margin grows like a power of the radius; the last two trials give the exponent. The next trial aims slightly below a
+    fraction of 1, or bisects the bracket if that value is outside of it. The returned radius was tried and proved.
     """
     own = problem.y.cpu()[:, None]
     best, high = torch.zeros_like(problem.norm), torch.full_like(problem.norm, torch.inf)
@@ -78,8 +80,8 @@ def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float =
     before: tuple[Tensor, Tensor] | None = None
     live = problem.correct.clone()
     for _ in range(steps):
-        value, lost = lower(problem, trial).cpu(), problem.lost(trial)
-        # The row of the label itself is 0 − 0: it is no rival.
+        value, lost = lower(problem, trial).cpu(), problem.execution_error(trial)
+        # The row of the label itself is 0 and no rival.
         feasible = ((value - lost).scatter(1, own, torch.inf) > 0).all(-1) & live
         used = ((problem.margin - value) / (problem.margin - lost).clamp_min(1e-300)).scatter(1, own, 0.0).amax(-1).nan_to_num(1e6).clamp(1e-12, 1e6)
         best = torch.where(feasible, torch.maximum(best, trial), best)
@@ -95,7 +97,7 @@ def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float =
         middle = torch.where(best > 0, (best * high).sqrt(), high / 2)
         outside = ~((aim > best) & (aim < high))
         aim = torch.where(outside, torch.where(high < torch.inf, middle, 2 * trial), aim)
-        # A sample that is done goes on with what it has, so that nothing in the batch is out of range.
+        # Finished samples repeat their best radius, so that all values in the batch stay finite.
         trial = torch.where(live, aim.clamp_max(LARGEST), torch.where(best > 0, best, trial))
     return best, torch.full_like(best, torch.nan)
 
@@ -110,28 +112,28 @@ def _crown(problem: Problem, radius: Tensor) -> Tensor:
     return linear_margins(problem.network, ball, linear_boxes(problem.network, ball), problem.y)
 
 
-def _local(problem: Problem, radius: Tensor) -> Tensor:
+def _local_lipschitz(problem: Problem, radius: Tensor) -> Tensor:
     ball = problem.ball(radius)
     gain = gains(problem.network, ball.norm, problem.context, problem.model)
     return lipschitz_margins(problem.network, ball, linear_boxes(problem.network, ball), problem.y, gain)[0]
 
 
 def ibp_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
-    """(radius (N,), NaN (N,)), float64 on the CPU, from interval arithmetic behind the first layer."""
+    """(radius (N,), NaN (N,)), float64 on the CPU, by interval bound propagation."""
     return search(Problem(model, x, y, logits, threat, context, dense=False), _ibp)
 
 
 def crown_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
-    """(radius (N,), NaN (N,)), float64 on the CPU, from linear bounds carried back through the network."""
+    """(radius (N,), NaN (N,)), float64 on the CPU, by CROWN."""
     return search(Problem(model, x, y, logits, threat, context, dense=False), _crown)
 
 
 def local_lipschitz_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
-    """(radius (N,), NaN (N,)), float64 on the CPU, from the slopes that the activations have on the ball."""
-    return search(Problem(model, x, y, logits, threat, context), _local)
+    """(radius (N,), NaN (N,)), float64 on the CPU, from local slopes of the activations (`secants`)."""
+    return search(Problem(model, x, y, logits, threat, context), _local_lipschitz)
 
 
 def linear_why_not(model: nn.Module, threat: Threat) -> str:
-    """'' where 'ibp', 'crown' and 'local-lipschitz' apply, else why not, in one sentence."""
+    """'' where 'ibp', 'crown' and 'local-lipschitz' apply, else one sentence with the reason."""
     assert isinstance(model, Chain)
     return why_not(model, threat)

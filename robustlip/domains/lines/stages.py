@@ -1,4 +1,4 @@
-"""What is linear between two activations: one float64 matrix, or of large images a map that is never written as one. docs/theory.md, section 9."""
+"""The affine part between two activations: a dense float64 matrix, or for large images a matrix-free linear map. docs/theory.md, section 9."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustlip.domains.lines.relaxations import Curve
+from robustlip.domains.lines.relaxations import Activation
 from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops.maps import LinearMap, MatrixMap, Mixing, OnPart, Series, dual_norms
 
-# Dense matrices of a layer: at most this many numbers (128 MiB).
+# The largest number of entries of a dense matrix (128 MiB).
 LARGEST_MATRIX = 2**24
-# Maps: at most this many numbers of all their rows, which are written a few at a time (512 MiB).
+# The largest number of entries of all rows of a matrix-free map, which are computed in chunks (512 MiB).
 LARGEST_MAP = 2**26
-# Stages of images with more weights than this are maps: below, a matrix is as fast and its rows are known one by one.
+# Image stages with more weights than this stay matrix-free. Below it a matrix is as fast, and its row errors are sharper.
 SMALL_MATRIX = 2**15
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage before it is made: maps one after the other, the activation behind them. of_images: whether a map of images is among them."""
+    """The description of a stage: a sequence of linear maps, then an activation. of_images: whether one of the maps acts on images."""
 
     inputs: int
     outputs: int
     steps: tuple[LinearMap, ...]
-    curve: Curve | None
+    activation: Activation | None
     linear: Tensor
     of_images: bool
 
 
-class Affine:
-    """z = Wh + b, and the curve behind it (None behind the last).
+class Stage:
+    """An affine map z = Wh + b and the activation after it (None after the last stage).
 
-    weight: W (m, n), of a stage that is a matrix. bias (m,), float64. weight_error, bias_error: ℓ2 bounds of what rounding made of W and b. linear
-    (m,) bool: neurons that the activation leaves as they are. magnitude: ≥ the ℓ2 norm of |W|; shift: ≥ ‖b‖₂.
+    weight: W (m, n), if the stage is a matrix. bias: (m,) float64. weight_error, bias_error: bounds of the ℓ2 norms of the errors with which W and b
+    were computed. linear: (m,) bool, entries that the activation leaves unchanged. magnitude: ≥ the ℓ2 norm of |W|. shift: ≥ ‖b‖₂.
     """
 
     weight: Tensor
     bias: Tensor
     weight_error: float
     bias_error: float
-    curve: Curve | None
+    activation: Activation | None
     linear: Tensor
     magnitude: float
     shift: float
 
     @property
     def slope(self) -> float:
-        return 1.0 if self.curve is None else max(1.0, self.curve.lipschitz)
+        return 1.0 if self.activation is None else max(1.0, self.activation.lipschitz)
 
     @property
     def outputs(self) -> int:
@@ -63,44 +63,47 @@ class Affine:
 
     @property
     def terms(self) -> int:
-        """|fl(Wh) − Wh| ≤ γ(terms)·|W||h|, as `forward` and `absolute` compute."""
+        """|fl(Wh) − Wh| ≤ γ(terms)·|W||h| for the results of `forward` and `absolute`."""
         raise NotImplementedError
 
     @property
     def roundings(self) -> int:
-        """At least terms, and |fl(ΛW) − ΛW| ≤ γ(roundings)·|Λ||W|, as `backward` computes; also of a sum of m numbers."""
+        """At least `terms`.
+
+        |fl(ΛW) − ΛW| ≤ γ(roundings)·|Λ||W| for the result of `backward`; γ(roundings) also bounds the error of a sum of m numbers.
+        """
         raise NotImplementedError
 
     def forward(self, h: Tensor) -> Tensor:
-        """Wh + b (N, m) of h (N, n)."""
+        """Wh + b (N, m) for h (N, n)."""
         raise NotImplementedError
 
     def absolute(self, h: Tensor) -> Tensor:
-        """|W|h (N, m) of h ≥ 0 (N, n)."""
+        """|W|h (N, m), or more, for h ≥ 0 (N, n)."""
         raise NotImplementedError
 
     def backward(self, rows: Tensor) -> Tensor:
-        """ΛW (…, r, n) of rows Λ (…, r, m)."""
+        """ΛW (…, r, n) for rows Λ (…, r, m)."""
         raise NotImplementedError
 
     def rows(self, which: Tensor) -> Tensor:
-        """Rows of W (r, n), as `backward` computes them of unit vectors."""
+        """Rows `which` of W (r, n), computed as `backward` of unit vectors."""
         raise NotImplementedError
 
     def row_norms(self, norm: str) -> Tensor:
-        """(m,) ≥ how far each number of Wh goes for ‖h‖ ≤ 1 in 'l1', 'l2' or 'linf', short of γ(terms)·|W||h|."""
+        """(m,) ≥ the largest change of each entry of Wh for ‖h‖ ≤ 1 in 'l1', 'l2' or 'linf', except for the error γ(terms)·|W||h|."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Stage(Affine):
-    """A stage by its matrix (m, n), float64. weight_error: also of the Frobenius norm; magnitude: ≥ ‖W‖_F."""
+class DenseStage(Stage):
+    """A stage with a float64 matrix (m, n). weight_error also bounds the Frobenius norm of the matrix error; magnitude ≥ ‖W‖_F."""
 
     weight: Tensor
     bias: Tensor
     weight_error: float
     bias_error: float
-    curve: Curve | None
+    activation: Activation | None
     linear: Tensor
     magnitude: float
     shift: float
@@ -134,19 +137,20 @@ class Stage(Affine):
 
 
 @dataclass(frozen=True)
-class MapStage(Affine):
-    """A stage by a map of images. exact: whether `absolute` of the map is |W|; where it is more and W small enough, W's sizes are written for it."""
+class MapStage(Stage):
+    """A matrix-free stage. exact: whether `map.apply(…, absolute=True)` is |W|h and not only a bound; if not, |W| is computed where it is small
+    enough."""
 
     bias: Tensor
     weight_error: float
     bias_error: float
-    curve: Curve | None
+    activation: Activation | None
     linear: Tensor
     magnitude: float
     shift: float
     map: Series
     exact: bool
-    known: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -170,56 +174,56 @@ class MapStage(Affine):
     def absolute(self, h: Tensor) -> Tensor:
         if self.exact or self.map.inputs * self.map.outputs > LARGEST_MATRIX:
             return self.map.apply(h, absolute=True)
-        if "sizes" not in self.known:
+        if "sizes" not in self.cache:
             every = torch.arange(self.outputs, device=self.bias.device)
             off = 2 * gamma(self.roundings, U64) * self.map.adjoint(torch.nn.functional.one_hot(every).double(), absolute=True)
-            # More than |W|, and than the product below can lose of it.
-            self.known["sizes"] = (self.rows(every).abs() + off) * (1 + 2 * gamma(self.roundings, U64))
-        return h @ self.known["sizes"].mT
+            # An upper bound of |W|, enlarged by the rounding error of the product below.
+            self.cache["sizes"] = (self.rows(every).abs() + off) * (1 + 2 * gamma(self.roundings, U64))
+        return h @ self.cache["sizes"].mT
 
     def rows(self, which: Tensor) -> Tensor:
-        """See Affine; remembered while all of them are few numbers."""
+        """See Stage. The rows are cached if the matrix is small enough."""
         if self.map.inputs * self.map.outputs > LARGEST_MATRIX:
             return self.map.adjoint(torch.nn.functional.one_hot(which, self.outputs).double())
-        if "rows" not in self.known:
+        if "rows" not in self.cache:
             parts = torch.eye(self.outputs, dtype=torch.float64, device=self.bias.device).split(max(1, SMALL_MATRIX // self.outputs))
-            self.known["rows"] = torch.cat([self.map.adjoint(part) for part in parts])
-        return self.known["rows"][which]
+            self.cache["rows"] = torch.cat([self.map.adjoint(part) for part in parts])
+        return self.cache["rows"][which]
 
     def backward(self, rows: Tensor) -> Tensor:
         return self.map.adjoint(rows)
 
     def row_norms(self, norm: str) -> Tensor:
-        if norm not in self.known:
+        if norm not in self.cache:
             parts = []
             for some in torch.arange(self.outputs, device=self.bias.device).split(max(1, LARGEST_MATRIX // max(self.inputs, self.outputs) // 4)):
                 off = self.map.adjoint(torch.nn.functional.one_hot(some, self.outputs).double(), absolute=True)
                 parts.append(up(dual_norms(self.rows(some), norm) + 2 * gamma(self.roundings, U64) * dual_norms(off, norm)))
-            self.known[norm] = torch.cat(parts)
-        return self.known[norm]
+            self.cache[norm] = torch.cat(parts)
+        return self.cache[norm]
 
 
-def stage_of(plan: Plan, device: torch.device, dense: bool) -> Affine:
-    """The stage as a matrix, or, unless `dense`, as a map where it is one of large images."""
+def stage_of(plan: Plan, device: torch.device, dense: bool) -> Stage:
+    """The stage of a plan: a matrix, or, unless `dense`, matrix-free if it acts on large images."""
     if dense or not plan.of_images or plan.inputs * plan.outputs <= SMALL_MATRIX:
         return dense_stage(plan, device)
     return map_stage(plan, device)
 
 
-def _small(m: int, n: int, most: int = 0) -> None:
+def _check_size(m: int, n: int, most: int = 0) -> None:
     most = most or LARGEST_MATRIX
     if m * n > most:
         raise UnsupportedLayer(f"expected layers of at most {most} weights as dense matrices, got {m}×{n}; use method 'dual' or 'global'")
 
 
-def dense_stage(plan: Plan, device: torch.device) -> Stage:
-    """All maps multiplied out, bounds of the rounding of each entry carried along. Raises UnsupportedLayer where a matrix is too large."""
-    _small(plan.inputs, plan.inputs)
+def dense_stage(plan: Plan, device: torch.device) -> DenseStage:
+    """The product of all maps as one matrix, with a bound of each entry's rounding error. Raises UnsupportedLayer where a matrix is too large."""
+    _check_size(plan.inputs, plan.inputs)
     matrix = torch.eye(plan.inputs, dtype=torch.float64, device=device)
     vector = torch.zeros(plan.inputs, dtype=torch.float64, device=device)
     matrix_error, vector_error = torch.zeros_like(matrix), torch.zeros_like(vector)
     for i, step in enumerate(plan.steps):
-        _small(step.outputs, plan.inputs)
+        _check_size(step.outputs, plan.inputs)
         if isinstance(step, Mixing):
             mixing = step.dense()
             loss = gamma(mixing.shape[1] + 2, U64)
@@ -229,7 +233,7 @@ def dense_stage(plan: Plan, device: torch.device) -> Stage:
             matrix, vector = mixing @ matrix, mixing @ vector
             continue
         op, h = (step.inner, step.held) if isinstance(step, OnPart) else (step, 0)
-        exact = op.weight if i == 0 and h == 0 and isinstance(op, MatrixMap) else None  # W·I is W
+        exact = op.weight if i == 0 and h == 0 and isinstance(op, MatrixMap) else None  # W·I = W without rounding
         plain = exact is not None
         loss = 0.0 if plain else op.loss
 
@@ -237,9 +241,9 @@ def dense_stage(plan: Plan, device: torch.device) -> Stage:
             return op.apply(rows.mT, absolute).mT
 
         made = through(matrix[h:], False) if exact is None else exact.clone()
-        # Whatever the order of summation: each entry is off by γ of the sum of absolute values, and carries on what its rows were off by.
+        # For any order of summation the error of an entry is at most γ times the sum of absolute values, plus the propagated error of its factors.
         made_error = torch.zeros_like(made) if plain else through(loss * matrix[h:].abs() + matrix_error[h:], True) * (1 + 1e-9)
-        moved, moved_error = _moved(op, vector[h:], vector_error[h:], loss, not plain)
+        moved, moved_error = _apply_to_vector(op, vector[h:], vector_error[h:], loss, not plain)
         matrix, matrix_error = torch.cat([matrix[:h], made]), torch.cat([matrix_error[:h], made_error])
         vector, vector_error = torch.cat([vector[:h], moved]), torch.cat([vector_error[:h], moved_error])
 
@@ -247,11 +251,11 @@ def dense_stage(plan: Plan, device: torch.device) -> Stage:
         return float(norm_up(t.flatten(), 0)) if bool((t != 0).any()) else 0.0
 
     wrong, off = size_of(matrix_error), size_of(vector_error)
-    return Stage(matrix, vector, wrong, off, plan.curve, plan.linear, size_of(matrix), size_of(vector))
+    return DenseStage(matrix, vector, wrong, off, plan.activation, plan.linear, size_of(matrix), size_of(vector))
 
 
-def _moved(op: LinearMap, vector: Tensor, error: Tensor, loss: float, rounds: bool) -> tuple[Tensor, Tensor]:
-    """(A·vector + b, a bound of its error), for a vector that is off by `error`. rounds: whether the sum does."""
+def _apply_to_vector(op: LinearMap, vector: Tensor, error: Tensor, loss: float, rounds: bool) -> tuple[Tensor, Tensor]:
+    """(A·vector + b, a bound of its error), for a vector with a known bound of its error. rounds: whether the final sum rounds."""
     zero = torch.zeros(op.outputs, dtype=torch.float64, device=vector.device)
     added, added_error = (zero if t is None else t for t in (op.bias, op.bias_error))
     moved, moved_error = op.apply(vector), op.apply(loss * vector.abs() + error, True)
@@ -259,19 +263,19 @@ def _moved(op: LinearMap, vector: Tensor, error: Tensor, loss: float, rounds: bo
 
 
 def map_stage(plan: Plan, device: torch.device) -> MapStage:
-    """All maps one after the other; only what leads to the bias is computed. Raises UnsupportedLayer where there are too many rows to write."""
+    """The maps in series, matrix-free; only the bias is computed. Raises UnsupportedLayer where the matrix would have too many entries."""
     for step in plan.steps:
-        _small(step.outputs, plan.inputs, LARGEST_MAP)
+        _check_size(step.outputs, plan.inputs, LARGEST_MAP)
     vector = torch.zeros(plan.inputs, dtype=torch.float64, device=device)
     error = torch.zeros_like(vector)
     for step in plan.steps:
         op, h = (step.inner, step.held) if isinstance(step, OnPart) else (step, 0)
-        moved, off = _moved(op, vector[h:], error[h:], op.loss, True)
+        moved, off = _apply_to_vector(op, vector[h:], error[h:], op.loss, True)
         vector, error = torch.cat([vector[:h], moved]), torch.cat([error[:h], off])
     steps = Series.of(plan.steps)
     magnitude = steps.magnitude()
     mixed = sum(not isinstance(step, Mixing) for step in plan.steps)
     return MapStage(
-        vector, magnitude * steps.relative * (1 + 1e-9), float(norm_up(error, 0)), plan.curve, plan.linear, magnitude, float(norm_up(vector, 0)),
+        vector, magnitude * steps.relative * (1 + 1e-9), float(norm_up(error, 0)), plan.activation, plan.linear, magnitude, float(norm_up(vector, 0)),
         steps, mixed <= 1 and all(step.terms <= 1 for step in plan.steps if isinstance(step, Mixing)),
     )  # fmt: skip

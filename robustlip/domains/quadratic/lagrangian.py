@@ -97,7 +97,7 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
     rows = stages[0].weight.expand(n, -1, -1)
     jacobian = rows
     centre = clean[0]
-    layers, edge, reach2 = [], inputs, ball.reach.square()
+    layers, edge, reach2 = [], inputs, ball.l2_radius.square()
     places, variables = [torch.arange(inputs, device=x.device).expand(n, -1)], inputs
     for i, stage in enumerate(stages):
         low, high = boxes.low[i], boxes.high[i]
@@ -109,7 +109,7 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
         index = crossing.int().argsort(dim=-1, descending=True, stable=True)[:, :k]
         valid = crossing.gather(1, index)
         last = i == len(stages) - 1
-        move = torch.linalg.vector_norm(jacobian, dim=-1) * ball.reach[:, None]
+        move = torch.linalg.vector_norm(jacobian, dim=-1) * ball.l2_radius[:, None]
         r, *numbers = (_picked(t, index) * (valid if t.dim() == 2 else valid[..., None]) for t in (rows, centre, low, high, size, move))
         block = slice(edge, edge if last else edge + k)
         layers.append(Layer(index, valid.double(), r, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], block))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.lines.crown import RIVALS, Ball, Boxes, linear_boxes, linear_margins
+from robustlip.domains.lines.crown import RIVAL_ENTRIES, Ball, Boxes, linear_boxes, linear_margins
 from robustlip.domains.lines.dense import Network, is_affine, why_not
 from robustlip.domains.lines.radii import Problem
 from robustlip.domains.lines.secants import gains
@@ -245,7 +245,7 @@ def sdp_radii(
     widths = [s.weight.shape[0] for s in problem.network.hidden]
     d = problem.x.shape[1] + sum(widths[:-1])
     gradients = len(problem.network.stages[-1].bias) * max(s.inputs for s in problem.network.stages)
-    for part in todo.split(max(1, min(FORMS // (d * max(widths)), RIVALS // gradients))) if len(todo) else ():
+    for part in todo.split(max(1, min(FORMS // (d * max(widths)), RIVAL_ENTRIES // gradients))) if len(todo) else ():
         radius[part] = _radii(problem, part, steps, rounds, rate)
     return radius, torch.full_like(radius, torch.nan)
 
@@ -303,10 +303,10 @@ def _plain(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) 
     full = torch.zeros_like(problem.norm)
     full[part] = ball.radius.cpu()
     # Rounding grows with the radius, and so does what a margin may lose: taken at the boxes' radius, it covers smaller ones.
-    lost = problem.lost(full)[part].to(ball.x.device)
+    lost = problem.execution_error(full)[part].to(ball.x.device)
     logits = network.forward(ball.x)[-1]
     own = y[:, None]
-    error = 2 * network.forward_errors(ball.size)[-1][:, None] + 4 * U64 * logits.abs()
+    error = 2 * network.forward_errors(ball.l2_norm)[-1][:, None] + 4 * U64 * logits.abs()
     margin = logits.gather(1, own) - logits - error - error.gather(1, own) - lost
     gain = gains(network, ball.norm, problem.context, problem.model)
     head = network.stages[-1].weight
@@ -364,7 +364,7 @@ def _too_large(network: Network) -> str:
     if rows > LARGEST_FORM:
         return f"its form has {rows} rows, above {LARGEST_FORM}"
     gradients = len(network.stages[-1].bias) * max(s.inputs for s in network.stages)
-    return f"gradients of all its logits have {gradients} numbers a sample, above {RIVALS // 4}" if gradients > RIVALS // 4 else ""
+    return f"gradients of all its logits have {gradients} numbers a sample, above {RIVAL_ENTRIES // 4}" if gradients > RIVAL_ENTRIES // 4 else ""
 
 
 def sdp_why_not(model: nn.Module, threat: Threat) -> str:
