@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from robustlip.modes import out_of_place
 
+_BY_CHANNEL = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 
 def weights_sha256(model: nn.Module) -> str:
     """`tensors_sha256` of the state dict."""
@@ -52,7 +54,10 @@ def _options(module: nn.Module) -> str:
     if type(module) is nn.LayerNorm:
         bias = module.bias is not None
         return f"{module.normalized_shape}, eps={module.eps}, elementwise_affine={module.elementwise_affine}, bias={bias}"
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+    if type(module) is nn.GroupNorm:
+        bias = module.bias is not None
+        return f"{module.num_groups}, {module.num_channels}, eps={module.eps}, affine={module.affine}, bias={bias}"
+    if type(module) in _BY_CHANNEL:
         size, eps, momentum, bias = module.num_features, module.eps, module.momentum, module.bias is not None
         return f"{size}, eps={eps}, momentum={momentum}, affine={module.affine}, bias={bias}, track_running_stats={module.track_running_stats}"
     return module.extra_repr()

@@ -58,6 +58,23 @@ class Written(nn.Module):
         return self.written(self, x)
 
 
+def varied(layer: nn.Module) -> nn.Module:
+    """A normalisation with gains, shifts and statistics of its own."""
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.uniform_(-1, 1)
+        if getattr(layer, "running_mean", None) is not None:
+            layer.running_mean.uniform_(-0.3, 0.3)
+            layer.running_var.uniform_(0.5, 2)
+    return layer
+
+
+def as_batch_norm(layer: nn.InstanceNorm1d) -> nn.BatchNorm1d:
+    made = nn.BatchNorm1d(layer.num_features, layer.eps).eval()
+    made.load_state_dict(layer.state_dict())
+    return made
+
+
 def block(channels: int, out: int, stride: int) -> dict[str, nn.Module]:
     return {
         "c1": nn.Conv2d(channels, out, 3, stride, 1, bias=False), "n1": nn.BatchNorm2d(out), "c2": nn.Conv2d(out, out, 3, 1, 1, bias=False),
@@ -216,6 +233,29 @@ MODELS = {
                         n=nn.LayerNorm(4, eps=1e-2), b=nn.Linear(4, 6), head=nn.Linear(6, 3)), (2, 4, 4),
         lambda m: nn.Sequential(
             m.a, Tokens(), PrependToken(m.first), Shift(m.places), m.b, nn.GELU(), SelectToken(0), m.head
+        ),
+    ),
+    "groups of channels": (
+        lambda: Written(
+            lambda m, x: m.head(F.relu(m.i(m.b(F.gelu(m.g(m.a(x)))))).flatten(1)), a=nn.Conv2d(2, 4, 3), g=varied(nn.GroupNorm(2, 4, 0.5)),
+            b=nn.Conv2d(4, 3, 2), i=nn.InstanceNorm2d(3, 0.5), head=nn.Linear(12, 3),
+        ), (2, 5, 5),
+        lambda m: nn.Sequential(m.a, m.g, nn.GELU(), m.b, m.i, nn.ReLU(), nn.Flatten(), m.head),
+    ),
+    "instances by running statistics": (
+        lambda: Written(
+            lambda m, x: m.head(F.relu(m.i(m.a(x))).flatten(1)), a=nn.Conv1d(2, 4, 3), i=varied(nn.InstanceNorm1d(4, 0.1, affine=True,
+            track_running_stats=True)), head=nn.Linear(12, 3),
+        ), (2, 5),
+        lambda m: nn.Sequential(m.a, as_batch_norm(m.i), nn.ReLU(), nn.Flatten(), m.head),
+    ),
+    "channels last": (
+        lambda: Written(
+            lambda m, x: m.head(F.layer_norm(m.n(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), (4, 3, 3), eps=0.3).flatten(1)),
+            a=nn.Conv2d(2, 4, 2), n=varied(nn.LayerNorm(4, 0.5)), head=nn.Linear(36, 3),
+        ), (2, 4, 4),
+        lambda m: nn.Sequential(
+            m.a, Permute(0, 2, 3, 1), m.n, Permute(0, 3, 1, 2), nn.LayerNorm((4, 3, 3), 0.3, elementwise_affine=False), nn.Flatten(), m.head
         ),
     ),
     "slices": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -21,7 +22,7 @@ from robustlip.layers.formulas import WEIGHT, X, layer_norm, rms_norm
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.ops import elementwise_of
 from robustlip.ops.formulas import facts_of, norm_of
-from robustlip.ops.normalization import CURVATURE_OUTSIDE, divided_by, least_size, normalization_error, normalized
+from robustlip.ops.normalization import CURVATURE_OUTSIDE, Groups, divided_by, least_size, normalization_error, normalized
 from robustlip.threats import EmbeddingBall, InputBall
 
 EPS = 1e-3
@@ -157,13 +158,13 @@ STRANGE_NORMS = [
 def test_other_expressions_are_no_normalisation(expression) -> None:
     assert norm_of(expression, 8) is None
     with pytest.raises(UnsupportedLayer, match="RMSNorm or LayerNorm written out, got"):
-        normalized(WrittenNorm(8, expression))
+        normalized(WrittenNorm(8, expression), None, 1, 8)
 
 
 @pytest.mark.parametrize("eps", [0.0, -1e-6])
 def test_a_normalisation_without_eps_is_not_lipschitz(eps) -> None:
     with pytest.raises(UnsupportedLayer, match="not Lipschitz without"):
-        normalized(rms_norm(8, eps))
+        normalized(rms_norm(8, eps), None, 1, 8)
 
 
 WRONG = [("exec", X), ("add", X, math.inf), ("add", X, "y"), X, 3.0, ("mean", X), ("mul", WEIGHT, X), ("add", X, True)]
@@ -192,16 +193,43 @@ def test_executed_errors_of_written_normalisations(name, dtype) -> None:
     x = x.to(dtype)
     exact = WrittenNorm(width, written.expression, None if written.weight is None else written.weight.double())
     truth = exact(x.double())
-    count, outside = divided_by(written)
+    groups = normalized(written, None, 1, width)
+    count, outside = divided_by(written, groups)
     c = x.double() - x.double().mean(-1, keepdim=True) * (name not in ("written-rms", "written-rms-outside"))
     spread = c.square().sum(-1) / count
     size = spread.sqrt() + eps if outside else (spread + eps).sqrt()
     error = (written(x).double() - truth).norm(dim=-1)
-    bound = normalization_error(written, x.double().norm(dim=-1), truth.norm(dim=-1), 1 / size, Arithmetic(dtype))
+    bound = normalization_error(written, groups, x.double().norm(dim=-1), truth.norm(dim=-1), 1 / size, Arithmetic(dtype))
     assert bool((error <= bound).all())
     known = torch.isfinite(bound)
     assert float(known.double().mean()) > (0.5 if dtype == torch.float32 else 0.05)
     assert float((error / bound)[known].max()) > 1e-3  # a bound that says nothing would be seen
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["group", "instance"])
+def test_executed_errors_of_groups_of_channels(kind, dtype, layout) -> None:
+    """Images far from 0, of all sizes, in both layouts: in channels-last ones torch takes the mean of squares, which loses more than Welford's."""
+    layer = nn.GroupNorm(2, 4, eps=1e-3) if kind == "group" else nn.InstanceNorm2d(4, eps=1e-3, affine=True)
+    torch.nn.init.uniform_(layer.weight, -2, 2)
+    layer = layer.to(dtype)
+    g = torch.Generator().manual_seed(1)
+    size = 10 ** (3 * torch.rand(3000, 1, 1, 1, generator=g, dtype=torch.float64) - 2)
+    far = 10 ** (5 * torch.rand(3000, 1, 1, 1, generator=g, dtype=torch.float64) - 3) * (torch.arange(3000) % 3 > 0)[:, None, None, None]
+    x = (size * torch.randn(3000, 4, 2, 3, generator=g, dtype=torch.float64) + far).to(dtype)
+    truth = copy.deepcopy(layer).double()(x.double())
+    with torch.no_grad():
+        executed = layer(x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x)
+    groups = normalized(layer, (4, 2, 3), 1, 24)
+    before, behind, error = (v.double().reshape(3000, groups.count, groups.width) for v in (x, truth, executed.double() - truth))
+    inverse = 1 / ((before - before.mean(-1, keepdim=True)).square().mean(-1) + layer.eps).sqrt()
+    error, one = error.norm(dim=-1), Groups(1, groups.width, groups.eps)
+    bound = normalization_error(layer, one, before.norm(dim=-1), behind.norm(dim=-1), inverse, Arithmetic(dtype))
+    assert bool((error <= bound).all())
+    known = torch.isfinite(bound)
+    assert float(known.double().mean()) > (0.4 if dtype == torch.float32 else 0.02)
+    assert float((error / bound)[known].max()) > 1e-4
 
 
 def test_the_second_derivative_where_eps_stands_outside() -> None:

@@ -32,7 +32,7 @@ from robustlip.domains.expansion import Ball, ChainExpansion, Curved, Expansion,
 from robustlip.domains.expansion import base as local_base
 from robustlip.domains.expansion.attention import SoftmaxBall, others
 from robustlip.domains.expansion.crossing import TOKENS, Crossing
-from robustlip.domains.expansion.dual import REACHES, Rivals, _longest, alone, at_positions, first_order
+from robustlip.domains.expansion.dual import REACHES, Rivals, _longest, alone, at_positions, first_order, is_causal
 from robustlip.domains.expansion.elementwise import ElementwiseExpansion
 from robustlip.domains.expansion.local import reference_of, search
 from robustlip.domains.norms import Context
@@ -73,7 +73,7 @@ from robustlip.models import BaselineGPT, LipschitzGPT, LipschitzMLP, LipschitzT
 from robustlip.ops import elementwise_layers, elementwise_of
 from robustlip.ops.elementwise import GELU_THIRD
 from robustlip.ops.moves import moving_layers
-from robustlip.ops.normalization import CURVATURE
+from robustlip.ops.normalization import CURVATURE, NORMALIZATIONS
 from robustlip.threats import EmbeddingBall, InputBall, WeightBall, parse_threat
 
 D, T, H = 8, 3, 4
@@ -270,6 +270,15 @@ CASES = {
     "attention-one-token": Case(attention, (1, D)),
     "attention-peaked": Case(lambda: attention(6.0, scale=8.0), size=3.0),
     "layernorm": Case(lambda: drawn(nn.LayerNorm(D, eps=1e-3))),
+    "image-layernorm": image(lambda: drawn(nn.LayerNorm(4, eps=1e-2))), "image-rmsnorm": image(lambda: drawn(nn.RMSNorm((5, 4), eps=1e-2))),
+    "image-layernorm-whole": image(lambda: drawn(nn.LayerNorm((4, 5, 4), eps=1e-2)), "linf"),
+    "signal-layernorm-whole": signal(lambda: drawn(nn.LayerNorm((4, 7), eps=1e-2))),
+    "groupnorm": image(lambda: drawn(nn.GroupNorm(2, 4, eps=1e-2))), "groupnorm-vector": vector(lambda: drawn(nn.GroupNorm(2, D, eps=1e-3))),
+    "groupnorm-small": Case(lambda: nn.GroupNorm(4, 4, eps=1e-2, affine=False), (4, 5, 4), size=0.3, whole=True),
+    "conv-groupnorm-gelu": image(convolved(lambda: drawn(nn.GroupNorm(3, 6, eps=1e-2)), nn.GELU), "linf"),
+    "instancenorm": image(lambda: drawn(nn.InstanceNorm2d(4, eps=1e-2, affine=True))),
+    "signal-instancenorm": signal(lambda: nn.Sequential(Residual(nn.Sequential(nn.InstanceNorm1d(4, eps=1e-2), nn.Conv1d(4, 4, 1))), nn.ReLU())),
+    "volume-instancenorm": image(lambda: drawn(nn.InstanceNorm3d(2, eps=1e-2, affine=True)), "l2", VOLUME),
     "layernorm-plain": Case(lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), size=0.3),
     **{name: Case(lambda name=name: NORMS[name](D, 1e-3), size=0.3) for name in NORMS},
     "linear-formula": Case(fused(lambda: FORMULAS["gelu-erf"])), "linear-gelu-new": Case(fused(lambda: FORMULAS["gelu-new"])),
@@ -511,7 +520,7 @@ BY_HAND = {nn.Embedding: test_an_expansion_of_a_table_of_tokens, Lookup: test_a_
 
 def test_every_expansion_has_a_case() -> None:
     covered = {type(m) for case in CASES.values() for m in case.build().modules()} | BY_HAND.keys()
-    assert {kind.__name__ for kind in {*local_base._EXPANSIONS, *elementwise_layers(), *moving_layers()} - covered} == set()
+    assert {kind.__name__ for kind in {*local_base._EXPANSIONS, *NORMALIZATIONS, *elementwise_layers(), *moving_layers()} - covered} == set()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -581,6 +590,12 @@ def executed(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 # ---- single tokens
+
+
+def test_a_normalisation_over_several_dimensions_is_not_by_token() -> None:
+    """A LayerNorm of all tokens together lets each of them move all others: no single token may be looked at by itself."""
+    chains = [NextTokenChain(OrderedDict(e=nn.Embedding(5, D), n=nn.LayerNorm(shape), h=nn.Linear(D, 5))) for shape in (D, (T, D))]
+    assert [is_causal(chain) for chain in chains] == [True, False]
 
 
 @pytest.mark.parametrize("position", [1, 4])

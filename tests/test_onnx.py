@@ -117,6 +117,12 @@ GRAPHS: dict[str, tuple[list[Any], list[Any], dict[str, Any], int]] = {
     "Gelu-20, tanh": ([("Gelu", "x", "y", {"approximate": "tanh"})], [1, 9], {}, 20),
     "SiLU": ([("Sigmoid", "x", "s"), ("Mul", "s x", "y")], [1, 9], {}, 13),
     "Softmax-13": ([("Softmax", "x", "y", {"axis": 1})], [1, 3, 4], {}, 13),
+    "GroupNormalization-18": (
+        [("GroupNormalization", "x g b", "y", {"epsilon": 1e-2, "num_groups": 2})], [1, 4, 3, 2], {"g": normal(2), "b": normal(2)}, 18,
+    ),
+    "GroupNormalization-21": (
+        [("GroupNormalization", "x g b", "y", {"epsilon": 1e-2, "num_groups": 2})], [1, 4, 5], {"g": normal(4), "b": normal(4)}, 21,
+    ),
     "LayerNormalization": ([("LayerNormalization", "x g b", "y", {"axis": -1, "epsilon": 1e-3})], [1, 3, 4], {"g": normal(4), "b": normal(4)}, 17),
     "InstanceNormalization": ([("InstanceNormalization", "x g b", "y")], [1, 3, 4, 4], {"g": normal(3), "b": normal(3)}, 13),
     "ReduceSum-13": ([("ReduceSum", "x a", "y", {"keepdims": 0})], [1, 3, 4], {"a": np.array([-1], INTS)}, 13),

@@ -55,7 +55,7 @@ from robustlip.layers import (
 )
 from robustlip.ops import elementwise_of
 from robustlip.ops.elementwise import GELU_SLOPE, SILU_SLOPE
-from robustlip.ops.normalization import local_lipschitz
+from robustlip.ops.normalization import local_lipschitz, normalized
 
 D, T, H = 8, 3, 4
 
@@ -85,6 +85,14 @@ def rmsnorm() -> nn.RMSNorm:
     return layer
 
 
+def affine(layer: nn.Module) -> nn.Module:
+    """A normalisation with gains and shifts of its own."""
+    with torch.no_grad():
+        layer.weight.uniform_(-2, 2)
+        layer.bias.uniform_(-1, 1)
+    return layer
+
+
 def batchnorm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
     with torch.no_grad():
         layer.weight.uniform_(-2, 2)
@@ -107,7 +115,8 @@ def positions() -> AddPositions:
 
 
 # Shape of one sample where it is not (T, D): images, and vectors for BatchNorm1d.
-SHAPES = {"image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6), "signal": (4, 9), "volume": (2, 4, 3, 5)}
+SHAPES = {"image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6), "signal": (4, 9), "volume": (2, 4, 3, 5), "few": (4, 2, 2), "short": (4, 3), "deep": (2, 2, 2, 2)}
+SIGNALS = (SHAPES["signal"], SHAPES["short"])
 
 
 def shape_of(name: str) -> tuple[int, ...]:
@@ -173,6 +182,19 @@ CASES = {
     "rmsnorm": (rmsnorm, 0.3),
     "layernorm-plain": (lambda: nn.LayerNorm(D, eps=1e-2, elementwise_affine=False), 0.3),
     **{name: (lambda name=name: NORMS[name](D, 0.3 if "std" in name or "outside" in name else 1e-2), 0.3) for name in NORMS},
+    "image-layernorm": (lambda: affine(nn.LayerNorm(5, eps=1e-2)), 0.3),
+    "few-layernorm-whole": (lambda: affine(nn.LayerNorm((4, 2, 2), eps=1e-2)), 0.5),
+    "short-layernorm-whole": (lambda: affine(nn.LayerNorm((4, 3), eps=1e-2)), 0.5),
+    "few-rmsnorm": (lambda: nn.RMSNorm((2, 2), eps=1e-2), 0.3),
+    "image-written": (lambda: NORMS["written-layer"](5, 1e-2), 0.3),
+    "few-groupnorm": (lambda: affine(nn.GroupNorm(2, 4, eps=1e-2)), 0.12),
+    "few-groupnorm-plain": (lambda: nn.GroupNorm(1, 4, eps=1e-2, affine=False), 0.12),
+    "vector-groupnorm": (lambda: affine(nn.GroupNorm(2, D, eps=1e-2)), 0.12),
+    "short-groupnorm": (lambda: affine(nn.GroupNorm(4, 4, eps=1e-2)), 0.12),
+    "deep-groupnorm": (lambda: affine(nn.GroupNorm(2, 2, eps=1e-2)), 0.12),
+    "few-instancenorm": (lambda: affine(nn.InstanceNorm2d(4, eps=1e-2, affine=True)), 0.12),
+    "short-instancenorm": (lambda: nn.InstanceNorm1d(4, eps=1e-2), 0.12),
+    "deep-instancenorm": (lambda: affine(nn.InstanceNorm3d(2, eps=1e-2, affine=True)), 0.12),
     "formula": (lambda: FORMULAS["gelu-new"], 4.0),
     "groupsort": (lambda: GroupSort(4), 3.0),
     "maxmin": (MaxMin, 3.0),
@@ -300,7 +322,7 @@ CASES = {
 def state(norm: float, change: float, shape: tuple[int, ...] = (T, D), space: str = "l2") -> State:
     """Bounds on samples of that shape: tokens (T, D) one by one, images and vectors as one vector."""
     one = torch.ones(1, dtype=torch.float64)
-    whole = len(shape) > 2 or shape == SHAPES["signal"]
+    whole = len(shape) > 2 or shape in SIGNALS
     tokens, width = shape if len(shape) == 2 and not whole else (1, math.prod(shape))
     return State(one * norm, one * change, one * 0, space, tokens, width, shape if whole else None)
 
@@ -322,7 +344,7 @@ def lipschitz(layer: nn.Module, domain: float, tokens: int, width: int) -> float
 
 
 def into_ball(x: torch.Tensor, radius: float) -> torch.Tensor:
-    signal = tuple(x.shape[1:]) == SHAPES["signal"]
+    signal = tuple(x.shape[1:]) in SIGNALS
     return x * (radius / sizes(x, signal)).clamp_max(1.0).view(len(x), *([-1, 1] if x.dim() == 3 and not signal else [1] * (x.dim() - 1)))
 
 
@@ -625,6 +647,34 @@ def test_sizes_behind_normalisation(kind, shift, size) -> None:
         assert bound <= 1.001 * reached
 
 
+@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4, eps=1e-2), nn.InstanceNorm2d(4, eps=1e-2, affine=True)], ids=str)
+def test_sizes_of_groups_side_by_side(layer) -> None:
+    """Every group along β: ‖y‖ = √(k D)‖γ‖_∞ + ‖β‖ of all numbers, which the bound reaches."""
+    layer, shape = copy.deepcopy(layer).double(), SHAPES["few"]
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8).view(1, *shape)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+        layer.bias.fill_(0.0)
+        reached = float(layer(100 * x).norm())
+        behind = rule_for(layer).step(layer, state(400.0, 0.0, shape), context())
+        assert reached <= float(behind.norm) <= 1.001 * reached
+        layer.bias.fill_(3.0)
+        reached = reached + 3.0 * 4
+    bound = float(rule_for(layer).step(layer, state(400.0, 0.0, shape), context()).norm)
+    assert 0.999 * reached <= bound <= 1.001 * reached
+
+
+def test_tokens_are_not_normalised_over_several_dimensions_or_channels_of_images() -> None:
+    for layer in (nn.LayerNorm((T, D)), nn.GroupNorm(1, T), nn.InstanceNorm1d(T)):
+        with pytest.raises(UnsupportedLayer if not isinstance(layer, nn.InstanceNorm1d) else (UnsupportedLayer, BadInput), match="tokens"):
+            rule_for(layer).step(layer, state(1.0, 0.1), context())
+    for layer in (nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, affine=True), nn.LayerNorm((6, 4)), nn.LayerNorm(4)):
+        with pytest.raises(BadInput, match="match them"):
+            rule_for(layer).step(layer, state(1.0, 0.1, SHAPES["image"]), context())
+    with pytest.raises(UnsupportedLayer, match="InstanceNorm2d"):
+        rule_for(nn.InstanceNorm2d(4, track_running_stats=True))
+
+
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
 @pytest.mark.parametrize("radius", [0.01, 0.3, 2.0])
 def test_local_constants_of_normalisation(kind, radius) -> None:
@@ -633,7 +683,7 @@ def test_local_constants_of_normalisation(kind, radius) -> None:
     layer = kind(D, eps=1e-3).double().requires_grad_(False)
     torch.nn.init.uniform_(layer.weight, 0.5, 2)
     centre = torch.randn(6, D, dtype=torch.float64)
-    bound = local_lipschitz(layer, centre, radius)
+    bound = local_lipschitz(layer, centre, radius, normalized(layer, None, 1, D))
     a, b = (torch.randn(6, D, dtype=torch.float64).requires_grad_() for _ in range(2))
     optimizer = torch.optim.Adam([a, b], lr=0.02)
     best = torch.zeros(6, dtype=torch.float64)
@@ -647,7 +697,7 @@ def test_local_constants_of_normalisation(kind, radius) -> None:
     assert bool((best <= bound).all()) and bool((best > bound / 20).all())
     everywhere = float(rule_for(layer).step(layer, state(9.0, 1e-3), context()).change) * 1e3
     assert bool((bound <= everywhere * (1 + 1e-9)).all())
-    assert float(local_lipschitz(layer, centre, 1e9).min()) == pytest.approx(everywhere)
+    assert float(local_lipschitz(layer, centre, 1e9, normalized(layer, None, 1, D)).min()) == pytest.approx(everywhere)
 
 
 def test_patchify_and_tokens() -> None:

@@ -22,6 +22,7 @@ from robustlip.certifiers.sequence import sequence_radii
 from robustlip.constraints.targets import targets_of
 from robustlip.domains.expansion import Scope, dual, expand, unsupported
 from robustlip.domains.expansion import base as local_base
+from robustlip.domains.expansion import normalization as local_normalization
 from robustlip.domains.expansion import elementwise as local_elementwise
 from robustlip.domains.expansion import sorting as local_sorting
 from robustlip.domains.expansion import structure as local_structure
@@ -181,7 +182,7 @@ def test_pairs_of_a_layer_that_reflects_none_are_refused(made) -> None:
 
 @pytest.mark.parametrize(
     "maker",
-    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion, local_base._EXPANSIONS[nn.LayerNorm].make],
+    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion, local_normalization.NormalizationExpansion],
     ids=["identity", "reflection", "elementwise", "normalisation"],
 )
 def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:
@@ -198,7 +199,7 @@ def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:
 def test_rules_of_normalisation_are_of_two_layers() -> None:
     strange = other(nn.LayerNorm)(6)
     with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
-        ops_normalization.local_lipschitz(strange, X, 0.1)
+        ops_normalization.local_lipschitz(strange, X, 0.1, ops_normalization.Groups(1, 6, 1e-5))
     with pytest.raises(UnsupportedLayer, match="OtherLayerNorm"):
         normalization.NormalizationRule().step(strange, State(torch.ones(1), torch.ones(1), torch.zeros(1), "l2", 1, 6), context())
 

@@ -36,7 +36,7 @@ from robustlip.layers import (
 )
 from robustlip.layers.sorting import channels_at
 from robustlip.ops.convolution import CONVOLUTIONS, GLOBAL_MEANS, MAXIMA, MEANS, TRANSPOSED
-from robustlip.ops.normalization import BATCH_NORMS
+from robustlip.ops.normalization import BATCH_NORMS, INSTANCE_NORMS
 
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
@@ -200,17 +200,37 @@ def _batch_norm(node: Node) -> nn.Module:
     return made
 
 
+@operation("group_norm")
+def _group_norm(node: Node) -> nn.Module:
+    a, source = node.arguments, source_of(node)
+    assert source is not None
+    made = nn.GroupNorm(int(a["num_groups"]), source.shape[0], a["eps"], a["weight"] is not None or a["bias"] is not None, device="meta")
+    return _filled(made, weight=a["weight"], bias=a["bias"])
+
+
+@operation("instance_norm")
+def _instance_norm(node: Node) -> nn.Module:
+    a = node.arguments
+    if not a["use_input_stats"]:  # by running statistics: what batch norm in eval mode computes, the same kernel
+        return _batch_norm(replace(node, arguments={**a, "training": False}))
+    if a["running_mean"] is not None or a["running_var"] is not None:
+        raise refuse(node, "it changes its running statistics", "call model.eval()")
+    kind: Any = INSTANCE_NORMS[len(node.shape) - 2]
+    made = kind(node.shape[0], a["eps"], a["momentum"], a["weight"] is not None or a["bias"] is not None, False, device="meta")
+    return _filled(made, weight=a["weight"], bias=a["bias"])
+
+
 @operation("layer_norm")
 def _layer_norm(node: Node) -> nn.Module:
     a = node.arguments
-    made = nn.LayerNorm(_ints(a["normalized_shape"], 1), a["eps"], a["weight"] is not None, a["bias"] is not None, device="meta")
+    made = nn.LayerNorm([int(n) for n in a["normalized_shape"]], a["eps"], a["weight"] is not None, a["bias"] is not None, device="meta")
     return _filled(made, weight=a["weight"], bias=a["bias"])
 
 
 @operation("rms_norm")
 def _rms_norm(node: Node) -> nn.Module:
     a = node.arguments
-    made = nn.RMSNorm(_ints(a["normalized_shape"], 1), a["eps"], a["weight"] is not None, device="meta")
+    made = nn.RMSNorm([int(n) for n in a["normalized_shape"]], a["eps"], a["weight"] is not None, device="meta")
     return _filled(made, weight=a["weight"])
 
 

@@ -1146,6 +1146,25 @@ def _instance_norm(b: Builder, node: Node, args: list[Argument]) -> Value:
     return b.value(node, b.step(node, "instance_norm", b.laid(x, x.shape[1:]), None, None, *held, True, 0.1, node.float("epsilon", 1e-5)), x.shape)
 
 
+@onnx("GroupNormalization")
+def _group_norm(b: Builder, node: Node, args: list[Argument]) -> Value:
+    count(node, args, 3, 3)
+    x, groups = data(node, args), node.int("num_groups", 0)
+    if node.int("stash_type", 1) != 1:
+        raise node.refuse("its stash_type is not float")
+    if len(x.shape) < 3 or x.shape[0] != 1 or groups < 1 or x.shape[1] % groups:
+        raise node.refuse(f"it acts on {x.shape} in {groups} groups", "mend the file")
+    held = []
+    for i, name in ((1, "scale"), (2, "bias")):
+        given = needs(node, args, i, name)
+        if node.opset < 21 and tuple(given.shape) == (groups,):  # one a group, before version 21
+            given = given.repeat_interleave(x.shape[1] // groups)
+        elif tuple(given.shape) != (x.shape[1],):
+            raise node.refuse(f"its {name} does not fit {x.shape}", "mend the file")
+        held.append(b.hold(given, node.inputs[i], weight=True))
+    return b.value(node, b.step(node, "group_norm", b.laid(x, x.shape[1:]), groups, *held, node.float("epsilon", 1e-5)), x.shape)
+
+
 @onnx("LayerNormalization", "RMSNormalization")
 def _layer_norm(b: Builder, node: Node, args: list[Argument]) -> Value:
     count(node, args, 2, 3 if node.op == "LayerNormalization" else 2)

@@ -1,6 +1,8 @@
-"""LayerNorm and RMSNorm of single tokens: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity.
+"""Numbers divided by their own size, group by group: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, P centring or the identity, x the D numbers of a group.
 
-`WrittenNorm` runs them as a model wrote them: without β, perhaps with D − 1 in the place of D (m below), or with s = ‖c‖/√m + eps.
+LayerNorm and RMSNorm: a group is a token, or the last dimensions of a sample together. GroupNorm: some channels with all their places; InstanceNorm
+without running statistics: one channel. `WrittenNorm` runs LayerNorm or RMSNorm as a model wrote them: without β, perhaps with D − 1 in the place of
+D (m below), or with s = ‖c‖/√m + eps.
 
 Batch norm in eval mode is affine: y = g·x + (β − g·mean) by channel, g = γ/sqrt(var + eps) of the running statistics.
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -28,41 +31,96 @@ CURVATURE = 1.15471
 # The same of s = ‖c‖/√m + eps: 2, at c = 0 and u along c.
 CURVATURE_OUTSIDE = 2.0
 
-Normalization = nn.LayerNorm | nn.RMSNorm | WrittenNorm
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# Of the last dimensions of a sample, and of channels with their places. Of instance norms those without running statistics: the others are affine.
+OF_TOKENS, OF_CHANNELS = (nn.LayerNorm, nn.RMSNorm, WrittenNorm), (nn.GroupNorm, *INSTANCE_NORMS)
+NORMALIZATIONS = (*OF_TOKENS, *OF_CHANNELS)
+Normalization = Union[nn.LayerNorm, nn.RMSNorm, WrittenNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d]
 
 
-def normalized(layer: Normalization, state_width: int | None = None) -> tuple[int, float]:
-    """(width D of the tokens that are normalised, eps). Raises UnsupportedLayer for layers that no constant here is proved for."""
+def is_normalization(layer: nn.Module) -> bool:
+    """Whether a layer divides numbers by their own size. An instance norm with running statistics divides by those: capture makes a batch norm of it."""
+    return type(layer) in (*OF_TOKENS, nn.GroupNorm) or (type(layer) in INSTANCE_NORMS and layer.running_mean is None and layer.running_var is None)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A vector that is normalised as `count` groups, one after the other, of `width` numbers each."""
+
+    count: int
+    width: int
+    eps: float
+
+    @property
+    def numbers(self) -> int:
+        return self.count * self.width
+
+
+def own_shape(layer: Normalization) -> tuple[int, ...]:
+    """The last dimensions that LayerNorm and its like normalise together."""
+    return (layer.width,) if isinstance(layer, WrittenNorm) else tuple(layer.normalized_shape)
+
+
+def stays_whole(layer: Normalization, whole: tuple[int, ...]) -> bool:
+    """Whether a sample that is one vector of all its numbers stays so in front of the layer: all but tokens (T, D), each normalised by itself."""
+    return len(whole) != 2 or type(layer) in OF_CHANNELS or len(own_shape(layer)) > 1
+
+
+def check_normalization(layer: Normalization) -> float:
+    """eps. Raises UnsupportedLayer for layers that no constant here is proved for."""
     name = type(layer).__name__
     if isinstance(layer, WrittenNorm):
-        if state_width not in (None, layer.width):
-            raise BadInput(f"expected tokens of width {layer.width} in front of {name}, got {state_width}; match them")
-        return layer.width, float(norm_facts(layer).eps)
-    if type(layer) not in (nn.LayerNorm, nn.RMSNorm):
-        raise UnsupportedLayer(f"expected LayerNorm or RMSNorm, got {name}; replace it or add a rule")
-    if len(layer.normalized_shape) != 1:
-        raise UnsupportedLayer(f"expected {name} over the last dimension, got {tuple(layer.normalized_shape)}; normalise tokens one by one")
+        return float(norm_facts(layer).eps)
+    if not is_normalization(layer):
+        raise UnsupportedLayer(f"expected LayerNorm, RMSNorm, GroupNorm or InstanceNorm without statistics, got {name}; replace it or add a rule")
     if layer.eps is None:
         raise UnsupportedLayer(f"expected {name} with its eps stated, got None, which stands for another number in every dtype; give eps=1e-6, say")
     if not layer.eps > 0:
         raise UnsupportedLayer(f"expected {name} with eps above 0, got {layer.eps}: it is not Lipschitz without; give eps=1e-6, say")
-    width = layer.normalized_shape[0]
-    if state_width not in (None, width):
-        raise BadInput(f"expected tokens of width {width} in front of {name}, got {state_width}; match them")
-    return width, float(layer.eps)
+    return float(layer.eps)
+
+
+def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int, width: int) -> Groups:
+    """The groups of what a bound holds of at once: a sample of that shape, where `whole` is not None, or one of `tokens` of that width.
+
+    Raises BadInput for other shapes than the layer is for, UnsupportedLayer as `check_normalization`, and where groups reach beyond a token.
+    """
+    eps, name, shape = check_normalization(layer), type(layer).__name__, whole or (width,)
+    if type(layer) not in OF_CHANNELS:
+        own = own_shape(layer)
+        if whole is None and len(own) > 1:
+            raise UnsupportedLayer(f"expected {name} over the last dimension of tokens, got {own}; normalise tokens one by one")
+        if shape[-len(own) :] != own:
+            got = shape[-1] if len(own) == 1 else shape
+            wanted = f"tokens of width {own[0]}" if len(own) == 1 else f"samples that end in {own}"
+            raise BadInput(f"expected {wanted} in front of {name}, got {got}; match them")
+        return Groups(math.prod(shape[: -len(own)]), math.prod(own), eps)
+    if whole is None and tokens != 1:
+        raise UnsupportedLayer(
+            f"expected vectors, signals or images in front of {name}, got tokens, which it would mix; use LayerNorm, or put a layer of signals in front"
+        )
+    if isinstance(layer, nn.GroupNorm):
+        channels, count = layer.num_channels, layer.num_groups
+    else:
+        shape = image_shape(layer, whole)
+        # Without a gain torch normalises however many channels there are.
+        channels = count = layer.num_features if layer.affine else shape[0]
+    if shape[0] != channels:
+        raise BadInput(f"expected {channels} channels in front of {name}, got {shape[0]}; match them")
+    return Groups(count, math.prod(shape) // count, eps)
 
 
 def centres(layer: Normalization) -> bool:
-    """Whether the mean of a token is taken off before it is divided."""
-    return norm_facts(layer).centred if isinstance(layer, WrittenNorm) else isinstance(layer, nn.LayerNorm)
+    """Whether the mean of a group is taken off before it is divided."""
+    return norm_facts(layer).centred if isinstance(layer, WrittenNorm) else not isinstance(layer, nn.RMSNorm)
 
 
-def divided_by(layer: Normalization) -> tuple[int, bool]:
-    """(m, whether eps stands outside of the root): what a token's numbers are divided by, √(‖c‖²/m + eps) or ‖c‖/√m + eps."""
+def divided_by(layer: Normalization, groups: Groups) -> tuple[int, bool]:
+    """(m, whether eps stands outside of the root): what a group's numbers are divided by, √(‖c‖²/m + eps) or ‖c‖/√m + eps."""
     if isinstance(layer, WrittenNorm):
         facts = norm_facts(layer)
         return facts.count, facts.outside
-    return normalized(layer)[0], False
+    return groups.width, False
 
 
 def largest_gain(layer: Normalization) -> float:
@@ -70,50 +128,76 @@ def largest_gain(layer: Normalization) -> float:
     return 1.0 if layer.weight is None else float(layer.weight.detach().abs().amax())
 
 
-def largest_shift(layer: Normalization) -> float:
-    """‖β‖₂, rounded up; 0 without one."""
-    bias = layer.bias if isinstance(layer, nn.LayerNorm) else None
-    return 0.0 if bias is None else float(norm_up(bias.detach(), 0))
+def spread(layer: Normalization, constant: Tensor, groups: Groups) -> Tensor:
+    """γ or β as it stands beside each number (count, width), float64."""
+    constant = constant.detach().double().flatten()
+    if type(layer) in OF_CHANNELS:  # one for each channel, of several places
+        return constant.repeat_interleave(groups.numbers // len(constant)).view(groups.count, groups.width)
+    return constant.expand(groups.count, groups.width)
+
+
+def gains(layer: Normalization, groups: Groups) -> Tensor | float:
+    """‖γ‖_∞ of each group (count,), or one number where all groups have the same."""
+    if type(layer) in OF_TOKENS or layer.weight is None:
+        return largest_gain(layer)
+    return layer.weight.detach().double().abs().unflatten(0, (groups.count, -1)).amax(-1)
+
+
+def largest_shift(layer: Normalization, groups: Groups) -> float:
+    """‖β‖₂ of all groups together, rounded up; 0 without one."""
+    bias = getattr(layer, "bias", None)
+    if bias is None:
+        return 0.0
+    often = groups.numbers // bias.numel()
+    return float(norm_up(bias.detach().flatten(), 0)) * (1.0 if often == 1 else math.sqrt(often) * (1 + 1e-15))
 
 
 def least_size(layer: Normalization) -> float:
-    """s ≥ this of every token: √eps, or eps where it stands outside of the root."""
-    eps = normalized(layer)[1]
-    return eps if divided_by(layer)[1] else math.sqrt(eps)
+    """s ≥ this of every group: √eps, or eps where it stands outside of the root."""
+    eps = check_normalization(layer)
+    return eps if isinstance(layer, WrittenNorm) and norm_facts(layer).outside else math.sqrt(eps)
 
 
 def curvature(layer: Normalization) -> float:
     """C of ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√m s²)."""
-    return CURVATURE_OUTSIDE if divided_by(layer)[1] else CURVATURE
+    return CURVATURE_OUTSIDE if isinstance(layer, WrittenNorm) and norm_facts(layer).outside else CURVATURE
 
 
-def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float) -> Tensor:
-    """A Lipschitz constant (…), float64, of the layer on the ℓ2 balls of `radius` (…) around the tokens x (…, D): ‖f(x') − f(x)‖₂ ≤ it·‖x' − x‖₂.
+def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float, groups: Groups) -> Tensor:
+    """A Lipschitz constant (…), float64, of the layer on the ℓ2 balls of `radius` (…) around the groups x (…, D): ‖f(x') − f(x)‖₂ ≤ it·‖x' − x‖₂.
 
-    The Jacobian at x' is γ(I − ccᵀ/(m s²))/s·P with c = Px', s² = ‖c‖²/m + eps, of norm at most ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the
-    ball, which is convex. With s = ‖c‖/√m + eps it is (I − ccᵀ/(√m‖c‖s))/s. Exact arithmetic; rounding comes on top.
+    x: (…, count, D) where gains differ from group to group. The Jacobian at x' is γ(I − ccᵀ/(m s²))/s·P with c = Px', s² = ‖c‖²/m + eps, of norm
+    at most ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the ball, which is convex. With s = ‖c‖/√m + eps it is (I − ccᵀ/(√m‖c‖s))/s.
+    Exact arithmetic; rounding comes on top.
     """
-    width, eps = normalized(layer, x.shape[-1])
-    count, outside = divided_by(layer)
+    check_normalization(layer)
+    width, eps = groups.width, groups.eps
+    if x.shape[-1] != width:
+        raise BadInput(f"expected groups of {width} numbers in {type(layer).__name__}, got {x.shape[-1]}; match them")
+    count, outside = divided_by(layer, groups)
     x = x.detach().double()
     centred = x - x.mean(-1, keepdim=True) if centres(layer) else x
     # The computed ‖Px‖ is off by γ_{D+4} of itself and, through the mean, of ‖x‖.
     size = torch.linalg.vector_norm(centred, dim=-1) * (1 - 2 * gamma(width + 8, U64)) - 2 * gamma(width + 8, U64) * norm_up(x)
     least = ((size - radius) * (1 - 8 * U64)).clamp_min(0.0)
     if outside:
-        return up(largest_gain(layer) / (least / math.sqrt(count) * (1 - 8 * U64) + eps * (1 - 8 * U64)))
-    return up(largest_gain(layer) / (least.square() / count * (1 - 8 * U64) + eps * (1 - 8 * U64)).sqrt())
+        return up(gains(layer, groups) / (least / math.sqrt(count) * (1 - 8 * U64) + eps * (1 - 8 * U64)))
+    return up(gains(layer, groups) / (least.square() / count * (1 - 8 * U64) + eps * (1 - 8 * U64)).sqrt())
 
 
-def normalization_error(layer: Normalization, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ behind and 1/s ≤ inverse there; infinite where nothing is known.
+def normalization_error(
+    layer: Normalization, groups: Groups, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
+) -> Tensor:
+    """‖fl(y) − y‖₂ of these groups together for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ behind and 1/s ≤ inverse of each; infinite where nothing is known.
 
     Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and LeVeque
     1983), so 1/s by a relative ½D·u(1 + |μ|√v/s²), twice that here, where |μ| ≤ ‖x‖/√D and √v/s² ≤ min(1/s, 1/(2√eps)). RMSNorm subtracts no mean.
+    GroupNorm of channels-last images takes Σx²/D − μ̂²: with q² = ‖x‖²/D ≥ μ² that is off by γ_{D+2}q² + 2γ_{D+2}q² + 4uq² ≤ 4γ_{D+8}q², so 1/s by a
+    relative 4γ_{D+8}q²/s² while that is below ½; 4γ_{D+8} ≤ 2g. Both may run.
     """
     if isinstance(layer, WrittenNorm):
-        return _written_error(layer, norm, behind, inverse, arithmetic)
-    width, eps = normalized(layer)
+        return _written_error(layer, groups, norm, behind, inverse, arithmetic)
+    width, eps = groups.width, groups.eps
     centred = centres(layer)
     root = math.sqrt(width)
     g = arithmetic.gamma(2 * width + 16)
@@ -122,17 +206,22 @@ def normalization_error(layer: Normalization, norm: Tensor, behind: Tensor | flo
     if centred:
         inverse = torch.as_tensor(inverse, dtype=norm.dtype, device=norm.device)
         relative = relative + g * (norm / root) * inverse.clamp_max(1 / (2 * math.sqrt(eps)))
+    if type(layer) in OF_CHANNELS:
+        relative = relative + 2 * g * (norm / root * inverse).square()
     # The first-order form holds while the variance keeps its size; beyond, its square root may be of anything.
     relative = torch.where(relative < 0.5, relative, torch.full_like(relative, math.inf))
     gain = largest_gain(layer) * inverse
     centring = g * norm * gain * (1 + relative) if centred else 0 * norm
-    lost = 4 * root * arithmetic.tiny * (1 + behind)
-    lost = lost + 2 * root * (gain + (1 + norm) / math.sqrt(eps)) * arithmetic.flushed  # subnormal x, γ
+    every = math.sqrt(groups.numbers)
+    lost = 4 * every * arithmetic.tiny * (1 + behind)
+    lost = lost + 2 * every * (gain + (1 + norm) / math.sqrt(eps)) * arithmetic.flushed  # subnormal x, γ
     # 0·inf is NaN: a bound that holds for no number.
     return (centring + (relative + 8 * arithmetic.unit) * behind + lost).nan_to_num(math.inf, math.inf)
 
 
-def _written_error(layer: WrittenNorm, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel) -> Tensor:
+def _written_error(
+    layer: WrittenNorm, groups: Groups, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
+) -> Tensor:
     """`normalization_error` of an expression that runs operation by operation, in any of the orders that `norm_of` knows.
 
     The mean is off by γ_D‖x‖/√D and the difference by u, so the computed ĉ by ‖e‖ ≤ E = g‖x‖, g = γ_{D+8}. Squares, their sum, the quotient, eps
@@ -141,9 +230,9 @@ def _written_error(layer: WrittenNorm, norm: Tensor, behind: Tensor | float, inv
     off by ρ = g(1 + ‖x‖/(√m s)) + what vanished while that is below 0.3, its inverse by ρ/(1 − ρ), and a kernel of rsqrt or pow by k·u
     (k = FUNCTION_ULPS). So y = γĉ/ŝ is off by ‖γ‖_∞E/ŝ, by that fraction of ‖y‖, and by the roundings of two products.
     """
-    width, eps = normalized(layer)
-    count, outside = divided_by(layer)
-    root, inverse = math.sqrt(width), torch.as_tensor(inverse, dtype=norm.dtype, device=norm.device)
+    width, eps = groups.width, groups.eps
+    count, outside = divided_by(layer, groups)
+    root, inverse = math.sqrt(groups.numbers), torch.as_tensor(inverse, dtype=norm.dtype, device=norm.device)
     g = arithmetic.gamma(width + 8)
     vanished = 4 * math.sqrt(arithmetic.tiny) / eps if outside else 4 * arithmetic.tiny / eps
     relative = g + g * (norm / math.sqrt(count)) * inverse * centres(layer) + vanished

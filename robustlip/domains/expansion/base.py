@@ -29,6 +29,7 @@ from robustlip.numerics.rounding import U64, chunk_numbers, gamma, up
 from robustlip.numerics.spectral import largest_eigenvalue_bound
 from robustlip.ops import elementwise_layers
 from robustlip.ops.moves import moving_layers
+from robustlip.ops.normalization import NORMALIZATIONS
 
 # Of an adjoint that float64 computed: its error, as a fraction of the layer's gain (norms of all that was multiplied, nothing cancelled).
 # γ_n of a matrix product is n·2⁻⁵³ and a Frobenius norm at most √n spectral ones: 2⁻³⁰ covers widths up to 2¹⁴ many times over.
@@ -399,11 +400,11 @@ def register(
 _FAMILIES: list[tuple[Callable[[nn.Module], bool], Entry]] = []
 
 
-def register_family(belongs: Callable[[nn.Module], bool], *, any_space: bool = False) -> Callable[[Expand], Expand]:
+def register_family(belongs: Callable[[nn.Module], bool], *, any_space: bool = False, keeps: Keeps = "any") -> Callable[[Expand], Expand]:
     """Decorator: this makes the expansion of all layers of a family of operations of which `robustlip.ops` holds the facts. See `Entry`."""
 
     def add(make: Expand) -> Expand:
-        _FAMILIES.append((belongs, Entry(make, any_space=any_space, keeps="any")))
+        _FAMILIES.append((belongs, Entry(make, any_space=any_space, keeps=keeps)))
         return make
 
     return add
@@ -429,7 +430,7 @@ def expand(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
     rule_for(layer)
     entry, name = entry_of(layer), unsupported(layer)
     if entry is None or name:
-        known = ", ".join(sorted(t.__name__ for t in (*_EXPANSIONS, *elementwise_layers(), *moving_layers())))
+        known = ", ".join(sorted(t.__name__ for t in (*_EXPANSIONS, *NORMALIZATIONS, *elementwise_layers(), *moving_layers())))
         raise UnsupportedLayer(f"expected layers with a local expansion ({known}), got {name}; use method='global', or add an expansion")
     return entry.make(layer, clean, scope)
 

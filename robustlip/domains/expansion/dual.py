@@ -144,7 +144,7 @@ class Rivals:
 
 # Token by token, or made of layers that are looked at by themselves. All others may mix tokens.
 _BY_TOKEN = (
-    nn.Embedding, AddPositions, nn.Linear, nn.LayerNorm, nn.RMSNorm, WrittenNorm, Normalize, Residual, Sum, Concatenate, Channels, Scale,
+    nn.Embedding, AddPositions, nn.Linear, WrittenNorm, Normalize, Residual, Sum, Concatenate, Channels, Scale,
     Shift, Product, Maximum, Minimum, nn.Sequential, nn.Identity,
     *DROPOUTS, *REFLECTIONS,
 )  # fmt: skip
@@ -153,7 +153,13 @@ _BY_TOKEN = (
 def is_causal(model: Chain) -> bool:
     """Whether every logit of a next-token model depends on the tokens up to its own alone: attention has to be causal, other layers act by token."""
     layers = [m for layer in model for m in layer.modules()]
-    return model.task == "next-token" and all(m.looks_back if type(m) is Attention else type(m) in _BY_TOKEN or is_elementwise(m) for m in layers)
+
+    def alone(m: nn.Module) -> bool:
+        if type(m) in (nn.LayerNorm, nn.RMSNorm):
+            return len(m.normalized_shape) == 1  # type: ignore[arg-type]
+        return type(m) in _BY_TOKEN or is_elementwise(m)
+
+    return model.task == "next-token" and all(m.looks_back if type(m) is Attention else alone(m) for m in layers)
 
 
 def moves_alone(model: Chain, threat: Threat, tokens: int) -> bool:

@@ -38,7 +38,7 @@ from robustlip.ops import is_elementwise
 from robustlip.ops.affine import shift_error, standardize_error
 from robustlip.ops.convolution import CONVOLUTIONS, TRANSPOSED, for_signals
 from robustlip.ops.joins import mean_error
-from robustlip.ops.normalization import BATCH_NORMS
+from robustlip.ops.normalization import BATCH_NORMS, is_normalization, stays_whole
 from robustlip.threats import l2_factor
 
 
@@ -50,7 +50,9 @@ def _bending(layer: nn.Module | None) -> type[Neurons] | None:
 
 
 def _may_stay(layer: nn.Module, whole: tuple[int, ...]) -> bool:
-    """Whether a layer that takes images takes samples of that shape as one vector: images, and of sums signals and volumes too."""
+    """Whether a layer that takes images takes samples of that shape as one vector: images, and some layers signals and volumes too."""
+    if is_normalization(layer):
+        return stays_whole(layer, whole)  # type: ignore[arg-type]
     return len(whole) == 3 or (isinstance(layer, Sum) and (len(whole) > 3 or for_signals(layer)))
 
 

@@ -1,5 +1,5 @@
-"""Normalisation. docs/theory.md, section 3: the global constant of LayerNorm and RMSNorm is ‖γ‖_∞/√eps, however large that is; batch norm in eval
-mode is affine."""
+"""Normalisation. docs/theory.md, section 3: the global constant of LayerNorm, RMSNorm, GroupNorm and InstanceNorm is ‖γ‖_∞/√eps, however large that
+is; batch norm in eval mode is affine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from robustlip.domains.norms.state import Context, Rule, State, register
-from robustlip.layers.formulas import WrittenNorm
+from robustlip.domains.norms.state import Context, Rule, State, register, register_family
 from robustlip.ops.normalization import (
     BATCH_NORMS,
     BatchNorm,
@@ -20,33 +19,37 @@ from robustlip.ops.normalization import (
     centres,
     check_batch,
     divided_by,
+    is_normalization,
     largest_gain,
     largest_shift,
     least_size,
     normalization_error,
     normalized,
+    stays_whole,
 )
 
 
-@register(nn.LayerNorm, nn.RMSNorm, WrittenNorm)
+@register_family(is_normalization)
 class NormalizationRule(Rule):
-    """y = γ·c/s + β with c = Px, s = sqrt(‖c‖²/D + eps), P centring (LayerNorm) or the identity (RMSNorm, without β).
+    """y = γ·c/s + β with c = Px, s = sqrt(‖c‖²/D + eps), P centring or the identity (RMSNorm, without β), group by group.
 
     The Jacobian in c is (I − ccᵀ/(D s²))/s, of norm at most 1/s ≤ 1/√eps, and ‖c/s‖ ≤ √D. Without β y(0) = 0, so ‖y‖ ≤ ‖γ‖_∞‖x‖/√eps too.
     `WrittenNorm` may divide by √(‖c‖²/(D − 1) + eps), or by ‖c‖/√m + eps, whose Jacobian is of norm at most 1/s ≤ 1/eps.
+    Of k groups side by side the Jacobian is block-diagonal, and ‖y‖ ≤ ‖γ‖_∞√(k m) + ‖β‖.
     """
 
     def step(self, layer: Normalization, state: State, context: Context) -> State:
-        state = state.by_token(layer).in_l2()
-        normalized(layer, state.width)
-        least, root = least_size(layer), math.sqrt(divided_by(layer)[0])
+        whole = state.whole is not None and stays_whole(layer, state.whole)
+        state = (state if whole else state.by_token(layer)).in_l2()
+        groups = normalized(layer, state.whole, state.tokens, state.width)
+        least, root = least_size(layer), math.sqrt(groups.count * divided_by(layer, groups)[0])
         scale = context.constant(layer, "scale", lambda: largest_gain(layer))
-        shift = context.constant(layer, "shift", lambda: largest_shift(layer))
+        shift = context.constant(layer, f"shift-{groups.numbers}", lambda: largest_shift(layer, groups))
         gain = scale / least * (1 + 1e-15)
         norm = torch.full_like(state.norm, scale * root * (1 + 1e-15)) + shift
         if not centres(layer):
             norm = torch.minimum(gain * state.norm, norm)
-        fresh = normalization_error(layer, state.norm, norm, 1 / least, context)
+        fresh = normalization_error(layer, groups, state.norm, norm, 1 / least, context)
         behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.finite(behind, state.norm**2)
 

@@ -20,6 +20,7 @@ from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.numerics.rounding import SMALLEST, up
 from robustlip.ops import elementwise_layers
 from robustlip.ops.moves import moving_layers
+from robustlip.ops.normalization import NORMALIZATIONS
 from robustlip.threats import l2_factor
 
 # More than the few products of one rule can lose by underflow.
@@ -154,7 +155,7 @@ def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[type[Rule
 
 def known_layers() -> tuple[type, ...]:
     """The layer classes with a rule."""
-    return (*_RULES, *elementwise_layers(), *moving_layers())
+    return (*_RULES, *NORMALIZATIONS, *elementwise_layers(), *moving_layers())
 
 
 def rule_for(layer: nn.Module) -> Rule:
