@@ -287,6 +287,7 @@ def small(layer: type[nn.Module]) -> nn.Module:
     """A layer of a class of the rule table, on 8 numbers."""
     options: dict[type, tuple] = {
         nn.Linear: (8, 8), nn.LayerNorm: (8,), nn.RMSNorm: (8, 1e-3), nn.BatchNorm1d: (8,), nn.BatchNorm2d: (8,), nn.Embedding: (8, 8),
+        nn.GroupNorm: (2, 8), **dict.fromkeys(ops_normalization.INSTANCE_NORMS, (8,)),
         Lookup: ([], [], 8), Householder: (8,), Attention: (8, 2),
         AddPositions: (4, 8), Patchify: (2,), Residual: (nn.Identity(),), Sum: (nn.Identity(),), Concatenate: (nn.Identity(),), Channels: (0, 8),
         Normalize: ([0.0], [1.0]), Scale: (2.0,), Shift: (1.0,), nn.ZeroPad2d: (1,), nn.Threshold: (0.0, 0.0), nn.Hardshrink: (0.0,), Clamp: (0.0,),
