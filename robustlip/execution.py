@@ -93,7 +93,8 @@ _METHODS = (
 # The operators that these functions run. A kernel that Python registered for one of them is not torch's.
 _KERNELS = frozenset(
     "linear addmm mm matmul bmm baddbmm conv2d convolution _convolution embedding relu gelu silu tanh sigmoid layer_norm native_layer_norm rms_norm "
-    "_fused_rms_norm batch_norm native_batch_norm group_norm native_group_norm instance_norm softmax _softmax scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
+    "_fused_rms_norm batch_norm native_batch_norm group_norm native_group_norm instance_norm "
+    "softmax _softmax scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_attention_math add sub mul div rsub maximum minimum cat sort mean sum max_pool2d max_pool2d_with_indices avg_pool2d "
     "_adaptive_avg_pool2d constant_pad_nd view reshape permute transpose masked_fill _to_copy sin cos clamp_max index select slice expand neg "
     "split split_with_sizes repeat_interleave bitwise_not le".split()

@@ -115,7 +115,10 @@ def positions() -> AddPositions:
 
 
 # Shape of one sample where it is not (T, D): images, and vectors for BatchNorm1d.
-SHAPES = {"image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6), "signal": (4, 9), "volume": (2, 4, 3, 5), "few": (4, 2, 2), "short": (4, 3), "deep": (2, 2, 2, 2)}
+SHAPES = {
+    "image": (4, 6, 5), "vector": (D,), "even": (2, 4, 6), "signal": (4, 9), "volume": (2, 4, 3, 5),
+    "few": (4, 2, 2), "short": (4, 3), "deep": (2, 2, 2, 2),
+}  # fmt: skip
 SIGNALS = (SHAPES["signal"], SHAPES["short"])
 
 

@@ -22,8 +22,8 @@ from robustlip.certifiers.sequence import sequence_radii
 from robustlip.constraints.targets import targets_of
 from robustlip.domains.expansion import Scope, dual, expand, unsupported
 from robustlip.domains.expansion import base as local_base
-from robustlip.domains.expansion import normalization as local_normalization
 from robustlip.domains.expansion import elementwise as local_elementwise
+from robustlip.domains.expansion import normalization as local_normalization
 from robustlip.domains.expansion import sorting as local_sorting
 from robustlip.domains.expansion import structure as local_structure
 from robustlip.domains.lines import crown as linear
@@ -182,7 +182,8 @@ def test_pairs_of_a_layer_that_reflects_none_are_refused(made) -> None:
 
 @pytest.mark.parametrize(
     "maker",
-    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion, local_normalization.NormalizationExpansion],
+    [local_structure._identity, local_sorting.ReflectionExpansion, local_elementwise.ElementwiseExpansion,
+     local_normalization.NormalizationExpansion],
     ids=["identity", "reflection", "elementwise", "normalisation"],
 )
 def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Numbers divided by their own size, group by group: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, P centring or the identity, x the D numbers of a group.
+"""Numbers divided by their own size, group by group: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, x the D numbers of a group, P centring or identity.
 
 LayerNorm and RMSNorm: a group is a token, or the last dimensions of a sample together. GroupNorm: some channels with all their places; InstanceNorm
 without running statistics: one channel. `WrittenNorm` runs LayerNorm or RMSNorm as a model wrote them: without β, perhaps with D − 1 in the place of
@@ -32,14 +32,14 @@ CURVATURE = 1.15471
 CURVATURE_OUTSIDE = 2.0
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Of the last dimensions of a sample, and of channels with their places. Of instance norms those without running statistics: the others are affine.
+# Of the last dimensions of a sample, and of channels with their places. Instance norms without running statistics: the others are affine.
 OF_TOKENS, OF_CHANNELS = (nn.LayerNorm, nn.RMSNorm, WrittenNorm), (nn.GroupNorm, *INSTANCE_NORMS)
 NORMALIZATIONS = (*OF_TOKENS, *OF_CHANNELS)
 Normalization = Union[nn.LayerNorm, nn.RMSNorm, WrittenNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d]
 
 
 def is_normalization(layer: nn.Module) -> bool:
-    """Whether a layer divides numbers by their own size. An instance norm with running statistics divides by those: capture makes a batch norm of it."""
+    """Whether a layer divides numbers by their own size. Instance norms with running statistics divide by those: captures have batch norms."""
     return type(layer) in (*OF_TOKENS, nn.GroupNorm) or (type(layer) in INSTANCE_NORMS and layer.running_mean is None and layer.running_var is None)
 
 
@@ -96,9 +96,7 @@ def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int,
             raise BadInput(f"expected {wanted} in front of {name}, got {got}; match them")
         return Groups(math.prod(shape[: -len(own)]), math.prod(own), eps)
     if whole is None and tokens != 1:
-        raise UnsupportedLayer(
-            f"expected vectors, signals or images in front of {name}, got tokens, which it would mix; use LayerNorm, or put a layer of signals in front"
-        )
+        raise UnsupportedLayer(f"expected vectors, signals or images in front of {name}, got tokens, which it would mix; use LayerNorm")
     if isinstance(layer, nn.GroupNorm):
         channels, count = layer.num_channels, layer.num_groups
     else:

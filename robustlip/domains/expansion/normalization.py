@@ -10,8 +10,8 @@ u_⊥² = 2/3); tests/test_local.py checks it on a grid.
 second derivative is −(2(1 − θ)u_∥² + u_⊥²) along c and −2u_∥u_⊥ across it, both over √m s²: its norm is at most √(1 + 6u_∥² − 3u_∥⁴) ≤ 2. At
 c = 0 the first derivative is continuous and the second is not, which a bound of the remainder does not need.
 
-Of a vector of several groups each moves by r at most, and Σ_g‖Δ_g‖² ≤ r². So ‖dy‖ ≤ max_g(‖γ_g‖_∞/s_min,g)·r; with curvatures k_g the remainder R_g is
-at most ½k_g‖Δ_g‖², all together √Σ_g(½k_g‖Δ_g‖²)² ≤ ½max_g k_g·r², and an adjoint ω meets Σ_g‖ω_g‖½k_g‖Δ_g‖² ≤ max_g‖ω_g‖·½max_g k_g·r².
+Of a vector of several groups each moves by r at most, and Σ_g‖Δ_g‖² ≤ r². So ‖dy‖ ≤ max_g(‖γ_g‖_∞/s_min,g)·r; with curvatures k_g the remainder
+R_g is at most ½k_g‖Δ_g‖², all together √Σ_g(½k_g‖Δ_g‖²)² ≤ ½max_g k_g·r², and an adjoint ω meets Σ_g‖ω_g‖½k_g‖Δ_g‖² ≤ max_g‖ω_g‖·½max_g k_g·r².
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from robustlip.domains.norms.state import Context, Rule, State, register, register_family
 from robustlip.ops.normalization import (
