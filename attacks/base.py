@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 from robustlip.attacks.spaces import EmbeddingSpace, InputSpace, Space, round_down
 from robustlip.attacks.weight_space import WeightSpace
 from robustlip.checks import check_finite_weights, check_fit
+from robustlip.data.lengths import by_length
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.execution import covered_kernels
 from robustlip.geometry import length
@@ -184,6 +185,19 @@ class Attack(ABC):
             )
         self.check_threat(threat)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
+        groups = by_length(x)
+        if len(groups) == 1:
+            return self._at(model, groups[0][1], y, threat, generator, index, weights_sha256)
+        if y.shape != (len(x),):
+            raise BadInput(f"expected one label for each of {len(x)} samples, got labels of shape {tuple(y.shape)}; match them")
+        ids = _check_index(index, len(x))
+        parts = [self._at(model, part, y[of.to(y.device)], threat, generator, ids[of.cpu().numpy()], weights_sha256) for of, part in groups]
+        return _together(parts, torch.cat([of for of, _ in groups]).argsort().cpu().numpy())
+
+    def _at(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: Threat, generator: torch.Generator, index: Any, weights_sha256: str
+    ) -> Observation:
+        """`__call__` of samples of one shape."""
         target = Target(model)
         with preserved(model), in_eval_mode(model), covered_kernels(target.kind):
             check_finite_weights(model)
@@ -282,6 +296,25 @@ class Attack(ABC):
         """Lands inside the ball, measures and judges again (see `Space.judged`)."""
         with torch.no_grad():
             return space.judged(delta, group, radius)
+
+
+def _together(parts: list[Observation], order: np.ndarray) -> Observation:
+    """Observations of texts of several lengths as one, sample i number order[i] of them. Embeddings are 0 behind the end of a text."""
+    first = parts[0]
+    arrays = ("index", "label", "prediction", "success", "distance", "radius", "adversarial_prediction")
+    joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts])[order] for name in arrays}
+    joined["failure"] = tuple(np.array([why for p in parts for why in p.failure], dtype=object)[order])
+    points: list[Any] = [p.adversarial for p in parts]
+    if isinstance(first.adversarial, dict):
+        rows = [len(next(iter(found.values()))) for found in points]
+        starts = np.cumsum([0, *rows[:-1]])
+        joined["adversarial"] = {name: torch.cat([found[name] for found in points]) for name in first.adversarial}
+        joined["group"] = np.concatenate([p.group + start for p, start in zip(parts, starts, strict=True)])[order]
+    else:
+        longest = max(found.shape[1] for found in points)
+        each = [torch.nn.functional.pad(found[p.group], (0, 0, 0, longest - found.shape[1])) for p, found in zip(parts, points, strict=True)]
+        joined["adversarial"], joined["group"] = torch.cat(each)[order], np.arange(len(order))
+    return replace(first, **joined)
 
 
 def _plain(value: Any) -> str:

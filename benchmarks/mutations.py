@@ -29,7 +29,7 @@ RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS, OVER
     f"tests/test_{name}.py"
     for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals", "overflow")
 )
-FORMS = "tests/test_attention_forms.py"
+FORMS, TEXTS = "tests/test_attention_forms.py", "tests/test_texts.py"
 VNNLIB, OUTPUTS, BOXES = "tests/test_vnnlib.py", "robustlip/domains/lines/outputs.py", "robustlip/certifiers/boxes.py"
 EXACT, WALKS, OF_MLP, OF_SDP, CONVS, SEQUENCES, GATES, FILES = (
     f"tests/test_{name}.py" for name in ("exact", "walks", "mlp_certifiers", "lipsdp", "conv", "sequence", "gate", "certificate_file")
@@ -145,6 +145,18 @@ MUTATIONS = [
              "chain = known\n    elif known is not None:\n        chain = known\n", f"{CAPTURE} -k not_of_weights"),
     Mutation("capture: a certificate does not name what was computed of the weights", CHAINS,
              'printed if source is None else hashlib', 'printed if True else hashlib', f"{CAPTURE} -k not_of_weights"),
+    Mutation("texts: radii in the order of lengths", ENTRY, "return reordered(concatenate(parts), rows.argsort().numpy())",
+             "return concatenate(parts)", f"{TEXTS} -k that_it_has_alone"),
+    Mutation("texts: attacks in the order of lengths", "attacks/base.py", "for of, _ in groups]).argsort().cpu().numpy())",
+             "for of, _ in groups]).cpu().numpy())", f"{TEXTS} -k that_it_has_alone"),
+    Mutation("texts: a tokenizer may pad", "robustlip/data/subwords.py", "            self.tokenizer.no_padding()\n", "", f"{TEXTS} -k without_padding"),
+    Mutation("texts: padding in front is none", "robustlip/samples.py", "if bool((seen[:, 1:] > seen[:, :-1]).any()):", "if False:",
+             f"{TEXTS} -k tokenizer_answers"),
+    Mutation("texts: a certificate names the first length's program alone", "robustlip/certificates.py",
+             "architecture = joint_sha256(programs) if programs else first.architecture_sha256", "architecture = first.architecture_sha256",
+             f"{TEXTS} -k and_without"),
+    Mutation("texts: a bound of the model is of one token", "robustlip/certifiers/bounds.py", "_tokens_of(layers) if embedding else 1", "1",
+             f"{TEXTS} -k and_without"),
     Mutation("capture: a subtraction is a sum", LOWER, 'sign = 1.0 if node.op == "add" else -1.0', "sign = 1.0", f"{CAPTURE} -k random"),
     # ---- joins
     Mutation("sums: weights of branches counted as 1", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = [1.0 for w in layer.weights]",

@@ -437,9 +437,18 @@ def _point(observation: Observation, i: int) -> dict[str, torch.Tensor]:
 
 def _sensitivity(chain: nn.Module, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[list[dict[str, float]], torch.Tensor]:
     """The sensitivity fields of each sample's record, and the weight changes behind them."""
+    import torch
+
     from robustlip.attacks import observed_sensitivity
     from robustlip.certifiers import weight_sensitivity_bound
+    from robustlip.data.lengths import by_length
 
+    if len(groups := by_length(x)) > 1:
+        parts = [_sensitivity(chain, part, ball, search, seed) for _, part in groups]
+        order = torch.cat([rows for rows, _ in groups]).argsort()
+        fields = [row for rows, _ in parts for row in rows]
+        return [fields[i] for i in order.tolist()], torch.cat([witness for _, witness in parts])[order]
+    x = groups[0][1]
     radius = ball.radius
     assert radius is not None
     observed = observed_sensitivity(chain, x, ball, **search.model_dump(), generator=_generator(seed))

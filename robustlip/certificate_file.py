@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
 from robustlip.certifiers import methods
 from robustlip.data import Dataset
-from robustlip.data.load import parse_spec
-from robustlip.data.vnnlib import BOXES
+from robustlip.data.lengths import by_length
+from robustlip.data.load import FILES, parse_spec
 from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
 from robustlip.names import check_line, shown
@@ -313,7 +314,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def row_hashes(x: Tensor, y: Tensor) -> list[str]:
-    """SHA-256 of each row (input and label): x (N, …) as loaded, before any cast; y (N,). Independent of the device."""
+    """SHA-256 of each row (input and label): x (N, …) as loaded, before any cast; y (N,). Independent of the device, and of a text's neighbours."""
+    groups = by_length(x)
+    if len(groups) > 1:
+        rows = torch.cat([rows for rows, _ in groups]).argsort().tolist()
+        found = [sha for of, part in groups for sha in row_hashes(part, y[of])]
+        return [found[row] for row in rows]
+    x = groups[0][1]
     array = np.ascontiguousarray(x.detach().cpu().numpy())
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     head = f"{str(x.dtype).removeprefix('torch.')}\0{tuple(array.shape[1:])}\0"
@@ -359,6 +366,6 @@ def _finite(value: float | str) -> float | str:
 def _portable(spec: str, split: str) -> str:
     """The specification with its split and without the folders of this machine."""
     name, _ = parse_spec(spec)
-    if name.endswith((".parquet", *BOXES)):
+    if name.endswith(FILES):
         return Path(name).name
     return f"{Path(name).name if name.endswith('.txt') else name}:{split}"

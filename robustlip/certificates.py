@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from robustlip.hashing import joint_sha256
 from robustlip.threats import Threat
 
 CERTIFIED, ABSTAINED, MISCLASSIFIED = "certified", "abstained", "misclassified"
@@ -26,6 +27,7 @@ class Certificate:
     model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules, torch, and packages that add operations or methods.
     execution: the kernels by which the model runs in that arithmetic, as `robustlip.execution` names them; other kernels (a compiled model,
     TF32, flash attention on CUDA) are not covered.
+    programs: of texts, by their number of tokens the SHA-256 of the program that they were certified with; architecture_sha256 is of all of them.
     """
 
     threat: Threat
@@ -43,6 +45,7 @@ class Certificate:
     bound: dict[str, float | str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     execution: str = ""
+    programs: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,4 +61,16 @@ def concatenate(certificates: Sequence[Certificate]) -> Certificate:
     joined: dict[str, Any] = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
     joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason", "methods")}
     bound = {key: max(c.bound[key] for c in certificates if key in c.bound) for key in dict.fromkeys(k for c in certificates for k in c.bound)}
-    return replace(first, **joined, bound=bound)
+    programs = {length: sha for c in certificates for length, sha in c.programs.items()}
+    architecture = joint_sha256(programs) if programs else first.architecture_sha256
+    return replace(first, **joined, bound=bound, programs=programs, architecture_sha256=architecture)
+
+
+def reordered(certificate: Certificate, order: np.ndarray) -> Certificate:
+    """The same certificate with its samples in another order: sample i is `order[i]` of those that it has."""
+    arrays: dict[str, Any] = {name: getattr(certificate, name)[order] for name in ("index", "label", "prediction", "radius")}
+    words: dict[str, Any] = {}
+    for name in ("status", "reason", "methods"):
+        given = getattr(certificate, name)
+        words[name] = tuple(given[i] for i in order.tolist()) if given else given
+    return replace(certificate, **arrays, **words)

@@ -31,6 +31,7 @@ from robustlip.certifiers.chains import chain_of
 from robustlip.certifiers.methods import check_method
 from robustlip.checks import check_fit
 from robustlip.data import Dataset, load_data
+from robustlip.data.lengths import by_length, in_order
 from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
@@ -395,14 +396,17 @@ def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray
     found = []
     with undrawn(), covered_kernels(target.kind), in_eval_mode(model):
         for start in range(0, len(data), batch_size):
-            x = data.x[start : start + batch_size]
-            x = x.to(target.device(x), target.dtype(x) if x.is_floating_point() else x.dtype)
-            target.check_inputs(x)
-            check_fit(model, x)
-            logits = target.settle(x)
-            if int(data.y.max()) >= logits.shape[1]:
-                raise BadInput(f"expected labels in [0, {logits.shape[1] - 1}], got {int(data.y.max())}; use the model's own classes")
-            found.append(logits.argmax(1).cpu().numpy())
+            groups = by_length(data.x[start : start + batch_size])
+            parts = []
+            for _, x in groups:
+                x = x.to(target.device(x), target.dtype(x) if x.is_floating_point() else x.dtype)
+                target.check_inputs(x)
+                check_fit(model, x)
+                logits = target.settle(x)
+                if int(data.y.max()) >= logits.shape[1]:
+                    raise BadInput(f"expected labels in [0, {logits.shape[1] - 1}], got {int(data.y.max())}; use the model's own classes")
+                parts.append(logits.argmax(1).cpu())
+            found.append(in_order(parts, groups).numpy())
     return np.concatenate(found)
 
 

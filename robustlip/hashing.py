@@ -37,6 +37,14 @@ def architecture_sha256(model: nn.Module) -> str:
         return hashlib.sha256(printed(model).encode()).hexdigest()
 
 
+def joint_sha256(programs: Mapping[int, str]) -> str:
+    """One SHA-256 for the programs of texts of several lengths: theirs, where it is one; else that of all of them and their lengths."""
+    distinct = set(programs.values())
+    if len(distinct) == 1:
+        return distinct.pop()
+    return hashlib.sha256("".join(f"{length}\0{sha}\0" for length, sha in sorted(programs.items())).encode()).hexdigest()
+
+
 def printed(module: nn.Module | None) -> str:
     """repr(module) as torch 2.13 prints it, whichever torch is installed: a certificate outlives the version it was made with."""
     if module is None or type(module).__repr__ is not nn.Module.__repr__:

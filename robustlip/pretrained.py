@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustlip.data.lengths import NO_TOKEN
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, first_line
 from robustlip.files import is_folder, read_json, read_limited
@@ -52,6 +53,11 @@ class Pretrained(nn.Module):
         """Images (N, C, H, W) or token ids (N, T), or embeddings (N, T, D) in their place → logits."""
         if inputs_embeds is not None:
             answer = self.model(inputs_embeds=inputs_embeds)
+        elif x is not None and self.normalize is None:
+            most = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+            if isinstance(most, int) and x.dim() == 2 and x.shape[1] > most:
+                raise BadInput(f"expected texts of at most {most} tokens, the model's positions, got {x.shape[1]}; cut them with --context {most}")
+            answer = self.model(x)
         else:
             answer = self.model(x if self.normalize is None else self.normalize(x))
         logits: Tensor = getattr(answer, "logits", answer)
@@ -95,7 +101,10 @@ def read_hugging_face(folder: Path) -> Pretrained:
     model.config.use_cache = False
     normalize = _normalize(folder) if head.endswith("ImageClassification") else None
     task = "next-token" if head == "AutoModelForCausalLM" else "classification"
-    return Pretrained(model, normalize, task, None if head.endswith("ImageClassification") else _tokenizer(folder)).eval()
+    classes = _classes(model.config) if task == "classification" else None
+    if head.endswith("SequenceClassification") and model.config.pad_token_id is None:
+        model.config.pad_token_id = NO_TOKEN  # which no text has: the last token is the last one
+    return Pretrained(model, normalize, task, None if head.endswith("ImageClassification") else _tokenizer(folder, classes)).eval()
 
 
 def read_timm(folder: Path) -> Pretrained:
@@ -190,8 +199,15 @@ def _normalized(mean: Any, std: Any, folder: Path) -> Normalize:
         raise BadInput(f"expected a mean and a deviation by channel in {str(folder)!r}, got {mean!r} and {std!r}; correct them") from error
 
 
-def _tokenizer(folder: Path) -> Subwords | None:
+def _classes(config: Any) -> tuple[str, ...] | None:
+    """The names of classes 0, 1, … in a config, where it has one for each."""
+    names = getattr(config, "id2label", None) or {}
+    found = tuple(str(names[i]) for i in range(len(names)) if i in names)
+    return found if found and len(found) == len(set(found)) == config.num_labels else None
+
+
+def _tokenizer(folder: Path, classes: tuple[str, ...] | None) -> Subwords | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    return Subwords(read_limited(path, "a tokenizer", MAX_TOKENIZER, "use a smaller one"))
+    return Subwords(read_limited(path, "a tokenizer", MAX_TOKENIZER, "use a smaller one"), classes)

@@ -7,7 +7,7 @@ the point that was given). Integers become int64 token ids or labels. What could
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from robustlip.data.dataset import Dataset
+from robustlip.data.lengths import NO_TOKEN, joined
 from robustlip.errors import BadInput, first_line
 from robustlip.modes import undrawn
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, parse_threat
@@ -47,6 +48,8 @@ def as_samples(x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
 
     x: a tensor, a numpy array, a pandas column or table, a list of numbers or of equal arrays; or, with y left out, what `robustlip.load_data`
     gives, or a DataLoader or torch Dataset of pairs (x, y), in the order in which it gives them. y: class numbers in any of these forms, integers.
+    Token ids of several lengths: a list of rows, or what a tokenizer of transformers answers (input_ids, attention_mask), padded on the right; behind
+    the end of a text then stands `robustlip.data.lengths.NO_TOKEN`. They are run without padding, those of one length together.
     Nothing that is passed in changes; a loader's generators and the global random state come back as they were.
     Raises BadInput for uint8, objects, text, rows of different lengths, and labels that are bool, floating-point or one-hot.
     """
@@ -60,6 +63,7 @@ def as_samples(x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
 
 
 def _inputs(x: Any) -> Tensor:
+    x = _encoded(x) if isinstance(x, Mapping) else _texts(x)
     x = _tensor(x, "inputs", "give a numeric array (N, …), one row a sample")
     if x.dtype == torch.uint8:
         raise BadInput("expected inputs as floating-point numbers or int64 token ids, got uint8; scale images, e.g. x / 255, in the model's units")
@@ -68,6 +72,41 @@ def _inputs(x: Any) -> Tensor:
     if x.dim() < 2 or len(x) == 0:
         raise BadInput(f"expected inputs as a tensor (N, …) of at least one sample, got shape {tuple(x.shape)}; add the batch dimension")
     return x if x.is_floating_point() else x.long()
+
+
+def _texts(x: Any) -> Any:
+    """Rows of token ids of several lengths as one tensor; anything else as it is."""
+    if not isinstance(x, list | tuple) or not all(isinstance(row, list | tuple | np.ndarray | Tensor) and len(np.shape(row)) == 1 for row in x):
+        return x
+    if len({len(row) for row in x}) < 2:
+        return x
+    rows = [_tensor(row, "token ids", "give integers") for row in x if len(row)]
+    if any(row.is_floating_point() or row.dtype == torch.bool for row in rows):
+        return x
+    return joined([_tensor(row, "token ids", "give integers") if len(row) else torch.zeros(0) for row in x])
+
+
+def _encoded(x: Mapping[str, Any]) -> Tensor:
+    """What a tokenizer of transformers answers, its padding taken for what is behind the end of a text. Raises BadInput for more."""
+    given = {name: value for name, value in x.items() if name not in ("special_tokens_mask", "offset_mapping", "length")}
+    if not {"input_ids"} <= given.keys() <= {"input_ids", "attention_mask", "token_type_ids"}:
+        raise BadInput(f"expected input_ids, with attention_mask or without, got {', '.join(map(str, list(x)[:6]))}; give the token ids")
+    remedy = "give integers of one shape (N, T), or rows of several lengths without padding"
+    ids = _tensor(_texts(given["input_ids"]), "input_ids", remedy)
+    kinds, mask = given.get("token_type_ids"), given.get("attention_mask")
+    if kinds is not None and bool((_tensor(_texts(kinds), "token_type_ids", remedy) > 0).any()):
+        raise BadInput("expected texts of one part, got token_type_ids of several; leave out the pairs, models are run without token_type_ids")
+    if mask is None:
+        return ids
+    seen = _tensor(_texts(mask), "attention_mask", remedy)
+    if seen.shape != ids.shape or ids.dim() != 2 or not bool((seen <= 1).all()):
+        raise BadInput(f"expected an attention_mask of 0 and 1 of shape {tuple(ids.shape)}, got {tuple(seen.shape)}; give that of these ids")
+    if bool((seen[:, 1:] > seen[:, :-1]).any()):
+        raise BadInput(
+            "expected padding behind the end of a text, got some in front of one, which puts its tokens at other positions; "
+            "pad on the right (tokenizer.padding_side = 'right')"
+        )
+    return ids.masked_fill(seen != 1, NO_TOKEN)
 
 
 def _labels(y: Any, count: int) -> Tensor:

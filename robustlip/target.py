@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from robustlip.checks import check_is_logit, check_logits
+from robustlip.data.lengths import by_length, in_order
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, two_logits
 
@@ -73,8 +74,9 @@ class Target:
     # ---- what it answers
 
     def scores(self, x: Tensor) -> Tensor:
-        """Raw inputs (N, …) → the logits (N, C) of the prediction."""
-        return self._one_by_one(lambda part: self.module(part), x)
+        """Raw inputs (N, …) → the logits (N, C) of the prediction. Texts of several lengths are run without padding, those of one together."""
+        groups = by_length(x)
+        return in_order([self._one_by_one(lambda part: self.module(part), part) for _, part in groups], groups)
 
     def scores_with(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The logits (N, C) of inputs x with other weights, by the parameter names of `source`."""

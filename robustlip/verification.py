@@ -45,9 +45,8 @@ from robustlip.certificates import Certificate, concatenate
 from robustlip.certifiers import chains
 from robustlip.certifiers.methods import check_method
 from robustlip.data import Dataset, load_data
-from robustlip.data.load import chosen, is_text, parse_spec
+from robustlip.data.load import FILES, chosen, is_text, parse_spec
 from robustlip.data.subwords import Subwords
-from robustlip.data.vnnlib import BOXES
 from robustlip.errors import BadInput
 from robustlip.limits import VERIFIED_AT_ONCE, VERIFIED_ROWS, VERIFIED_SECONDS, number
 from robustlip.numerics.rounding import NAMES, evaluated_in
@@ -182,7 +181,7 @@ def load_rows(
     """
     where = spec or source.spec
     name, _, split = where.partition(":")
-    if spec is None and data_dir is not None and name.endswith((".parquet", ".txt", *BOXES)) and (Path(data_dir) / name).is_file():
+    if spec is None and data_dir is not None and name.endswith((".txt", *FILES)) and (Path(data_dir) / name).is_file():
         where = str(Path(data_dir) / name) + (f":{split}" if split else "")
     # The vocabulary belongs to texts; a model of images has none.
     words = vocabulary if is_text(parse_spec(where)[0], source.text_column) else None
@@ -236,7 +235,8 @@ def verify(
         return Verification((Finding("work", refusal),))
     chain = cast(model, file.dtype)
     notes = _notes(file, data)
-    stale = [*_model_differs(file, model, chain, data.x), *_rows_differ(file, data)]
+    named = torch.as_tensor([at for at, i in enumerate(data.index.tolist()) if i in {sample.index for sample in file.samples}], dtype=torch.int64)
+    stale = [*_model_differs(file, model, chain, data.x[named] if len(named) else data.x), *_rows_differ(file, data)]
     if file.partial:
         sentence = f"expected all {file.data.requested} samples that were requested, got {len(file.samples)}: it is partial; certify to the end"
         stale.append(Finding("partial", sentence))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run
+from hugging_face import KINDS, TEXT, saved
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,47 +20,7 @@ from robustlip.models.zoo import load
 from robustlip.pretrained import Pretrained
 from robustlip.threats import parse_threat
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'robustlip[hf]'")
-SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
-KINDS = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 32}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "num_key_value_heads": 1}),
-    "bert": ("BertForSequenceClassification", "BertConfig", {**SMALL, "num_labels": 3}),
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**SMALL, "num_labels": 3, "max_position_embeddings": 20}),
-    "distilbert": (
-        "DistilBertForSequenceClassification", "DistilBertConfig", {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "vocab_size": 40},
-    ),
-    "vit": (
-        "ViTForImageClassification", "ViTConfig",
-        {**{k: v for k, v in SMALL.items() if k != "vocab_size"}, "image_size": 8, "patch_size": 4, "num_labels": 3},
-    ),
-}  # fmt: skip
-TEXT = "the cat sat on the mat and the dog sat on the cat. " * 30
-
-
-def saved(kind: str, folder: Path) -> Path:
-    """A small model with random weights as `save_pretrained` writes it, and its tokenizer."""
-    name, config, options = KINDS[kind]
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
-    with torch.no_grad():  # random weights of 0.02 say nothing
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(8)
-    model.save_pretrained(folder)
-    if kind == "vit":
-        said = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.5]}
-        (folder / "preprocessor_config.json").write_text(json.dumps(said))
-    else:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=40, show_progress=False))
-        tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+pytest.importorskip("transformers", reason="needs transformers: pip install 'robustlip[hf]'")
 
 
 @pytest.fixture(scope="module")

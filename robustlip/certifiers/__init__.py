@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip import plugins
-from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
+from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate, concatenate, reordered
 from robustlip.certifiers.bounds import bound_of_chain, lipschitz_bound, weight_sensitivity_bound
 from robustlip.certifiers.chains import architecture_of, cast, chain_of, check_weights_of
 from robustlip.certifiers.constants import constants_of
@@ -33,6 +33,7 @@ from robustlip.certifiers.samples import (
 )  # fmt: skip
 from robustlip.certifiers.trace import scores_and_norms
 from robustlip.checks import check_is_logit, check_logits
+from robustlip.data.lengths import by_length
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
@@ -65,7 +66,8 @@ def certify(
     """The largest radius proved for each sample under `threat`, rounded down; 0, with the reason, where nothing is proved.
 
     model: a Chain, an nn.Sequential of supported layers, or any module that `robustlip.capture` supports.
-    x: raw inputs: images (N, C, H, W), vectors (N, n) or token ids (N, T).
+    x: raw inputs: images (N, C, H, W), vectors (N, n) or token ids (N, T). Texts of different lengths (see `robustlip.samples`) are certified as they
+    are run: all texts of one length together, without padding, with the program for that length.
     y: labels (N,); for next-token models, the token after the window. `robustlip.samples` lists the accepted forms of x, y and threat: tensors,
     arrays, columns, lists, a data loader instead of x and y, the name of a threat.
     method: a key of `methods()`, or 'best'. 'best' takes, for each sample, the largest radius of all applicable methods and records which method
@@ -80,6 +82,9 @@ def certify(
     """
     check_method(method)
     x, y, threat = as_request(x, y, threat)
+    if len(groups := by_length(x)) > 1:
+        return _by_length(model, groups, y, threat, method, dtype, index, batch_size)
+    x = groups[0][1]
     chain, source = chain_of(model, x)
     subject = model
     own = check_model(chain)
@@ -100,6 +105,22 @@ def certify(
         training = train_mode_reason(chain)
         with evaluated(chain):
             return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training, source, subject)
+
+
+def _by_length(
+    model: nn.Module, groups: list[tuple[Tensor, Tensor]], y: Tensor, threat: Threat, method: str, dtype: str | None,
+    index: Tensor | np.ndarray | None, batch_size: int | None,
+) -> Certificate:  # fmt: skip
+    """The certificate of texts of several lengths, in their own order."""
+    rows = torch.cat([of for of, _ in groups]).cpu()
+    if len(y) != len(rows):
+        raise BadInput(f"expected one label for each of {len(rows)} samples, got labels of shape {tuple(y.shape)}; match them")
+    numbers = np.arange(len(rows)) if index is None else np.asarray(index, dtype=np.int64)
+    parts = [
+        certify(model, part, y[of.to(y.device)], threat, method, dtype=dtype, index=numbers[of.cpu().numpy()], batch_size=batch_size)
+        for of, part in groups
+    ]  # fmt: skip
+    return reordered(concatenate(parts), rows.argsort().numpy())
 
 
 def _certify(
@@ -142,7 +163,7 @@ def _certify(
     name = "real" if real else _name(covers)
     return _assemble(
         chain, context, y.cpu(), threat, method, name, source or sha, architecture, index, radius, bound, prediction, finite,
-        refused, winners,
+        refused, winners, {} if x.is_floating_point() or x.dim() != 2 else {x.shape[1]: architecture},
     )  # fmt: skip
 
 
@@ -170,6 +191,7 @@ def _assemble(
     chain: Chain, context: Context, y: Tensor, threat: Threat, method: str, dtype: str, sha: str, architecture: str,
     index: Tensor | np.ndarray | None,
     radius: Tensor, bound: Tensor, prediction: Tensor, finite: Tensor, refused: list[str], winners: list[str],
+    programs: dict[int, str],
 ) -> Certificate:  # fmt: skip
     from robustlip import __version__
 
@@ -215,4 +237,5 @@ def _assemble(
         bound=constants,
         versions={**plugins.versions(), "robustlip": __version__, "rules": RULES_VERSION, "torch": torch.__version__},
         execution=EXACT if dtype == "real" else execution_of(device_type(chain)),
+        programs=programs,
     )

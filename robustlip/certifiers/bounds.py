@@ -17,7 +17,7 @@ from robustlip.domains.norms import Context, State, run_rules
 from robustlip.domains.norms.bound import entry, first_state
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import proving
-from robustlip.layers import Chain, Patchify, as_chain
+from robustlip.layers import Attention, Chain, Patchify, Scale, Shift, as_chain
 from robustlip.modes import evaluated
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.samples import as_samples
@@ -49,7 +49,7 @@ def bound_of_chain(chain: Chain, context: Context) -> dict[str, float | str]:
         norm, width = torch.ones(1, dtype=torch.float64), _first_linear(layers).in_features
     # Output change per unit of a very small input change: some rules saturate for large changes and would underestimate the constant of near pairs.
     step = torch.full((1,), 1e-100, dtype=torch.float64)
-    state = State(norm, step, torch.zeros(1, dtype=torch.float64), "l2", 1, width)
+    state = State(norm, step, torch.zeros(1, dtype=torch.float64), "l2", _tokens_of(layers) if embedding else 1, width)
     if not embedding and type(layers[0]) is nn.Flatten:
         layers = layers[1:]  # the input is bounded as one vector already
     if any(type(m) in (nn.Flatten, Patchify) for layer in layers for m in layer.modules()):
@@ -68,6 +68,18 @@ def _first_linear(layers: list[nn.Module]) -> nn.Linear:
     if found is None:
         raise BadInput("expected a model with at least one Linear layer, got none; there is nothing to bound")
     return found
+
+
+def _tokens_of(layers: list[nn.Module]) -> int:
+    """The number of tokens that tables of positions, masks or angles of a capture fix; 1 where any number has the same bound."""
+    for part in (m for layer in layers for m in layer.modules()):
+        if isinstance(part, Shift | Scale) and part.value.dim() > 1 and part.value.shape[-2] > 1:
+            return int(part.value.shape[-2])
+        if isinstance(part, Attention) and part.mask is not None:
+            return int(part.mask.shape[-1])
+        if isinstance(part, Attention) and part.cos is not None:
+            return len(part.cos)
+    return 1
 
 
 def _embedding_norm(embedding: list[nn.Module], context: Context) -> tuple[Tensor, int]:

@@ -9,21 +9,24 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from robustlip.data.lengths import by_length
 from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.graph import capture
-from robustlip.hashing import architecture_sha256, weights_sha256
+from robustlip.hashing import architecture_sha256, joint_sha256, weights_sha256
 from robustlip.layers import Chain, Lookup, as_chain
 
-# The last capture of each module. Its constants are cached with it.
-_CAPTURED: weakref.WeakKeyDictionary[nn.Module, Chain] = weakref.WeakKeyDictionary()
+# The last captures of each module by the shape of a sample, one for each length of texts. Their constants are cached with them, among these a copy of
+# the weights in float64; so as many are kept as have so many weights in total.
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Chain]] = weakref.WeakKeyDictionary()
+_KEPT, _KEPT_WEIGHTS = 64, 2**27
 
 
 def chain_of(model: nn.Module, x: Tensor) -> tuple[Chain, str | None]:
     """(the model as a chain, None), or (the capture of the module on inputs like x, SHA-256 of the module's weights).
 
     A module is captured at every call, because attributes, layers and tensors that are not hashed may have changed. If the captured program has not
-    changed, the same Chain object is returned.
+    changed, the same Chain object is returned. For texts of different lengths it is the program for the longest.
     Raises UnsupportedLayer for a module that cannot be captured; for an nn.Sequential, with the reasons of both attempts.
     """
     if isinstance(model, Chain):
@@ -51,13 +54,17 @@ def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
     first = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     if first is None or not isinstance(x, Tensor) or not x.dim():
         raise UnsupportedLayer(f"expected a model with weights and inputs to capture it with, got {type(model).__name__} without; build a Chain")
-    example = x[:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype)
-    chain, known = capture(model, example), _CAPTURED.get(model)
+    example = by_length(x)[-1][1][:2].to(first.device, first.dtype if x.is_floating_point() else x.dtype)
+    kept = _CAPTURED.setdefault(model, {})
+    shape = tuple(example.shape[1:])
+    chain, known = capture(model, example), kept.pop(shape, None)
     if known is not None and known.computes_weights == chain.computes_weights and architecture_of(known, "") == architecture_of(chain, ""):
         # These attributes are not hashed: take their present values.
         known.input_range, known.final, known.embedding_depth = chain.input_range, chain.final, chain.embedding_depth
         chain = known
-    _CAPTURED[model] = chain
+    kept[shape] = chain  # the last ones last
+    while len(kept) > max(1, min(_KEPT, _KEPT_WEIGHTS // max(1, sum(p.numel() for p in chain.parameters())))):
+        kept.pop(next(iter(kept)))
     return chain, weights_sha256(model)
 
 
@@ -73,9 +80,13 @@ def check_weights_of(chain: Chain, model: nn.Module) -> None:
 
 
 def identity_of(model: nn.Module, x: Tensor) -> tuple[str, str]:
-    """(SHA-256 of the weights, SHA-256 of the architecture) as a certificate states them. For a captured model the second is that of its chain."""
-    chain, source = chain_of(model, x)
-    return source or weights_sha256(chain), architecture_of(chain, source)
+    """(SHA-256 of the weights, SHA-256 of the architecture) as a certificate states them. For a captured model the second is that of its chain, for
+    texts of different lengths that of one chain for each length."""
+    programs: dict[int, str] = {}
+    for _, part in by_length(x):
+        chain, source = chain_of(model, part)
+        programs[part.shape[1] if part.dim() > 1 else 0] = architecture_of(chain, source)
+    return source or weights_sha256(chain), joint_sha256(programs)
 
 
 def architecture_of(chain: Chain, source: str | None) -> str:

@@ -40,6 +40,7 @@ def audit(
     from robustlip.attacks.audit import audit as run
     from robustlip.attacks.audit import recheck, save_witness, save_worst
     from robustlip.cli.console import Out, Progress, choose_device
+    from robustlip.data.lengths import by_length
     from robustlip.models.zoo import load
 
     out = Out(json, model, data, witness)
@@ -51,6 +52,9 @@ def audit(
     where = choose_device(device, out)
     given = load(model, device=where)
     x = torch.as_tensor(samples_for(given, data, context, data_dir, limit or 16, seed, columns).x) if data else None
+    if x is not None and len(groups := by_length(x)) > 1:  # a claim is of one length
+        rows, x = max(groups, key=lambda group: (len(group[0]), group[1].shape[1]))
+        out.say(f"note: texts of several lengths; audited with the {len(rows)} of {x.shape[1]} tokens, the most frequent length")
     chain = _chain_of(given, x)
     if witness is not None:
         _show(model, recheck(witness, chain), [witness], out, "measured again")

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
+from robustlip.data.labels import declared_names, label_columns, named_labels, whole_labels
 from robustlip.data.tables import Table, holds_bytes, is_bytes, is_text, pick
 from robustlip.errors import BadInput
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from PIL.Image import Image as Picture
 
 # What the files of a known name must hold: (C, H, W) and the number of classes.
@@ -79,7 +79,7 @@ def table_to_dataset(
     Raises BadInput for missing or ambiguous columns, labels that are not whole numbers in range, images that cannot be decoded, have
     a mode without a rule, differ in size, or are more than MAX_VALUES numbers.
     """
-    label = pick(table, label_column, _label_columns(table), "label", "--label-column")
+    label = pick(table, label_column, label_columns(table), "label", "--label-column")
     image = pick(table, image_column, _image_columns(table), "image", "--image-column")
     if not (is_bytes(table.types[image]) or holds_bytes(table.types[image])):
         raise BadInput(
@@ -88,11 +88,11 @@ def table_to_dataset(
     if table.rows == 0:
         raise BadInput(f"expected at least one row in {name}, got none; give a file with samples")
     shape, classes = KNOWN.get(name, (None, None))
-    names = _declared(table, label)
+    names = declared_names(table, label)
     if is_text(table.types[label]):
-        labels, names = _named_labels(table, label, names, others)
+        labels, names = named_labels(table, label, names, others)
     else:
-        labels = _labels(table.chunks(label), name)
+        labels = whole_labels(table.chunks(label), name)
     declared = len(names) if names is not None else table.features.get(label, {}).get("num_classes")
     if classes is None:
         classes = declared if isinstance(declared, int) and not isinstance(declared, bool) and declared > 0 else int(labels.max()) + 1
@@ -112,86 +112,6 @@ def _image_columns(table: Table) -> list[str]:
         if kinds[column] == "Image" or (kinds[column] is None and holds_bytes(kind)) or column in ("image", "img")
     ]  # fmt: skip
     return found or [column for column, kind in table.types.items() if is_bytes(kind)]
-
-
-def _label_columns(table: Table) -> list[str]:
-    return [column for column in table.types if column in ("label", "labels") or table.features.get(column, {}).get("_type") == "ClassLabel"]
-
-
-def _declared(table: Table, label: str) -> tuple[str, ...] | None:
-    """The names of the classes that the hub's metadata give, in the order of the labels; None where they give none."""
-    feature = table.features.get(label, {})
-    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-    if names is None:
-        return None
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
-        raise BadInput(f"expected different names as classes of the column {label!r} of {table.name}, got others; write the file's metadata again")
-    return tuple(names)
-
-
-def _labels(chunks: Iterable[pa.Array], name: str) -> Tensor:
-    """int64 (N,). Whole numbers only: a float, a truth value or nothing is a label that somebody would have to guess."""
-    import pyarrow as pa
-    import pyarrow.types as t
-
-    parts: list[np.ndarray] = []
-    start = 0
-    for chunk in chunks:
-        if t.is_dictionary(chunk.type):
-            chunk = chunk.dictionary_decode()
-        row: int | None = None
-        if chunk.null_count:
-            row = int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
-        elif not t.is_integer(chunk.type):
-            row = 0
-        if row is None:
-            try:
-                parts.append(chunk.cast(pa.int64()).to_numpy(zero_copy_only=False))
-            except pa.ArrowInvalid:  # above 2⁶³ − 1
-                row = int(np.argmax(chunk.to_numpy(zero_copy_only=False)))
-        if row is not None:
-            value = str(chunk[row].as_py())[:60] if t.is_primitive(chunk.type) or chunk.null_count else str(chunk.type)[:60]
-            raise BadInput(f"expected whole numbers as labels of {name}, got {value} in row {start + row}; store labels as integers from 0")
-        start += len(chunk)
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
-
-
-def _named_labels(
-    table: Table, label: str, names: tuple[str, ...] | None, others: Callable[[], Iterable[Table]]
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels that are strings, int64 (N,), and the names of 0, 1, …: those that are declared, else all there are, sorted."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    def distinct(of: Table) -> set[str]:
-        found: set[str] = set()
-        start = 0
-        for chunk in of.chunks(label):
-            if chunk.null_count:
-                row = start + int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
-                raise BadInput(f"expected a name as label of {of.name}, got none in row {row}; name its class or drop the row")
-            found.update(pc.unique(chunk).to_pylist())
-            start += len(chunk)
-        return found
-
-    here = distinct(table)
-    if names is None:
-        for other in others():
-            if label in other.types and is_text(other.types[label]):
-                here |= distinct(other)
-        names = tuple(sorted(here))
-    elif unknown := sorted(here - set(names)):
-        raise BadInput(f"expected labels of {table.name} among its {len(names)} declared classes, got {unknown[0][:60]!r}; correct that label")
-    order = pa.array(names, pa.large_string())
-    parts = [pc.index_in(_plain(chunk), order).to_numpy(zero_copy_only=False) for chunk in table.chunks(label)]
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)), names
-
-
-def _plain(chunk: pa.Array) -> pa.Array:
-    import pyarrow as pa
-    import pyarrow.types as t
-
-    return (chunk.dictionary_decode() if t.is_dictionary(chunk.type) else chunk).cast(pa.large_string())
 
 
 # ---- pixels

@@ -16,6 +16,7 @@ from robustlip.data.dataset import Dataset, as_index, check_limit, choose_rows
 from robustlip.data.folders import Split, local_copies, split_files, splits_of
 from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
+from robustlip.data.labelled import Separated, is_separated, labelled_texts
 from robustlip.data.subwords import Subwords
 from robustlip.data.tables import Held, Parquet, Table, pick
 from robustlip.data.tables import is_text as column_of_text
@@ -25,10 +26,12 @@ from robustlip.files import is_file
 from robustlip.modes import undrawn
 from robustlip.plugins import added
 
-_FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a .parquet, .txt or .vnnlib file or an instances.csv"
+_FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a .parquet, .txt, .tsv, .csv or .vnnlib file"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
+# Files that are one split.
+FILES = (".parquet", ".tsv", *BOXES)
 OPTIONS = ("subset", "image_column", "label_column", "text_column")  # which configuration and columns; a certificate has them too
 
 
@@ -46,19 +49,19 @@ def load_data(
     label_column: str | None = None,
     text_column: str | None = None,
 ) -> Dataset:
-    """Samples with labels: images with their classes, or windows of text with the token that follows.
+    """Samples with labels: images or texts with their classes, or windows of text with the token that follows.
 
     spec: 'name' or 'name:split' (split 'test' where none is named). Names: digits, mnist, cifar10, tiny_shakespeare, page
     (text shipped with robustlip), a hub name 'owner/name' of an image data set, or a path: a .parquet file (one split, so
     no ':split') with an image and a label column, a .txt file (UTF-8, first 90 % train, the rest test), or a .vnnlib file or an instances.csv of
-    properties that say which class wins in a box (`robustlip.data.vnnlib.boxes_as_samples`).
+    properties that say which class wins in a box (`robustlip.data.vnnlib.boxes_as_samples`), or a .csv or .tsv file of texts and their classes.
     Looked for in data_dir, then in the folder ROBUSTLIP_DATA, then on the hub.
     limit: at most so many samples, a random subset drawn by `seed` in the order of the source.
-    context: tokens per window (64). vocabulary: the characters of ids 0, 1, …, as the model has them; default those of the
-    whole text. Both are for text alone.
+    context: tokens per window (64); of texts with classes, at most so many of each (all). vocabulary: the characters of ids 0, 1, …, or the
+    tokenizer, as the model has them; default those of the whole text. Both are for text alone.
     subset: the configuration, where the set has several. image_column, label_column: names of the columns, where the usual ones
     (image, img; label, labels; those that the hub's metadata call so) are not there or are several. text_column: the set is text,
-    the rows of this column one behind the other ('text' for tiny_shakespeare).
+    the rows of this column one behind the other ('text' for tiny_shakespeare). text_column and label_column: each row is a text of that class.
 
     The global random states of torch, numpy and Python are left as they are.
     Raises DataUnavailable when the set is in no folder and the hub is out of reach, BadInput for everything else.
@@ -99,6 +102,14 @@ def _load(
     if name in sources():
         _refuse_unused(name, columns, OPTIONS, "the data set of another package,")
         return _of_others(name, split or "test", data_dir, limit, seed)
+    if is_separated(name, text_column):
+        _refuse_unused(name, columns, ("subset", "image_column"), "the texts")
+        table: Table = Separated(Path(name))
+        columns_of: Any = {"text_column": text_column, "label_column": label_column}
+        return labelled_texts(table, Path(name).stem, "all", limit, seed, vocabulary, context, **columns_of)
+    if text_column is not None and label_column is not None and not name.endswith(".txt") and name not in _TEXTS:
+        _refuse_unused(name, columns, ("image_column", *(("subset",) if name.endswith(".parquet") else ())), "the texts")
+        return _labelled(name, split, data_dir, limit, seed, vocabulary, context, subset, text_column, label_column)
     if is_text(name, text_column):
         _refuse_columns(name, columns)
         text = _text(name, data_dir, subset, text_column)
@@ -173,7 +184,7 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
         if colon and spec.endswith(":"):
             raise BadInput(f"expected a split after the colon, got {spec!r}; write e.g. {spec}test")
     name = _ALIASES.get(name, name)
-    if name.endswith((".parquet", ".txt", *BOXES)):
+    if name.endswith((".txt", *FILES)):
         if not is_file(Path(name)):
             raise BadInput(f"expected a file at {name[:200]!r}, got none there; correct the path")
         if split and not name.endswith(".txt"):
@@ -185,7 +196,31 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
 
 def is_text(name: str, text_column: str | None = None) -> bool:
     """Whether a name stands for text: by itself, or because a column of text was named."""
-    return name in _TEXTS or name.endswith(".txt") or text_column is not None
+    return name in _TEXTS or name.endswith(".txt") or text_column is not None or is_separated(name)
+
+
+def _labelled(
+    name: str, split: str | None, data_dir: str | Path | None, limit: int | None, seed: int, vocabulary: str | Subwords | None,
+    context: int | None, subset: str | None, text: str, label: str,
+) -> Dataset:  # fmt: skip
+    """The texts and classes of a parquet file, or of one split of a data set."""
+    of: Any = {"text_column": text, "label_column": label}
+    if name.endswith(".parquet"):
+        stem = Path(name).stem
+        return labelled_texts(Parquet([Path(name)], stem), stem, "all", limit, seed, vocabulary, context, **of)
+    split = split or "test"
+    table, note = _of_split(name, split, data_dir, subset)
+    return labelled_texts(table, name, split, limit, seed, vocabulary, context, note, **of)
+
+
+def _of_split(name: str, split: str, data_dir: str | Path | None, subset: str | None) -> tuple[Table, str]:
+    """The table of one split, of a local copy or of the hub, and what a table must say of it."""
+    for folder, note in local_copies(name, data_dir):
+        if split in (found := splits_of(folder, subset, split)):
+            return Parquet(found[split].files(f"split {split!r}"), name), note
+    if name not in HUB_NAMES and "/" not in name:
+        raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
+    return Held(from_hub(name, split, subset), name), ""
 
 
 def _images(

@@ -11,13 +11,18 @@ from robustlip.errors import BadInput
 class Subwords:
     """The tokens of a tokenizer.json, as the package tokenizers reads it: what a model of subwords has in the place of a string of characters."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, classes: tuple[str, ...] | None = None) -> None:
+        """classes: the model's names of classes 0, 1, …, where it has some."""
+        self.classes = classes
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise BadInput("expected the package tokenizers to read a tokenizer.json, got none; pip install 'robustlip[hf]'") from error
         try:
             self.tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+            # A file may ask for texts to be cut or filled up: here that is asked for text by text.
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
         except Exception as error:  # the library raises Exception itself
             raise BadInput(f"expected a tokenizer.json, got {type(error).__name__}: {str(error)[:200]}; save the tokenizer again") from error
 
@@ -27,6 +32,21 @@ class Subwords:
     def encode(self, text: str) -> Tensor:
         """Token ids int64 (T,) of a text, without marks of its beginning and end."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+
+    def whole(self, text: str, most: int | None = None) -> Tensor:
+        """Token ids int64 (T,) of a text with the marks of its beginning and end, as `tokenizer(text)` gives them; cut to at most so many tokens."""
+        if most is None:
+            return torch.tensor(self.tokenizer.encode(text).ids, dtype=torch.int64)
+        try:
+            self.tokenizer.enable_truncation(most)
+            ids = self.tokenizer.encode(text).ids
+        except Exception as error:  # the library raises Exception itself
+            raise BadInput(f"expected room for the marks of a text in {most} tokens, got {str(error)[:200]}; raise the context") from error
+        finally:
+            self.tokenizer.no_truncation()
+        if len(ids) > most:
+            raise BadInput(f"expected room for the marks of a text in {most} tokens, got {len(ids)}; raise the context")
+        return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))

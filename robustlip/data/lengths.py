@@ -1,0 +1,52 @@
+"""Texts of several lengths as one tensor: token ids (N, T) with NO_TOKEN behind the end of the shorter ones.
+
+It stands for nothing that a model sees: whoever runs one takes the texts of one length at a time (`by_length`), as long as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from robustlip.errors import BadInput
+
+NO_TOKEN = -1
+
+
+def joined(texts: Sequence[Tensor]) -> Tensor:
+    """Token ids int64 (T_i,) of each text → (N, T), T the largest, NO_TOKEN behind the end of the others. Raises BadInput for a text of none."""
+    empty = next((row for row, ids in enumerate(texts) if not len(ids)), None)
+    if empty is not None:
+        raise BadInput(f"expected at least one token in every text, got none in row {empty}; drop that row")
+    return torch.nn.utils.rnn.pad_sequence([ids.long() for ids in texts], batch_first=True, padding_value=NO_TOKEN)
+
+
+def lengths(x: Tensor) -> Tensor:
+    """int64 (N,): how many tokens each text of x (N, T) has. Raises BadInput for NO_TOKEN in front of a token, and for a text of none."""
+    there = x != NO_TOKEN
+    count = there.sum(1)
+    behind = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    if not torch.equal(there, behind) or not bool((count > 0).all()):
+        row = int(((there != behind).any(1) | (count == 0)).nonzero()[0])
+        raise BadInput(f"expected {NO_TOKEN} behind the end of a text alone, and a token in each, got other ids in row {row}; encode that text again")
+    return count
+
+
+def by_length(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(rows int64 (M,), their token ids (M, L)) of each length L, the shortest first; of inputs without NO_TOKEN all of them, as they are."""
+    everything = [(torch.arange(len(x), device=x.device), x)]
+    if x.is_floating_point() or x.dim() != 2 or not x.numel() or not bool((x == NO_TOKEN).any()):
+        return everything
+    count = lengths(x)
+    groups = [((count == length).nonzero()[:, 0], length) for length in count.unique().tolist()]
+    return [(rows, x[rows, :length]) for rows, length in groups]
+
+
+def in_order(parts: Sequence[Tensor], groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What was computed of each of the `groups` (`by_length`), (M, …), in the order of the rows that they were made of."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = torch.cat([rows for rows, _ in groups]).to(parts[0].device)
+    return torch.cat(list(parts))[rows.argsort()]
