@@ -43,7 +43,7 @@ def by_name(name: str, **options: Any) -> Attack:
     except TypeError as error:
         raise BadInput(f"expected options that the attack {name!r} has, got {options}; see its docstring ({error})") from None
     if not isinstance(attack, Attack):  # whose final call projects, measures and judges again
-        raise BadInput(f"expected the entry point {name!r} to give a robustlip.attacks.base.Attack, got {type(attack).__name__}; mend that package")
+        raise BadInput(f"expected the entry point {name!r} to return a robustlip.attacks.base.Attack, got {type(attack).__name__}; correct it")
     return attack
 
 

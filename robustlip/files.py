@@ -72,7 +72,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, an integer of thousands of digits, tables without end
-        raise BadInput(f"expected {what} in TOML, got {path.name}, which does not parse ({first_line(error, 120)}); mend that place") from None
+        raise BadInput(f"expected {what} in TOML, got {path.name}, which does not parse ({first_line(error, 120)}); correct it") from None
     check_table(table, f"{what} ({path.name})")
     return table
 

@@ -44,7 +44,7 @@ def plugins(group: str) -> dict[str, Any]:
         except Exception as error:
             raise BadInput(
                 f"expected the entry point {point.name!r} of {group} in {owner} to load, got {type(error).__name__}: {first_line(error)}; "
-                f"mend or uninstall {owner}"
+                f"correct or uninstall {owner}"
             ) from error
     return found
 
@@ -67,5 +67,5 @@ def added(group: str, ours: Iterable[str], check: Callable[[Any], bool], what: s
         if name in taken:
             raise BadInput(f"expected names of {group} that are free, got {name!r}, which robustlip has; rename that entry point")
         if not check(value):
-            raise BadInput(f"expected {what} as the entry point {name!r} of {group}, got {type(value).__name__}; mend that package")
+            raise BadInput(f"expected {what} as the entry point {name!r} of {group}, got {type(value).__name__}; correct that package")
     return found

@@ -564,7 +564,7 @@ def test_options_that_a_method_does_not_have() -> None:
 
 
 def test_no_weight_is_left_out_unsaid() -> None:
-    """Weights that nothing would hold, and tables that are a Linear layer's too, have to be named or mended."""
+    """Weights that nothing would hold, and tables that are a Linear layer's too, have to be named or corrected."""
     conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     with pytest.raises(BadInput, match="name it in free"):
         targets_of(conv, 1.0)

@@ -62,7 +62,7 @@ def test_a_property_is_what_the_file_says(tmp_path) -> None:
     ("text", "words"),
     [
         ("", "no inputs"),
-        (DECLARED + BOX, "nothing about outputs"),
+        (DECLARED + BOX, "no assertion about outputs"),
         (DECLARED + BOX + "(assert (< Y_0 1))", "the expression"),
         (DECLARED + BOX + "(assert (not (<= Y_0 1)))", "the expression"),
         (DECLARED + BOX + "(assert (<= X_0 Y_0))", "a comparison of X_0, Y_0"),
@@ -79,13 +79,13 @@ def test_a_property_is_what_the_file_says(tmp_path) -> None:
         ("(declare-const X_99999999 Real)", "a declaration"),
         ("(declare-const x Int)", "a declaration"),
         ("(vnnlib-version <2.0>)", "the command"),
-        (DECLARED + "(" * 100, "inside of each other"),
+        (DECLARED + "(" * 100, "nested"),
         (DECLARED + "(assert (<= Y_0 1)", "not closed"),
-        (DECLARED + ")", "closes nothing"),
+        (DECLARED + ")", "without an opening one"),
         (DECLARED + "(assert " + "1" * 200 + ")", "a word of 200"),
         (DECLARED + BOX + "(assert (or (<= Y_0 1) (<= Y_1 1)))" * 12, "more than 2000 cases"),
         (DECLARED + BOX + "(assert (>= X_0 0.5))" + ROBUST, "from a smaller to a larger"),
-        (DECLARED + BOX + "(assert (or))" + ROBUST, "of nothing"),
+        (DECLARED + BOX + "(assert (or))" + ROBUST, "without arguments"),
     ],
 )  # fmt: skip
 def test_what_is_no_property_is_refused(text, words, tmp_path) -> None:
@@ -139,7 +139,7 @@ def test_properties_of_a_winning_class_are_samples(tmp_path) -> None:
     assert bool(((data.x - low).abs() <= 0.2 + 1e-7).all() and ((data.x - high).abs() <= 0.2 + 1e-7).all())
     assert robustlip.certify(model, data.x, model(data.x.float()).argmax(1), "linf", "crown").radius.min() > 0
     written(DECLARED + BOX + "(assert (>= Y_0 1))", tmp_path, "c.vnnlib")
-    wrong = ((tmp_path / "c.vnnlib", "which class wins"), (f"{tmp_path / 'a.vnnlib'}:test", "without a split"), (tmp_path / "d.vnnlib", "none there"))
+    wrong = ((tmp_path / "c.vnnlib", "requires a class"), (f"{tmp_path / 'a.vnnlib'}:test", "without a split"), (tmp_path / "d.vnnlib", "none there"))
     for spec, words in wrong:
         with pytest.raises(BadInput, match=words):
             robustlip.load_data(str(spec))

@@ -1,10 +1,9 @@
-"""Data sets as tensors, with what a table must say about where they came from.
+"""Data sets as tensors, with the notes that tables have to show about their source.
 
     from robustlip.data import load_data
     data = load_data("digits:test", limit=100)          # data.x (100, 1, 8, 8) in [0, 1], data.y (100,)
 
-Read in this order: `dataset` (what comes back), `load` (what a name means), `images` and `text` (how it is decoded),
-`folders` and `hub` (where it is looked for).
+Read in this order: `dataset` (the result), `load` (what a name means), `images` and `text` (decoding), `folders` and `hub` (where data is searched).
 """
 
 from robustlip.data.dataset import Dataset

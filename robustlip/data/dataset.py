@@ -1,4 +1,4 @@
-"""What loading returns, and which rows a limit keeps."""
+"""The result of loading, and the rows that a limit selects."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from robustlip.errors import BadInput
 class Dataset:
     """Samples of one split, in memory.
 
-    name: 'digits', 'mnist', …, or a file's stem. split: its name there. kind: 'image' or 'text'.
+    name: 'digits', 'mnist', …, or the stem of a file name. split: the name of the split. kind: 'image' or 'text'.
     x: images float32 (N, C, H, W) in [0, 1], or token ids int64 (N, T). y: int64 (N,), the label, or the token that
     follows the window. index: int64 (N,), the row in the split, or the window's offset in the split's token stream.
     classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …, or a tokenizer; None for images.
-    note: what a table must say of the source: '', 'subset', 'shipped page'. names: of classes 0, 1, …, where the source has them.
-    options: what load_data was told of configuration and columns (`robustlip.data.load.OPTIONS`), without which these are other rows.
-    Raises BadInput for tensors that do not fit together and for labels outside [0, classes).
+    note: what tables have to show about the source: '', 'subset', 'shipped page'. names: of classes 0, 1, …, if the source has names.
+    options: the configuration and columns passed to load_data (`robustlip.data.load.OPTIONS`); they are needed to load the same rows.
+    Raises BadInput for tensors whose shapes do not agree and for labels outside [0, classes).
     """
 
     name: str
@@ -46,7 +46,7 @@ class Dataset:
                 f"{tuple(self.y.shape)} and {tuple(self.index.shape)}; give tensors of shape ({n},)"
             )
         if self.names is not None and len(self.names) != self.classes:
-            raise BadInput(f"expected {self.classes} names of classes of {self.name}, got {len(self.names)}; give one each")
+            raise BadInput(f"expected {self.classes} names of classes of {self.name}, got {len(self.names)}; give one name per class")
         check_labels(self.y, self.classes, self.name)
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Dataset:
 
 
 def check_labels(y: Tensor, classes: int, name: str) -> None:
-    """Raises BadInput, with the first offending row, unless every label of y (N,) lies in [0, classes)."""
+    """Raises BadInput, naming the first such row, unless every label of y (N,) lies in [0, classes)."""
     outside = ((y < 0) | (y >= classes)).nonzero()
     if len(outside):
         row = int(outside[0, 0])
@@ -71,14 +71,14 @@ def check_labels(y: Tensor, classes: int, name: str) -> None:
 def check_limit(limit: int | None) -> None:
     """Raises BadInput unless limit is None or an integer ≥ 1."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise BadInput(f"expected a limit of at least 1 sample, got {limit!r}; give a positive integer or none at all")
+        raise BadInput(f"expected a limit of at least 1 sample, got {limit!r}; give a positive integer or none")
 
 
 def choose_rows(total: int, limit: int | None, seed: int) -> np.ndarray:
-    """Rows that a limit keeps: int64 (min(total, limit),), ascending.
+    """The rows that a limit selects: int64 (min(total, limit),), ascending.
 
-    A random subset drawn by `seed`, not the first rows: files sorted by label or by time are common, and a prefix of one
-    says nothing of the whole. RandomState, because numpy promises that its stream never changes.
+    A random subset drawn with `seed`, not the first rows: many files are sorted by label or by time, so their first rows are not
+    representative. RandomState, because numpy guarantees that its stream never changes.
     """
     check_limit(limit)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:

@@ -1,8 +1,8 @@
-"""Local copies: which folders are searched, and which files in them are a split.
+"""Local copies of data sets: the folders that are searched, and the files in them that belong to a split.
 
-A split is what the hub calls one, exactly: `test.parquet`, `test-00000-of-00002.parquet` (or with a hash of 16 hexadecimal digits behind), or the
-files `0000.parquet`, `0001.parquet`, … of a folder `test`. They lie in the folder of the data set, in `data` in there, or in the folder of a
-configuration. Any other file is none of the split, and a split that is not whole is an error.
+Splits are named as on the hub: `test.parquet`, `test-00000-of-00002.parquet` (or with a hash of 16 hexadecimal digits appended), or the
+files `0000.parquet`, `0001.parquet`, … of a folder `test`. The files lie in the folder of the data set, in its folder `data`, or in the folder of a
+configuration. Files with other names do not belong to a split, and a split with missing files is an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from robustlip.files import is_folder
 ENVIRONMENT = "ROBUSTLIP_DATA"
 SUBSET = "_subset"
 PARQUET = (".parquet",)
-DEPTH = 3  # folders below that of the data set
-MAX_ENTRIES = 100_000  # files and folders below it
+DEPTH = 3  # depth of subfolders that are searched
+MAX_ENTRIES = 100_000  # files and folders in all of them
 _DATA = "data"
 _SPLIT = r"(?P<split>\w+(?:\.\w+)*)"
 _SHARD = re.compile(_SPLIT + r"-(?P<at>[0-9]{5})-of-(?P<of>[0-9]{5})(?P<hash>-[0-9a-f]{16})?")
@@ -29,7 +29,7 @@ _PART = re.compile(r"[0-9]{4}")
 
 
 def search_folders(data_dir: str | Path | None) -> list[Path]:
-    """The folder of the argument, then the one of ROBUSTLIP_DATA. Raises BadInput for one that is not a folder."""
+    """The folder of the argument, then the folder of ROBUSTLIP_DATA. Raises BadInput if one of them is not a folder."""
     folders = []
     for value, source in ((data_dir, "--data-dir"), (os.environ.get(ENVIRONMENT) or None, ENVIRONMENT)):
         if value is None:
@@ -42,10 +42,10 @@ def search_folders(data_dir: str | Path | None) -> list[Path]:
 
 
 def local_copies(name: str, data_dir: str | Path | None) -> list[tuple[Path, str]]:
-    """Folders that may hold `name`, best first, each with the note that a table must carry.
+    """Folders that may contain `name`, in the order of preference, each with the note for tables.
 
-    <dir>/<name> and, for a hub name 'owner/name', <dir>/owner/name and <dir>/name; then the same with '_subset', noted
-    'subset'. A whole copy in a later folder is preferred to a subset in an earlier one.
+    <dir>/<name> and, for a hub name 'owner/name', <dir>/owner/name and <dir>/name; then the same with '_subset', with the note
+    'subset'. A complete copy in a later folder is preferred to a subset in an earlier one.
     """
     stems = dict.fromkeys((name, name.rpartition("/")[2]))
     folders = search_folders(data_dir)
@@ -55,7 +55,7 @@ def local_copies(name: str, data_dir: str | Path | None) -> list[tuple[Path, str
 
 
 def walk(folder: Path, depth: int = DEPTH) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """(names of the folders in between, file) of all files below `folder`, by path. Links are followed, each folder is entered once.
+    """(names of the folders in between, file) for all files below `folder`, sorted by path. Links are followed; each folder is visited once.
 
     Raises BadInput for a folder that cannot be listed, and for more than MAX_ENTRIES files and folders.
     """
@@ -75,9 +75,9 @@ def walk(folder: Path, depth: int = DEPTH) -> Iterator[tuple[tuple[str, ...], Pa
                     entries.append(entry.name)
                     count += 1
                     if count > MAX_ENTRIES:
-                        raise BadInput(f"expected the folder of one data set, got more than {MAX_ENTRIES} files in {str(folder)!r}; name it alone")
+                        raise BadInput(f"expected the folder of one data set, got more than {MAX_ENTRIES} files in {str(folder)!r}; name its folder")
         except OSError as error:
-            raise BadInput(f"expected a folder that can be read, got {str(at)!r} ({first_line(error, 80)}); correct its rights") from None
+            raise BadInput(f"expected a folder that can be read, got {str(at)!r} ({first_line(error, 80)}); correct its permissions") from None
         for name in sorted(entries):
             path = at / name
             if path.is_file():
@@ -90,14 +90,14 @@ def walk(folder: Path, depth: int = DEPTH) -> Iterator[tuple[tuple[str, ...], Pa
 
 @dataclass
 class Split:
-    """The files that are named as parts of one split of one configuration."""
+    """The files whose names belong to one split of one configuration."""
 
     whole: list[Path] = field(default_factory=list)
-    shards: list[tuple[Path, int, int, bool]] = field(default_factory=list)  # file, number, of how many, with a hash
+    shards: list[tuple[Path, int, int, bool]] = field(default_factory=list)  # file, number, total, whether it has a hash
     parts: list[tuple[Path, int]] = field(default_factory=list)
 
     def files(self, name: str) -> list[Path]:
-        """All of them, in order. Raises BadInput unless they are one whole copy."""
+        """All files in order. Raises BadInput unless they form one complete copy."""
         layouts = [kind for kind in (self.whole, self.shards, self.parts) if kind]
         parents = sorted({str(path.parent) for path in (*self.whole, *(s[0] for s in self.shards), *(p[0] for p in self.parts))})
         if len(layouts) > 1 or len(parents) > 1 or len(self.whole) > 1:
@@ -128,7 +128,7 @@ class Split:
 
 
 def configurations(folder: Path, endings: tuple[str, ...] = PARQUET) -> dict[str, dict[str, Split]]:
-    """configuration ('' for the folder itself) → split → its files, as far as names tell."""
+    """configuration ('' for the folder itself) → split → its files, according to their names."""
     found: dict[str, dict[str, Split]] = {}
 
     def split_of(names: tuple[str, ...], name: str) -> Split:
@@ -152,9 +152,9 @@ def configurations(folder: Path, endings: tuple[str, ...] = PARQUET) -> dict[str
 
 
 def splits_of(folder: Path, subset: str | None = None, split: str | None = None, endings: tuple[str, ...] = PARQUET) -> dict[str, Split]:
-    """The splits of one configuration under `folder`: of the one that `subset` names, the only one (with `split`), or 'default'.
+    """The splits of one configuration under `folder`: the one named by `subset`, or the only one (that has `split`), or 'default'.
 
-    {} where there is none. Raises BadInput, with their names, when there are several.
+    {} if there is none. Raises BadInput, with their names, if there are several.
     """
     found = configurations(folder, endings)
     if subset is not None:
@@ -179,6 +179,6 @@ def splits_of(folder: Path, subset: str | None = None, split: str | None = None,
 
 
 def split_files(folder: Path, split: str, subset: str | None = None) -> list[Path]:
-    """The parquet files of one split under `folder`, in order; [] without any. Raises BadInput as `splits_of`, and for one that is not whole."""
+    """The parquet files of one split under `folder`, in order; [] if there are none. Raises BadInput as `splits_of`, and for missing files."""
     files = splits_of(folder, subset, split).get(split)
     return files.files(f"split {split!r}") if files else []

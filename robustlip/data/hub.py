@@ -1,6 +1,6 @@
-"""The hub, through the `datasets` library, without minutes of retries where there is no network.
+"""Data of the hub, through the `datasets` library, with a short time limit if there is no network.
 
-The HTTP client's own cache is used: HF_HOME says where, HF_HUB_OFFLINE=1 uses the cache alone.
+The HTTP client's own cache is used: HF_HOME is its folder, and HF_HUB_OFFLINE=1 uses only the cache.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ HUB_NAMES = {
     "cifar10": "uoft-cs/cifar10",
     "tiny_shakespeare": "karpathy/tiny_shakespeare",
 }
-PATIENCE = 10.0  # seconds for the one request that finds out whether the hub answers
+PATIENCE = 10.0  # seconds for the one request that checks whether the hub answers
 
-# The branch where the hub keeps parquet copies of repositories that hold a loading script, which `datasets` no longer runs.
+# The branch in which the hub keeps parquet copies of repositories with a loading script; `datasets` no longer runs such scripts.
 _CONVERTED = "refs/convert/parquet"
 
 
 def from_hub(name: str, split: str | None, subset: str | None = None) -> Any:
-    """A `datasets.Dataset` (or a dict of them for split=None) of the hub's copy of `name`. subset: the configuration; None for the only one.
+    """The `datasets.Dataset` of the hub's data set `name` (for split=None a dict of them). subset: the configuration; None for the only one.
 
-    Raises DataUnavailable when the hub does not answer within PATIENCE seconds, or when offline mode is on and the cache
-    has no copy; BadInput when the hub has no such data set or split.
+    Raises DataUnavailable if the hub does not answer within PATIENCE seconds, or if offline mode is on and the cache
+    has no copy; BadInput if the hub has no such data set or split.
     """
     repository = HUB_NAMES.get(name, name)
     from datasets import load_dataset
@@ -56,7 +56,7 @@ def from_hub(name: str, split: str | None, subset: str | None = None) -> Any:
 
 
 def stream_from_hub(name: str, subset: str | None, split: str) -> Any:
-    """A `datasets.IterableDataset` of one split of the hub's copy of `name`, read as it is needed and never as a whole.
+    """A `datasets.IterableDataset` of one split of the hub's data set `name`, which is downloaded as it is read.
 
     subset: the configuration, e.g. 'sample-10BT'; None for the only one. Raises as `from_hub` does.
     """
@@ -76,7 +76,7 @@ def stream_from_hub(name: str, subset: str | None, split: str) -> Any:
 
 
 def _ask(repository: str, name: str) -> bool:
-    """Whether offline mode is on; otherwise asks whether the hub has the repository. Raises DataUnavailable and BadInput as `from_hub` does."""
+    """Whether offline mode is on; otherwise checks that the hub has the repository. Raises DataUnavailable and BadInput as `from_hub` does."""
     from datasets import config
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -84,10 +84,10 @@ def _ask(repository: str, name: str) -> bool:
     if config.HF_HUB_OFFLINE:
         return True
     try:
-        # Asked first, because load_dataset itself retries an unreachable host for half a minute.
+        # Checked first, because load_dataset retries an unreachable host for half a minute.
         _within(PATIENCE, lambda: HfApi().dataset_info(repository, timeout=PATIENCE))
     except (RepositoryNotFoundError, GatedRepoError):
-        raise BadInput(f"expected a public data set on the hub, got {repository!r}, which it does not show; correct the name or log in") from None
+        raise BadInput(f"expected a public data set on the hub, got {repository!r}, which is not visible; correct the name or log in") from None
     except Exception as error:  # the HTTP client, and so its errors, differ between versions of huggingface_hub
         raise _unavailable(name, f"no answer from the hub ({type(error).__name__})") from None
     return False
@@ -95,7 +95,7 @@ def _ask(repository: str, name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of `datasets` inside; its settings come back as they were."""
+    """Disables the progress bars and warnings of `datasets` inside the block, and restores its settings."""
     import datasets
     from datasets.utils import logging
 
@@ -111,13 +111,13 @@ def quiet() -> Iterator[None]:
 
 
 def _within(seconds: float, call: Any) -> None:
-    """Runs call(); raises what it raised, or TimeoutError. A thread, because name resolution takes no time limit."""
+    """Runs call() with a time limit; raises its exception, or TimeoutError. It runs in a thread, because name resolution has no time limit."""
     raised: list[BaseException] = []
 
     def target() -> None:
         try:
             call()
-        except BaseException as error:  # handed to the caller
+        except BaseException as error:  # raised again by the caller
             raised.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
@@ -132,5 +132,5 @@ def _within(seconds: float, call: Any) -> None:
 def _unavailable(name: str, got: str) -> DataUnavailable:
     return DataUnavailable(
         f"expected the data set {name!r} in a local folder or on the hub, got no local copy and {got}; "
-        f"connect to the network, or name a folder that holds it with --data-dir or {ENVIRONMENT}"
+        f"connect to the network, or name a folder that contains it with --data-dir or {ENVIRONMENT}"
     )

@@ -1,8 +1,8 @@
-"""Images: tables with an image and a label column, and the scans inside scikit-learn, as tensors in [0, 1].
+"""Images as tensors in [0, 1]: tables with an image and a label column, and the digits of scikit-learn.
 
-What a pixel becomes, and nothing else does: 8 bits v/255, a grey image of 16 bits v/65535, one bit 0 or 1, a palette its colours. Alpha is left
-out where it is opaque throughout. An image is turned as its EXIF orientation says, as the `datasets` library does it; of a moving one the first
-frame counts. Everything else (CMYK, transparency, colour of 16 bits, floats) is refused.
+Conversion of pixels v: 8 bits v/255, 16-bit greyscale v/65535, one bit 0 or 1, palettes to their colours. An alpha channel is dropped if it is
+completely opaque. Images are rotated according to their EXIF orientation, as the `datasets` library does; of an animation the first frame is used.
+Everything else (CMYK, transparency, 16-bit colour, floats) is refused.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import torch
 from torch import Tensor
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
-from robustlip.data.labels import declared_names, label_columns, named_labels, whole_labels
+from robustlip.data.labels import declared_names, label_columns, named_labels, integer_labels
 from robustlip.data.tables import Table, holds_bytes, is_bytes, is_text, pick
 from robustlip.errors import BadInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# What the files of a known name must hold: (C, H, W) and the number of classes.
+# The shape (C, H, W) and the number of classes of data sets with a known name.
 KNOWN: dict[str, tuple[tuple[int, int, int], int]] = {"mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10)}
 DIGITS_TRAIN = 1437  # of 1797: four fifths
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is ever started
-MAX_PIXELS = 2**26  # of one image
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is started
+MAX_PIXELS = 2**26  # per image
 MAX_VALUES = 2**28  # pixels × channels of all images that are loaded: 1 GiB as float32
-MAX_EXTRA, MAX_BYTES_A_PIXEL = 2**22, 16  # bytes of one encoded image: so many, and so many more for each pixel
-MAX_SCANS = 200  # of a JPEG
-MAX_SCANNED = 2**32  # scans × pixels of all images that are loaded
-MAX_PROSE = 2**20  # bytes that the texts in a PNG may unpack to
+MAX_EXTRA, MAX_BYTES_A_PIXEL = 2**22, 16  # a limit of the bytes of one encoded image: MAX_EXTRA, plus MAX_BYTES_A_PIXEL per pixel
+MAX_SCANS = 200  # per JPEG
+MAX_SCANNED = 2**32  # scans × pixels, summed over all images that are loaded
+MAX_PROSE = 2**20  # decompressed bytes of the text chunks of a PNG
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "P": 3, "RGB": 3, "RGBA": 3}
-_DEEP = ("I;16", "I;16B", "I;16L", "I")  # of them, those with 16 bits; see _deep
-_WAYS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
+_DEEP = ("I;16", "I;16B", "I;16L", "I")  # modes that have 16 bits; see _deep
+_FORMAT_NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 
 
 def load_digits_split(split: str, limit: int | None, seed: int) -> Dataset:
     """The 1797 scanned digits of scikit-learn (UCI, 8 × 8, 16 grey levels), divided by 16: x (N, 1, 8, 8).
 
-    scikit-learn has no split. Ours: rows in the order RandomState(0).permutation(1797); 'train' the first 1437, 'test' the
-    other 360, each in ascending order. `index` counts rows of that split. Raises BadInput for another split.
+    scikit-learn does not define a split. Here: rows in the order RandomState(0).permutation(1797); 'train' is the first 1437, 'test' the
+    other 360, each in ascending order. `index` is the row in that split. Raises BadInput for another split.
     """
     if split not in ("train", "test"):
         raise BadInput(f"expected digits:train or digits:test, got the split {split!r}; name one of the two")
@@ -71,19 +71,19 @@ def table_to_dataset(
     label_column: str | None = None,
     others: Callable[[], Iterable[Table]] = tuple,
 ) -> Dataset:
-    """A table with one image and one label column, decoded: x (N, C, H, W) in [0, 1]; see the top of this file.
+    """Decodes a table with one image and one label column: x (N, C, H, W) in [0, 1]; the top of this file defines the conversion.
 
-    Labels are checked in every row, images in the rows that `limit` keeps. Classes: those of the known name, else those
-    the table declares, else the largest label plus one. Labels that are strings are numbered in the order of code points, over this split and
-    `others`, the other splits of the same set; their names are kept.
-    Raises BadInput for missing or ambiguous columns, labels that are not whole numbers in range, images that cannot be decoded, have
-    a mode without a rule, differ in size, or are more than MAX_VALUES numbers.
+    Labels are checked in every row, images in the rows that `limit` selects. The number of classes is that of the known name, or else the number
+    of classes that the table declares, or else the largest label plus one. String labels are numbered in the order of code points, over this split
+    and `others`, the other splits of the same set; their names are kept.
+    Raises BadInput for missing or ambiguous columns, labels that are not integers in range, images that cannot be decoded, have
+    an unsupported mode, differ in size, or have more than MAX_VALUES numbers in total.
     """
     label = pick(table, label_column, label_columns(table), "label", "--label-column")
     image = pick(table, image_column, _image_columns(table), "image", "--image-column")
     if not (is_bytes(table.types[image]) or holds_bytes(table.types[image])):
         raise BadInput(
-            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store a struct with bytes, as the hub"
+            f"expected PNG bytes in the column {image!r} of {name}, got {str(table.types[image])[:100]}; store a struct with bytes, as the hub does"
         )
     if table.rows == 0:
         raise BadInput(f"expected at least one row in {name}, got none; give a file with samples")
@@ -92,7 +92,7 @@ def table_to_dataset(
     if is_text(table.types[label]):
         labels, names = named_labels(table, label, names, others)
     else:
-        labels = whole_labels(table.chunks(label), name)
+        labels = integer_labels(table.chunks(label), name)
     declared = len(names) if names is not None else table.features.get(label, {}).get("num_classes")
     if classes is None:
         classes = declared if isinstance(declared, int) and not isinstance(declared, bool) and declared > 0 else int(labels.max()) + 1
@@ -105,7 +105,7 @@ def table_to_dataset(
 
 
 def _image_columns(table: Table) -> list[str]:
-    """Columns that hold images: those of the hub's kind, else those of bytes."""
+    """Columns with images: those that the hub's metadata declare, or else those with bytes."""
     kinds = {column: table.features.get(column, {}).get("_type") for column in table.types}
     found = [
         column for column, kind in table.types.items()
@@ -118,7 +118,7 @@ def _image_columns(table: Table) -> list[str]:
 
 
 def _pixels(cells: Iterable[tuple[int, Any]], count: int, name: str, shape: tuple[int, int, int] | None, mode: str | None) -> Tensor:
-    """float32 (N, C, H, W) in [0, 1] from `count` (row, encoded image), all of one shape (C, H, W). Sizes are known before anything is decoded."""
+    """float32 (N, C, H, W) in [0, 1] from `count` (row, encoded image), all of one shape (C, H, W). Sizes are checked before anything is decoded."""
     x: Tensor | None = None
     scanned = 0
     with _strictly():
@@ -127,11 +127,11 @@ def _pixels(cells: Iterable[tuple[int, Any]], count: int, name: str, shape: tupl
                 _check_size(picture, count, row, name, shape)
                 scanned += _scans(picture, cell, row, name) * picture.size[0] * picture.size[1]
                 if scanned > MAX_SCANNED:
-                    raise BadInput(f"expected JPEG images of some scans in {name}, got many of large ones up to row {row}; write them again")
+                    raise BadInput(f"expected JPEG images with few scans in {name}, got too many scans up to row {row}; encode them again")
                 pixels = _decoded(picture, row, name)  # (C, H, W) in [0, 1]
-            if mode is not None:  # the hub's library converts to it
+            if mode is not None:  # the hub's library converts images to this mode
                 if mode not in ("L", "RGB") or (mode == "L" and len(pixels) == 3):
-                    raise BadInput(f"expected images of {name} in the mode {mode!r} that its metadata name, got another in row {row}; convert them")
+                    raise BadInput(f"expected images of {name} in mode {mode!r}, as in its metadata, got another in row {row}; convert them")
                 pixels = np.repeat(pixels, 3, axis=0) if mode == "RGB" and len(pixels) == 1 else pixels
             found = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
             shape = shape or found
@@ -141,17 +141,17 @@ def _pixels(cells: Iterable[tuple[int, Any]], count: int, name: str, shape: tupl
                 )
             x = torch.empty((count, *shape), dtype=torch.float32) if x is None else x
             x[i] = torch.from_numpy(pixels)
-    assert x is not None  # an empty table has been refused
+    assert x is not None  # an empty table was refused before
     return x
 
 
 def _check_size(picture: Picture, count: int, row: int, name: str, shape: tuple[int, int, int] | None) -> None:
-    """Of the header, before memory is taken: one image within MAX_PIXELS, all of them within MAX_VALUES, and as large as the first."""
+    """Checks the header, before memory is allocated: one image within MAX_PIXELS, all images within MAX_VALUES, and the size of the first image."""
     width, height = picture.size
     channels = _CHANNELS.get(picture.mode)
     if channels is None:
         raise BadInput(f"expected grey (L) or RGB images in {name}, got mode {picture.mode} in row {row}; convert it")
-    if shape is not None and sorted((width, height)) != sorted(shape[1:]):  # turned or not
+    if shape is not None and sorted((width, height)) != sorted(shape[1:]):  # rotated or not
         raise BadInput(
             f"expected images of {name} with (channels, height, width) {tuple(shape)}, got {(channels, height, width)} in row {row}; "
             f"resize it or drop it"
@@ -166,13 +166,13 @@ def _check_size(picture: Picture, count: int, row: int, name: str, shape: tuple[
 
 
 def _scans(picture: Picture, cell: bytes, row: int, name: str) -> int:
-    """Of a JPEG: how often a decoder goes over all its pixels. 1 for other formats. Raises BadInput for more bytes or scans than an image takes."""
+    """The number of passes of a JPEG decoder over all pixels; 1 for other formats. Raises BadInput for too many bytes or scans."""
     most = MAX_EXTRA + MAX_BYTES_A_PIXEL * picture.size[0] * picture.size[1]
     if len(cell) > most:
         raise BadInput(f"expected at most {most} bytes for an image of its size in {name}, got {len(cell)} in row {row}; write it again")
     if cell[:2] != b"\xff\xd8":
         return 1
-    # In the data of a scan 0xFF has another byte behind it; elsewhere, as in a profile of colours, the pair stands once in 65,536 by chance.
+    # In the data of a scan 0xFF is followed by another byte; elsewhere, as in a colour profile, the pair occurs by chance once in 65,536 bytes.
     scans = cell.count(b"\xff\xda")
     if scans > MAX_SCANS + len(cell) // 2**15:
         raise BadInput(f"expected a JPEG of at most {MAX_SCANS} scans in {name}, got {scans} in row {row}; write it again")
@@ -181,7 +181,7 @@ def _scans(picture: Picture, cell: bytes, row: int, name: str) -> int:
 
 @contextmanager
 def _strictly() -> Iterator[None]:
-    """Pillow's settings of its own making: no image that is cut off is filled with grey, and warnings do not go to the terminal."""
+    """Pillow's global settings inside the block: truncated images are errors, and warnings are not printed."""
     from PIL import ImageFile, PngImagePlugin
 
     lenient, prose = ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_MEMORY
@@ -196,14 +196,14 @@ def _strictly() -> Iterator[None]:
 
 @contextmanager
 def _opened(cell: Any, row: int, name: str) -> Iterator[Picture]:
-    """An image whose header alone has been read. What Pillow raises inside is a broken image."""
+    """Opens an image and reads only its header. Errors of Pillow inside the block mean a broken image."""
     from io import BytesIO
 
     from PIL import Image
 
     if not isinstance(cell, bytes):
-        raise BadInput(f"expected the bytes of an image in row {row} of {name}, got none; embed the images in the file")
-    if (size := _webp_size(cell)) is not None and size[0] * size[1] > MAX_PIXELS:  # its decoder takes memory for all of it when it is opened
+        raise BadInput(f"expected the bytes of an image in row {row} of {name}, got none; store the images in the file")
+    if (size := _webp_size(cell)) is not None and size[0] * size[1] > MAX_PIXELS:  # its decoder allocates memory for all of it when it is opened
         raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got {size[0]} × {size[1]} in row {row}; shrink it or drop it")
     try:
         with Image.open(BytesIO(cell), formats=FORMATS) as picture:
@@ -212,30 +212,30 @@ def _opened(cell: Any, row: int, name: str) -> Iterator[Picture]:
         raise
     except Image.DecompressionBombError:
         raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got more in row {row}; make it smaller or drop it") from None
-    except Exception:  # of every kind: what a decoder meets in a broken file it did not foresee
+    except Exception:  # a decoder may raise anything on a broken file
         raise BadInput(
-            f"expected an image ({_WAYS}) in row {row} of {name}, got {len(cell)} bytes that do not decode; copy the file again or drop the row"
+            f"expected an image ({_FORMAT_NAMES}) in row {row} of {name}, got {len(cell)} undecodable bytes; copy the file again or drop the row"
         ) from None
 
 
 def _decoded(picture: Picture, row: int, name: str) -> np.ndarray:
-    """float32 (C, H, W) in [0, 1], turned as `datasets` turns it. Raises BadInput for a mode without a rule."""
+    """float32 (C, H, W) in [0, 1], rotated as `datasets` does. Raises BadInput for an unsupported mode."""
     from PIL import ImageOps
 
     def refuse(got: str, remedy: str = "convert it") -> BadInput:
         return BadInput(f"expected grey (L) or RGB images in {name}, got {got} in row {row}; {remedy}")
 
     deep = _deep(picture)
-    tags = getattr(picture, "tag_v2", {})  # of TIFF
+    tags = getattr(picture, "tag_v2", {})  # for TIFF
     tile = (int(tags.get(322, 0)), int(tags.get(323, 0)))
     if tile[0] * tile[1] > MAX_PIXELS:
         raise BadInput(f"expected images of at most {MAX_PIXELS} pixels in {name}, got a tile of {tile[0]} × {tile[1]} in row {row}; write it again")
     if tags and any(kind != 1 for kind in np.atleast_1d(tags.get(339, 1))):
-        raise refuse("a TIFF whose samples are signed or floats")
+        raise refuse("a TIFF with signed or floating-point samples")
     if picture.mode == "I" and not deep:
-        raise refuse("mode I of 32 bits")
+        raise refuse("mode I with 32 bits")
     if deep and (picture.mode not in _DEEP or tags.get(262, 1) == 0):
-        raise refuse("16 bits a channel, of which Pillow reads the upper half or the inverse", "convert it to 8 bits")
+        raise refuse("16 bits per channel, which Pillow reads as 8 bits or inverted", "convert it to 8 bits")
     picture.load()
     if picture.getexif().get(0x0112) is not None:
         picture = ImageOps.exif_transpose(picture)
@@ -245,7 +245,7 @@ def _decoded(picture: Picture, row: int, name: str) -> np.ndarray:
     if picture.mode in ("LA", "RGBA") or "transparency" in picture.info:
         whole = picture.convert("RGBA")
         if whole.getchannel("A").getextrema() != (255, 255):
-            raise refuse("transparency", "compose it with the background that the model was trained on")
+            raise refuse("transparency", "blend it with the background that the model was trained with")
         picture = whole.convert("RGB") if _CHANNELS[picture.mode] == 3 else picture.convert("L")
     elif picture.mode in ("1", "P"):
         picture = picture.convert({"1": "L", "P": "RGB"}[picture.mode])
@@ -257,7 +257,7 @@ def _decoded(picture: Picture, row: int, name: str) -> np.ndarray:
 
 
 def _deep(picture: Picture) -> bool:
-    """Whether the file has more than 8 bits a channel, which the mode alone does not say. Valid before the image is loaded."""
+    """Whether the file has more than 8 bits per channel, which the mode alone does not say. Valid before the image is loaded."""
     if picture.format == "TIFF":
         return max((int(b) for b in np.atleast_1d(picture.tag_v2.get(258, 1))), default=1) > 8 and picture.mode != "F"  # type: ignore[attr-defined]
     raw = " ".join(str(tile[3]) for tile in getattr(picture, "tile", ()))

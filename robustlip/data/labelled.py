@@ -1,6 +1,6 @@
-"""Texts with a class each: tables (.csv, .tsv, parquet) of a text and a label column, encoded as the model's tokenizer encodes whole texts.
+"""Texts with one class each: tables (.csv, .tsv, parquet) with a text and a label column, encoded by the model's tokenizer.
 
-Every text is by itself: with the tokenizer's marks of beginning and end, without padding (`robustlip.data.lengths`).
+Every text is encoded separately: with the tokenizer's tokens for its beginning and end, without padding (`robustlip.data.lengths`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
-from robustlip.data.labels import declared_names, label_columns, named_labels, whole_labels
+from robustlip.data.labels import declared_names, label_columns, named_labels, integer_labels
 from robustlip.data.lengths import joined
 from robustlip.data.subwords import Subwords
 from robustlip.data.tables import MAX_ROWS, Table, is_text, pick
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXT_COLUMNS = ("text", "sentence")
-MAX_TOKENS = 2**27  # texts × tokens of the longest: what is held at once
+MAX_TOKENS = 2**27  # number of texts × tokens of the longest text
 MAX_COLUMNS = 1_000
 
 
 def is_separated(name: str, text_column: str | None = None) -> bool:
-    """Whether a name is of a .tsv file, or of a .csv file whose first line names a column of texts. Other .csv files list properties (VNN-LIB)."""
+    """Whether a name is a .tsv file, or a .csv file whose first line names a text column. Other .csv files list properties (VNN-LIB)."""
     if not name.endswith(".csv"):
         return name.endswith(".tsv")
     try:
@@ -45,7 +45,7 @@ def is_separated(name: str, text_column: str | None = None) -> bool:
 
 
 class Separated:
-    """A .csv file (comma, quotes as in RFC 4180) or .tsv file (tab, no quotes) in UTF-8, its first line the names of columns; see `tables.Table`."""
+    """A .csv file (commas, quotes as in RFC 4180) or .tsv file (tabs, no quotes) in UTF-8 with column names in the first line; see `tables.Table`."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -61,22 +61,22 @@ class Separated:
             raise BadInput(f"expected UTF-8 text, got byte {content[error.start]:#04x} at {error.start} of {path.name!r}; save it as UTF-8") from None
         except csv.Error as error:
             kind = "tabs" if tabs else "commas and quotes"
-            raise BadInput(f"expected lines of {kind} in {path.name!r}, got others ({first_line(error)}); write it again") from None
+            raise BadInput(f"expected lines with {kind} in {path.name!r}, got others ({first_line(error)}); write it again") from None
         head, rows = (lines[0], [line for line in lines[1:] if line]) if lines else ([], [])
         if not 0 < len(head) <= MAX_COLUMNS or len(set(head)) != len(head):
-            raise BadInput(f"expected a first line of different names of columns in {path.name!r}, got {str(head)[:100]}; add one")
+            raise BadInput(f"expected a first line of distinct column names in {path.name!r}, got {str(head)[:100]}; add one")
         if len(rows) > MAX_ROWS:
-            raise BadInput(f"expected at most {MAX_ROWS} rows in {self.name}, got {len(rows)}; cut the file")
+            raise BadInput(f"expected at most {MAX_ROWS} rows in {self.name}, got {len(rows)}; split the file")
         odd = next((i for i, row in enumerate(rows) if len(row) != len(head)), None)
         if odd is not None:
-            raise BadInput(f"expected {len(head)} cells in each row of {self.name}, got {len(rows[odd])} in row {odd}; quote what holds a separator")
+            raise BadInput(f"expected {len(head)} cells in each row of {self.name}, got {len(rows[odd])} in row {odd}; quote cells with a separator")
         self._columns = {name: [row[at] for row in rows] for at, name in enumerate(head)}
         self.types: dict[str, pa.DataType] = dict.fromkeys(head, pa.string())
         self.features: dict[str, dict[str, Any]] = {}
         self.rows = len(rows)
 
     def count(self, column: str) -> None:
-        """Take a column for whole numbers where all of its cells are."""
+        """Read a column as integers if all its cells are integers."""
         import pyarrow as pa
 
         if all(re.fullmatch(r"-?[0-9]{1,18}", cell) for cell in self._columns[column]):
@@ -97,11 +97,11 @@ def labelled_texts(
     table: Table, name: str, split: str, limit: int | None, seed: int, vocabulary: str | Subwords | None, context: int | None, note: str = "", *,
     text_column: str | None = None, label_column: str | None = None,
 ) -> Dataset:  # fmt: skip
-    """A table with one text and one label column, encoded: x int64 (N, T), NO_TOKEN behind the end of shorter texts, y int64 (N,).
+    """Encodes a table with one text and one label column: x int64 (N, T), filled with NO_TOKEN after shorter texts, y int64 (N,).
 
-    vocabulary: the model's tokenizer, or its characters. context: at most so many tokens a text, the rest is cut off as tokenizers do it; None: all.
-    Labels are whole numbers, or names that the hub's metadata of the table or the model's own classes number.
-    Raises BadInput for a model without a vocabulary, missing or ambiguous columns, a text of no token, and labels that nothing numbers.
+    vocabulary: the model's tokenizer, or its characters. context: maximum number of tokens per text; longer texts are truncated as the tokenizer does
+    it; None: no limit. Labels are integers, or names that the table's hub metadata or the model's classes number.
+    Raises BadInput for a model without a vocabulary, missing or ambiguous columns, a text without tokens, and label names without a number.
     """
     if vocabulary is None:
         raise BadInput(f"expected a model with a tokenizer for the texts of {name}, got none; use hf:FOLDER with a tokenizer.json")
@@ -119,26 +119,26 @@ def labelled_texts(
     names = declared_names(table, label) or own
     if is_text(table.types[label]):
         if names is None:
-            raise BadInput(f"expected labels of {name} that are numbers, or names that the model's config.json has, got names; number them from 0")
+            raise BadInput(f"expected labels of {name} that are integers, or class names in the model's config.json, got other names; number them from 0")
         labels, _ = named_labels(table, label, names, tuple)
     else:
-        labels = whole_labels(table.chunks(label), name)
+        labels = integer_labels(table.chunks(label), name)
     classes = int(labels.max()) + 1 if names is None else len(names)
     check_labels(labels, classes, name)
     rows = choose_rows(len(labels), limit, seed)
     texts, characters = [], 0
     for row, text in zip(rows.tolist(), table.cells(column, rows), strict=True):
         if not isinstance(text, str):
-            raise BadInput(f"expected text in row {row} of {name}, got none; fill or drop it")
+            raise BadInput(f"expected text in row {row} of {name}, got none; add it or drop the row")
         characters += len(text)
         if characters > MAX_TEXT:
-            raise BadInput(f"expected at most {MAX_TEXT} characters in {name}, got more; give a --limit")
+            raise BadInput(f"expected at most {MAX_TEXT} characters in {name}, got more; use --limit")
         ids = vocabulary.whole(text, context) if isinstance(vocabulary, Subwords) else encode(text, vocabulary, name)[:context]
         if not len(ids):
             raise BadInput(f"expected at least one token in every text of {name}, got none in row {row}; drop that row")
         texts.append(ids)
     if len(texts) * max(map(len, texts)) > MAX_TOKENS:
-        raise BadInput(f"expected texts of at most {MAX_TOKENS} tokens in all, the longest for each, in {name}, got more; give a --context")
+        raise BadInput(f"expected at most {MAX_TOKENS} tokens (texts × longest text) in {name}, got more; use --context")
     return Dataset(
         name, split, "text", joined(texts), labels[torch.from_numpy(rows)], as_index(rows), classes, vocabulary, note, names
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The labels of a table: whole numbers from 0, or strings that are numbered."""
+"""The labels of a table: integers from 0, or strings that are numbered."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 def label_columns(table: Table) -> list[str]:
-    """The columns that may be the one of labels."""
+    """The columns that can be the label column."""
     return [column for column in table.types if column in ("label", "labels") or table.features.get(column, {}).get("_type") == "ClassLabel"]
 
 
 def declared_names(table: Table, label: str) -> tuple[str, ...] | None:
-    """The names of the classes that the hub's metadata give, in the order of the labels; None where they give none."""
+    """The class names in the hub's metadata, in the order of the labels; None if there are none."""
     feature = table.features.get(label, {})
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     if names is None:
         return None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
-        raise BadInput(f"expected different names as classes of the column {label!r} of {table.name}, got others; write the file's metadata again")
+        raise BadInput(f"expected distinct class names in the column {label!r} of {table.name}, got others; write the file's metadata again")
     return tuple(names)
 
 
-def whole_labels(chunks: Iterable[pa.Array], name: str) -> Tensor:
-    """int64 (N,). Whole numbers only: a float, a truth value or nothing is a label that somebody would have to guess."""
+def integer_labels(chunks: Iterable[pa.Array], name: str) -> Tensor:
+    """Labels as int64 (N,). Only integers are accepted: a float, a boolean or a missing label would have to be guessed."""
     import pyarrow as pa
     import pyarrow.types as t
 
@@ -54,7 +54,7 @@ def whole_labels(chunks: Iterable[pa.Array], name: str) -> Tensor:
                 row = int(np.argmax(chunk.to_numpy(zero_copy_only=False)))
         if row is not None:
             value = str(chunk[row].as_py())[:60] if t.is_primitive(chunk.type) or chunk.null_count else str(chunk.type)[:60]
-            raise BadInput(f"expected whole numbers as labels of {name}, got {value} in row {start + row}; store labels as integers from 0")
+            raise BadInput(f"expected integers as labels of {name}, got {value} in row {start + row}; store labels as integers from 0")
         start += len(chunk)
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
 
@@ -62,7 +62,7 @@ def whole_labels(chunks: Iterable[pa.Array], name: str) -> Tensor:
 def named_labels(
     table: Table, label: str, names: tuple[str, ...] | None, others: Callable[[], Iterable[Table]]
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels that are strings, int64 (N,), and the names of 0, 1, …: those that are declared, else all there are, sorted."""
+    """String labels as int64 (N,), and the names of classes 0, 1, …: the declared ones, or else all that occur, sorted."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -72,7 +72,7 @@ def named_labels(
         for chunk in of.chunks(label):
             if chunk.null_count:
                 row = start + int(np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False))[0])
-                raise BadInput(f"expected a name as label of {of.name}, got none in row {row}; name its class or drop the row")
+                raise BadInput(f"expected a class name as label of {of.name}, got none in row {row}; add it or drop the row")
             found.update(pc.unique(chunk).to_pylist())
             start += len(chunk)
         return found

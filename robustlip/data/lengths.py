@@ -1,6 +1,6 @@
-"""Texts of several lengths as one tensor: token ids (N, T) with NO_TOKEN behind the end of the shorter ones.
+"""Texts of several lengths as one tensor: token ids (N, T), filled with NO_TOKEN after the end of shorter texts.
 
-It stands for nothing that a model sees: whoever runs one takes the texts of one length at a time (`by_length`), as long as they are.
+NO_TOKEN is never passed to a model: callers run the texts of one length at a time (`by_length`), without padding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NO_TOKEN = -1
 
 
 def joined(texts: Sequence[Tensor]) -> Tensor:
-    """Token ids int64 (T_i,) of each text → (N, T), T the largest, NO_TOKEN behind the end of the others. Raises BadInput for a text of none."""
+    """Token ids int64 (T_i,) of each text → (N, T), T the largest length, filled with NO_TOKEN. Raises BadInput for a text without tokens."""
     empty = next((row for row, ids in enumerate(texts) if not len(ids)), None)
     if empty is not None:
         raise BadInput(f"expected at least one token in every text, got none in row {empty}; drop that row")
@@ -24,18 +24,18 @@ def joined(texts: Sequence[Tensor]) -> Tensor:
 
 
 def lengths(x: Tensor) -> Tensor:
-    """int64 (N,): how many tokens each text of x (N, T) has. Raises BadInput for NO_TOKEN in front of a token, and for a text of none."""
+    """int64 (N,): the number of tokens of each text in x (N, T). Raises BadInput for NO_TOKEN before a token, and for a text without tokens."""
     there = x != NO_TOKEN
     count = there.sum(1)
     behind = torch.arange(x.shape[1], device=x.device) < count[:, None]
     if not torch.equal(there, behind) or not bool((count > 0).all()):
         row = int(((there != behind).any(1) | (count == 0)).nonzero()[0])
-        raise BadInput(f"expected {NO_TOKEN} behind the end of a text alone, and a token in each, got other ids in row {row}; encode that text again")
+        raise BadInput(f"expected {NO_TOKEN} only after the end of a text, and a token in each, got other ids in row {row}; encode that text again")
     return count
 
 
 def by_length(x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(rows int64 (M,), their token ids (M, L)) of each length L, the shortest first; of inputs without NO_TOKEN all of them, as they are."""
+    """(rows int64 (M,), their token ids (M, L)) for each length L, the shortest first; without NO_TOKEN in x: all rows unchanged."""
     everything = [(torch.arange(len(x), device=x.device), x)]
     if x.is_floating_point() or x.dim() != 2 or not x.numel() or not bool((x == NO_TOKEN).any()):
         return everything
@@ -45,7 +45,7 @@ def by_length(x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def in_order(parts: Sequence[Tensor], groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """What was computed of each of the `groups` (`by_length`), (M, …), in the order of the rows that they were made of."""
+    """Results (M, …) for each of the `groups` (`by_length`), in the order of the original rows."""
     if len(parts) == 1:
         return parts[0]
     rows = torch.cat([rows for rows, _ in groups]).to(parts[0].device)

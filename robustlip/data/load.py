@@ -1,4 +1,4 @@
-"""What a data specification means, and the three ways to load one."""
+"""The meaning of a data specification, and the three functions that load one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
 from robustlip.data.labelled import Separated, is_separated, labelled_texts
 from robustlip.data.subwords import Subwords
-from robustlip.data.tables import Held, Parquet, Table, pick
+from robustlip.data.tables import HubTable, Parquet, Table, pick
 from robustlip.data.tables import is_text as column_of_text
 from robustlip.data.vnnlib import BOXES, boxes_as_samples
 from robustlip.errors import BadInput, DataUnavailable
@@ -30,9 +30,9 @@ _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
-# Files that are one split.
+# Files with only one split.
 FILES = (".parquet", ".tsv", *BOXES)
-OPTIONS = ("subset", "image_column", "label_column", "text_column")  # which configuration and columns; a certificate has them too
+OPTIONS = ("subset", "image_column", "label_column", "text_column")  # configuration and columns; certificates record them
 
 
 @undrawn()
@@ -51,43 +51,43 @@ def load_data(
 ) -> Dataset:
     """Samples with labels: images or texts with their classes, or windows of text with the token that follows.
 
-    spec: 'name' or 'name:split' (split 'test' where none is named). Names: digits, mnist, cifar10, tiny_shakespeare, page
-    (text shipped with robustlip), a hub name 'owner/name' of an image data set, or a path: a .parquet file (one split, so
-    no ':split') with an image and a label column, a .txt file (UTF-8, first 90 % train, the rest test), or a .vnnlib file or an instances.csv of
-    properties that say which class wins in a box (`robustlip.data.vnnlib.boxes_as_samples`), or a .csv or .tsv file of texts and their classes.
-    Looked for in data_dir, then in the folder ROBUSTLIP_DATA, then on the hub.
-    limit: at most so many samples, a random subset drawn by `seed` in the order of the source.
-    context: tokens per window (64); of texts with classes, at most so many of each (all). vocabulary: the characters of ids 0, 1, …, or the
-    tokenizer, as the model has them; default those of the whole text. Both are for text alone.
-    subset: the configuration, where the set has several. image_column, label_column: names of the columns, where the usual ones
-    (image, img; label, labels; those that the hub's metadata call so) are not there or are several. text_column: the set is text,
-    the rows of this column one behind the other ('text' for tiny_shakespeare). text_column and label_column: each row is a text of that class.
+    spec: 'name' or 'name:split' (default split: 'test'). Names: digits, mnist, cifar10, tiny_shakespeare, page
+    (text that is part of robustlip), a hub name 'owner/name' of an image data set, or a path: a .parquet file (one split, so
+    no ':split') with an image and a label column, a .txt file (UTF-8, the first 90 % train, the rest test), a .csv or .tsv file of texts and their
+    classes, or a .vnnlib file or an instances.csv of properties that require a class in a box (`robustlip.data.vnnlib.boxes_as_samples`).
+    The data is searched in data_dir, then in the folder ROBUSTLIP_DATA, then on the hub.
+    limit: maximum number of samples, a random subset drawn with `seed`, in the order of the source.
+    context: tokens per window (default 64); for texts with classes the maximum number of tokens per text (default: all). vocabulary: the
+    characters of ids 0, 1, … or the tokenizer of the model; by default the characters of the whole text. Both are for text only.
+    subset: the configuration, if the set has several. image_column, label_column: names of the columns; needed if the usual ones
+    (image, img; label, labels; those that the hub's metadata declare) are missing or ambiguous. text_column: reads the set as text,
+    the concatenation of the rows of this column ('text' for tiny_shakespeare). text_column and label_column: each row is a text with a class.
 
-    The global random states of torch, numpy and Python are left as they are.
-    Raises DataUnavailable when the set is in no folder and the hub is out of reach, BadInput for everything else.
+    The global random states of torch, numpy and Python are not changed.
+    Raises DataUnavailable if the set is in no folder and the hub cannot be reached, BadInput for everything else.
     """
     options = dict(zip(OPTIONS, (subset, image_column, label_column, text_column), strict=True))
     for option, value in options.items():
         if value is not None and (not isinstance(value, str) or not value):
-            raise BadInput(f"expected a name as {option}, got {value!r}; give one, or none at all")
+            raise BadInput(f"expected a name as {option}, got {value!r}; give one, or none")
     given = {option: value for option, value in options.items() if value is not None}
     return replace(_load(spec, data_dir, limit, seed, context, vocabulary, options), options=given)
 
 
 def chosen(source: Any) -> dict[str, str]:
-    """The OPTIONS that a policy, a suite's pair or a certificate's data names, as load_data takes them."""
+    """The OPTIONS in a policy, in a pair of a suite or in the data of a certificate, as arguments of load_data."""
     return {option: value for option in OPTIONS if (value := getattr(source, option)) is not None}
 
 
 def sources() -> dict[str, Callable[..., Dataset]]:
     """Data sets of other packages by name (`robustlip.plugins`): callables (split, data_dir) → all samples of that split."""
-    return added("robustlip.data", (*HUB_NAMES, *_TEXTS, "digits"), callable, "a callable (split, data_dir) that gives a Dataset")
+    return added("robustlip.data", (*HUB_NAMES, *_TEXTS, "digits"), callable, "a callable (split, data_dir) that returns a Dataset")
 
 
 def _of_others(name: str, split: str, data_dir: str | Path | None, limit: int | None, seed: int) -> Dataset:
     data = sources()[name](split, data_dir)
     if not isinstance(data, Dataset):
-        raise BadInput(f"expected the entry point {name!r} to give a robustlip.data.Dataset, got {type(data).__name__}; mend that package")
+        raise BadInput(f"expected the entry point {name!r} to return a robustlip.data.Dataset, got {type(data).__name__}; correct that package")
     rows = as_index(choose_rows(len(data), limit, seed))
     return replace(data, name=name, split=split, x=data.x[rows], y=data.y[rows], index=data.index[rows])
 
@@ -100,7 +100,7 @@ def _load(
     name, split = parse_spec(spec)
     check_limit(limit)
     if name in sources():
-        _refuse_unused(name, columns, OPTIONS, "the data set of another package,")
+        _refuse_unused(name, columns, OPTIONS, "the data set of another package")
         return _of_others(name, split or "test", data_dir, limit, seed)
     if is_separated(name, text_column):
         _refuse_unused(name, columns, ("subset", "image_column"), "the texts")
@@ -118,7 +118,7 @@ def _load(
     if context is not None or vocabulary is not None:
         if context is not None:
             raise BadInput(f"expected no context for the images {name!r}, got {context}; leave it out")
-        raise BadInput(f"expected a text for a model of characters, got the images {name!r}; name a text, 'page' or 'tiny_shakespeare'")
+        raise BadInput(f"expected text for a model of characters, got the images {name!r}; name a text, 'page' or 'tiny_shakespeare'")
     if name == "digits":
         _refuse_unused(name, columns, ("subset", "image_column", "label_column"), "the images")
         return load_digits_split(split or "test", limit, seed)
@@ -126,7 +126,7 @@ def _load(
         _refuse_unused(name, columns, OPTIONS, "the properties")
         return boxes_as_samples(Path(name), limit, seed)
     if name.endswith(".parquet"):
-        _refuse_unused(name, columns, ("subset",), "the one split")
+        _refuse_unused(name, columns, ("subset",), "the file with one split")
         stem = Path(name).stem
         table = Parquet([Path(name)], stem)
         return table_to_dataset(table, stem, "all", limit, seed, image_column=image_column, label_column=label_column)
@@ -140,12 +140,12 @@ def _refuse_unused(name: str, columns: Mapping[str, str | None], unused: tuple[s
 
 
 def _refuse_columns(name: str, columns: Mapping[str, str | None]) -> None:
-    """Of a text: what it has not."""
+    """Refuses options that text does not have."""
     _refuse_unused(name, columns, ("image_column", "label_column"), "the text")
     if name.endswith(".txt") or name == "page":
         _refuse_unused(name, columns, ("subset", "text_column"), "the text")
     elif name.endswith(".parquet"):
-        _refuse_unused(name, columns, ("subset",), "the one split")
+        _refuse_unused(name, columns, ("subset",), "the file with one split")
 
 
 @undrawn()
@@ -154,7 +154,7 @@ def load_tokens(
 ) -> tuple[Tensor, str, str]:
     """A whole split as one stream, for training a language model: token ids int64 (T,), vocabulary, note.
 
-    spec, data_dir, vocabulary, subset, text_column and errors as in `load_data`; the text names alone.
+    spec, data_dir, vocabulary, subset, text_column and errors as in `load_data`; only names of texts are allowed.
     """
     name, split = parse_spec(spec)
     if not is_text(name, text_column):
@@ -166,7 +166,7 @@ def load_tokens(
 
 
 def load_text_or_page(spec: str = "tiny_shakespeare", *, data_dir: str | Path | None = None, **options: Any) -> Dataset:
-    """As `load_data`, or the page that robustlip ships (note 'shipped page') where that text cannot be had."""
+    """As `load_data`; if that text is not available, the page that is part of robustlip (note 'shipped page')."""
     try:
         return load_data(spec, data_dir=data_dir, **options)
     except DataUnavailable:
@@ -174,11 +174,11 @@ def load_text_or_page(spec: str = "tiny_shakespeare", *, data_dir: str | Path | 
 
 
 def parse_spec(spec: str) -> tuple[str, str | None]:
-    """(name, split or None) of 'name[:split]'; a path is checked to exist. Raises BadInput for what is none of the forms."""
+    """(name, split or None) of 'name[:split]'; a path is checked to exist. Raises BadInput for any other form."""
     if not isinstance(spec, str) or not spec.strip():
         raise BadInput(f"expected data ({_FORMS}), got {spec!r}; name one of them")
     name, colon, split = spec.rpartition(":")
-    # A split is one word: the colon of a drive letter or of a folder's name is followed by more.
+    # A split is one word; the colon of a drive letter or of a folder's name is followed by more.
     if not colon or is_file(Path(spec)) or not split.isidentifier():
         name, split = spec, ""
         if colon and spec.endswith(":"):
@@ -195,7 +195,7 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
 
 
 def is_text(name: str, text_column: str | None = None) -> bool:
-    """Whether a name stands for text: by itself, or because a column of text was named."""
+    """Whether a name stands for text: the name of a text, or any name with a text column."""
     return name in _TEXTS or name.endswith(".txt") or text_column is not None or is_separated(name)
 
 
@@ -214,13 +214,13 @@ def _labelled(
 
 
 def _of_split(name: str, split: str, data_dir: str | Path | None, subset: str | None) -> tuple[Table, str]:
-    """The table of one split, of a local copy or of the hub, and what a table must say of it."""
+    """The table of one split, of a local copy or of the hub, and the note for tables."""
     for folder, note in local_copies(name, data_dir):
         if split in (found := splits_of(folder, subset, split)):
             return Parquet(found[split].files(f"split {split!r}"), name), note
     if name not in HUB_NAMES and "/" not in name:
         raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
-    return Held(from_hub(name, split, subset), name), ""
+    return HubTable(from_hub(name, split, subset), name), ""
 
 
 def _images(
@@ -243,10 +243,10 @@ def _images(
         raise BadInput(f"expected a split of {name} among {', '.join(sorted(set(present)))[:300]}, got {split!r}; name one of them")
     if name not in HUB_NAMES and "/" not in name:
         raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
-    brought = Held(from_hub(name, split, subset), name)
+    brought = HubTable(from_hub(name, split, subset), name)
 
     def on_hub() -> Iterator[Table]:
-        yield from (Held(data, name) for data in from_hub(name, None, subset).values())
+        yield from (HubTable(data, name) for data in from_hub(name, None, subset).values())
 
     return table_to_dataset(brought, name, split, limit, seed, image_column=image, label_column=label, others=on_hub)
 
@@ -264,7 +264,7 @@ def _text(name: str, data_dir: str | Path | None, subset: str | None = None, col
             return texts.Text(name, text.train, text.held_out, note or (texts.shakespeare_note(text) if known else ""))
     if not known and name not in HUB_NAMES and "/" not in name:
         raise BadInput(f"expected data ({_FORMS}), got {name!r}; name one of them")
-    text = _join(name, {split: _rows(Held(table, name), column) for split, table in from_hub(name, None, subset).items()})
+    text = _join(name, {split: _rows(HubTable(table, name), column) for split, table in from_hub(name, None, subset).items()})
     return texts.Text(name, text.train, text.held_out, texts.shakespeare_note(text) if known else "")
 
 
@@ -282,7 +282,7 @@ def _local_text(name: str, folder: Path, subset: str | None, column: str | None)
 
 
 def _join(name: str, parts: dict[str, str]) -> texts.Text:
-    """The hub cuts what is held out in two; both halves, in order, are the 10 % that nanoGPT calls validation."""
+    """The hub stores the held-out text in two parts; both together, in order, are the 10 % that nanoGPT uses for validation."""
     held_out = "".join(parts.get(split, "") for split in texts.HELD_OUT)
     if not parts.get("train") or not held_out:
         raise BadInput(f"expected {name} with a train split and a test or validation split, got {', '.join(parts) or 'none'}; add the missing file")
@@ -290,7 +290,7 @@ def _join(name: str, parts: dict[str, str]) -> texts.Text:
 
 
 def _rows(table: Table, column: str | None) -> str:
-    """The rows of a column of text, one behind the other."""
+    """The concatenation of the rows of a text column."""
     column = pick(table, column, [c for c in table.types if c == "text"], "text", "--text-column")
     if not column_of_text(table.types[column]):
         raise BadInput(f"expected text in the column {column!r} of {table.name}, got {str(table.types[column])[:100]}; name one by --text-column")
@@ -298,7 +298,7 @@ def _rows(table: Table, column: str | None) -> str:
     size = 0
     for row, value in enumerate(table.cells(column, np.arange(table.rows))):
         if value is None:
-            raise BadInput(f"expected text in row {row} of {table.name}, got none; fill or drop it")
+            raise BadInput(f"expected text in row {row} of {table.name}, got none; add it or drop the row")
         size += len(value)
         if size > texts.MAX_TEXT:
             raise BadInput(f"expected a text of at most {texts.MAX_TEXT} characters in {table.name}, got more; cut it or train with streaming = true")

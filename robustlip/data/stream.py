@@ -1,8 +1,8 @@
-"""Text that does not fit in memory: documents read one after the other, as one endless stream of tokens that any position can be asked of.
+"""Text that does not fit into memory: documents read one after the other, as one endless stream of tokens with random access.
 
-The stream is the documents behind the first `held_out`, in the order of their files, each with its end token, and again from the start when
-they are over. Token i of it is the same whenever it is asked for, so a batch can be a function of the step; where reading stands is a small
-dictionary (`state_at`), and reading goes on from it without the documents before.
+The stream consists of the documents after the first `held_out`, in the order of their files, each followed by its end token; after the last one
+it starts again. Token i is always the same, so a batch can be a function of the step. A reading position is a small dictionary
+(`state_at`), from which reading continues without reading earlier documents.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from robustlip.data.tokenizers import Tokenizer
 from robustlip.errors import BadInput, DataUnavailable, first_line
 from robustlip.files import is_file, is_folder
 
-GROUP = 64  # documents that are tokenised at once
-_CHECKED = 16  # tokens by which a position recognises its document
+GROUP = 64  # documents that are tokenised in one call
+_CHECKED = 16  # tokens that are compared to recognise a document
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json"}
-_DEPTH = 8  # folders below that of the data set
-_USUAL = {"train", "test", "validation", "valid", "val", "dev"}  # names of splits: files so named are of that split alone
-MAX_LINE = 2**26  # bytes of a line of .jsonl
+_DEPTH = 8  # depth of subfolders that are searched
+_USUAL = {"train", "test", "validation", "valid", "val", "dev"}  # names of splits: a file with such a name belongs to that split only
+MAX_LINE = 2**26  # bytes of one line of a .jsonl file
 
 
 def local_files(name: str, subset: str | None, data_dir: str | Path | None, split: str | None = None) -> tuple[list[Path], str] | None:
-    """(files in order of their path, note) of a data set that lies here; None when it does not. Every character of a path is literal.
+    """(files sorted by path, note) of a local data set; None if there is none. Paths are literal.
 
-    name: a .parquet or .jsonl[.gz, .zst] file, a folder, or a name that data_dir or ROBUSTLIP_DATA has a folder for. subset: a folder in there.
-    split: where files are named by splits (see `folders`), those of this one, whole; else all there are.
+    name: a .parquet or .jsonl[.gz, .zst] file, a folder, or the name of a folder in data_dir or ROBUSTLIP_DATA. subset: a subfolder.
+    split: if the files are named by splits (see `folders`), the complete files of this split; otherwise all files.
     Raises BadInput for a path that does not exist and for a folder without such files.
     """
     path = Path(name)
@@ -81,7 +81,7 @@ def _kind(path: Path) -> str | None:
 
 
 class _Files:
-    """Documents of files that lie here. A position is a file and a row in it; what is before it is not read (of .jsonl: not parsed)."""
+    """Documents of local files. A position is a file and a row in it; earlier rows are not read (.jsonl: read but not parsed)."""
 
     def __init__(self, files: list[Path], name: str, column: str) -> None:
         self.files, self.name, self.column = files, name, column
@@ -96,14 +96,14 @@ class _Files:
                 raise BadInput(f"expected lines of JSON in {files[0].name}, got an error ({first_line(error, 100)}); check the file") from None
 
     def rows(self, state: Any) -> Iterator[tuple[Any, Any]]:
-        """(position of the next one, document) from `state` on. Raises BadInput for a position of something else."""
+        """(position of the next document, document) from `state` on. Raises BadInput for a position in other data."""
         try:
             file, row = state["file"], state["row"]
             if not (type(file) is type(row) is int and 0 <= file < len(self.files) and row >= 0):
                 raise ValueError
         except (LookupError, TypeError, ValueError):
             raise BadInput(
-                f"expected a position in {self.name}, got one of other files or another version of robustlip; restore them, or start again in "
+                f"expected a position in {self.name}, got one in other files or from another version of robustlip; restore them, or start again in "
                 f"another folder"
             ) from None
         for at in range(file, len(self.files)):
@@ -135,13 +135,13 @@ class _Files:
                         raise ValueError("no object")
                 except (ValueError, RecursionError) as error:
                     raise BadInput(
-                        f"expected a JSON object in UTF-8 in line {number} of {path.name}, got another thing ({first_line(error, 80)}); mend the line"
+                        f"expected a JSON object in UTF-8 in line {number} of {path.name}, got something else ({first_line(error, 80)}); correct it"
                     ) from None
                 yield (at, number), document if whole else document.get(self.column)
 
 
 def _unpacked(path: Path) -> Any:
-    """The bytes of a .jsonl file, unpacked as they are read."""
+    """The bytes of a .jsonl file, decompressed while they are read."""
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
     if not path.name.endswith(".zst"):
@@ -149,12 +149,12 @@ def _unpacked(path: Path) -> Any:
     try:
         import zstandard
     except ImportError:
-        raise BadInput(f"expected the package zstandard for {path.name}, got no such package; install it, or unpack the file") from None
+        raise BadInput(f"expected the package zstandard for {path.name}, got no such package; install it, or decompress the file") from None
     return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True, closefd=True))
 
 
 class _Hub:
-    """Documents of the hub, by `datasets` in streaming mode; a position is its own."""
+    """Documents of the hub, by `datasets` in streaming mode; a position is a state of that library."""
 
     def __init__(self, name: str, subset: str | None, split: str, column: str) -> None:
         self.name, self.column = name, column
@@ -170,12 +170,12 @@ class _Hub:
                 self._data.load_state_dict(copy.deepcopy(state))
                 rows = iter(self._data)
                 first = next(rows, None)
-        except (LookupError, TypeError, AttributeError) as error:  # it indexes into what it is given
+        except (LookupError, TypeError, AttributeError) as error:  # the library indexes into the state
             raise BadInput(
-                f"expected a position in {self.name}, got one of other files or another version of datasets ({type(error).__name__}); "
+                f"expected a position in {self.name}, got one in other files or from another version of datasets ({type(error).__name__}); "
                 f"restore them, or start again in another folder"
             ) from None
-        # datasets itself says where it stands only once it has read a row.
+        # datasets knows its position only after it has read a row.
         for row in () if first is None else itertools.chain([first], rows):
             yield self._data.state_dict(), row.get(self.column)  # the state is a copy
 
@@ -183,8 +183,8 @@ class _Hub:
 class Documents:
     """The documents of one split, one after the other.
 
-    name, subset, data_dir, split: see `local_files`; what lies nowhere here is read from the hub (subset: its configuration). column: of the
-    text. note: what a table must say of the source. Raises DataUnavailable and BadInput as `load_data` does.
+    name, subset, data_dir, split: see `local_files`; data that is not found locally is read from the hub (subset: its configuration). column: the
+    text column. note: what tables have to show about the source. Raises DataUnavailable and BadInput as `load_data` does.
     """
 
     def __init__(
@@ -206,18 +206,18 @@ class Documents:
         self._rows: Iterator[tuple[Any, Any]] | None = None
 
     def seek(self, state: Any | None) -> None:
-        """Go to where `state` was read, or to the first document for None."""
+        """Continue at the position `state`, or at the first document for None."""
         self._at = self._start if state is None else state
         self._rows = None
 
     def state(self) -> Any:
-        """Where the next document is: plain numbers and strings."""
+        """The position of the next document: plain numbers and strings."""
         return self._at
 
     def next(self) -> str | None:
-        """The next document, None behind the last.
+        """The next document, None after the last.
 
-        Raises BadInput for a row without text and for a position of something else, DataUnavailable when reading fails.
+        Raises BadInput for a row without text and for a position in other data, DataUnavailable if reading fails.
         """
         try:
             if self._rows is None:
@@ -225,10 +225,10 @@ class Documents:
             row = next(self._rows, None)
         except BadInput:
             raise
-        except Exception as error:  # of the file system, of a decompressor, or of whichever HTTP client datasets uses
+        except Exception as error:  # of the file system, of a decompressor, or of the HTTP client of datasets
             raise DataUnavailable(
                 f"expected the next document of {self.name}, got an error ({type(error).__name__}: {str(error)[:100]}); "
-                f"start again when it can be read, a run goes on from its last state"
+                f"run again when it can be read; training resumes from its last state"
             ) from error
         if row is None:
             return None
@@ -239,8 +239,8 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One tokenised document. first: index of its first token in the stream. document: its number in the source, from 0. state: in front of it."""
+class _Document:
+    """A tokenised document. first: stream position of its first token. document: its number in the source, from 0. state: the position before."""
 
     first: int
     document: int
@@ -254,9 +254,9 @@ class _Piece:
 
 
 class TokenStream:
-    """Documents as the endless stream of tokens that the top of this file describes.
+    """Documents as the endless stream of tokens that the top of this file defines.
 
-    make: opens the source, anew at every call. held_out: documents at its start that are not in the stream but in `held_out_tokens`.
+    make: opens the source; each call opens it again. held_out: the number of documents at its start that form `held_out_tokens`, not the stream.
     """
 
     def __init__(self, make: Callable[[], Documents], tokenizer: Tokenizer, held_out: int) -> None:
@@ -266,7 +266,7 @@ class TokenStream:
         self._rewind()
 
     def held_out_tokens(self) -> np.ndarray:
-        """int32 (T,): the first `held_out` documents. Raises BadInput when there are not more than those."""
+        """int32 (T,): the first `held_out` documents. Raises BadInput if there are no further documents."""
         documents, texts = self._make(), list[str]()
         while len(texts) < self.held_out:
             texts.append(self._text(documents.next()))
@@ -274,49 +274,49 @@ class TokenStream:
         return np.concatenate(self.tokenizer.encode(texts))
 
     def window(self, start: int, count: int) -> np.ndarray:
-        """int32 (count,): tokens start … start + count − 1 of the stream, start ≥ 0, count ≥ 1. Ascending starts are read once."""
-        if start < (self._pieces[0].first if self._pieces else self._front):
+        """int32 (count,): tokens start … start + count − 1 of the stream, start ≥ 0, count ≥ 1. Each document is read once if starts ascend."""
+        if start < (self._tokenised[0].first if self._tokenised else self._front):
             self._rewind()
         self._forget(start)
         while self._front < start + count:
             self._read()
             self._forget(start)
-        joined = np.concatenate([piece.ids for piece in self._pieces])
-        at = start - self._pieces[0].first
+        joined = np.concatenate([piece.ids for piece in self._tokenised])
+        at = start - self._tokenised[0].first
         return joined[at : at + count]
 
     def state_at(self, start: int) -> dict[str, Any]:
-        """Where token `start` is, as JSON: of the last window, or the first token behind it. See `restore`."""
-        piece = next((piece for piece in self._pieces if piece.first <= start < piece.end), None)
+        """The position of token `start`, as JSON; `start` lies in the last window or directly after it. See `restore`."""
+        piece = next((piece for piece in self._tokenised if piece.first <= start < piece.end), None)
         if piece is None:
             self.window(start, 1)
-            piece = self._pieces[0]
+            piece = self._tokenised[0]
         told: dict[str, Any] = {"token": piece.first, "document": piece.document, "offset": start - piece.first, "epoch": piece.epoch}
         return told | {"begins": piece.ids[:_CHECKED].tolist(), "reader": piece.state}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_at`. Raises BadInput when the document there is another than the one that it names."""
+        """Continue at a `state_at`. Raises BadInput if the document at that position has changed."""
         self._documents.seek(state["reader"])
-        self._pieces: deque[_Piece] = deque()
+        self._tokenised: deque[_Document] = deque()
         self._front, self._document, self._epoch = int(state["token"]), int(state["document"]), int(state["epoch"])
         self._read(1)
-        if self._pieces[0].document != state["document"] or self._pieces[0].ids[:_CHECKED].tolist() != state["begins"]:
+        if self._tokenised[0].document != state["document"] or self._tokenised[0].ids[:_CHECKED].tolist() != state["begins"]:
             raise BadInput(
                 f"expected document {state['document']} of {self._documents.name} as it was when the run was saved, got another; "
                 f"restore the files, or start again in another folder"
             )
 
     def _forget(self, start: int) -> None:
-        while self._pieces and self._pieces[0].end <= start:
-            self._pieces.popleft()
+        while self._tokenised and self._tokenised[0].end <= start:
+            self._tokenised.popleft()
 
     def _rewind(self) -> None:
         self._documents.seek(None)
-        self._pieces = deque()
+        self._tokenised = deque()
         self._front = self._document = self._epoch = 0
 
     def _read(self, most: int = GROUP) -> None:
-        """Tokenise the next documents, at most so many and at least one."""
+        """Tokenise the next documents: at least one, at most `most`."""
         found: list[tuple[int, int, Any, str]] = []
         while len(found) < most:
             state, text = self._documents.state(), self._documents.next()
@@ -330,7 +330,7 @@ class TokenStream:
                 found.append((self._document, self._epoch, state, text))
             self._document += 1
         for (document, epoch, state, _), ids in zip(found, self.tokenizer.encode([text for *_, text in found]), strict=True):
-            self._pieces.append(_Piece(self._front, document, epoch, state, ids))
+            self._tokenised.append(_Document(self._front, document, epoch, state, ids))
             self._front += len(ids)
 
     def _text(self, text: str | None) -> str:

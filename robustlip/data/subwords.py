@@ -1,4 +1,4 @@
-"""Tokenizers of other libraries' models: text to token ids of subwords and back."""
+"""Subword tokenizers: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from robustlip.errors import BadInput
 
 
 class Subwords:
-    """The tokens of a tokenizer.json, as the package tokenizers reads it: what a model of subwords has in the place of a string of characters."""
+    """The tokenizer of a tokenizer.json, read by the package tokenizers. Models with subword tokens have it as vocabulary, in place of characters."""
 
     def __init__(self, content: bytes, classes: tuple[str, ...] | None = None) -> None:
         """classes: the model's names of classes 0, 1, …, where it has some."""
@@ -30,7 +30,7 @@ class Subwords:
         return int(self.tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> Tensor:
-        """Token ids int64 (T,) of a text, without marks of its beginning and end."""
+        """Token ids int64 (T,) of a text, without tokens for its beginning and end."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
     def whole(self, text: str, most: int | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Tables of one split: parquet files, or what the hub's library brought. Rows are read as they are needed, and never before they are counted.
+"""Tables of one split: parquet files, or tables of the hub's library. Rows are read when they are needed, and counted before they are read.
 
-A file from outside is hostile. What it says of itself (rows, columns, sizes, and the sizes of every page that is to be unpacked) is read first and
-bounded; then one row group after the other, of the columns that are asked for. A path is opened as it is spelled, whatever characters it has.
+Files are not trusted. The sizes that a file states (rows, columns, bytes, and the sizes of every page to decompress) are read first and
+checked; then row group after row group is read, with the requested columns only. Paths are literal.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from robustlip.data.pages import Pages, Untrue, check_footer, walk_pages
+from robustlip.data.pages import Malformed, Pages, check_footer, count_pages
 from robustlip.errors import BadInput, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAX_ROWS = 10_000_000  # of a split
-MAX_EXPANSION = 20  # a column may take so many times its size in the file, for encoded images do not compress,
-MAX_COLUMN = 2**28  # … or so many bytes a row group,
-MAX_UNPACKED = 2**31  # … or so many a file
+MAX_ROWS = 10_000_000  # per split
+MAX_EXPANSION = 20  # limits of a decompressed column: this many times its size in the file (encoded images do not compress further),
+MAX_COLUMN = 2**28  # … or this many bytes per row group,
+MAX_UNPACKED = 2**31  # … or this many bytes per file
 MAX_FEATURES = 2**22  # bytes of the hub's description of columns
-_CELLS, _VALUES = 256, 65_536  # rows read at once: of images or texts, and of labels
-_COPIED = 2**32  # bytes of a dictionary that are copied for one row group: once for the rows that are read at once
-_DENSE = 2**26  # bytes of values of one width that are held at once
+_CELLS, _VALUES = 256, 65_536  # rows that are read at once: of images or texts, and of labels
+_COPIED = 2**32  # bytes of dictionary values that are copied for one row group, once per batch of rows
+_DENSE = 2**26  # bytes of fixed-width values that are in memory at once
 
 
 class Table(Protocol):
-    """name: what messages call it. types: column → pyarrow's type. features: column → what the hub's metadata says of it. rows: how many."""
+    """name: for messages. types: column → pyarrow's type. features: column → the hub's metadata about it. rows: their number."""
 
     name: str
     types: dict[str, pa.DataType]
@@ -43,18 +43,18 @@ class Table(Protocol):
         ...
 
     def cells(self, column: str, rows: np.ndarray) -> Iterator[Any]:
-        """The values of ascending rows: of a struct with bytes those alone (a path in it is never followed), else as Python has them."""
+        """The values of ascending rows: for a struct with bytes only these (a path in it is never opened), otherwise Python objects."""
         ...
 
 
 class Parquet:
-    """The parquet files of one split, in order. Raises BadInput for what cannot be read, has other columns than the first, or too many rows."""
+    """The parquet files of one split, in order. Raises BadInput for unreadable files, files with different columns, and too many rows."""
 
     def __init__(self, files: Sequence[Path], name: str) -> None:
         self.name, self.files = name, list(files)
         self._groups: list[tuple[Path, int, int]] = []  # file, row group in it, rows
-        self._footers: dict[Path, Any] = {}  # pyarrow's FileMetaData: read once, for what was checked is what is used
-        self._places: dict[tuple[Path, str], int] = {}  # the number of a leaf among the columns
+        self._footers: dict[Path, Any] = {}  # pyarrow's FileMetaData; read once, so that the checked footer is the one in use
+        self._places: dict[tuple[Path, str], int] = {}  # the index of the leaf column
         self._counted: dict[tuple[Path, str], dict[int, tuple[Pages, int]]] = {}  # row group → its pages, and their bytes in the file
         self.rows = 0
         for at, path in enumerate(self.files):
@@ -65,12 +65,12 @@ class Parquet:
                 counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
                 claimed, names = file.metadata.num_rows, file.schema_arrow.names
             if min(counts, default=0) < 0 or sum(counts) != claimed:
-                raise _unreadable(path, "its row groups do not add up to its rows")
+                raise _unreadable(path, "its row groups do not have as many rows as the file")
             if len(set(names)) != len(names):
-                raise _unreadable(path, "two columns have one name")
+                raise _unreadable(path, "two columns have the same name")
             self.rows += claimed
             if self.rows > MAX_ROWS:
-                raise BadInput(f"expected at most {MAX_ROWS} rows in {name}, got {self.rows} or more; cut the file, --limit draws from all its rows")
+                raise BadInput(f"expected at most {MAX_ROWS} rows in {name}, got {self.rows} or more; split it (--limit draws from all its rows)")
             if at == 0:
                 self.types, self.features = types, features
             elif (types, features) != (self.types, self.features):
@@ -98,7 +98,7 @@ class Parquet:
                     break
 
     def _read(self, path: Path, group: int, column: str, size: int) -> Iterator[pa.Array]:
-        """The column of one row group, in batches; texts and images that repeat are held once."""
+        """The column of one row group, in batches; a repeated text or image is stored once."""
         leaf = _leaf(column, self.types[column])
         footer = self._footers[path]
         with _explained(path), open(path, "rb") as stream:
@@ -122,11 +122,11 @@ class Parquet:
                     if batch is None:
                         return
                     values = batch.column(column)
-                    values.validate(full=True)  # that text is UTF-8, for one
+                    values.validate(full=True)  # for example that text is UTF-8
                 yield values
 
     def _place(self, path: Path, column: str, leaf: str) -> int:
-        """The number of the one leaf that pyarrow reads for this name. Raises BadInput for lists and structures."""
+        """The index of the only leaf column that pyarrow reads for this name. Raises BadInput for lists and structures."""
         if (path, leaf) not in self._places:
             schema = self._footers[path].schema
             leaves = [schema.column(at) for at in range(len(schema))]
@@ -139,25 +139,25 @@ class Parquet:
         return self._places[path, leaf]
 
     def _pages(self, stream: IO[bytes], path: Path, leaf: str, group: int, part: Any, rows: int, limit: int) -> Pages:
-        """The pages of a column in a row group, counted: they hold its rows, and with those counted before they are within what a file may take."""
+        """The page counts of a column in a row group. Checks that they contain its rows, and that their sum stays within the limits of a file."""
         counted = self._counted.setdefault((path, leaf), {})
         if group not in counted:
             start, dictionary = part.data_page_offset, part.dictionary_page_offset
             if dictionary is not None and 0 < dictionary < start:
                 start = dictionary
             if part.num_values != rows:
-                raise Untrue("a column has not as many values as rows")
-            counted[group] = walk_pages(stream, start, part.total_compressed_size, rows, limit), part.total_compressed_size
+                raise Malformed("a column does not have as many values as rows")
+            counted[group] = count_pages(stream, start, part.total_compressed_size, rows, limit), part.total_compressed_size
             size = path.stat().st_size
             if sum(packed for _, packed in counted.values()) > size:
-                raise Untrue("its row groups lie upon each other")
+                raise Malformed("its row groups overlap")
             if (total := sum(pages.unpacked for pages, _ in counted.values())) > max(MAX_UNPACKED, MAX_EXPANSION * size):
-                raise Untrue(f"a column unpacks to {total} bytes or more", "write it in several files")
+                raise Malformed(f"a column decompresses to {total} bytes or more", "write it in several files")
         return counted[group][0]
 
 
-class Held:
-    """A `datasets.Dataset`, whose Arrow table lies in a file that the system maps into memory."""
+class HubTable:
+    """A `datasets.Dataset`, whose Arrow table is a memory-mapped file."""
 
     def __init__(self, data: Any, name: str) -> None:
         self.name = name
@@ -180,7 +180,7 @@ class Held:
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    """Bytes of any width, in a dictionary or not."""
+    """Whether values are bytes of any width, dictionary-encoded or not."""
     import pyarrow.types as t
 
     if t.is_dictionary(kind):
@@ -189,7 +189,7 @@ def is_bytes(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Strings of any width, in a dictionary or not."""
+    """Whether values are strings of any width, dictionary-encoded or not."""
     import pyarrow.types as t
 
     if t.is_dictionary(kind):
@@ -198,14 +198,14 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """A struct with a field 'bytes' of bytes: how the hub stores images."""
+    """Whether values are structs with a field 'bytes' of bytes: the form in which the hub stores images."""
     import pyarrow.types as t
 
     return bool(t.is_struct(kind)) and kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
 
 
 def pick(table: Table, chosen: str | None, candidates: Iterable[str], what: str, option: str) -> str:
-    """The column that was chosen, or the only candidate. Raises BadInput, with the columns there are, for one that is not there and for several."""
+    """The chosen column, or the only candidate. Raises BadInput, with a list of the columns, if the choice is missing or ambiguous."""
     listed = ", ".join(table.types)[:500]
     if chosen is not None:
         if chosen not in table.types:
@@ -223,14 +223,14 @@ def _leaf(column: str, kind: pa.DataType) -> str:
 
 
 def _values(chunk: pa.Array, rows: np.ndarray) -> Iterator[Any]:
-    """Rows of a chunk as Python has them, one at a time."""
+    """Rows of a chunk as Python objects, one at a time."""
     for row in rows.tolist():
         value = chunk[row].as_py()
         yield value.get("bytes") if isinstance(value, dict) else value
 
 
 def _features(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, dict[str, Any]]:
-    """What the `datasets` library wrote about the columns. {} where it did not."""
+    """The description of the columns that the `datasets` library wrote; {} without one."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return {}
@@ -240,12 +240,12 @@ def _features(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, di
         features = json.loads(text.decode("utf-8-sig"))["info"]["features"]
         return {str(column): kind for column, kind in features.items() if isinstance(kind, dict)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"expected the hub's description of columns in {name}, got metadata that are none; write the file again") from None
+        raise BadInput(f"expected the hub's description of columns in {name}, got invalid metadata; write the file again") from None
 
 
 @contextmanager
 def _opened(path: Path, repeated: Sequence[str] = (), footer: Any = None) -> Iterator[Any]:
-    """footer: as it was read and checked before."""
+    """Opens a parquet file. footer: the footer that was read and checked before."""
     import pyarrow.parquet as pq
 
     with _explained(path):
@@ -261,16 +261,16 @@ def _opened(path: Path, repeated: Sequence[str] = (), footer: Any = None) -> Ite
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """pyarrow has errors of its own, and raises Python's too."""
+    """Converts errors inside the block to BadInput: pyarrow's own errors, and Python errors that pyarrow raises."""
     try:
         yield
     except (BadInput, GeneratorExit):
         raise
-    except Untrue as error:
+    except Malformed as error:
         raise _unreadable(path, str(error), error.remedy) from None
     except Exception as error:
         raise _unreadable(path, first_line(error, 120)) from None
 
 
 def _unreadable(path: Path, reason: str, remedy: str = "copy it again") -> BadInput:
-    return BadInput(f"expected a whole parquet file, got {str(path)[:200]!r} that cannot be read ({reason}); {remedy}")
+    return BadInput(f"expected a complete parquet file, got {str(path)[:200]!r} that cannot be read ({reason}); {remedy}")

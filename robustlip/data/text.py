@@ -21,15 +21,15 @@ CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 SHAKESPEARE_LENGTH = 1_115_394
 CONTEXT = 64
 TRAIN_SHARE = 0.9  # nanoGPT, data/shakespeare_char/prepare.py
-_ENCODED = 2**22  # characters at once
+_ENCODED = 2**22  # characters per part
 HELD_OUT = ("validation", "test")
-MAX_TEXT = 2**27  # bytes of a file, characters of a table: what is held as a whole
+MAX_TEXT = 2**27  # bytes of a file, or characters of a table: a text is in memory as a whole
 PAGE_NOTE = "shipped page"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in two parts: train is what models learn from, held_out what they are judged on."""
+    """A text in two parts: train for training, held_out for validation and test."""
 
     name: str
     train: str
@@ -52,19 +52,19 @@ class Text:
 
 
 def cut(name: str, text: str, note: str = "") -> Text:
-    """The first 90 % for training, the rest held out, as nanoGPT cuts tiny_shakespeare."""
+    """Splits a text: the first 90 % for training, the rest held out, as nanoGPT splits tiny_shakespeare."""
     at = int(len(text) * TRAIN_SHARE)
     return Text(name, text[:at], text[at:], note)
 
 
 def shakespeare_note(text: Text) -> str:
-    """Says so when the text is not the usual one: figures on another text do not compare."""
+    """A note if the text is not the complete tiny_shakespeare, because results on another text are not comparable."""
     length = len(text.train) + len(text.held_out)
     return "" if length == SHAKESPEARE_LENGTH else f"{length} of {SHAKESPEARE_LENGTH} characters"
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file with any line ends (they become newlines). Raises BadInput for another encoding or an empty file."""
+    """The content of a UTF-8 file; all line ends become newlines. Raises BadInput for another encoding or an empty file."""
     content = read_limited(path, "a text file", MAX_TEXT, "cut it, or train with streaming = true")
     try:
         text = content.decode("utf-8-sig")
@@ -79,12 +79,12 @@ def read_text(path: Path) -> str:
 
 @cache
 def page() -> Text:
-    """The page that robustlip ships: an original dialogue in the 65 characters, all of it held out (nothing trains on it)."""
+    """The page of text that is part of robustlip: an original dialogue in the 65 characters, all of it held out (no model is trained on it)."""
     return Text("page", "", files("robustlip").joinpath("page.txt").read_text(encoding="utf-8"), PAGE_NOTE)
 
 
 def encode(text: str, vocabulary: str | Subwords, name: str = "the text") -> Tensor:
-    """Token ids int64 (T,): the position of each character in `vocabulary`, or what its tokenizer makes of the text.
+    """Token ids int64 (T,): the position of each character in `vocabulary`, or the ids of its tokenizer.
 
     Raises BadInput for a character outside it, and for a vocabulary that is empty or repeats a character.
     """
@@ -95,7 +95,7 @@ def encode(text: str, vocabulary: str | Subwords, name: str = "the text") -> Ten
     known = np.frombuffer(vocabulary.encode("utf-32-le"), dtype=np.uint32)
     order = np.argsort(known)
     ids = np.empty(len(text), dtype=np.int64)
-    for start in range(0, len(text), _ENCODED):  # in parts: what is in between takes five times the memory of the ids
+    for start in range(0, len(text), _ENCODED):  # in parts: intermediate results need five times the memory of the ids
         points = np.frombuffer(text[start : start + _ENCODED].encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         part = ids[start : start + _ENCODED]
         part[:] = order[np.searchsorted(known[order], points).clip(max=len(known) - 1)]
@@ -120,8 +120,8 @@ def decode(ids: Tensor, vocabulary: str | Subwords) -> str:
 def windows(text: Text, split: str, vocabulary: str | Subwords | None, context: int | None, limit: int | None, seed: int) -> Dataset:
     """Windows of `context` tokens (64 for None) that do not overlap, each labelled with the token that follows it.
 
-    x: int64 (N, context), y: int64 (N,), index: offset of the window in the split. `limit` keeps a random subset of the
-    windows drawn by `seed`, in text order. Raises BadInput for a split shorter than one window and its label.
+    x: int64 (N, context), y: int64 (N,), index: offset of the window in the split. `limit` selects a random subset of the
+    windows drawn with `seed`, in text order. Raises BadInput for a split shorter than one window and its label.
     """
     context = CONTEXT if context is None else context
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:

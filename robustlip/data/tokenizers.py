@@ -1,4 +1,4 @@
-"""Text to token ids where a vocabulary is no string of characters: bytes, which need nothing, and GPT-2's, by tiktoken."""
+"""Tokenizers for training: bytes, which need no files, and GPT-2's vocabulary, by tiktoken."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.files import read_limited
 
-GPT2_RANKS = 50_256  # byte sequences of GPT-2's vocabulary; the next id ends a text
-TOKENIZERS = {"bytes": 257, "gpt2": GPT2_RANKS + 1}  # how many ids
+GPT2_RANKS = 50_256  # byte sequences in GPT-2's vocabulary; the next id ends a text
+TOKENIZERS = {"bytes": 257, "gpt2": GPT2_RANKS + 1}  # number of ids
 THREADS = 8
-_RANKS_LIMIT = 2**23  # bytes of its file, which has under a million
+_RANKS_LIMIT = 2**23  # bytes of its file, which has less than a million
 
 
 class Tokenizer(Protocol):
-    """Documents to ids in [0, size), the last of which, size − 1, ends every document and stands nowhere else."""
+    """Documents to ids in [0, size). The last id, size − 1, ends every document and occurs nowhere else."""
 
     name: str
     size: int
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 arrays (tokens + 1,), one a document, each with the end at its end."""
+        """int32 arrays (tokens + 1,), one per document, each with the end token appended."""
         ...
 
 
 class Bytes:
-    """UTF-8 bytes, ids 0 to 255, and 256 at the end of a document: every text, no file and no network."""
+    """UTF-8 bytes, ids 0 to 255, and 256 at the end of a document: works for every text, without a file or a network."""
 
     name = "bytes"
     size = TOKENIZERS["bytes"]
@@ -42,11 +42,11 @@ class Bytes:
 
 
 class GPT2:
-    """GPT-2's 50,256 byte sequences and the end of a text (Radford et al. 2019), by tiktoken. 'Special' strings in a text are text.
+    """GPT-2's 50,256 byte sequences and the end token (Radford et al. 2019), by tiktoken. 'Special' strings in a text are ordinary text.
 
-    file: the vocabulary (r50k_base.tiktoken: lines of a base64 sequence and its rank; GPT-2's), or None: tiktoken fetches it once over the
-    network and keeps it in the folder that TIKTOKEN_CACHE_DIR names. Raises BadInput without tiktoken or for another file, DataUnavailable
-    when it cannot be fetched.
+    file: the vocabulary of GPT-2 (r50k_base.tiktoken: each line a base64 sequence and its rank), or None: tiktoken downloads it once
+    and keeps it in the folder named by TIKTOKEN_CACHE_DIR. Raises BadInput without tiktoken or for another file, DataUnavailable
+    if the download fails.
     """
 
     name = "gpt2"
@@ -68,10 +68,10 @@ class GPT2:
             return
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken's HTTP client is its own affair, and so are its errors
+        except Exception as error:  # tiktoken may raise errors of any HTTP client
             raise DataUnavailable(
                 f"expected GPT-2's vocabulary in tiktoken's cache or on the network, got {type(error).__name__}; "
-                f"name r50k_base.tiktoken as tokenizer_file, or a filled folder in TIKTOKEN_CACHE_DIR"
+                f"name r50k_base.tiktoken as tokenizer_file, or set TIKTOKEN_CACHE_DIR to a folder that contains it"
             ) from None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -80,12 +80,12 @@ class GPT2:
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
-    """The lines of a .tiktoken file. Raises BadInput unless they are 50,256 different sequences of ranks 0, 1, …, all single bytes among them."""
+    """The lines of a .tiktoken file. Raises BadInput unless they are 50,256 distinct sequences of ranks 0, 1, …, with all single bytes."""
     content = read_limited(file, "a vocabulary file", _RANKS_LIMIT, "name r50k_base.tiktoken").removeprefix(BOM_UTF8)
     try:
         lines = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(sequence, validate=True): int(rank) for sequence, rank in lines}
-    except ValueError:  # base64's error is one too
+    except ValueError:  # includes errors of base64
         raise BadInput(f"expected lines of a base64 sequence and a rank in {file.name}, got others; name r50k_base.tiktoken") from None
     whole = len(ranks) == GPT2_RANKS and sorted(ranks.values()) == list(range(GPT2_RANKS))
     if not whole or not all(bytes([i]) in ranks for i in range(256)):
@@ -94,7 +94,7 @@ def _ranks(file: Path) -> dict[bytes, int]:
 
 
 def make_tokenizer(name: str, file: str | Path | None = None) -> Tokenizer:
-    """'bytes' or 'gpt2' (file: see GPT2). Raises BadInput for another name, and for a file that the tokenizer does not take."""
+    """'bytes' or 'gpt2' (file: see GPT2). Raises BadInput for another name, and for a file with the tokenizer 'bytes'."""
     if name == "gpt2":
         return GPT2(file)
     if name != "bytes":

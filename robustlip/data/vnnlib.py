@@ -1,10 +1,10 @@
-"""VNN-LIB properties: boxes of inputs X_i, and what outputs Y_j have to be there for the property to be violated. Read as data, all sizes bounded.
+"""VNN-LIB properties: boxes of inputs X_i, and conditions on outputs Y_j under which the property is violated. Sizes in files are bounded.
 
     (declare-const X_0 Real) … (declare-const Y_0 Real) …
     (assert (<= X_0 0.5)) (assert (>= X_0 0.25)) … (assert (or (and (>= Y_1 Y_0)) (and (>= Y_2 Y_0))))
 
-The assertions together say when the property is violated. They are brought into cases, of which any one suffices: a box of inputs, and linear
-functions of the outputs that are all at most 0. Numbers stay what the file says, as fractions.
+The assertions together say when the property is violated. They are expanded into cases, any one of which suffices: a box of inputs, and linear
+functions of the outputs that are all at most 0. Numbers are exact fractions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from robustlip.errors import BadInput
 from robustlip.files import is_file, read_limited, unzipped
 from robustlip.names import shown
 
-# Endings of properties, and of lists of them.
+# Endings of file names of properties, and of lists of properties.
 BOXES = (".vnnlib", ".vnnlib.gz", ".csv")
-LARGEST = 2**27  # bytes of a property
+LARGEST = 2**27  # bytes of a property file
 LONGEST_TOKEN = 100
 DEEPEST = 30
 MOST_CASES = 2_000
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Bounds of inputs that hold in this case besides those of the property, and rows that all have to hold."""
+    """Bounds of inputs that hold in this case in addition to those of the property, and rows that all have to hold."""
 
     low: dict[int, Fraction]
     high: dict[int, Fraction]
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Property:
-    """Violated where an input within low ≤ X ≤ high satisfies a case. inputs, outputs: how many there are."""
+    """Violated if an input within low ≤ X ≤ high satisfies a case. inputs, outputs: their numbers."""
 
     name: str
     low: tuple[Fraction | None, ...]
@@ -73,22 +73,22 @@ class Property:
         return len(self.low)
 
     def box(self, case: Case) -> tuple[list[Fraction], list[Fraction]]:
-        """The bounds of every input in a case. Raises BadInput where one is missing."""
+        """The bounds of every input in a case. Raises BadInput if one is missing."""
         found: tuple[list[Fraction], list[Fraction]] = ([], [])
         for own, special, out, side in ((self.low, case.low, found[0], max), (self.high, case.high, found[1], min)):
             for i, value in enumerate(own):
                 both = [v for v in (value, special.get(i)) if v is not None]
                 if not both:
-                    raise BadInput(f"expected bounds of every input, got {self.name} without one of X_{i}; give both")
+                    raise BadInput(f"expected bounds of every input, got {self.name} without one of X_{i}; add it")
                 out.append(side(both))
         for i, (low, high) in enumerate(zip(*found, strict=True)):
             if low > high:
-                raise BadInput(f"expected X_{i} from a smaller to a larger number, got {float(low):g} to {float(high):g} in {self.name}; mend it")
+                raise BadInput(f"expected X_{i} from a smaller to a larger number, got {float(low):g} to {float(high):g} in {self.name}; correct it")
         return found
 
     @property
     def label(self) -> int | None:
-        """The class that wins where the property holds, None for other properties: every case is one Y_j ≥ Y_label, and every other class has one."""
+        """The class that the property requires; None for other properties: every case is one Y_j ≥ Y_label, and every other class has a case."""
         found: dict[int, set[int]] = {}
         for case in self.cases:
             if case.low or case.high or len(case.rows) != 1:
@@ -107,7 +107,7 @@ class Property:
 
 @dataclass(frozen=True)
 class Instance:
-    """A line of instances.csv: network and property beside it, seconds."""
+    """A line of instances.csv: network, property, seconds."""
 
     network: Path
     property: Path
@@ -115,12 +115,12 @@ class Instance:
 
 
 def read_property(path: Path) -> Property:
-    """The property of a .vnnlib or .vnnlib.gz file. Raises BadInput, always in one sentence."""
+    """The property of a .vnnlib or .vnnlib.gz file. Raises BadInput for anything else."""
     return _Reader(path.name).read(_text(path, "a VNN-LIB property", LARGEST))
 
 
 def read_instances(folder: Path) -> list[Instance]:
-    """The lines of the instances.csv of a folder (or of that file): network, property, seconds. A file may be there as .gz instead."""
+    """The lines of the instances.csv of a folder (or of that file): network, property, seconds. Files may be compressed (.gz)."""
     path = folder if folder.suffix == ".csv" else folder / "instances.csv"
     found: list[Instance] = []
     try:
@@ -129,11 +129,11 @@ def read_instances(folder: Path) -> list[Instance]:
                 continue
             if len(line) < 2 or len(found) >= MOST_INSTANCES:
                 got = shown(str(line), 80)
-                raise BadInput(f"expected lines NETWORK,PROPERTY,SECONDS, at most {MOST_INSTANCES}, in {path.name}, got {got}; mend it")
+                raise BadInput(f"expected lines NETWORK,PROPERTY,SECONDS, at most {MOST_INSTANCES}, in {path.name}, got {got}; correct it")
             network, prop = (_beside(path.parent, part.strip(), path.name) for part in line[:2])
             found.append(Instance(network, prop, _seconds(line[2].strip() if len(line) > 2 else "", path.name)))
     except csv.Error as error:
-        raise BadInput(f"expected a list of instances, got {path.name}, which is no CSV ({error}); mend it") from None
+        raise BadInput(f"expected a list of instances, got {path.name}, which is not CSV ({error}); correct it") from None
     if not found:
         raise BadInput(f"expected at least one instance, got none in {path.name}; write lines NETWORK,PROPERTY,SECONDS")
     return found
@@ -141,16 +141,16 @@ def read_instances(folder: Path) -> list[Instance]:
 
 def _seconds(text: str, name: str) -> float:
     if text and not _NUMBER.fullmatch(text[:LONGEST_TOKEN]):
-        raise BadInput(f"expected seconds as a number in {name}, got {shown(text, 40)!r}; mend it")
+        raise BadInput(f"expected seconds as a number in {name}, got {shown(text, 40)!r}; correct it")
     value = float(text) if text else 0.0
     return value if 0 < value < 1e6 else 0.0
 
 
 def _beside(folder: Path, text: str, name: str) -> Path:
-    """The file that a line names: within the folder."""
+    """The file that a line names; it has to lie within the folder."""
     path = Path(text)
     if not text or path.is_absolute() or ".." in path.parts or "\0" in text or len(text) > 1000:
-        raise BadInput(f"expected files below the folder of {name}, got {shown(text, 80)!r}; copy it there")
+        raise BadInput(f"expected files below the folder of {name}, got {shown(text, 80)!r}; move it there")
     for found in (folder / path, folder / f"{text}.gz"):
         if is_file(found):
             return found
@@ -167,11 +167,11 @@ def _text(path: Path, what: str, limit: int) -> str:
 
 
 def boxes_as_samples(path: Path, limit: int | None = None, seed: int = 0) -> Dataset:
-    """Properties that say which class wins in a box, as samples: x (N, n) float64, y the class.
+    """Properties that require a class in a box, as samples: x (N, n) float64, y the class.
 
-    path: a .vnnlib file, or an instances.csv, each property of which counts once. x is the point that the box was a linf ball around before it was
-    clipped, where the box has that form, else its middle; the note says within which linf radius of x each box lies, so that a property holds where x
-    is certified for that radius. limit, seed: as in `load_data`. Raises BadInput for other properties.
+    path: a .vnnlib file, or an instances.csv, each property of which is used once. x is the centre of the linf ball that was clipped to give the box,
+    if the box has that form, and otherwise the centre of the box. The note states linf radii around x that contain the boxes: a property holds if
+    x is certified for that radius. limit, seed: as in `load_data`. Raises BadInput for other properties.
     """
     files = list(dict.fromkeys(i.property for i in read_instances(path))) if path.suffix == ".csv" else [path]
     chosen = choose_rows(len(files), limit, seed)
@@ -179,15 +179,15 @@ def boxes_as_samples(path: Path, limit: int | None = None, seed: int = 0) -> Dat
     for i in chosen:
         prop = read_property(files[i])
         if prop.label is None:
-            raise BadInput(f"expected a property that says which class wins in a box, got another in {prop.name}; use robustlip vnncomp")
+            raise BadInput(f"expected a property that requires a class in a box, got another in {prop.name}; use robustlip vnncomp")
         point, radius = _centre(*prop.box(prop.cases[0]))
         points.append(point)
         labels.append(prop.label)
         radii.append(radius)
         classes.add((prop.inputs, prop.outputs))
     if len(classes) > 1:
-        raise BadInput(f"expected properties of one network, got {sorted(classes)[:3]} inputs and outputs in {path.name}; give each its own list")
-    within = f"{max(radii)!r}" if min(radii) == max(radii) else f"{min(radii)!r} to {max(radii)!r}"  # in full: a shorter text may be less
+        raise BadInput(f"expected properties of one network, got {sorted(classes)[:3]} inputs and outputs in {path.name}; use one list per network")
+    within = f"{max(radii)!r}" if min(radii) == max(radii) else f"{min(radii)!r} to {max(radii)!r}"  # in full: a shorter text could be smaller
     return Dataset(
         path.name.partition(".")[0], "all", "image", torch.tensor(points, dtype=torch.float64), torch.tensor(labels), as_index(chosen),
         classes.pop()[1], note=f"boxes within linf {within}",
@@ -195,12 +195,12 @@ def boxes_as_samples(path: Path, limit: int | None = None, seed: int = 0) -> Dat
 
 
 def _centre(low: list[Fraction], high: list[Fraction]) -> tuple[list[float], float]:
-    """(a point of a box, how far the box goes from it, rounded up)."""
+    """(a point of a box, the linf distance from it to the farthest point of the box, rounded up)."""
     reach = max(h - l for l, h in zip(low, high, strict=True)) / 2
     least, most = min(low), max(high)
 
     def place(l: Fraction, h: Fraction) -> float:
-        short = reach - (h - l) / 2  # what was clipped off
+        short = reach - (h - l) / 2  # the part that was clipped
         if short * 10**9 > reach and (l == least) != (h == most):
             return float(h - reach if l == least else l + reach)
         return float((l + h) / 2)
@@ -219,7 +219,7 @@ class _Reader:
         self.variables = {"X": 0, "Y": 0}
         self.declared: set[str] = set()
 
-    def bad(self, got: str, remedy: str = "mend the file") -> BadInput:
+    def bad(self, got: str, remedy: str = "correct the file") -> BadInput:
         return BadInput(f"expected a VNN-LIB property, got {self.name} with {got}; {remedy}")
 
     def read(self, text: str) -> Property:
@@ -232,7 +232,7 @@ class _Reader:
                 self._declare(command)
             elif head == "assert" and len(command) == 2:
                 found = self._cases(command[1])
-                if len(found) == 1 and not found[0].rows:  # bounds of the whole property
+                if len(found) == 1 and not found[0].rows:  # bounds that hold for the whole property
                     _tighter(low, found[0].low, max)
                     _tighter(high, found[0].high, min)
                     continue
@@ -243,7 +243,7 @@ class _Reader:
                 raise self.bad(f"the command {shown(str(head), 40)!r}", "use declare-const and assert")
         count = self.variables
         if not count["X"] or not count["Y"] or not any(case.rows for case in cases):
-            raise self.bad("no inputs, no outputs, or nothing about outputs", "declare X_i and Y_j and assert what the outputs are")
+            raise self.bad("no inputs, no outputs, or no assertion about outputs", "declare X_i and Y_j and assert what the outputs are")
         if len(self.declared) != count["X"] + count["Y"]:
             raise self.bad("gaps between the numbers of its variables", "declare X_0, X_1, … and Y_0, Y_1, …")
         both = [tuple(side.get(i) for i in range(count["X"])) for side in (low, high)]
@@ -256,11 +256,11 @@ class _Reader:
                 token = match[0]
                 if token == "(":
                     if len(stack) > DEEPEST:
-                        raise self.bad(f"more than {DEEPEST} brackets inside of each other")
+                        raise self.bad(f"more than {DEEPEST} nested brackets")
                     stack.append([])
                 elif token == ")":
                     if not stack:
-                        raise self.bad("a bracket that closes nothing")
+                        raise self.bad("a closing bracket without an opening one")
                     done = stack.pop()
                     if not stack:
                         yield done
@@ -282,7 +282,7 @@ class _Reader:
         self.variables[name[1]] = max(self.variables[name[1]], int(name[2]) + 1)
 
     def _cases(self, expression: Any) -> list[Case]:
-        """The cases of an expression, of which any one suffices."""
+        """The cases of an expression, any one of which suffices."""
         head = expression[0] if isinstance(expression, list) and expression else None
         if head == "or":
             found = [case for part in expression[1:] for case in self._cases(part)]
@@ -298,7 +298,7 @@ class _Reader:
         else:
             raise self.bad(f"the expression {shown(str(expression), 60)}", "use and, or, <= and >=")
         if not found or len(found) > MOST_CASES:
-            raise self.bad(f"an {head} of nothing, or more than {MOST_CASES} cases")
+            raise self.bad(f"an {head} without arguments, or more than {MOST_CASES} cases")
         return found
 
     def _comparison(self, sign: str, left: Any, right: Any) -> Case:
@@ -350,7 +350,7 @@ def _tighter(into: dict[int, Fraction], new: dict[int, Fraction], side: Any) -> 
 
 
 def _into(a: Case, b: Case) -> Case:
-    """Both cases at once, in the memory of the first."""
+    """The conjunction of two cases; the first one is changed in place."""
     _tighter(a.low, b.low, max)
     _tighter(a.high, b.high, min)
     return Case(a.low, a.high, a.rows + b.rows)

@@ -1,7 +1,7 @@
-"""ONNX files as modules: the file as data, and a torch program that computes what its graph says, one sample apart from the others.
+"""Converts ONNX files to modules: reads the file as data, and builds a torch program that computes the graph for each sample separately.
 
-Read in this order: `wire` (what a file may hold, counted before anything is made of it), `files` (nodes and constants of a file), `builder` (values
-of a graph and the torch operations that compute them), `operations` (one function an ONNX operation), `network` (the module).
+Read in this order: `wire` (counts the contents of a file before it is parsed), `files` (nodes and constants of a file), `builder` (values of a graph
+and the torch operations that compute them), `operations` (one function per ONNX operation), `network` (the module).
 """
 
 from robustlip.onnx.network import Network, read_onnx

@@ -1,10 +1,10 @@
 """Values of a graph and the torch operations that compute them.
 
-The file says what happens to one sample. Every value of it has a shape there, in which the samples' own dimension is 1; at run time a batch of N
-samples is a tensor (N, …) whose rows are those values, one sample a row, in the same order of numbers. So no operation can mix samples: each is
-written for rows. Where the shape of the file begins with 1, that 1 is left out of a row.
+The file describes one sample: in its shapes the batch dimension is 1. At run time a batch of N samples is a tensor (N, …), one sample per row,
+with the numbers of a row in the same order as in the file. Each operation is written for rows, so samples cannot be mixed. If a shape in the
+file begins with 1, a row does not have that dimension.
 
-What only changes a shape is no operation: the numbers stay where they are until one asks for another shape.
+An operation that only changes the shape creates no step: the numbers get the new shape when another operation needs it.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from torch import Tensor, nn
 from robustlip.errors import BadInput
 from robustlip.onnx.files import LARGEST_RANK, Node
 
-# Numbers of one value of one sample (512 MiB in float32).
+# The largest number of elements of one value of one sample (512 MiB in float32).
 LARGEST_VALUE = 2**27
-# Numbers that are computed of constants alone, in all.
+# The largest number of elements that constant expressions may compute in total.
 MOST_FOLDED = 2**28
-# Steps of a program.
+# The largest number of steps of a program.
 MOST_STEPS = 50_000
-# Attributes of the module, which no tensor of it may be called.
+# Attributes of the module, which cannot be names of tensors.
 _OWN = ("steps", "output", "input_shape", "last", "training")
 
 
 @dataclass(frozen=True)
 class Ref:
-    """What a step computed: 0 is the input, i + 1 what step i made."""
+    """The result of a step: 0 is the input, i + 1 the result of step i."""
 
     index: int
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor of the module, by its name."""
+class TensorRef:
+    """A parameter or buffer of the module, by name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value that depends on the input. shape: in the file, of one sample. layout: of a row at run time, of as many numbers in the same order."""
+    """A value that depends on the input. shape: in the file, for one sample. layout: shape of a row at run time; same numbers, same order."""
 
     ref: Ref
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """One call: FUNCTIONS[function](*arguments, **options); Refs and Helds in the arguments stand for tensors."""
+    """One call: FUNCTIONS[function](*arguments, **options); each Ref or TensorRef in the arguments stands for a tensor."""
 
     function: str
     arguments: tuple[Any, ...]
@@ -64,7 +64,7 @@ class Step:
 
     def __str__(self) -> str:
         def text(value: Any) -> str:
-            return f"%{value.index}" if isinstance(value, Ref) else value.name if isinstance(value, Held) else repr(value)
+            return f"%{value.index}" if isinstance(value, Ref) else value.name if isinstance(value, TensorRef) else repr(value)
 
         parts = [", ".join(map(text, value)) if isinstance(value, tuple) else text(value) for value in self.arguments]
         return f"{self.function}({', '.join(parts + [f'{key}={value!r}' for key, value in self.options.items()])})"
@@ -79,7 +79,7 @@ def _expand(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
-    """Parts side by side; those of one row, constants, are repeated for every sample."""
+    """Concatenates parts; a constant part, with one row, is repeated for every sample."""
     count = next(part.shape[0] for part, constant in zip(parts[::2], parts[1::2], strict=True) if not constant)
     return torch.cat([part.expand(count, *part.shape[1:]) if constant else part for part, constant in zip(parts[::2], parts[1::2], strict=True)], dim)
 
@@ -106,13 +106,13 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def run(steps: Sequence[Step], x: Tensor, held: Callable[[str], Tensor], last: Sequence[int] | None = None) -> list[Tensor | None]:
-    """The input and what every step makes. last: by value, the step that reads it last; behind that it is let go."""
+    """The input and the result of every step. last: the last step that reads each value; the value is freed after it."""
     values: list[Tensor | None] = [x]
 
     def put(argument: Any) -> Any:
         if isinstance(argument, Ref):
             return values[argument.index]
-        if isinstance(argument, Held):
+        if isinstance(argument, TensorRef):
             return held(argument.name)
         return tuple(put(part) for part in argument) if isinstance(argument, tuple) else argument
 
@@ -126,7 +126,7 @@ def run(steps: Sequence[Step], x: Tensor, held: Callable[[str], Tensor], last: S
 
 
 def parts_of(step: Step) -> list[Any]:
-    """The arguments of a step, those in tuples one by one."""
+    """The arguments of a step, with tuples expanded."""
     found: list[Any] = []
     for value in [*step.arguments, *step.options.values()]:
         found += value if isinstance(value, tuple) else [value]
@@ -134,25 +134,25 @@ def parts_of(step: Step) -> list[Any]:
 
 
 def refs(step: Step) -> list[int]:
-    """The values that a step reads."""
+    """The indices of the values that a step reads."""
     return [part.index for part in parts_of(step) if isinstance(part, Ref)]
 
 
 def is_vector(shape: Sequence[int]) -> bool:
-    """Whether at most one dimension is not 1."""
+    """Whether at most one dimension differs from 1."""
     return sum(n != 1 for n in shape) <= 1
 
 
 def plain(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a row: of the file's shape, without a 1 at its front."""
+    """The shape of a row: the file's shape without a leading 1."""
     return tuple(shape[1:]) if len(shape) and shape[0] == 1 else tuple(shape)
 
 
 class Builder:
     """Collects steps and the tensors that they read.
 
-    dtype: of the network. named: whether the number of samples has a name in the file, so that it may be any there too: then what acts along that
-    dimension would mix samples, and is refused.
+    dtype: of the network. named: whether the batch dimension of the input has a name in the file, so that any batch size is allowed there; then
+    operations along that dimension would mix samples, and are refused.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, named: bool = False) -> None:
@@ -163,62 +163,62 @@ class Builder:
         self.layouts: list[tuple[int, ...]] = [plain(shape)]
         self.dtypes: list[torch.dtype] = [dtype]
         self.views: dict[tuple[int, tuple[int, ...]], Ref] = {}
-        self.kept: dict[tuple[Any, ...], Held] = {}
+        self.kept: dict[tuple[Any, ...], TensorRef] = {}
         if math.prod(shape) > LARGEST_VALUE:
-            raise BadInput(f"expected values of at most {LARGEST_VALUE} numbers a sample, got an input {tuple(shape)}; use a smaller one")
+            raise BadInput(f"expected values of at most {LARGEST_VALUE} numbers per sample, got an input {tuple(shape)}; use a smaller one")
 
     def input(self, shape: Sequence[int]) -> Value:
         value = Value(Ref(0), tuple(shape), plain(shape))
-        # What is one vector stays one, whatever dimensions of 1 are around it.
+        # A vector stays a vector, whatever dimensions of size 1 it has in the file.
         if is_vector(shape) and len(value.layout) != 1:
-            ref = self.laid(value, (math.prod(shape),))
+            ref = self.as_rows(value, (math.prod(shape),))
             return Value(ref, tuple(shape), (math.prod(shape),))
         return value
 
     # ---- steps
 
     def step(self, node: Node, function: str, *arguments: Any, **options: Any) -> Ref:
-        """One more step. Its shape is computed without numbers, so that no file can ask for more of them than are allowed."""
+        """Adds a step. Its shape is computed on the meta device, so that a file cannot request more memory than is allowed."""
         if len(self.steps) >= MOST_STEPS:
             raise node.refuse(f"the network has more than {MOST_STEPS} steps", "simplify it")
 
         def put(argument: Any) -> Any:
             if isinstance(argument, Ref):
                 return torch.empty(3, *self.layouts[argument.index], dtype=self.dtypes[argument.index], device="meta")
-            if isinstance(argument, Held):
+            if isinstance(argument, TensorRef):
                 return self.tensor(argument.name).to("meta")
             return tuple(put(part) for part in argument) if isinstance(argument, tuple) else argument
 
         try:
             made = FUNCTIONS[function](*map(put, arguments), **{key: put(value) for key, value in options.items()})
-        except Exception as error:  # torch, of arguments of which a file may say anything
-            told = (str(error).splitlines() or [""])[0][:160]
-            raise node.refuse(f"with these arguments it is no operation of torch ({type(error).__name__}: {told})", "mend the file") from None
+        except Exception as error:  # torch may raise anything for the arguments in a file
+            reason = (str(error).splitlines() or [""])[0][:160]
+            raise node.refuse(f"torch cannot run it with these arguments ({type(error).__name__}: {reason})", "correct the file") from None
         if made.dim() < 1 or made.shape[0] != 3 or made.dim() > LARGEST_RANK + 2:
-            raise node.refuse(f"it gives no row a sample ({function} to {tuple(made.shape[1:])})")
+            raise node.refuse(f"its result does not have one row per sample ({function} to {tuple(made.shape[1:])})")
         if made[0].numel() > LARGEST_VALUE or 0 in made.shape:
-            raise node.refuse(f"it gives {made[0].numel()} numbers a sample, not 1 to {LARGEST_VALUE}", "use a smaller network")
+            raise node.refuse(f"its result has {made[0].numel()} numbers per sample, not 1 to {LARGEST_VALUE}", "use a smaller network")
         self.steps.append(Step(function, arguments, options))
         self.layouts.append(tuple(made.shape[1:]))
         self.dtypes.append(made.dtype)
         return Ref(len(self.steps))
 
     def value(self, node: Node, ref: Ref, shape: Sequence[int]) -> Value:
-        """What a step made, under the file's shape. Raises BadInput where the samples' own dimension got lost."""
+        """The result of a step, with its shape in the file. Raises BadInput if the batch dimension was lost."""
         layout = self.layouts[ref.index]
         if math.prod(shape) != math.prod(layout) or len(shape) > LARGEST_RANK:
-            raise node.refuse(f"it gives {layout} where {tuple(shape)} was expected", "mend the file")
+            raise node.refuse(f"its result has shape {layout}, not {tuple(shape)}", "correct the file")
         return self.checked(node, Value(ref, tuple(shape), layout))
 
     def checked(self, node: Node, value: Value) -> Value:
         if self.named and (not value.shape or value.shape[0] != 1):
             raise node.refuse(
-                f"it gives {value.shape} of one sample, whose first dimension is no longer that of the samples, so that it may mix them",
+                f"its result for one sample has shape {value.shape}, whose first dimension is not the batch dimension, so that it may mix samples",
                 "keep samples along the first dimension",
             )
         return value
 
-    def laid(self, value: Value, shape: Sequence[int]) -> Ref:
+    def as_rows(self, value: Value, shape: Sequence[int]) -> Ref:
         """The value as rows of that shape."""
         shape = tuple(shape)
         if value.layout == shape:
@@ -233,11 +233,11 @@ class Builder:
         return self.views[key]
 
     def rows(self, value: Value) -> tuple[Ref, int]:
-        """(the value in the file's own shape, what is added to an axis of the file for the dimension of the tensor)."""
-        return self.laid(value, plain(value.shape)), 0 if value.shape[:1] == (1,) else 1
+        """(the value in the shape of the file, the offset from an axis of the file to a dimension of the tensor)."""
+        return self.as_rows(value, plain(value.shape)), 0 if value.shape[:1] == (1,) else 1
 
     def same(self, node: Node, value: Value, function: str, *arguments: Any, **options: Any) -> Value:
-        """An elementwise step, in whatever shape the numbers are."""
+        """An elementwise step, in the present layout of the value."""
         return self.value(node, self.step(node, function, value.ref, *arguments, **options), value.shape)
 
     # ---- tensors of the module
@@ -245,8 +245,8 @@ class Builder:
     def tensor(self, name: str) -> Tensor:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
 
-    def hold(self, tensor: Tensor, name: str, *, weight: bool = False, key: tuple[Any, ...] = ()) -> Held:
-        """A constant as a parameter (weight) or buffer. key: what it was made of; the same is held once."""
+    def add_tensor(self, tensor: Tensor, name: str, *, weight: bool = False, key: tuple[Any, ...] = ()) -> TensorRef:
+        """A constant as a parameter (weight) or buffer. key: what it was computed from; constants with equal keys are stored once."""
         if key and key in self.kept:
             return self.kept[key]
         stem = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)[:60].strip("_") or "constant"
@@ -256,8 +256,8 @@ class Builder:
             chosen, i = f"{stem}_{i}", i + 1
         (self.parameters if weight else self.buffers)[chosen] = tensor.detach().clone().contiguous()
         if key:
-            self.kept[key] = Held(chosen)
-        return Held(chosen)
+            self.kept[key] = TensorRef(chosen)
+        return TensorRef(chosen)
 
 
 def needed(steps: Sequence[Step], output: Ref) -> tuple[list[Step], Ref]:

@@ -1,4 +1,4 @@
-"""An ONNX file as data: nodes, constants, input and output. Files are hostile: every size is checked before it is used, no code is in them."""
+"""Reads an ONNX file as data: nodes, constants, input and output. Files are not trusted: every size is checked before it is used; no code is run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from robustlip.files import read_limited, unzipped
 from robustlip.names import shown
 from robustlip.onnx.wire import check_wire
 
-LARGEST_FILE = 2**31 - 1  # bytes, what a protocol buffer may have
-LARGEST_DATA = 2**33  # bytes of all tensors of a network, those in files beside it included
+LARGEST_FILE = 2**31 - 1  # bytes, the limit of protocol buffers
+LARGEST_DATA = 2**33  # bytes of all tensors of a network, external data included
 MOST_NODES = 20_000
 LONGEST_NAME = 2**12
 LARGEST_RANK = 8
-# The newest opset whose operations were looked at; what changed in each is in `operations`.
+# The newest supported opset; `operations` handles the changes in each.
 OPSETS = (1, 28)
 
-# By TensorProto.DataType: numpy's dtype in the file, and the field that holds the numbers where raw_data does not.
+# For each TensorProto.DataType: numpy's dtype in the file, and the field with the numbers if raw_data is absent.
 _DTYPES: dict[int, tuple[str, str]] = {
     1: ("<f4", "float_data"), 2: ("u1", "int32_data"), 3: ("i1", "int32_data"), 5: ("<i2", "int32_data"), 6: ("<i4", "int32_data"),
     7: ("<i8", "int64_data"), 9: ("?", "int32_data"), 10: ("<f2", "int32_data"), 11: ("<f8", "double_data"),
@@ -37,9 +37,9 @@ TORCH = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: tor
 
 @dataclass
 class Node:
-    """One operation of a graph. attributes: numbers, texts, tensors and lists of them. asked: names of attributes that were read.
+    """One operation of a graph. attributes: numbers, texts, tensors and lists of them. asked: the names of attributes that were read.
 
-    opset: of the file; it says which form of the operation this is.
+    opset: of the file; it determines the version of the operation.
     """
 
     op: str
@@ -52,26 +52,26 @@ class Node:
 
     @property
     def where(self) -> str:
-        """For messages: what it is and where."""
+        """Name and place of the operation, for messages."""
         return f"{shown(self.op, 60)} (node {shown(self.name or '/'.join(self.outputs), 80)!r})"
 
     def refuse(self, why: str, remedy: str = "export the network without it") -> BadInput:
-        return BadInput(f"expected ONNX operations that are read here, got {self.where}: {why}; {remedy}")
+        return BadInput(f"expected supported ONNX operations, got {self.where}: {why}; {remedy}")
 
     def has(self, name: str) -> bool:
         return name in self.attributes
 
     def get(self, name: str, kind: type, default: Any) -> Any:
-        """An attribute of that kind; list: of whole numbers."""
+        """An attribute of that kind; list means a list of integers."""
         self.asked.add(name)
         if name not in self.attributes:
             return default
         value = self.attributes[name]
         if kind is list:
             if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
-                raise self.refuse(f"its attribute {name} is no list of whole numbers", "mend the file")
+                raise self.refuse(f"its attribute {name} is not a list of integers", "correct the file")
         elif not isinstance(value, kind) or isinstance(value, bool):
-            raise self.refuse(f"its attribute {name} is {type(value).__name__}, not {kind.__name__}", "mend the file")
+            raise self.refuse(f"its attribute {name} is {type(value).__name__}, not {kind.__name__}", "correct the file")
         return value
 
     def int(self, name: str, default: Any = None) -> Any:
@@ -89,7 +89,7 @@ class Node:
 
 @dataclass
 class Graph:
-    """input: the name of what comes in, its shape with None for a dimension that has a name or nothing, and its dtype. constants: by name."""
+    """input: the name of the input, its shape (None for a dimension with a name or without a size), and its dtype. constants: by name."""
 
     nodes: list[Node]
     constants: dict[str, Tensor]
@@ -100,7 +100,7 @@ class Graph:
 
 
 def read_graph(path: Path) -> Graph:
-    """The graph of a .onnx or .onnx.gz file. Raises BadInput, always in one sentence."""
+    """The graph of a .onnx or .onnx.gz file. Raises BadInput for any other content."""
     try:
         import onnx
     except ImportError:
@@ -110,14 +110,14 @@ def read_graph(path: Path) -> Graph:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError has no common base in all of its implementations
+    except Exception as error:  # protobuf's implementations have no common base class of DecodeError
         raise BadInput(f"expected an ONNX file, got {path.name}, which does not parse ({first_line(error, 80)}); export the network again") from None
     del data
     return _Reader(path).graph(model)
 
 
 def _bytes_of(path: Path) -> bytes:
-    data = read_limited(path, "an ONNX file", LARGEST_FILE, "keep its weights in a file beside it")
+    data = read_limited(path, "an ONNX file", LARGEST_FILE, "store its weights as external data")
     if path.suffix != ".gz":
         return data
     return unzipped(data, path.name, LARGEST_FILE)
@@ -132,8 +132,8 @@ class _Reader:
         return BadInput(f"expected an ONNX network, got {self.path.name} with {got}; {remedy}")
 
     def name(self, text: Any) -> str:
-        if not isinstance(text, str):  # what is no UTF-8 comes as bytes
-            raise self.bad("a name that is no text")
+        if not isinstance(text, str):  # text that is not UTF-8 is bytes here
+            raise self.bad("a name that is not text")
         if len(text) > LONGEST_NAME:
             raise self.bad(f"a name of {len(text)} characters", "use shorter names")
         return text
@@ -183,23 +183,23 @@ class _Reader:
         inputs, outputs = ([self.name(n) for n in names] for names in (node.input, node.output))
         found = Node(self.name(node.op_type), self.name(node.name), inputs, outputs, {}, opset)
         if self.name(node.domain) not in ("", "ai.onnx"):
-            raise found.refuse(f"it is of the domain {shown(node.domain, 60)!r}, not ONNX's own")
+            raise found.refuse(f"it belongs to the domain {shown(node.domain, 60)!r}, not to ONNX")
         if not found.outputs or not found.outputs[0]:
-            raise found.refuse("it has no output", "mend the file")
+            raise found.refuse("it has no output", "correct the file")
         for attribute in node.attribute:
             if self.name(attribute.name) in found.attributes:
-                raise found.refuse(f"its attribute {shown(attribute.name, 60)} is there twice", "mend the file")
+                raise found.refuse(f"its attribute {shown(attribute.name, 60)} occurs twice", "correct the file")
             found.attributes[attribute.name] = self._attribute(found, attribute)
         return found
 
     def _attribute(self, node: Node, attribute: Any) -> Any:
         kind, name = attribute.type, shown(attribute.name, 60)
-        if kind == 0:  # files of the first versions do not say it
+        if kind == 0:  # the first versions of the format do not state it
             kinds = ((1, "f"), (2, "i"), (3, "s"), (4, "t"), (6, "floats"), (7, "ints"), (8, "strings"))
             kind = next((k for k, held in kinds if (attribute.HasField(held) if k < 5 else len(getattr(attribute, held)))), 7)
         if attribute.ref_attr_name or kind not in (1, 2, 3, 4, 6, 7, 8):
-            what = "holds a graph: branches and loops" if kind in (5, 10) else "is of a kind that"
-            raise node.refuse(f"its attribute {name} {what} are not read" if kind in (5, 10) else f"its attribute {name} {what} is not read")
+            what = "contains a graph (a branch or a loop)" if kind in (5, 10) else "has a type that is not supported"
+            raise node.refuse(f"its attribute {name} {what}")
         if kind == 1:
             return float(attribute.f)
         if kind == 2:
@@ -217,7 +217,7 @@ class _Reader:
         return texts[0] if kind == 3 else texts
 
     def tensor(self, tensor: Any) -> Tensor:
-        """The tensor, of which dimensions, type and bytes fit together."""
+        """The tensor, after a check that its dimensions, type and bytes agree."""
         name = shown(self.name(tensor.name), 60) or "a constant"
         if tensor.data_type not in _DTYPES:
             raise self.bad(f"{name!r} in ONNX's type {tensor.data_type}", "export it in float32 or float64")
@@ -229,7 +229,7 @@ class _Reader:
         count = math.prod(dims)
         self.left -= count * dtype.itemsize
         if self.left < 0:
-            raise self.bad(f"tensors that hold more than {LARGEST_DATA} bytes in all ({name!r} among them)", "use a smaller network")
+            raise self.bad(f"tensors with more than {LARGEST_DATA} bytes in total ({name!r} among them)", "use a smaller network")
         if tensor.HasField("segment"):
             raise self.bad(f"{name!r} in segments")
         if tensor.data_location == 1:
@@ -239,43 +239,43 @@ class _Reader:
         else:
             values = getattr(tensor, held)
             if len(values) != count:
-                raise self.bad(f"{name!r} of the shape {dims} that holds {len(values)} numbers")
-            if tensor.data_type == 10:  # halves as the bits of whole numbers
+                raise self.bad(f"{name!r} of the shape {dims} with {len(values)} numbers")
+            if tensor.data_type == 10:  # float16 numbers stored as integers
                 array = np.array([value & 0xFFFF for value in values], dtype="<u2").view("<f2")
             else:
                 array = np.array(values, dtype=np.int64 if held in ("int32_data", "int64_data") else dtype).astype(dtype)
             return torch.from_numpy(array.reshape(dims))
         if len(raw) != count * dtype.itemsize:
-            raise self.bad(f"{name!r} of the shape {dims} that holds {len(raw)} bytes")
+            raise self.bad(f"{name!r} of the shape {dims} with {len(raw)} bytes")
         if dtype == np.dtype("?"):
             return torch.from_numpy(np.asarray(np.frombuffer(raw, dtype="u1").reshape(dims) != 0))
         return torch.from_numpy(np.frombuffer(raw, dtype=dtype).reshape(dims).copy())
 
     def _beside(self, tensor: Any, name: str, size: int) -> bytes:
-        """The bytes of a tensor that is kept in a file of its own: a plain file in the folder of the network."""
-        told = {self.name(entry.key): self.name(entry.value) for entry in tensor.external_data}
-        location = told.get("location", "")
+        """The bytes of a tensor stored as external data: in a regular file in the folder of the network."""
+        external = {self.name(entry.key): self.name(entry.value) for entry in tensor.external_data}
+        location = external.get("location", "")
         plain = bool(location) and location not in (".", "..") and len(location) < 256 and not set(location) & set("/\\:\0")
         file = self.path.parent / location if plain else self.path
         try:
-            offset, length = (int(told.get(key) or default) for key, default in (("offset", 0), ("length", size)))
+            offset, length = (int(external.get(key) or default) for key, default in (("offset", 0), ("length", size)))
         except ValueError:
             offset = length = -1
         if not plain or offset < 0 or length != size:
             raise self.bad(
-                f"{name!r} in {shown(location, 80)!r} (offset {shown(told.get('offset', '0'), 30)}, length {shown(told.get('length', ''), 30)}), not "
-                f"{size} bytes of a file beside it", "keep its weights in the file itself"
+                f"{name!r} in {shown(location, 80)!r} (offset {shown(external.get('offset', '0'), 30)}, "
+                f"length {shown(external.get('length', ''), 30)}), not {size} bytes of a file in its folder", "store the weights in the file itself"
             )  # fmt: skip
         try:
-            # No link, whose end could be anywhere, and no pipe, which never ends.
+            # Neither a link, whose target could be anywhere, nor a pipe, which may never end.
             handle = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
             with os.fdopen(handle, "rb") as stream:
                 info = os.fstat(stream.fileno())
                 if not stat.S_ISREG(info.st_mode) or file.is_symlink() or offset + length > info.st_size:
-                    raise OSError("not a plain file of that size")
+                    raise OSError("not a regular file of that size")
                 stream.seek(offset)
                 raw = stream.read(length)
         except (OSError, ValueError, OverflowError) as error:
             why = first_line(error, 60)
-            raise self.bad(f"{name!r} in {shown(location, 80)!r}, which is no plain file beside it with those bytes ({why})") from None
+            raise self.bad(f"{name!r} in {shown(location, 80)!r}, which is not a regular file in its folder with those bytes ({why})") from None
         return raw

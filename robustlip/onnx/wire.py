@@ -1,18 +1,18 @@
-"""What the bytes of an ONNX file hold, counted before a library makes objects of them: a message of two bytes becomes an object of hundreds.
+"""Counts the contents of an ONNX file before a library creates objects for them: a message of two bytes becomes an object of hundreds of bytes.
 
-Protocol buffers are fields (number, wire type, value); messages inside messages are fields of wire type 2. All kinds of messages that may be there
-many times are followed, all else is one field.
+Protocol buffers are fields (number, wire type, value); nested messages are fields of wire type 2. All messages that can be repeated are
+counted inside too; any other field counts as one.
 """
 
 from __future__ import annotations
 
 from robustlip.errors import BadInput
 
-# Fields of a file; a node of a network is some twenty.
+# The largest number of fields of a file; a node of a network has about twenty.
 MOST_FIELDS = 1_000_000
-# So many bytes of whole numbers that are packed into one field count as one field: each of them becomes eight.
+# Packed integers count as one field per this many bytes: each integer takes eight bytes in memory.
 PACKED = 64
-# By kind of message, the numbers of its fields that hold messages, and of which kind (onnx.proto).
+# For each kind of message, the numbers of its fields that contain messages, and their kind (onnx.proto).
 _INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 8: "plain", 14: "plain"},
     "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 14: "annotation", 15: "sparse", 16: "plain"},
@@ -30,11 +30,11 @@ _INSIDE: dict[str, dict[int, str]] = {
 }
 _PACKED = {("attribute", 8), ("tensor", 1), ("tensor", 5), ("tensor", 7), ("tensor", 11)}
 _DEEPEST = 12
-_FOREIGN = {20: "a program for its training", 25: "functions of its own"}
+_FOREIGN = {20: "a training program", 25: "local functions"}
 
 
 def check_wire(data: bytes, name: str) -> None:
-    """Raises BadInput for bytes that are no message, or hold more fields than a network has. name: of the file."""
+    """Raises BadInput for bytes that are not a message, or that have more fields than a network has. name: of the file."""
     fields = 0
 
     def varint(at: int, end: int) -> tuple[int, int]:
@@ -81,4 +81,4 @@ def check_wire(data: bytes, name: str) -> None:
     try:
         walk(0, len(data), "model", 0)
     except EOFError:
-        raise BadInput(f"expected an ONNX file, got {name}, whose bytes are no such protocol buffer; export the network again") from None
+        raise BadInput(f"expected an ONNX file, got {name}, whose bytes are not a valid protocol buffer; export the network again") from None
