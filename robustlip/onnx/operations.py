@@ -1154,20 +1154,20 @@ def _instance_norm(b: Builder, node: Node, args: list[Argument]) -> Value:
 @onnx("GroupNormalization")
 def _group_norm(b: Builder, node: Node, args: list[Argument]) -> Value:
     count(node, args, 3, 3)
-    x, groups = data(node, args), node.int("num_groups", 0)
+    x, groups = dependent(node, args), node.int("num_groups", 0)
     if node.int("stash_type", 1) != 1:
         raise node.refuse("its stash_type is not float")
     if len(x.shape) < 3 or x.shape[0] != 1 or groups < 1 or x.shape[1] % groups:
-        raise node.refuse(f"it acts on {x.shape} in {groups} groups", "mend the file")
+        raise node.refuse(f"it acts on {x.shape} in {groups} groups", "correct the file")
     held = []
     for i, name in ((1, "scale"), (2, "bias")):
         given = needs(node, args, i, name)
-        if node.opset < 21 and tuple(given.shape) == (groups,):  # one a group, before version 21
+        if node.opset < 21 and tuple(given.shape) == (groups,):  # one per group, before version 21
             given = given.repeat_interleave(x.shape[1] // groups)
         elif tuple(given.shape) != (x.shape[1],):
-            raise node.refuse(f"its {name} does not fit {x.shape}", "mend the file")
-        held.append(b.hold(given, node.inputs[i], weight=True))
-    return b.value(node, b.step(node, "group_norm", b.laid(x, x.shape[1:]), groups, *held, node.float("epsilon", 1e-5)), x.shape)
+            raise node.refuse(f"its {name} does not have the shape of {x.shape}", "correct the file")
+        held.append(b.add_tensor(given, node.inputs[i], weight=True))
+    return b.value(node, b.step(node, "group_norm", b.as_rows(x, x.shape[1:]), groups, *held, node.float("epsilon", 1e-5)), x.shape)
 
 
 @onnx("LayerNormalization", "RMSNormalization")
