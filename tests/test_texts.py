@@ -93,7 +93,7 @@ WRONG = {
     "sentence\tlabel\nthe cat\tgood": "among its 3 declared classes",
     "sentence\tlabel\nthe cat\t3": r"\[0, 2\]",
     "sentence\tlabel\nthe cat": "2 cells",
-    "sentence\tsentence\nthe\tcat": "different names",
+    "sentence\tsentence\nthe\tcat": "distinct column names",
     "sentence\tlabel\n": "at least one row",
     "words\tlabel\nthe cat\t0": "text column",
     "sentence\tclass\nthe cat\t0": "label column",

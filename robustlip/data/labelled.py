@@ -119,7 +119,7 @@ def labelled_texts(
     names = declared_names(table, label) or own
     if is_text(table.types[label]):
         if names is None:
-            raise BadInput(f"expected labels of {name} that are integers, or class names in the model's config.json, got other names; number them from 0")
+            raise BadInput(f"expected integer labels of {name}, or class names in config.json, got other names; number them from 0")
         labels, _ = named_labels(table, label, names, tuple)
     else:
         labels = integer_labels(table.chunks(label), name)

@@ -274,7 +274,7 @@ class TokenStream:
         return np.concatenate(self.tokenizer.encode(texts))
 
     def window(self, start: int, count: int) -> np.ndarray:
-        """int32 (count,): tokens start … start + count − 1 of the stream, start ≥ 0, count ≥ 1. Each document is read once if starts ascend."""
+        """int32 (count,): tokens start … start + count − 1 of the stream; start ≥ 0, count ≥ 1. Ascending starts read each document once."""
         if start < (self._tokenised[0].first if self._tokenised else self._front):
             self._rewind()
         self._forget(start)
