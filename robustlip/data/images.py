@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
-from robustlip.data.labels import declared_names, label_columns, named_labels, integer_labels
+from robustlip.data.labels import declared_names, integer_labels, label_columns, named_labels
 from robustlip.data.tables import Table, holds_bytes, is_bytes, is_text, pick
 from robustlip.errors import BadInput
 

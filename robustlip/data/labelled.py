@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
-from robustlip.data.labels import declared_names, label_columns, named_labels, integer_labels
+from robustlip.data.labels import declared_names, integer_labels, label_columns, named_labels
 from robustlip.data.lengths import joined
 from robustlip.data.subwords import Subwords
 from robustlip.data.tables import MAX_ROWS, Table, is_text, pick
