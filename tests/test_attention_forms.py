@@ -606,7 +606,7 @@ def test_the_way_through_tables_is_as_long_as_they_are() -> None:
     one = torch.ones(1, dtype=torch.long)
     row = full.parts[0].at_rows(0 * one, one, torch.zeros(1, 2, dtype=torch.float64))
     m = torch.randn(1, 4, 4, dtype=torch.float64)
-    way = row.with_way(m, torch.zeros(1, dtype=torch.float64)).way
+    way = row.with_input_map(m, torch.zeros(1, dtype=torch.float64)).input_map
     for name, factor in (("query", 1 + 2.0**-8), ("key", 1 + 2.0**-8), ("value", 1.0)):
         product = layer.matrices()[name] @ m[0]
         assert factor * float(torch.linalg.matrix_norm(product, 2)) <= float(way.gain[name])

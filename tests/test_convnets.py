@@ -124,7 +124,7 @@ def test_linear_convnets_have_their_exact_radius(name, norm) -> None:
     reference = reference_of(model, x, y, InputBall(norm), Context(torch.float64, constants_of(model)[1]))
     rivals = Rivals.of(reference, y, exact.argsort(-1)[:, :3].T)
     for factor, held in ((1 - 1e-6, True), (1 + 1e-6, False)):
-        assert bool(((rivals.losses(reference, exact.amin(-1) * factor) < rivals.margin).all(-1) == held).all())
+        assert bool(((rivals.decreases(reference, exact.amin(-1) * factor) < rivals.margin).all(-1) == held).all())
     radius = robustlip.certify(model, x, y, InputBall(norm), "dual").radius
     assert (radius <= exact.amin(-1).numpy()).all() and (radius >= exact.amin(-1).numpy() * (1 - 2e-3)).all()
     for method in ("local", "crown"):

@@ -645,12 +645,12 @@ def test_two_logits_round_and_every_rival_counts(threat, monkeypatch) -> None:
     margin = (logits.gather(1, ids[1:, None]) - logits).scatter(1, ids[1:, None], math.inf)
     nearest = margin.amin(-1)
     s = 0.5 * float(nearest.median())  # 2s is the median
-    monkeypatch.setattr(Reference, "single", lambda self, hidden, epsilon: torch.full_like(hidden, s))
+    monkeypatch.setattr(Reference, "logit_error", lambda self, hidden, epsilon: torch.full_like(hidden, s))
     radius, _ = sequence_radii(model, ids, threat)
     assert bool((radius[nearest < 2 * s * (1 - 1e-9)] == 0).all())
     assert bool((radius[nearest > 2.5 * s] > 0).any())
     # The margin that is left decides: the same sequence with nothing lost proves more.
-    monkeypatch.setattr(Reference, "single", lambda self, hidden, epsilon: torch.zeros_like(hidden))
+    monkeypatch.setattr(Reference, "logit_error", lambda self, hidden, epsilon: torch.zeros_like(hidden))
     assert bool((sequence_radii(model, ids, threat)[0] >= radius).all())
 
 
@@ -664,7 +664,7 @@ def test_two_logits_round_in_methods_of_expansions(method, monkeypatch) -> None:
     y = logits.argmax(-1)
     margin = (logits.gather(1, y[:, None]) - logits).scatter(1, y[:, None], math.inf).amin(1)
     s = 0.5 * float(margin.median())
-    monkeypatch.setattr(Reference, "single", lambda self, hidden, epsilon: torch.full_like(hidden, s))
+    monkeypatch.setattr(Reference, "logit_error", lambda self, hidden, epsilon: torch.full_like(hidden, s))
     radius = torch.as_tensor(certify(model, x, y, InputBall("l2"), method).radius)
     assert bool((radius[margin < 2 * s * (1 - 1e-9)] == 0).all()) and bool((radius[margin > 2.5 * s] > 0).any())
 

@@ -177,7 +177,7 @@ def test_attacks_see_the_same_decision_at_a_half_or_at_zero() -> None:
     nested = nn.Sequential(body[0], body[1], nn.Sequential(body[2], nn.Sigmoid())).eval()
     assert certify(nested, x, y, InputBall("l2")).radius.tolist() == found.radius.tolist()
     assert Target(nested).scores(x).argmax(-1).tolist() == y.tolist()
-    with pytest.raises(BadInput, match="behind a Sigmoid"):
+    with pytest.raises(BadInput, match="after a Sigmoid"):
         certify(Chain(*ends), x, y, InputBall("l2"))
     with pytest.raises(BadInput, match="as probabilities are"):
         certify(Ending(body, "hardsigmoid").eval(), x, y, InputBall("l2"))

@@ -102,7 +102,7 @@ def test_integer_inputs_have_no_input_ball() -> None:
     with pytest.raises(BadInput, match="floating-point"):
         certify(model, ids, torch.zeros(2, dtype=torch.long), InputBall("l2"))
     late = Chain(nn.Identity(), nn.Embedding(9, 4), MeanTokens(), nn.Linear(4, 3))
-    with pytest.raises(BadInput, match="in front of an Embedding"):
+    with pytest.raises(BadInput, match="before an Embedding"):
         certify(late, ids, late(ids).argmax(-1), WeightBall())
     with pytest.raises(BadInput, match="floating-point"):
         images = torch.ones(2, 1, 2, 2, dtype=torch.uint8)

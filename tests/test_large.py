@@ -12,7 +12,7 @@ from robustlip.certifiers import certify
 from robustlip.certifiers.sequence import sequence_radii
 from robustlip.domains import margins as of_margins
 from robustlip.domains.expansion import dual
-from robustlip.domains.expansion.dual import Aside, at_positions
+from robustlip.domains.expansion.dual import RivalFilter, single_token_reference
 from robustlip.domains.expansion.local import reference_of
 from robustlip.domains.lines import crown
 from robustlip.domains.margins import Distances
@@ -108,13 +108,13 @@ def test_few_rivals_at_a_time_prove_what_all_do(threat: EmbeddingBall, monkeypat
     monkeypatch.setattr(dual, "RIVALS", 64)
     every = certify(model, x, y, threat, "dual").radius
     local = certify(model, x, y, threat, "local").radius
-    monkeypatch.setattr(dual, "EVERY", 3)
+    monkeypatch.setattr(dual, "ALL_RIVALS", 3)
     monkeypatch.setattr(dual, "RIVALS", 2)
-    monkeypatch.setattr(dual, "ROOM", 1)
+    monkeypatch.setattr(dual, "STORED_NUMBERS", 1)
     few = certify(model, x, y, threat, "dual").radius
     assert (few <= every * 1.02).all() and (few >= 0.9 * every).all()
-    monkeypatch.setattr(dual, "MOST", 2)
-    monkeypatch.setattr(dual, "MOST_ALONE", 2)
+    monkeypatch.setattr(dual, "MOST_RIVALS", 2)
+    monkeypatch.setattr(dual, "MOST_SINGLE_TOKEN_RIVALS", 2)
     fewest = certify(model, x, y, threat, "dual").radius
     assert (fewest <= few * 1.01).all() and (fewest >= local * 0.99).all()
     if threat.tokens is None:
@@ -127,30 +127,30 @@ def test_sequences_of_large_vocabularies_prove_what_those_of_small_ones_do(monke
     for _ in range(6):
         x = torch.cat([x, model(x[None])[0, -1:].argmax(-1)])
     whole = sequence_radii(model, x)[0]
-    monkeypatch.setattr(dual, "EVERY", 3)
-    monkeypatch.setattr(dual, "ROOM", 1)
+    monkeypatch.setattr(dual, "ALL_RIVALS", 3)
+    monkeypatch.setattr(dual, "STORED_NUMBERS", 1)
     few = sequence_radii(model, x)[0]
     assert (whole > 0).any() and torch.allclose(few, whole, rtol=2e-2)
 
 
 def test_what_sets_rivals_aside_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worst direction of each rival, to first order, and random ones: at every radius, in float64; and it says more than norms do."""
-    monkeypatch.setattr(dual, "EVERY", 3)
+    monkeypatch.setattr(dual, "ALL_RIVALS", 3)
     model, x, y = tokens(4)
     for parameter in model.parameters():
         parameter.mul_(1.6)
     reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
     every = torch.arange(len(x))
-    single = at_positions(reference, every, torch.full_like(every, x.shape[1] - 1))
+    single = single_token_reference(reference, every, torch.full_like(every, x.shape[1] - 1))
     y = reference.margin.argmax(-1)
-    aside = Aside.of(single, y)
+    aside = RivalFilter.of(single, y)
     assert aside.linear is not None
     whole, _ = single.body.end_to_end()
     rows = model[len(model) - 1].weight
     sharper, bent = 0.0, 0.0
     for size in (1e-4, 0.01, 0.1, 0.5):
         epsilon = torch.full((len(x),), size, dtype=torch.float64)
-        lost = aside.losses(epsilon)
+        lost = aside.decreases(epsilon)
         sharper = max(sharper, float((single.by_norms(single.hidden(epsilon), epsilon) / lost).median()))
         for n in range(len(x)):
             start = model.embed(x[n : n + 1])

@@ -736,7 +736,7 @@ def test_samples_that_are_not_vectors_are_refused(methods) -> None:
     x = torch.rand(5, 2, 4)
     context = Context(dtype=torch.float32, store={})
     for radii in (lipsdp_radii, eclipse_radii):
-        with pytest.raises(BadInput, match=r"numbers in front|embedding or weight threat"):
+        with pytest.raises(BadInput, match=r"before the first Linear|embedding or weight threat"):
             radii(model, x, torch.zeros(5, dtype=torch.int64), torch.rand(5, 3), InputBall("l2"), context)
         with pytest.raises(BadInput, match="samples of 4 numbers"):
             plain = Chain(OrderedDict(model.named_children()))

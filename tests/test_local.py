@@ -28,11 +28,11 @@ from robustlip.attacks.minnorm import MinimumRadius
 from robustlip.attacks.pgd import PGD
 from robustlip.attacks.worst_weights import worst_attention
 from robustlip.certifiers import certify
-from robustlip.domains.expansion import Ball, ChainExpansion, Curved, Expansion, JacobianChain, Scope, expand, loss
+from robustlip.domains.expansion import Ball, ChainExpansion, CurvatureTerm, Expansion, JacobianChain, Scope, decrease, expand
 from robustlip.domains.expansion import base as local_base
-from robustlip.domains.expansion.attention import SoftmaxBall, others
-from robustlip.domains.expansion.crossing import TOKENS, Crossing
-from robustlip.domains.expansion.dual import REACHES, Rivals, _longest, alone, at_positions, first_order, is_causal
+from robustlip.domains.expansion.attention import SoftmaxBall, sums_of_others
+from robustlip.domains.expansion.crossing import TOKENS, MatrixKinkTerm
+from robustlip.domains.expansion.dual import EXTENSIONS, Rivals, _largest_radii, first_order, is_causal, single_token_radii, single_token_reference
 from robustlip.domains.expansion.elementwise import ElementwiseExpansion
 from robustlip.domains.expansion.local import reference_of, search
 from robustlip.domains.norms import Context
@@ -453,7 +453,7 @@ def attacked(expansion: Expansion, function: Callable[[Tensor], Tensor], x: Tens
                 g = torch.where((torch.arange(n) % 2 == 0)[:, None, None], turned, g)
                 allowed = None
             if allowed is None:
-                allowed = loss(torch.zeros(1, n, dtype=torch.float64), expansion.adjoint(g[None])[1], bounds)[0]
+                allowed = decrease(torch.zeros(1, n, dtype=torch.float64), expansion.adjoint(g[None])[1], bounds)[0]
             fractions = torch.stack(
                 [
                     (change.norm(dim=-1) / behind).amax(-1),
@@ -532,9 +532,9 @@ def test_two_sided_weights_serve_both_signs(name) -> None:
     bounds = expansion.advance(Ball.of(radius)).bounds
     g = torch.randn(4, *expansion.clean.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     zero = torch.zeros(4, len(x), dtype=torch.float64)
-    both = loss(zero, expansion.adjoint(g, two_sided=True)[1], bounds)
+    both = decrease(zero, expansion.adjoint(g, two_sided=True)[1], bounds)
     for one in (g, -g):
-        alone = loss(zero, expansion.adjoint(one)[1], bounds)
+        alone = decrease(zero, expansion.adjoint(one)[1], bounds)
         assert not bool((both < alone * (1 - 1e-9)).any())
 
 
@@ -575,7 +575,7 @@ def test_rounding_as_executed_is_covered(name, dtype) -> None:
     rest = change - pushed
     assert not bool((rest.norm(dim=-1) > error + 1e-12 * behind).any())
     for g in (-rest, torch.randn_like(rest)):
-        allowed = loss(torch.zeros(1, len(x), dtype=torch.float64), expansion.adjoint(g[None])[1], bounds)[0]
+        allowed = decrease(torch.zeros(1, len(x), dtype=torch.float64), expansion.adjoint(g[None])[1], bounds)[0]
         assert not bool((-(g * rest).sum((-1, -2)) > allowed + 1e-12 * (g.norm(dim=-1) * behind).sum(-1)).any())
     if dtype == torch.float32:
         assert float(torch.isfinite(behind).double().mean()) > 0.9
@@ -717,7 +717,7 @@ def test_neurons_of_single_tokens_bend_one_way(activation) -> None:
     assert float(result.loss.amax()) > 0.25, result
 
 
-def curved_pair(seed: int, adjoints: int = 6, samples: int = 3, tokens: int = 2, n: int = 20) -> tuple[Curved, Curved, Tensor]:
+def curved_pair(seed: int, adjoints: int = 6, samples: int = 3, tokens: int = 2, n: int = 20) -> tuple[CurvatureTerm, CurvatureTerm, Tensor]:
     """A weight, a bound with a matrix (n, D), and the adjoints ω (A, N, T, n) that the weight is of."""
     torch.manual_seed(seed)
     omega = torch.randn(adjoints, samples, tokens, n, dtype=torch.float64)
@@ -726,8 +726,8 @@ def curved_pair(seed: int, adjoints: int = 6, samples: int = 3, tokens: int = 2,
     sigma = torch.linalg.matrix_norm(matrix, 2)
     convex, concave = torch.rand(2, samples, tokens, n, dtype=torch.float64)
     each = matrix.norm(dim=-1) * moved[..., None] + fresh[..., None]
-    bound = Curved(convex, concave, each, sigma * moved + fresh, matrix, moved, fresh)
-    return Curved((-omega).clamp_min(0), omega.clamp_min(0)), bound, omega
+    bound = CurvatureTerm(convex, concave, each, sigma * moved + fresh, matrix, moved, fresh)
+    return CurvatureTerm((-omega).clamp_min(0), omega.clamp_min(0)), bound, omega
 
 
 @pytest.mark.parametrize("token", [0, 1, -1])
@@ -736,8 +736,8 @@ def test_quadratic_forms_hold_at_their_worst_change(seed, token) -> None:
     """Δ along the top eigenvector and e on the neuron that counts most, in every token at once: what is met is never less, and less than without."""
     weight, bound, omega = curved_pair(seed)
     chosen = torch.stack([torch.randperm(len(omega))[:2] for _ in range(omega.shape[1])], -1)
-    formed = weight.formed(bound, chosen, token)
-    plain, met = weight.meet(bound), formed.meet(bound)
+    formed = weight.with_forms(bound, chosen, token)
+    plain, met = weight.contract(bound), formed.contract(bound)
     assert (met <= plain * (1 + 1e-12)).all() and (met.gather(0, chosen) < plain.gather(0, chosen)).all()
     rest = torch.ones_like(plain, dtype=torch.bool).scatter(0, chosen, False)
     assert torch.equal(met[rest], plain[rest])
@@ -749,11 +749,11 @@ def test_quadratic_forms_hold_at_their_worst_change(seed, token) -> None:
         worst = 0.5 * (c * change.square()).sum((-1, -2))
         assert (worst <= met * (1 + 1e-12)).all()
     # One token, where the form is all there is: within its 3 %, so nothing is given away either.
-    alone = Curved(weight.convex[..., token, :].unsqueeze(-2), weight.concave[..., token, :].unsqueeze(-2))
-    one = Curved(*(t[:, token].unsqueeze(1) for t in (bound.convex, bound.concave, bound.each, bound.whole)), bound.matrix,
+    alone = CurvatureTerm(weight.convex[..., token, :].unsqueeze(-2), weight.concave[..., token, :].unsqueeze(-2))
+    one = CurvatureTerm(*(t[:, token].unsqueeze(1) for t in (bound.convex, bound.concave, bound.each, bound.whole)), bound.matrix,
                  *(t[:, token].unsqueeze(1) for t in (bound.moved, 0 * bound.fresh)))  # fmt: skip
     exact = 0.5 * (c * z.square()).sum(-1)[..., token]
-    single = alone.formed(one, chosen, 0).meet(one).gather(0, chosen)
+    single = alone.with_forms(one, chosen, 0).contract(one).gather(0, chosen)
     assert (single >= exact.gather(0, chosen)).all() and (single <= 1.03 * exact.gather(0, chosen)).all()
     # And with rounding as large as the change, where it hurts most.
     loud = replace(one, fresh=one.moved)
@@ -761,27 +761,27 @@ def test_quadratic_forms_hold_at_their_worst_change(seed, token) -> None:
     hurt = at + torch.nn.functional.normalize(here * at, dim=-1) * loud.fresh
     exact = 0.5 * (here * hurt.square()).sum(-1)
     loud = replace(loud, each=torch.full_like(loud.each, 1e9), whole=torch.full_like(loud.whole, 1e9))
-    assert (alone.formed(loud, chosen, 0).meet(loud).gather(0, chosen) >= exact.gather(0, chosen)).all()
+    assert (alone.with_forms(loud, chosen, 0).contract(loud).gather(0, chosen) >= exact.gather(0, chosen)).all()
 
 
 def test_quadratic_forms_count_only_for_curvatures_they_were_made_of() -> None:
     """A neuron that can bend more, one way or the other, and the sample is met as without forms; others keep theirs. Infinity has no form."""
     weight, bound, _ = curved_pair(1, tokens=1)
     chosen = torch.zeros(1, 3, dtype=torch.int64)
-    formed = weight.formed(bound, chosen, 0)
+    formed = weight.with_forms(bound, chosen, 0)
     for name in ("convex", "concave"):
         more = getattr(bound, name).clone()
         more[1, 0, 7] *= 1.0001
         wider = replace(bound, **{name: more})
-        met, plain = formed.meet(wider), weight.meet(wider)
+        met, plain = formed.contract(wider), weight.contract(wider)
         assert torch.equal(met[:, 1], plain[:, 1]) and (met[0, [0, 2]] < plain[0, [0, 2]]).all()
     less = replace(bound, convex=bound.convex * 0.5, concave=bound.concave * 0.5)
-    assert (formed.meet(less) <= formed.meet(bound)).all()
+    assert (formed.contract(less) <= formed.contract(bound)).all()
     endless = bound.convex.clone()
     endless[2, 0, :] = torch.inf
-    broken = weight.formed(replace(bound, convex=endless), chosen, 0)
+    broken = weight.with_forms(replace(bound, convex=endless), chosen, 0)
     assert torch.isinf(broken.forms.largest[0, 2]) and torch.isfinite(broken.forms.largest[0, :2]).all()
-    huge = weight.formed(replace(bound, matrix=bound.matrix * 1e160), chosen, 0)
+    huge = weight.with_forms(replace(bound, matrix=bound.matrix * 1e160), chosen, 0)
     assert torch.isinf(huge.forms.largest).all()
 
 
@@ -796,13 +796,13 @@ def test_forms_of_kinks_hold_at_their_worst_change(seed) -> None:
     moved, fresh = torch.rand(count, tokens, dtype=torch.float64) + 0.1, 0.05 * torch.rand(count, tokens, dtype=torch.float64)
     sigma = torch.linalg.matrix_norm(rows, 2)
 
-    def bound_at(factor: float) -> Crossing:
+    def bound_at(factor: float) -> MatrixKinkTerm:
         each = rows.norm(dim=-1) * (factor * moved)[..., None] + fresh[..., None]
-        return Crossing(None, None, near, each, sigma * factor * moved + fresh, rows, factor * moved, fresh)
+        return MatrixKinkTerm(None, None, near, each, sigma * factor * moved + fresh, rows, factor * moved, fresh)
 
-    weight = Crossing(falling)
+    weight = MatrixKinkTerm(falling)
     chosen = torch.arange(3)[:, None].expand(3, count)
-    sharp = weight.formed(bound_at(1.0), chosen, 0)
+    sharp = weight.with_forms(bound_at(1.0), chosen, 0)
     assert sharp.forms is not None and not torch.isfinite(sharp.forms.largest[3:]).any()
     made = torch.isfinite(sharp.forms.largest[:3]).sum(-1)
     assert (made <= TOKENS).all() and (made > 2).all()  # not at the two that matter least
@@ -823,7 +823,7 @@ def test_forms_of_kinks_hold_at_their_worst_change(seed) -> None:
             optimizer.step()
         tight = (lost / formed)[:3][torch.isfinite(sharp.forms.largest[:3])]
         assert factor != 1.0 or float(tight.median()) > 0.6
-    picked_out = sharp.picked(chosen)
+    picked_out = sharp.selected(chosen)
     assert picked_out.falling is not None and torch.equal(picked_out.falling, falling[:3])
 
 
@@ -838,26 +838,26 @@ def test_rivals_that_are_set_aside_cannot_win_within_the_reach() -> None:
     reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
 
     def again(samples: Tensor) -> Any:
-        return at_positions(reference, samples, torch.full_like(samples, 5))
+        return single_token_reference(reference, samples, torch.full_like(samples, 5))
 
     single = again(torch.arange(len(x)))
     order = single.margin.argsort(-1)[:, :-1]
     rivals = Rivals.of(single, y, order.T)
-    radius = alone(single, again, y, sharpen=False)
+    radius = single_token_radii(single, again, y, use_forms=False)
     few = rivals.contested(single, 1.2 * radius)
     assert 1 <= few.margin.shape[1] < 11
-    open_ = ~(rivals.losses(single, 1.2 * radius) < rivals.margin)
+    open_ = ~(rivals.decreases(single, 1.2 * radius) < rivals.margin)
     for n in range(len(x)):
         assert {float(m) for m in rivals.margin[n][open_[n]]} <= {float(m) for m in few.margin[n]}
     matched = (few.margin.unsqueeze(-1) == rivals.margin.unsqueeze(1)).double().argmax(-1)
-    assert torch.allclose(few.losses(single, radius), rivals.losses(single, radius).gather(1, matched), rtol=1e-12)
-    sharp = alone(single, again, y)
-    reach = math.prod(factor for factor, _ in REACHES)
+    assert torch.allclose(few.decreases(single, radius), rivals.decreases(single, radius).gather(1, matched), rtol=1e-12)
+    sharp = single_token_radii(single, again, y)
+    reach = math.prod(factor for factor, _ in EXTENSIONS)
     # A first answer so rough that nobody is contested at the reach: it ends there all the same.
     begin = torch.full_like(radius, 1e-6)
-    rough = search(lambda epsilon: rivals.losses(single, epsilon), rivals.margin, begin, 0.5)[0]
+    rough = search(lambda epsilon: rivals.decreases(single, epsilon), rivals.margin, begin, 0.5)[0]
     assert (rough < 0.95 * radius).any()
-    assert (_longest(single, rivals, begin, ((1.001, 0.5),)) <= 1.001 * rough * (1 + 1e-9)).all()
+    assert (_largest_radii(single, rivals, begin, ((1.001, 0.5),)) <= 1.001 * rough * (1 + 1e-9)).all()
     assert (sharp >= radius * (1 - 0.04)).all() and (sharp <= reach * radius * (1 + 1e-9)).all() and (sharp > 1.02 * radius).any()
 
 
@@ -873,7 +873,7 @@ def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activa
     x[::2] *= 0.2
     full = ChainExpansion(blocks, x, Scope(Context(torch.float64, {})))
     rows = JacobianChain(full.at_rows(torch.arange(n), torch.full((n,), position), torch.zeros(n, length, dtype=torch.float64)))
-    functionals = {l: question[0].vectors for l, question in enumerate(rows.questions) if question is not None}
+    functionals = {l: question[0].vectors for l, question in enumerate(rows.functionals_by_part) if question is not None}
     assert len(functionals) == 3
     arrived: dict[int, Tensor] = {}
     told: dict[int, Tensor] = {}
@@ -906,7 +906,7 @@ def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activa
                 for part in reversed(rows.parts[:l]):
                     g, found = part.adjoint(g)
                     groups.append(found)
-                side = loss(g.squeeze(2).norm(dim=-1) * radius, [w for group in reversed(groups) for w in group], bounds[: len(weights)])
+                side = decrease(g.squeeze(2).norm(dim=-1) * radius, [w for group in reversed(groups) for w in group], bounds[: len(weights)])
                 assert not bool((told[l] < side * (1 - 1e-9)).any())
         v = torch.randn(n, 1, D, dtype=torch.float64).requires_grad_()
         optimizer = torch.optim.Adam([v], lr=0.2)
@@ -1266,7 +1266,7 @@ def test_the_first_order_is_attained_and_the_rest_vanishes(kind, name) -> None:
     rivals = reference.margin.argsort(-1)[:, :1].T
     found = Rivals.of(reference, y, rivals)
     step = torch.full((len(y),), 1e-6, dtype=torch.float64)
-    losses = found.losses(reference, step)[:, 0]
+    losses = found.decreases(reference, step)[:, 0]
     start = model.embed(x).double() if isinstance(threat, EmbeddingBall) else x
 
     def margin(v: Tensor) -> Tensor:
@@ -1408,7 +1408,7 @@ def test_softmax_bounds_survive_cancellation() -> None:
     """One weight of 1 and the rest far below 2⁻⁵³: taking it off the sum of all would leave nothing of them."""
     x = torch.tensor([[3.5e19, 1e-17, 2e-17], [1e-17, 1.0, 0.0], [5.0, 5.0, 5.0]], dtype=torch.float64)
     wanted = torch.tensor([[3e-17, 3.5e19, 3.5e19], [1.0, 1e-17, 1.0], [10.0, 10.0, 10.0]], dtype=torch.float64)
-    torch.testing.assert_close(others(x), wanted, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(sums_of_others(x), wanted, rtol=1e-12, atol=0.0)
     # The same inside attention: token 2 sees token 0 alone by 2⁻⁵⁶, and a change of key 0 by a logit of 45 turns it away from there. Values agree.
     layer = Attention(2, 1, causal=True, rope=False, scale=2.0, output_scale=1.0).double().requires_grad_(False)
     for name, rows in {"query": [[1.0, 0.0], [0, 0]], "key": [[1.0, 0], [0, 0]], "value": [[0, 0], [0, 1.0]], "output": [[0, 0], [0, 1.0]]}.items():
@@ -1423,7 +1423,7 @@ def test_softmax_bounds_survive_cancellation() -> None:
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             rest = layer(x + delta) - layer(x) - torch.func.jvp(layer, (x,), (delta,))[1]
         assert bool((rest.norm(dim=-1) <= error).all())
-        allowed = loss(torch.zeros(1, 1, dtype=torch.float64), expansion.adjoint(-rest[None])[1], bounds)
+        allowed = decrease(torch.zeros(1, 1, dtype=torch.float64), expansion.adjoint(-rest[None])[1], bounds)
         assert float(rest.square().sum()) <= float(allowed)
 
 
@@ -1481,13 +1481,13 @@ def test_single_token_references_read_the_moved_token() -> None:
     model, x, y = tiny("gpt", 0, dtype=torch.float64)
     reference = reference_of(model, x, y, EmbeddingBall(tokens=(-1,)), Context(torch.float64, {}))
     every = torch.arange(len(x))
-    alone = at_positions(reference, every, torch.full_like(every, x.shape[1] - 1))
+    alone = single_token_reference(reference, every, torch.full_like(every, x.shape[1] - 1))
     rivals = reference.margin.argsort(-1)[:, :2].T
     one, all_of = Rivals.of(alone, y, rivals), Rivals.of(reference, y, rivals)
     torch.testing.assert_close(one.linear, all_of.linear, rtol=1e-9, atol=0.0)
     for radius in (1e-3, 0.1, 1.0):
         epsilon = torch.full((len(x),), radius, dtype=torch.float64)
-        assert bool((one.losses(alone, epsilon) <= all_of.losses(reference, epsilon) * (1 + 1e-6)).all())
+        assert bool((one.decreases(alone, epsilon) <= all_of.decreases(reference, epsilon) * (1 + 1e-6)).all())
 
 
 def reflected(w: float, r: float, omega: float, base: float, inputs: int = 1) -> tuple[nn.Sequential, Tensor]:

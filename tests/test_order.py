@@ -18,8 +18,8 @@ import torch
 from test_local import CASES, D, T, case_of, expanded, gpt_blocks, nested, samples, tokens
 from torch import Tensor, nn
 
-from robustlip.domains.expansion import Ball, ChainExpansion, Expansion, JacobianChain, Scope, Split, expand
-from robustlip.domains.expansion.dual import Rivals, at_positions
+from robustlip.domains.expansion import Ball, ChainExpansion, Expansion, JacobianChain, Scope, SplitChange, expand
+from robustlip.domains.expansion.dual import Rivals, single_token_reference
 from robustlip.domains.expansion.local import Reference, reference_of
 from robustlip.domains.norms import Context
 from robustlip.layers import MaxMin, MeanTokens
@@ -76,7 +76,7 @@ def asked_of_one(expansion: Expansion) -> list[Question]:
     """As asked_of, of single tokens: with what is known of the way, and of functionals, at one ε and not at another."""
     given = balls((len(expansion.clean), 1))
     for ball in list(given):
-        known = replace(ball, split=Split(ball.radius, 0.1 * ball.radius))
+        known = replace(ball, split=SplitChange(ball.radius, 0.1 * ball.radius))
         asked = expansion.functionals()
         given.append(known)
         if asked is not None:
@@ -113,15 +113,15 @@ BY_TOKEN = [
 ]  # fmt: skip
 
 
-def single_tokens(full: ChainExpansion, arrived: float = 1e-6) -> ChainExpansion:
+def single_tokens(full: ChainExpansion, rounding: float = 1e-6) -> ChainExpansion:
     count = len(full.clean)
-    radii = torch.full(full.clean.shape[:2], arrived, dtype=torch.float64)
+    radii = torch.full(full.clean.shape[:2], rounding, dtype=torch.float64)
     return full.at_rows(torch.arange(count), torch.arange(count) % T, radii)
 
 
-def with_way(rows: ChainExpansion) -> ChainExpansion:
+def with_input_map(rows: ChainExpansion) -> ChainExpansion:
     m = torch.randn(len(rows.clean), D, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return rows.with_way(m, torch.full((len(m),), 1.5, dtype=torch.float64))
+    return rows.with_input_map(m, torch.full((len(m),), 1.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,7 +140,7 @@ def test_a_table_of_tokens_answers_the_same_in_any_order() -> None:
 @pytest.mark.parametrize("name", BY_TOKEN)
 def test_single_tokens_answer_the_same_in_any_order(name) -> None:
     rows = single_tokens(of_case(name))
-    for one in (rows, with_way(rows)):
+    for one in (rows, with_input_map(rows)):
         check(one, asked_of_one(rows))
 
 
@@ -168,10 +168,10 @@ def test_what_is_made_of_an_expansion_leaves_it_as_it_was(name) -> None:
     for ball in balls((4, T)):
         full.advance(ball)
         assert bits(single_tokens(full)) == wanted  # what arrived is an argument, not what the last walk saw
-    told, through = with_way(rows), JacobianChain(rows)
+    told, through = with_input_map(rows), JacobianChain(rows)
     for ball in balls((4, 1)):
         through.advance(ball)
-        told.advance(replace(ball, split=Split(ball.radius, ball.radius)))
+        told.advance(replace(ball, split=SplitChange(ball.radius, ball.radius)))
     assert bits(full) == before and bits(rows) == wanted
     assert [bits(ask(rows)) for ask in asked] == answers
 
@@ -179,11 +179,11 @@ def test_what_is_made_of_an_expansion_leaves_it_as_it_was(name) -> None:
 def test_what_arrives_makes_a_difference() -> None:
     """Of the comparisons above: rounding of the other tokens is seen, and so is what a single token knows of its way."""
     full = chain_of("blocks")
-    small, large = (single_tokens(full, arrived).advance(balls((4, 1))[0]).radius for arrived in (1e-6, 1e-2))
+    small, large = (single_tokens(full, rounding).advance(balls((4, 1))[0]).radius for rounding in (1e-6, 1e-2))
     assert (large > small)[:, 0].tolist() == [False, True, True, False]  # of a first token nobody else is seen
     ball = balls((4, 1))[1]
-    told = with_way(single_tokens(full))
-    known = replace(ball, split=Split(0.01 * ball.radius, 0 * ball.radius))
+    told = with_input_map(single_tokens(full))
+    known = replace(ball, split=SplitChange(0.01 * ball.radius, 0 * ball.radius))
     assert bool((told.advance(known).radius < told.advance(ball).radius).all())
 
 
@@ -201,7 +201,7 @@ def reference_at(threat: Threat) -> tuple[Reference, Tensor]:
     relative = getattr(threat, "relative", True)
     reference = reference_of(model, x, y, threat, Context(torch.float64, {}, relative=relative))
     alone = threat == EmbeddingBall(tokens=(-1,))
-    return (at_positions(reference, torch.arange(4), torch.full((4,), 2)) if alone else reference), y
+    return (single_token_reference(reference, torch.arange(4), torch.full((4,), 2)) if alone else reference), y
 
 
 @pytest.mark.parametrize("name", THREATS)
@@ -213,12 +213,12 @@ def test_references_answer_the_same_in_any_order(name) -> None:
     asked: list[Question] = []
     for epsilon in radii:
         asked += [
-            lambda r, epsilon=epsilon: r.hidden(epsilon), lambda r, epsilon=epsilon: r.behind(epsilon),
-            lambda r, epsilon=epsilon: r.single(still, epsilon), lambda r, epsilon=epsilon: r.head_change(epsilon),
+            lambda r, epsilon=epsilon: r.hidden(epsilon), lambda r, epsilon=epsilon: r.bounds_at(epsilon),
+            lambda r, epsilon=epsilon: r.logit_error(still, epsilon), lambda r, epsilon=epsilon: r.head_change(epsilon),
         ]  # fmt: skip
     check(reference_at(threat)[0], asked)
     if isinstance(threat, WeightBall):
-        moved = [reference_at(threat)[0].single(still, epsilon) for epsilon in radii]
+        moved = [reference_at(threat)[0].logit_error(still, epsilon) for epsilon in radii]
         assert bool((moved[0] < moved[1]).all()) and bool((moved[2] < moved[0]).all())
 
 
@@ -230,13 +230,13 @@ def test_rivals_answer_the_same_in_any_order(name) -> None:
     for size in (0.3, 1e-3, 3.0):
         epsilon = torch.full((4,), size, dtype=torch.float64)
         asked += [
-            lambda r, epsilon=epsilon: r.losses(reference, epsilon),
-            lambda r, epsilon=epsilon: r.contested(reference, epsilon).losses(reference, epsilon),
-            lambda r, epsilon=epsilon: r.sharpened(reference, epsilon).losses(reference, epsilon),
+            lambda r, epsilon=epsilon: r.decreases(reference, epsilon),
+            lambda r, epsilon=epsilon: r.contested(reference, epsilon).decreases(reference, epsilon),
+            lambda r, epsilon=epsilon: r.with_forms(reference, epsilon).decreases(reference, epsilon),
         ]  # fmt: skip
     check(Rivals.of(reference, y, others), asked)
     rivals, epsilon = Rivals.of(reference, y, others), torch.full((4,), 0.3, dtype=torch.float64)
-    forms = [getattr(w, "forms", None) for w in rivals.sharpened(reference, epsilon).weights]
+    forms = [getattr(w, "forms", None) for w in rivals.with_forms(reference, epsilon).weights]
     assert any(form is not None for form in forms) and all(getattr(w, "forms", None) is None for w in rivals.weights)
 
 

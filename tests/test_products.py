@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustlip import capture
 from robustlip.attacks import MinimumRadius
 from robustlip.certifiers import certify
-from robustlip.domains.expansion import Ball, Scope, expand, loss
+from robustlip.domains.expansion import Ball, Scope, decrease, expand
 from robustlip.domains.lines import crown
 from robustlip.domains.lines.dense import network_of
 from robustlip.domains.lines.relaxations import Products
@@ -30,7 +30,7 @@ def remainder(layer: nn.Module, x: Tensor, step: Tensor, g: Tensor, whole: tuple
     bounds = expansion.advance(Ball.of(radius)).bounds
     back, weights = expansion.adjoint(g.flatten()[None, None, None])
     found = ((layer(x + step) - layer(x)) * g).sum() - (back.flatten() * step.flatten()).sum()
-    return abs(float(found.detach())), float(loss(torch.zeros(1, 1, dtype=torch.float64), weights, bounds))
+    return abs(float(found.detach())), float(decrease(torch.zeros(1, 1, dtype=torch.float64), weights, bounds))
 
 
 @pytest.mark.parametrize("name", ["square", "linear", "image", "gate"])

@@ -190,7 +190,7 @@ def test_an_expansion_of_another_layer_is_refused(maker, monkeypatch) -> None:
     """The table of expansions names a layer whose expansion is that of others."""
     layer = Tripled()
     monkeypatch.setitem(rules_base._RULES, Tripled, rule_for(nn.Identity()))
-    monkeypatch.setitem(local_base._EXPANSIONS, Tripled, local_base.Entry(maker))
+    monkeypatch.setitem(local_base._EXPANSIONS, Tripled, local_base.TableEntry(maker))
     assert unsupported(layer) == ""
     with pytest.raises((UnsupportedLayer, AttributeError)) as raised:
         expand(layer, X.double()[:, None], Scope(context()))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import check_arithmetic, check_entry, check_labels, check_model, train_mode_reason
 from robustlip.domains.expansion import Ball
-from robustlip.domains.expansion.dual import alone, at_positions, dual_why_not, is_causal
+from robustlip.domains.expansion.dual import dual_why_not, is_causal, single_token_radii, single_token_reference
 from robustlip.domains.expansion.local import Reference, distances_of, double_copy, reference_of
 from robustlip.domains.margins import head_of, margins
 from robustlip.domains.norms import Context
@@ -89,10 +89,10 @@ def _last_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
     one = replace(whole, margin=whole.margin[:1], pairs=whole.pairs[:1], hidden_norm=whole.hidden_norm[:1])
 
     def single(which: Tensor) -> Reference:
-        part = at_positions(one, torch.zeros_like(which), at[which], jacobians=False)
+        part = single_token_reference(one, torch.zeros_like(which), at[which], jacobians=False)
         return replace(part, margin=whole.margin[which], pairs=whole.pairs[which], hidden_norm=whole.hidden_norm[which])
 
-    return alone(single(torch.arange(len(at), device=at.device)), single, y, sharpen=False)
+    return single_token_radii(single(torch.arange(len(at), device=at.device)), single, y, use_forms=False)
 
 
 def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _every_token(whole: Reference, y: Tensor, at: Tensor) -> Tensor:
         """(E,) → (E, M) bool: which positions are proved at which radius."""
         first = epsilon[:, None, None].expand(-1, 1, length)
         radius = whole.body.advance(Ball.of(first), remainder=False).radius[:, 0, at]
-        change = up(whole.pairs * radius.unsqueeze(-1)) + 2 * whole.single(radius, epsilon[:, None]).unsqueeze(-1)
+        change = up(whole.pairs * radius.unsqueeze(-1)) + 2 * whole.logit_error(radius, epsilon[:, None]).unsqueeze(-1)
         return (change < whole.margin).all(-1)
 
     best = torch.zeros(len(at), dtype=torch.float64, device=at.device)

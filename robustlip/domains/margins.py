@@ -49,7 +49,7 @@ def margins(logits: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distances:
-    """c[y, j] ≥ the dual norm of u_y − u_j, rows u (C, D) of a head: how far the margin of y over j moves per unit of what is in front of it.
+    """c[y, j] ≥ the dual norm of u_y − u_j, rows u (C, D) of a head: how far the margin of y over j moves per unit of what is before it.
 
     A row of them (C,) is made when its label is first asked for, from differences of a few rows at a time: C² and C²·D numbers are never held.
     """

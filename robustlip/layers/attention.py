@@ -49,7 +49,7 @@ class Attention(nn.Module):
     causal: token i sees tokens j ≤ i only (True unless there is a mask). output_scale: the paper's 1/3 (1 where there is no output projection).
     distance_bias M > 0 adds a learned b[h, min(|i − j|, M − 1)] to the logits (Press et al. 2022, ALiBi, with its slopes as the start).
     It does not depend on the input, so heads can look at near tokens without any cost in the Lipschitz bound. 0 is the paper's layer.
-    distance_peaks p > 0 starts it from −p·||i − j| − h − 1| instead, head h at the token h + 1 behind: heads that start at their own token stay.
+    distance_peaks p > 0 starts it from −p·||i − j| − h − 1| instead, head h at the token h + 1 after: heads that start at their own token stay.
     Source: Newhouse et al. 2025, section 3.
 
     The forms of other models, all by keyword. With none of them the layer is the paper's.
@@ -176,7 +176,7 @@ class Attention(nn.Module):
 
     @property
     def out_width(self) -> int:
-        """Numbers of a token behind the layer."""
+        """Numbers of a token after the layer."""
         return self.heads * self.head_width if self.output is None else self.width
 
     @property
@@ -188,7 +188,7 @@ class Attention(nn.Module):
 
     @property
     def looks_back(self) -> bool:
-        """Whether no token sees one behind it."""
+        """Whether no token sees one after it."""
         return self.causal or (self.mask is not None and not bool(self.seen(self.mask.shape[-1]).triu(1).any()))
 
     @property

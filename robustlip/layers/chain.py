@@ -65,7 +65,7 @@ class Chain(nn.Sequential):
         logits = logits[:, -1] if self.task == "next-token" else logits
         if logits.dim() == 2 and logits.shape[1] == 1 and type(self[len(self) - 1]) is nn.Sigmoid:
             raise BadInput(
-                "expected one logit, of class 1 where it is above 0, got the probability behind a Sigmoid; leave it out, or give an nn.Sequential"
+                "expected one logit, of class 1 where it is above 0, got the probability after a Sigmoid; leave it out, or give an nn.Sequential"
             )
         return two_logits(logits)
 

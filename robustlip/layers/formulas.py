@@ -29,7 +29,7 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
     return torch.clamp(x, low, high)
 
 
-# Operation → (what it calls, how it is written). Those of several numbers take them behind the tensor.
+# Operation → (what it calls, how it is written). Those of several numbers take them after the tensor.
 _CALLS: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow, "square": torch.square, "neg": torch.neg,
     "tanh": torch.tanh, "erf": torch.erf, "sigmoid": torch.sigmoid, "relu": torch.relu, "relu6": F.relu6, "clamp": _clamp,
@@ -122,7 +122,7 @@ class Formula(nn.Module):
 class WrittenNorm(nn.Module):
     """An expression of each token (…, width) that divides it by its own size: RMSNorm and LayerNorm, written out.
 
-    weight: (width,), where a gain is multiplied in before the end, None otherwise. Gains and biases behind it are layers: `Scale`, `Shift`.
+    weight: (width,), where a gain is multiplied in before the end, None otherwise. Gains and biases after it are layers: `Scale`, `Shift`.
     """
 
     def __init__(self, width: int, expression: Expression, weight: Tensor | None = None) -> None:

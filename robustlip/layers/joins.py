@@ -69,7 +69,7 @@ class Concatenate(Branching):
 
 
 class _Two(Branching):
-    """Two branches, joined number by number."""
+    """Two branches, joined number entry by entry."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__(first, second)
@@ -81,20 +81,20 @@ class _Two(Branching):
 
 
 class Product(_Two):
-    """x → a(x)·b(x), number by number: gates. Both put out one shape, or b one number a channel of images, (N, C, 1, 1) against (N, C, H, W)."""
+    """x → a(x)·b(x), number entry by entry: gates. Both put out one shape, or b one number a channel of images, (N, C, 1, 1) against (N, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.both(x)
         if a.shape != b.shape and not (a.dim() == 4 and b.shape == (*a.shape[:2], 1, 1)):  # torch would broadcast
             raise BadInput(
-                f"expected branches of Product that put out one shape, or (N, C, 1, 1) behind the second of images, got {tuple(a.shape)} and "
+                f"expected branches of Product that put out one shape, or (N, C, 1, 1) after the second of images, got {tuple(a.shape)} and "
                 f"{tuple(b.shape)}; match them"
             )
         return a * b
 
 
 class Maximum(_Two):
-    """x → max(a(x), b(x)), number by number; both put out one shape."""
+    """x → max(a(x), b(x)), number entry by entry; both put out one shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.maximum(*self.both(x))
@@ -109,7 +109,7 @@ class Maximum(_Two):
 
 
 class Minimum(Maximum):
-    """x → min(a(x), b(x)), number by number; both put out one shape."""
+    """x → min(a(x), b(x)), number entry by entry; both put out one shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.minimum(*self.both(x))

@@ -43,7 +43,7 @@ class Permute(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != len(self.dims):
-            raise BadInput(f"expected values of {len(self.dims)} dimensions in front of Permute, got {tuple(x.shape)}; change the order")
+            raise BadInput(f"expected values of {len(self.dims)} dimensions before Permute, got {tuple(x.shape)}; change the order")
         return x.permute(self.dims)
 
     def extra_repr(self) -> str:
@@ -51,7 +51,7 @@ class Permute(nn.Module):
 
 
 class Select(nn.Module):
-    """One place along a dimension, which is gone behind it: x.select(dim, index)."""
+    """One place along a dimension, which is gone after it: x.select(dim, index)."""
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__()

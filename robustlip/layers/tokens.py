@@ -103,7 +103,7 @@ class SelectToken(nn.Module):
 
 
 class PrependToken(nn.Module):
-    """Constant tokens in front of the others, the same for every sample: (N, T, D) → (N, k + T, D).
+    """Constant tokens before the others, the same for every sample: (N, T, D) → (N, k + T, D).
 
     value: (D,), (k, D) or (1, k, D), a buffer that shares its memory with what is given.
     """
@@ -121,7 +121,7 @@ class PrependToken(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 3 or x.shape[-1] != self.value.shape[-1]:
-            raise BadInput(f"expected tokens (N, T, {self.value.shape[-1]}) in front of PrependToken, got {tuple(x.shape)}; match the widths")
+            raise BadInput(f"expected tokens (N, T, {self.value.shape[-1]}) before PrependToken, got {tuple(x.shape)}; match the widths")
         return torch.cat([self.value.expand(len(x), -1, -1), x], dim=1)
 
     def extra_repr(self) -> str:
@@ -132,7 +132,7 @@ class Lookup(nn.Module):
     """Token ids (N, T) → embeddings (N, T, width), by recorded operations of torch: tables of words and of positions that depend on the ids.
 
     steps: (operation of torch.ops.aten, overload, its arguments by name), in order; {"value": i} is the result of step i, 0 the ids, {"tensor": i}
-    one of `tensors`, {"samples": None} the number of samples. It stands in front of an embedding ball, so that no rule reads it.
+    one of `tensors`, {"samples": None} the number of samples. It stands before an embedding ball, so that no rule reads it.
     """
 
     def __init__(self, steps: list[tuple[str, str, Any]], tensors: list[torch.Tensor], width: int) -> None:

@@ -60,5 +60,5 @@ def zero_sides(layer: nn.ZeroPad2d) -> tuple[int, int, int, int]:
     """(left, right, top, bottom). Raises UnsupportedLayer for negative ones, which cut."""
     sides = tuple(int(n) for n in layer.padding)
     if len(sides) != 4 or min(sides) < 0:
-        raise UnsupportedLayer(f"expected ZeroPad2d with four numbers of at least 0, got {sides}; cut images in front of the model")
+        raise UnsupportedLayer(f"expected ZeroPad2d with four numbers of at least 0, got {sides}; cut images before the model")
     return sides[0], sides[1], sides[2], sides[3]

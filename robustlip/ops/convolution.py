@@ -36,7 +36,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Mean = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d | nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
 Maximum = nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d
-# What samples are called that have so many dimensions behind their channels.
+# What samples are called that have so many dimensions after their channels.
 SAMPLES = {1: "signals (N, C, L)", 2: "images (N, C, H, W)", 3: "volumes (N, C, D, H, W)"}
 
 
@@ -46,7 +46,7 @@ def for_signals(layer: nn.Module) -> bool:
 
 
 def dimensions(layer: nn.Module) -> int:
-    """How many dimensions behind the channels a layer of torch is for: 2 of Conv2d."""
+    """How many dimensions after the channels a layer of torch is for: 2 of Conv2d."""
     return int(type(layer).__name__[-2])
 
 
@@ -94,14 +94,14 @@ class Windows:
 
 
 def image_shape(layer: nn.Module, whole: tuple[int, ...] | None) -> Shape:
-    """(C, H, W) of the images in front of the layer, (C, L) of signals, (C, D, H, W) of volumes, whichever it is for.
+    """(C, H, W) of the images before the layer, (C, L) of signals, (C, D, H, W) of volumes, whichever it is for.
 
     Raises BadInput where samples are none, or nothing is known of their shape (None).
     """
     count = dimensions(layer)
     if whole is None or len(whole) != count + 1:
         name, got = type(layer).__name__, "vectors or tokens" if whole is None or len(whole) < 3 else f"samples of shape {whole}"
-        raise BadInput(f"expected {SAMPLES[count]} in front of {name}, got {got}; put it in front of Flatten and Patchify")
+        raise BadInput(f"expected {SAMPLES[count]} before {name}, got {got}; put it before Flatten and Patchify")
     return whole
 
 
@@ -198,7 +198,7 @@ class Convolution:
         return self.reach * self.frobenius + self.rank * change
 
     def largest(self, norm: Tensor, change: Tensor | float) -> Tensor:
-        """≥ every partial sum of every number behind, for ‖x‖₂ ≤ norm."""
+        """≥ every partial sum of every number after, for ‖x‖₂ ≤ norm."""
         return self.perturbed_frobenius(change) * norm + self.shift
 
     def error(self, norm: Tensor, change: Tensor | float, arithmetic: RoundingModel) -> Tensor:
@@ -216,14 +216,14 @@ class Convolution:
 
 
 def transposed_out(layer: Transposed, shape: Shape) -> Shape:
-    """The shape behind a transposed convolution."""
+    """The shape after a transposed convolution."""
     count = dimensions(layer)
     if shape[0] != layer.weight.shape[0]:
-        raise BadInput(f"expected {layer.weight.shape[0]} channels in front of {type(layer).__name__}, got {shape[0]}; match them")
+        raise BadInput(f"expected {layer.weight.shape[0]} channels before {type(layer).__name__}, got {shape[0]}; match them")
     options = (along(value, count) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding))
     sizes = [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in zip(shape[1:], *options, strict=True)]
     if min(sizes) < 1:
-        raise BadInput(f"expected larger samples in front of {type(layer).__name__}, got {shape}, of which nothing is left; pad less")
+        raise BadInput(f"expected larger samples before {type(layer).__name__}, got {shape}, of which nothing is left; pad less")
     return (layer.out_channels, *sizes)
 
 
@@ -232,14 +232,14 @@ LARGEST_SYMBOL = 2**40
 
 
 def windows_of(layer: Conv, shape: Shape) -> list[Windows]:
-    """How the windows of a convolution slide along each dimension behind the channels."""
+    """How the windows of a convolution slide along each dimension after the channels."""
     count = dimensions(layer)
     kernel, stride, dilation = layer.weight.shape[2:], along(layer.stride, count), along(layer.dilation, count)
     return [Windows.along(shape[1 + i], kernel[i], stride[i], dilation[i], *sides(layer, i, kernel[i]), layer.padding_mode) for i in range(count)]
 
 
 def sides(layer: Conv, i: int, kernel: int) -> Pair:
-    """(before, after): how much dimension i of the images is padded; torch puts the odd one of 'same' behind."""
+    """(before, after): how much dimension i of the images is padded; torch puts the odd one of 'same' after."""
     count = dimensions(layer)
     if layer.padding == "same":
         total = along(layer.dilation, count)[i] * (kernel - 1)
@@ -267,7 +267,7 @@ def check_algorithm(layer: nn.Module) -> None:
 
 
 def pooled(layer: Mean | Maximum, shape: Shape) -> tuple[int, int, Shape]:
-    """(c: how many windows read one number at most, numbers in a window, shape behind).
+    """(c: how many windows read one number at most, numbers in a window, shape after).
 
     Raises UnsupportedLayer where windows may see only padding.
     """

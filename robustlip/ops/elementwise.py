@@ -66,7 +66,7 @@ def kinks(*of: tuple[float, float, float]) -> tuple[Kink, ...]:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """The facts of y = φ(x)/divisor, number by number. φ is continuous, and smooth between its kinks.
+    """The facts of y = φ(x)/divisor, number entry by entry. φ is continuous, and smooth between its kinks.
 
     value, derivative: φ and φ' of float64 tensors of any shape (and of any other dtype); at a kink any slope between the left and the right one.
     slope: (lower, upper) bounds of φ', rounded outward. curvature: ≥ sup|φ''| between kinks, 0 where φ is piecewise linear. kinks: in order.

@@ -42,7 +42,7 @@ def spread_over(shape: tuple[int, ...], other: tuple[int, ...]) -> int:
     if len(shape) == 3 and other == (shape[0], 1, 1):
         return shape[1] * shape[2]
     raise BadInput(
-        f"expected branches of Product that put out one shape, or (C, 1, 1) behind the second of images, got {shape} and {other}; match them"
+        f"expected branches of Product that put out one shape, or (C, 1, 1) after the second of images, got {shape} and {other}; match them"
     )
 
 

@@ -49,7 +49,7 @@ Sample = tuple[int, ...]
 class LinearMap:
     """A and b on samples of `shape`, all float64.
 
-    out: the shape behind. terms, adjoint_terms: how many products are summed for one number of Ax, of Aᵀg, at most (roundings beside them
+    out: the shape after. terms, adjoint_terms: how many products are summed for one number of Ax, of Aᵀg, at most (roundings beside them
     counted in). relative: what the entries of A in use are off by, as a fraction of each. bias: (m,) or None; bias_error: (m,) or None for exact.
     """
 
@@ -71,12 +71,12 @@ class LinearMap:
 
     @property
     def loss(self) -> float:
-        """|fl(Ax) − Ax| ≤ loss·|A||x|, number by number."""
+        """|fl(Ax) − Ax| ≤ loss·|A||x|, number entry by entry."""
         return gamma(self.terms + 2, U64) + self.relative * 1.01
 
     @property
     def adjoint_loss(self) -> float:
-        """|fl(Aᵀg) − Aᵀg| ≤ adjoint_loss·|A|ᵀ|g|, number by number."""
+        """|fl(Aᵀg) − Aᵀg| ≤ adjoint_loss·|A|ᵀ|g|, number entry by entry."""
         return gamma(self.adjoint_terms + 2, U64) + self.relative * 1.01
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
@@ -150,7 +150,7 @@ class ScaleMap(LinearMap):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvolutionMap(LinearMap):
-    """Pads, then sums weight (out, in/groups, kh, kw) over windows. padding: (before, behind) of rows and of columns; mode: as in nn.Conv2d.
+    """Pads, then sums weight (out, in/groups, kh, kw) over windows. padding: (before, after) of rows and of columns; mode: as in nn.Conv2d.
 
     copies: how often padding copies one number at most. Signals and volumes alike, with one number or three in the place of two.
     """
@@ -241,12 +241,12 @@ class TransposedMap(LinearMap):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
         weight = self.weight.abs() if absolute else self.weight
         x = convolve(g.reshape(-1, *self.out), weight, None, self.stride, self.padding, self.dilation, self.groups)
-        for i, n in enumerate(self.shape[1:]):  # more than the stride behind the end would be windows of their own
+        for i, n in enumerate(self.shape[1:]):  # more than the stride after the end would be windows of their own
             x = x.narrow(2 + i, 0, n)
         return x.reshape(*g.shape[:-1], self.inputs)
 
     def row_norms(self, norm: str) -> Tensor:
-        grouped = self.weight.abs().unflatten(0, (self.groups, -1))  # a number behind meets each number in front in one tap at most
+        grouped = self.weight.abs().unflatten(0, (self.groups, -1))  # a number after meets each number in front in one tap at most
         if norm == "l1":
             return up(grouped.amax((1, *range(3, grouped.dim()))).view(-1, *[1] * len(self.stride)).expand(self.out).reshape(-1))
         ones = torch.ones(1, *self.shape, dtype=torch.float64, device=self.weight.device)
@@ -288,7 +288,7 @@ class AverageMap(LinearMap):
 
 @dataclass(frozen=True, kw_only=True)
 class ResamplingMap(LinearMap):
-    """A matrix (o, n) along each dimension behind the channels, entries ≥ 0."""
+    """A matrix (o, n) along each dimension after the channels, entries ≥ 0."""
 
     matrices: tuple[Tensor, ...]
 
@@ -313,7 +313,7 @@ class ResamplingMap(LinearMap):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing(LinearMap):
-    """Few numbers in front for each behind: y_i = Σ_j factor_ij·x[index_ij], index and factor (m, k)."""
+    """Few numbers in front for each after: y_i = Σ_j factor_ij·x[index_ij], index and factor (m, k)."""
 
     index: Tensor
     factor: Tensor
@@ -479,7 +479,7 @@ def map_of(layer: nn.Module, shape: Sample) -> LinearMap:
 def _matrix(layer: nn.Linear, shape: Sample) -> LinearMap:
     weight = layer.weight.detach().double()
     if len(shape) != 1 or weight.shape[1] != shape[0]:
-        raise UnsupportedLayer(f"expected vectors of {weight.shape[1]} numbers in front of {type(layer).__name__}, got {shape}; flatten first")
+        raise UnsupportedLayer(f"expected vectors of {weight.shape[1]} numbers before {type(layer).__name__}, got {shape}; flatten first")
     bias = None if layer.bias is None else layer.bias.detach().double()
     return MatrixMap(shape, (weight.shape[0],), weight.shape[1], weight.shape[0], bias=bias, weight=weight)
 
@@ -487,7 +487,7 @@ def _matrix(layer: nn.Linear, shape: Sample) -> LinearMap:
 def _images(layer: nn.Module, shape: Sample) -> Sample:
     if len(shape) != dimensions(layer) + 1:
         kind = SAMPLES[dimensions(layer)].replace("(N, ", "(")
-        raise UnsupportedLayer(f"expected {kind} in front of {type(layer).__name__}, got samples of shape {shape}; flatten behind it")
+        raise UnsupportedLayer(f"expected {kind} before {type(layer).__name__}, got samples of shape {shape}; flatten after it")
     return image_shape(layer, shape)
 
 
@@ -495,7 +495,7 @@ def _images(layer: nn.Module, shape: Sample) -> Sample:
 def _convolution(layer: Conv, shape: Sample) -> LinearMap:
     image, weight = _images(layer, shape), layer.weight.detach().double()
     if weight.shape[1] * layer.groups != image[0]:
-        raise UnsupportedLayer(f"expected {weight.shape[1] * layer.groups} channels in front of {type(layer).__name__}, got {image[0]}; match them")
+        raise UnsupportedLayer(f"expected {weight.shape[1] * layer.groups} channels before {type(layer).__name__}, got {image[0]}; match them")
     count, windows = dimensions(layer), windows_of(layer, image)
     out = (weight.shape[0], *(w.positions for w in windows))
     reads, copies = math.prod(w.reads for w in windows), math.prod(w.copies for w in windows)
@@ -507,7 +507,7 @@ def _convolution(layer: Conv, shape: Sample) -> LinearMap:
 
 
 def _spread(bias: Tensor | None, out: Sample) -> Tensor | None:
-    """One number a channel, by number (n,)."""
+    """One number a channel, entry by entry (n,)."""
     return None if bias is None else bias.detach().double().view(-1, *[1] * (len(out) - 1)).expand(out).reshape(-1)
 
 
@@ -571,7 +571,7 @@ def _scale(
 
 
 def _constant(value: Tensor, shape: Sample) -> Tensor:
-    """One number, one a channel or a table, by number (n,)."""
+    """One number, one a channel or a table, entry by entry (n,)."""
     if value.dim() > 1:
         return value.reshape(value.shape[-len(shape) :]).expand(shape).reshape(-1)
     view = (-1, 1, 1) if len(shape) == 3 and len(value) > 1 else (-1,)

@@ -1,4 +1,4 @@
-"""Operations that move numbers: each number behind is one of those in front, or a constant. docs/theory.md, section 3.
+"""Operations that move numbers: each number after is one of those in front, or a constant. docs/theory.md, section 3.
 
 Each class of layer has one entry in a table (`register_move`), and nothing else is needed: `moves_of` runs the layer on the numbers' places. A number
 that is read c times at most makes norms at most √c times as large in ℓ2, c times in ℓ1, and not at all in ℓ∞. Copies are exact in every dtype.
@@ -21,16 +21,16 @@ from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 
 Sample = tuple[int, ...]
-# Numbers of a sample, in front and behind, at most: their places are written down.
+# Numbers of a sample, in front and after, at most: their places are written down.
 LARGEST = 2**26
 
 
 @dataclass(frozen=True)
 class Moves:
-    """y_i = x[source_i], or fixed_i where source_i is −1; samples of `shape` in front and `out` behind.
+    """y_i = x[source_i], or fixed_i where source_i is −1; samples of `shape` in front and `out` after.
 
     source: (m,) int64; fixed: (m,) float64, 0 where numbers are moved. copies: how often one number is read at most; size: ‖fixed‖₂, rounded up.
-    token_size: the same of the rows of `out` (T, D), the largest. by_token: whether what is one vector of all its numbers in front is tokens behind.
+    token_size: the same of the rows of `out` (T, D), the largest. by_token: whether what is one vector of all its numbers in front is tokens after.
     rounds: whether the constants are rounded to the dtype.
     """
 
@@ -49,7 +49,7 @@ class Moves:
         """Raises what the layer itself raises for samples of another shape."""
         entry, count = _MOVES[type(layer)], math.prod(shape)
         if count > LARGEST:
-            raise BadInput(f"expected samples of at most {LARGEST} numbers in front of {type(layer).__name__}, got {count}; use smaller ones")
+            raise BadInput(f"expected samples of at most {LARGEST} numbers before {type(layer).__name__}, got {count}; use smaller ones")
         if why := entry.refuses(layer):
             raise UnsupportedLayer(f"expected {type(layer).__name__} that moves numbers alone, got {why}; replace it")
         device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
@@ -57,7 +57,7 @@ class Moves:
         with torch.no_grad():
             fixed, found = (layer(x).double().cpu()[0] for x in (torch.zeros_like(places), places))
         if found.numel() > LARGEST:
-            raise BadInput(f"expected samples of at most {LARGEST} numbers behind {type(layer).__name__}, got {found.numel()}; use smaller ones")
+            raise BadInput(f"expected samples of at most {LARGEST} numbers after {type(layer).__name__}, got {found.numel()}; use smaller ones")
         out = tuple(found.shape)
         fixed, found = fixed.flatten(), found.flatten()
         # A number that is moved is 0 in the first and its place in the second; a constant is the same in both.
@@ -76,7 +76,7 @@ class Moves:
         return len(self.source)
 
     def growth(self, space: str) -> float:
-        """‖behind‖ ≤ this·‖in front‖, both norms those of the space: 'l1', 'l2' or 'linf'."""
+        """‖after‖ ≤ this·‖in front‖, both norms those of the space: 'l1', 'l2' or 'linf'."""
         return growth(self.copies, space)
 
     def lost(self, size: float, count: int, arithmetic: RoundingModel) -> float:
@@ -85,7 +85,7 @@ class Moves:
 
     @functools.cached_property
     def tokens(self) -> ByToken | None:
-        """How tokens (T, D) become tokens (T', D'), where each of those behind is made of one in front; None where tokens are mixed."""
+        """How tokens (T, D) become tokens (T', D'), where each of those after is made of one in front; None where tokens are mixed."""
         if len(self.shape) != 2 or len(self.out) not in (1, 2):
             return None
         source = self.source.reshape(-1, self.out[-1])
@@ -112,9 +112,9 @@ class Moves:
 
 @dataclass(frozen=True)
 class ByToken:
-    """owner: (T',) which token in front each behind is made of, −1 for a constant one; copies: how often one number stands in one token behind.
+    """owner: (T',) which token in front each after is made of, −1 for a constant one; copies: how often one number stands in one token after.
 
-    apart: whether every token behind is either a constant or has no constants.
+    apart: whether every token after is either a constant or has no constants.
     """
 
     owner: Tensor
@@ -185,10 +185,10 @@ def moves_of(layer: nn.Module, whole: Sample | None, tokens: int, width: int) ->
             why = str(error).splitlines()[0][:200] if str(error) else why
     if not found:
         got = whole or ((tokens, width) if tokens > 1 else (width,))
-        raise BadInput(f"expected samples that {type(layer).__name__} is for, got {got}: {why}; change the shape in front of it")
+        raise BadInput(f"expected samples that {type(layer).__name__} is for, got {got}: {why}; change the shape before it")
     if len(found) > 1 and (math.prod(found[0].out) != math.prod(found[1].out) or not torch.equal(found[0].source, found[1].source)):
         name = type(layer).__name__
-        raise BadInput(f"expected vectors or several tokens in front of {name}, got one of {width} numbers, which may be either; flatten it")
+        raise BadInput(f"expected vectors or several tokens before {name}, got one of {width} numbers, which may be either; flatten it")
     return found[0]
 
 

@@ -62,7 +62,7 @@ def own_shape(layer: Normalization) -> tuple[int, ...]:
 
 
 def stays_whole(layer: Normalization, whole: tuple[int, ...]) -> bool:
-    """Whether a sample that is one vector of all its numbers stays so in front of the layer: all but tokens (T, D), each normalised by itself."""
+    """Whether a sample that is one vector of all its numbers stays so before the layer: all but tokens (T, D), each normalised by itself."""
     return len(whole) != 2 or type(layer) in OF_CHANNELS or len(own_shape(layer)) > 1
 
 
@@ -93,10 +93,10 @@ def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int,
         if shape[-len(own) :] != own:
             got = shape[-1] if len(own) == 1 else shape
             wanted = f"tokens of width {own[0]}" if len(own) == 1 else f"samples that end in {own}"
-            raise BadInput(f"expected {wanted} in front of {name}, got {got}; match them")
+            raise BadInput(f"expected {wanted} before {name}, got {got}; match them")
         return Groups(math.prod(shape[: -len(own)]), math.prod(own), eps)
     if whole is None and tokens != 1:
-        raise UnsupportedLayer(f"expected vectors, signals or images in front of {name}, got tokens, which it would mix; use LayerNorm")
+        raise UnsupportedLayer(f"expected vectors, signals or images before {name}, got tokens, which it would mix; use LayerNorm")
     if isinstance(layer, nn.GroupNorm):
         channels, count = layer.num_channels, layer.num_groups
     else:
@@ -104,7 +104,7 @@ def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int,
         # Without a gain torch normalises however many channels there are.
         channels = count = layer.num_features if layer.affine else shape[0]
     if shape[0] != channels:
-        raise BadInput(f"expected {channels} channels in front of {name}, got {shape[0]}; match them")
+        raise BadInput(f"expected {channels} channels before {name}, got {shape[0]}; match them")
     return Groups(count, math.prod(shape) // count, eps)
 
 
@@ -186,7 +186,7 @@ def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float, gro
 def normalization_error(
     layer: Normalization, groups: Groups, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
 ) -> Tensor:
-    """‖fl(y) − y‖₂ of these groups together for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ behind and 1/s ≤ inverse of each; infinite where nothing is known.
+    """‖fl(y) − y‖₂ of these groups together for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ after and 1/s ≤ inverse of each; infinite where nothing is known.
 
     Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and LeVeque
     1983), so 1/s by a relative ½D·u(1 + |μ|√v/s²), twice that here, where |μ| ≤ ‖x‖/√D and √v/s² ≤ min(1/s, 1/(2√eps)). RMSNorm subtracts no mean.
@@ -260,7 +260,7 @@ def batch_positions(layer: BatchNorm, whole: tuple[int, ...] | None, tokens: int
     if not isinstance(layer, nn.BatchNorm1d):
         whole = image_shape(layer, whole)
     elif (whole is None and tokens != 1) or (whole is not None and len(whole) != 2):
-        raise BadInput("expected vectors (N, n) in front of BatchNorm1d, got tokens or images; put Flatten in front, or use LayerNorm for tokens")
+        raise BadInput("expected vectors (N, n) before BatchNorm1d, got tokens or images; put Flatten in front, or use LayerNorm for tokens")
     channels, positions = (width, 1) if whole is None else (whole[0], math.prod(whole[1:]))
     if layer.num_features != channels:
         raise BadInput(f"expected {channels} channels in BatchNorm, got {layer.num_features}; match them")

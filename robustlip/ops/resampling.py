@@ -1,4 +1,4 @@
-"""Means of adaptive windows and interpolation: one matrix along each dimension behind the channels, entries ≥ 0. docs/theory.md, section 3.
+"""Means of adaptive windows and interpolation: one matrix along each dimension after the channels, entries ≥ 0. docs/theory.md, section 3.
 
 A = P₁ ⊗ P₂ ⊗ …, so ‖A‖ is the product of the ‖P_d‖, each at most the root of its largest row sum times its largest column sum (Schur). Entries are
 exact fractions, rounded once. Executed interpolation computes places in float32 at least: each is off by at most 4u(n + 1), and the interpolant
@@ -23,7 +23,7 @@ from robustlip.ops.convolution import GLOBAL_MEANS, Average, Mean, Shape, along,
 
 UPSAMPLES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 LINES = {"linear": 1, "bilinear": 2, "trilinear": 3}
-# Coordinates along one dimension, in front and behind, at most.
+# Coordinates along one dimension, in front and after, at most.
 LARGEST_SIZE = 2**14
 
 
@@ -38,7 +38,7 @@ class Resampling:
 
     @property
     def terms(self) -> int:
-        """How many numbers one behind is made of, at most."""
+        """How many numbers one after is made of, at most."""
         return math.prod(int((p != 0).sum(1).amax()) for p in self.matrices)
 
     def _gains(self, space: str) -> list[float]:
@@ -50,7 +50,7 @@ class Resampling:
 
     @property
     def gain(self) -> float:
-        """‖behind‖₂ ≤ this·‖x‖₂."""
+        """‖after‖₂ ≤ this·‖x‖₂."""
         return self.gain_in("l2")
 
     def gain_in(self, space: str) -> float:
@@ -103,7 +103,7 @@ def _resampling(shape: Shape, parts: Sequence[tuple[Tensor, int]], copies: bool)
 
 def _sized(n: int, o: Any) -> int:
     if isinstance(o, bool) or not isinstance(o, int) or not (0 < o <= LARGEST_SIZE and n <= LARGEST_SIZE):
-        raise BadInput(f"expected sizes from 1 to {LARGEST_SIZE} in front and behind, got {n} and {o}; use smaller samples")
+        raise BadInput(f"expected sizes from 1 to {LARGEST_SIZE} in front and after, got {n} and {o}; use smaller samples")
     return o
 
 

@@ -1,4 +1,4 @@
-"""Layers expanded at clean activations; one file per kind of layer, as in robustlip.domains.norms; importing this package registers all."""
+"""First-order expansions of layers; one file for each kind of layer, as in robustlip.domains.norms. Importing this package registers them all."""
 
 from robustlip.domains.expansion import (  # noqa: F401
     attention,
@@ -15,26 +15,26 @@ from robustlip.domains.expansion import (  # noqa: F401
 )
 from robustlip.domains.expansion.base import (
     Ball,
-    Behind,
-    Curved,
+    CurvatureTerm,
     Expansion,
     Functionals,
-    Group,
-    Pair,
+    JointBound,
+    OutputBounds,
     Scope,
-    Split,
+    SplitChange,
+    Term,
+    decrease,
     expand,
-    loss,
-    picked,
     register,
+    selected,
     token_norms,
+    underflow_error,
     unsupported,
-    vanished,
 )
 from robustlip.domains.expansion.jacobian import JacobianChain
 from robustlip.domains.expansion.structure import ChainExpansion, ToL2
 
 __all__ = [
-    "Ball", "Behind", "ChainExpansion", "Curved", "Expansion", "Functionals", "Group", "JacobianChain", "Pair", "Scope", "Split", "ToL2", "expand",
-    "loss", "picked", "register", "token_norms", "unsupported", "vanished",
+    "Ball", "ChainExpansion", "CurvatureTerm", "Expansion", "Functionals", "JacobianChain", "JointBound", "OutputBounds", "Scope", "SplitChange",
+    "Term", "ToL2", "decrease", "expand", "register", "selected", "token_norms", "underflow_error", "unsupported",
 ]  # fmt: skip

@@ -1,22 +1,21 @@
 """Attention on balls around the clean tokens, head by head. docs/theory.md, sections 7 and 8, with the adjoint inside the head.
 
-Clean q, k, v (rotated), logits S, p = softmax(S), o = pv; a change of the tokens changes logit ij by η_ij, of which a shift common to row i does
-nothing. With Δq, Δk, Δv ≤ ρ (norms) and centred keys k_j − k̄_i, k̄_i = Σ_j p_ij k_j,
-    |η_ij − shift_i| ≤ b_ij = s(‖q_i‖ρk_j + ρq_i‖k_j − k̄_i‖ + ρq_iρk_j)/d + rounding,
-so p' lies between p^L_ij and p^U_ij (docs/theory.md, section 7), |p' − p| ≤ dev, and
-‖o'_i − o_i‖ ≤ Σ_j dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
+q, k, v are the clean (rotated) queries, keys and values, S the logits, p = softmax(S), o = pv. A change of the tokens changes logit ij by η_ij; a
+common shift of row i has no effect. With norms Δq, Δk, Δv ≤ ρ and centred keys k_j − k̄_i, k̄_i = Σ_j p_ij k_j, |η_ij − shift_i| ≤ b_ij = s(‖q_i‖ρk_j
++ ρq_i‖k_j − k̄_i‖ + ρq_iρk_j)/d + rounding, so p' lies between p^L_ij and p^U_ij (docs/theory.md, section 7), |p' − p| ≤ dev, and ‖o'_i − o_i‖ ≤ Σ_j
+dev_ij‖v_j − o_i‖ + min(Σ_j p^U_ijρv_j, max_jρv_j).
 
-Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, where Σ_j p_ijω_ij = 0, exactly
+Remainder. With γ_i the adjoint of o_i and ω_ij = ⟨γ_i, v_j − o_i⟩, so that Σ_j p_ijω_ij = 0, exactly
     ⟨γ_i, o'_i − o_i⟩ = Σ_j (p'_ij − p_ij)⟨γ_i, v'_j − v_j⟩ + Σ_j p_ij⟨γ_i, v'_j − v_j⟩ + Σ_j (p'_ij − p_ij)ω_ij.
-The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. In the third, on the path p^τ = softmax(S + τη) the second derivative is
-Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, which `SoftmaxBall.second_order` integrates; its square lowers the margin only where ω_ij < 0, the variance both
-ways (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij). In Σ_j p_jη_jω_ij the part that is not linear, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
-The usual form, with the adjoint outside the head, has ‖γ_i‖‖W_o‖‖v_j − o_i‖ where this has |⟨γ_i, v_j − o_i⟩|, and the mean of the bilinear part
-drops out.
+The first sum is at most Σ_j dev_ij‖W_vᵀγ_i‖r_j, the second is linear. For the third, the second derivative on the path p^τ = softmax(S + τη) is
+Σ_j p^τ_j((η_j − η̄)² − Var)ω_ij, which `SoftmaxBall.second_order` integrates. The square lowers the margin only where ω_ij < 0, the variance for both
+signs (Σ_j p^τ_jω_ij = Σ_j (p^τ_j − p_j)ω_ij). In Σ_j p_jη_jω_ij the nonlinear part, sΔq_i·Δk_j/d and rounding, is bounded by its norm.
+With the adjoint outside the head the bound would have ‖γ_i‖‖W_o‖‖v_j − o_i‖ instead of |⟨γ_i, v_j − o_i⟩|, and the mean of the bilinear part would
+remain.
 
-Biases are in the clean q, k, v already; a change meets them in norms and in rounding alone, and where they are the same for all keys of a row they
-leave the centred keys and values as they were. Masks and tables of angles are constants: p_ij = 0 where a mask hides j from i. Heads of keys and
-values that serve several heads of queries are repeated, and their adjoints summed.
+Biases are part of the clean q, k, v. They only enter norms and rounding errors; biases that are equal for all keys of a row leave centred keys and
+values unchanged. Masks and angle tables are constants: p_ij = 0 where a mask hides j from i. If several query heads share a key head, keys and values
+are repeated, and their adjoints summed.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from torch import Tensor
 from robustlip.domains.expansion.base import (
     ADJOINT_SLACK,
     Ball,
-    Behind,
-    Either,
     Expansion,
     Functionals,
-    Pair,
+    OutputBounds,
     Scope,
+    SmallerOf,
+    Term,
     register,
     rows_of,
     token_norms,
@@ -58,74 +57,76 @@ from robustlip.ops.attention import (
     within_mask,
 )
 
-# Beyond it softmax weights are only known to lie between 0 and 1, and exponentials stay finite.
+# For larger logit changes softmax weights are only bounded by 0 and 1, so that exponentials stay finite.
 _LARGEST_LOGIT_CHANGE = 50.0
-# From here on the moments of e^{τx} are computed by parts without losing more than nine digits.
+# Above this value the moments of e^{τx}, computed by parts, lose at most nine digits.
 _SMALLEST_GROWTH = 0.05
-# Keys of a head whose logits are followed back to the input, each by an adjoint of its own.
+# The number of keys of a head whose logit changes are bounded by adjoints of their own.
 ASKED_KEYS = 16
 
 
-def cancelled(length: int) -> float:
-    """What subtracting nearly equal float64 numbers of size 1 can lose, each a sum over `length` tokens, four times over."""
+def cancellation_error(length: int) -> float:
+    """A bound of the cancellation error of a difference of float64 numbers of size 1, each a sum over `length` tokens, with a factor of four to
+    spare."""
     return 2.0**-44 * max(1.0, length / 2**7)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
-    """x (A, N, H, R, m) @ y (N, H, m, n). torch would copy y for every adjoint; here the adjoints are further rows of x."""
+    """x (A, N, H, R, m) @ y (N, H, m, n). torch would copy y for every adjoint; here the adjoints become further rows of x."""
     rows = x.permute(1, 2, 0, 3, 4)
     return (rows.flatten(2, 3) @ y).unflatten(2, rows.shape[2:4]).permute(2, 0, 1, 3, 4)
 
 
 def by_heads(x: Tensor, y: Tensor) -> Tensor:
-    """x (A, N, H, R, m) @ y (H, m, n), likewise."""
+    """x (A, N, H, R, m) @ y (H, m, n), in the same way as `times`."""
     rows = x.permute(2, 0, 1, 3, 4)
     return (rows.flatten(1, 3) @ y).unflatten(1, rows.shape[1:4]).permute(1, 2, 0, 3, 4)
 
 
-def others(x: Tensor) -> Tensor:
-    """Σ_{m≠j} x_m for every j, x ≥ 0: taking the largest off the sum of all could leave nothing of the rest, so it never enters."""
+def sums_of_others(x: Tensor) -> Tensor:
+    """Σ_{m≠j} x_m for every j, x ≥ 0. The largest entry is never subtracted from a sum that contains it, which could cancel everything."""
     largest, at = x.max(-1, keepdim=True)
     rest = x.scatter(-1, at, 0.0).sum(-1, keepdim=True)
     return (rest + (largest - x)).scatter(-1, at, rest)
 
 
 class SoftmaxBall:
-    """Softmax weights p (…, R, T) whose logits change by η, |η_j| ≤ b_j and |Σ_j p_jη_j| ≤ μ = Σ_j p_j·other_j. seen: what a row may attend to.
+    """Bounds of softmax weights p (…, R, T) whose logits change by η with |η_j| ≤ b_j and |Σ_j p_jη_j| ≤ μ = Σ_j p_j·other_j. seen: the attention
+    mask.
 
-    upper, dev: p'_j ≤ upper_j and |p'_j − p_j| ≤ dev_j, also all along the path p^τ = softmax(S + τη).
+    upper, dev: p'_j ≤ upper_j and |p'_j − p_j| ≤ dev_j, also on the whole path p^τ = softmax(S + τη).
     """
 
     def __init__(self, p: Tensor, b: Tensor, other: Tensor, seen: Tensor) -> None:
         self.p, self.b = p, b
-        lost = cancelled(p.shape[-1])
-        # Where a change could be huge (or overflowed), the weights may be anything: b enters remainders as it is, exponentials clamped.
-        self.lost = ~(b.amax(-1, keepdim=True) <= _LARGEST_LOGIT_CHANGE)
+        lost = cancellation_error(p.shape[-1])
+        # Where the change may be huge (or overflowed), the weights may be anything. Remainders then use b itself, exponentials a clamped b.
+        self.unbounded = ~(b.amax(-1, keepdim=True) <= _LARGEST_LOGIT_CHANGE)
         clamped = b.clamp_max(_LARGEST_LOGIT_CHANGE)
         grow = clamped.exp()
         high, low = p * grow, p / grow
-        upper = high / (high + others(low) + 1e-300)
-        lower = low / (low + others(high) + 1e-300)
-        # Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen), and e^x ≤ 1 + x + (e^|x| − 1 − |x|) bounds it above.
+        upper = high / (high + sums_of_others(low) + 1e-300)
+        lower = low / (low + sums_of_others(high) + 1e-300)
+        # Z = Σ_j p_j e^{η_j} ≥ e^{−μ} (Jensen); e^x ≤ 1 + x + (e^|x| − 1 − |x|) gives an upper bound of Z.
         self.shift = (p * other).sum(-1, keepdim=True)
         total = 1 + self.shift + (p * (torch.expm1(clamped) - b).clamp_min(0.0)).sum(-1, keepdim=True)
         upper = torch.minimum(upper, high * self.shift.clamp_max(_LARGEST_LOGIT_CHANGE).exp())
         lower = torch.maximum(lower, low / total * (1 - lost))
-        # Lost digits of the two differences: a few 2⁻⁵³ of sums near 1, against p itself.
-        self.upper = torch.where(self.lost & seen, torch.ones_like(upper), (upper * (1 + lost)).clamp_max(1.0))
-        lower = torch.where(self.lost, torch.zeros_like(lower), lower * (1 - lost))
+        # The cancellation error of the two differences: a few 2⁻⁵³ of sums near 1, relative to p itself.
+        self.upper = torch.where(self.unbounded & seen, torch.ones_like(upper), (upper * (1 + lost)).clamp_max(1.0))
+        lower = torch.where(self.unbounded, torch.zeros_like(lower), lower * (1 - lost))
         self.dev = torch.maximum(self.upper - p, p - lower).clamp_min(0.0) + lost * p
 
     def second_order(self) -> tuple[Tensor, Tensor]:
         """(c, c'): −Σ_j(c_j·max(−ω_j, 0) + c'_j|ω_j|) ≤ Σ_j (p'_j − p_j − p_j(η_j − Σ_k p_kη_k))ω_j for any ω with Σ_j p_jω_j = 0.
 
-        The middle is ∫(1 − τ)Σ_j p^τ_j((η_j − η̄^τ)² − Var^τ)ω_j dτ. With x = b + μ, p^τ_j ≤ p_j e^{τx_j}, and η̄ moves at the speed Var:
-            |η̄^τ| ≤ μ + τV, V = Σ_j b_j²∫p_j e^{τx_j}dτ;        |p^τ_j − p_j| ≤ τ·∫p_j e^{τx_j}(b_j + μ + τV)dτ
-        (averages of increasing functions over [0, τ] are at most those over [0, 1]). Moments are exact, so nothing is taken at its end point.
+        The right side is ∫(1 − τ)Σ_j p^τ_j((η_j − η̄^τ)² − Var^τ)ω_j dτ. With x = b + μ, p^τ_j ≤ p_j e^{τx_j}, and η̄ has the derivative Var: |η̄^τ|
+        ≤ μ + τV, V = Σ_j b_j²∫p_j e^{τx_j}dτ;        |p^τ_j − p_j| ≤ τ·∫p_j e^{τx_j}(b_j + μ + τV)dτ (averages of increasing functions over [0, τ]
+        are at most those over [0, 1]). The moments are exact; no integrand is replaced by its end value.
         """
         p, b, upper = self.p, self.b, self.upper
-        x = (b + self.shift).clamp(_SMALLEST_GROWTH, 2 * _LARGEST_LOGIT_CHANGE)  # the shift is at most the row's largest b
-        # J_k = ∫τᵏe^{τx}dτ over [0, 1] by parts: stable from _SMALLEST_GROWTH on, and increasing in x.
+        x = (b + self.shift).clamp(_SMALLEST_GROWTH, 2 * _LARGEST_LOGIT_CHANGE)  # μ is at most the largest b of the row
+        # J_k = ∫τᵏe^{τx}dτ over [0, 1] by parts: stable for x ≥ _SMALLEST_GROWTH, and increasing in x.
         grown = x.exp()
         j0 = torch.expm1(x) / x
         j1 = (grown - j0) / x
@@ -137,13 +138,13 @@ class SoftmaxBall:
         start = b + self.shift
         spread = torch.minimum(p * (j0 - j1), upper / 2) * start.square()
         spread = spread + speed * (2 * turn * start + torch.minimum(p * (j2 - j3), upper / 12) * speed)
-        drawn = (turn * square).sum(-1, keepdim=True) * (reach * start + torch.minimum(p * j1, upper / 2) * speed)
-        # What holds for any p^τ ≤ upper, and in rows that are lost, where x was cut off, is all that holds.
+        variance = (turn * square).sum(-1, keepdim=True) * (reach * start + torch.minimum(p * j1, upper / 2) * speed)
+        # Bounds that hold for any p^τ ≤ upper; in unbounded rows, where x was clamped, they are the only valid ones.
         plain = 0.5 * upper * (b + b.amax(-1, keepdim=True)).square()
         loose = 0.5 * (upper * square).sum(-1, keepdim=True) * self.dev
-        spread = torch.where(self.lost, plain, torch.minimum(spread, plain))
-        drawn = torch.where(self.lost, loose, torch.minimum(drawn, loose))
-        return spread * (1 + 1e-8), drawn * (1 + 1e-8)
+        spread = torch.where(self.unbounded, plain, torch.minimum(spread, plain))
+        variance = torch.where(self.unbounded, loose, torch.minimum(variance, loose))
+        return spread * (1 + 1e-8), variance * (1 + 1e-8)
 
 
 @register(Attention)
@@ -151,7 +152,7 @@ class AttentionExpansion(Expansion):
     def __init__(self, layer: Attention, clean: Tensor, scope: Scope) -> None:
         check_projections(layer)
         if clean.shape[-1] != layer.width:
-            raise BadInput(f"expected tokens of width {layer.width} in front of Attention, got {clean.shape[-1]}; match them")
+            raise BadInput(f"expected tokens of width {layer.width} before Attention, got {clean.shape[-1]}; match them")
         layer.check_length(clean.shape[1])
         self.layer, self.scope = layer, scope
         self.heads: Heads = scope.context.constant(layer, "heads", lambda: Heads.of(layer))
@@ -189,22 +190,22 @@ class AttentionExpansion(Expansion):
         self.nq, self.nk, self.nv = norm_up(q), norm_up(k), norm_up(v)  # (N, H, T)
         self.key_distance = self._distances(k, self.p @ k, self.nk)  # ‖k_j − k̄_i‖ (N, H, T, T)
         self.value_distance = self._distances(v, self.o, self.nv)
-        self.top_value = self._top(self.nv)  # largest ‖v_j‖ that token i sees (N, H, T)
+        self.top_value = self._top(self.nv)  # largest ‖v_j‖ among the keys that query i sees (N, H, T)
         self.key_norm = self.norm
-        # ‖J‖ of one token's output for changes of all tokens by at most 1 each, nothing cancelled (N, 1).
+        # ≥ ‖J‖ of one output token for changes of every token by at most 1, a product of norms (N, 1).
         logits = 2 * self.s * (self.sigma["query"] * self.nk.amax(-1) + self.sigma["key"] * self.nq.amax(-1))
         by_head = self.sigma["value"] + self.top_value.amax(-1) * logits
         self.gain = up(abs(self.factor) * (self.sigma["output"] * by_head).sum(-1, keepdim=True))
 
     def _distances(self, x: Tensor, centre: Tensor, norm: Tensor) -> Tensor:
-        """‖x_j − c_i‖ (N, H, i, j) rounded up, without a tensor of all differences."""
+        """‖x_j − c_i‖ (N, H, i, j), rounded up, without a tensor of all differences."""
         size = norm.square()
         squares = size.unsqueeze(-2) + centre.square().sum(-1).unsqueeze(-1) - 2 * (centre @ x.mT)
-        lost = cancelled(self.length) * x.shape[-1] * (size.unsqueeze(-2) + size.amax(-1, keepdim=True).unsqueeze(-1))
+        lost = cancellation_error(self.length) * x.shape[-1] * (size.unsqueeze(-2) + size.amax(-1, keepdim=True).unsqueeze(-1))
         return (squares + lost).clamp_min(0.0).sqrt()
 
     def _top(self, x: Tensor) -> Tensor:
-        """max over the keys that each query sees of x (…, N, H, T keys) → (…, N, H, T)."""
+        """The maximum of x (…, N, H, T keys) over the keys that each query sees: (…, N, H, T)."""
         if self.order == "causal":
             return x.cummax(-1).values
         if self.order == "all":
@@ -212,27 +213,27 @@ class AttentionExpansion(Expansion):
         return torch.where(self.seen, x.unsqueeze(-2), torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1)
 
     def _key_radii(self, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """(radii that are a linear function's argument, radii of tokens whose whole effect counts as remainder), by key, (…, N, 1, T)."""
+        """(radii of keys that may change, radii of keys whose change counts as remainder), by key, (…, N, 1, T)."""
         return radius.unsqueeze(-2), torch.zeros_like(radius).unsqueeze(-2)
 
     def _by_query(self, moved: Tensor, ball: Ball) -> Tensor:
-        """Bound of s·ΔqᵢW·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R)."""
+        """A bound of s·Δq_i·(k_j − k̄_i)/d (…, N, H, R, T) for the linear part of Δq. moved: σ_q r (…, N, H, R)."""
         return self.s * moved.unsqueeze(-1) * self.key_distance
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
-        """Bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
+        """A bound of s·q_i·Δk_j/d (…, N, H, R, T) for the linear part of Δk. moved: σ_k r (…, N, H, T); radius (…, N, 1, T)."""
         return self.s * self.nq.unsqueeze(-1) * moved.unsqueeze(-2)
 
     def _moved(self, name: str, moved: Tensor, ball: Ball) -> Tensor:
-        """σr, or less where more is known of the way to this layer (…, N, H, ·)."""
+        """`moved` = σr, or a sharper bound from the input map (…, N, H, ·)."""
         return moved
 
     def _both(self, product: Tensor, radius: Tensor) -> Tensor:
-        """Bound of s·Δq_i·Δk_j/d (…, N, H, R, T) for the linear parts, given the product of their norms."""
+        """A bound of s·Δq_i·Δk_j/d (…, N, H, R, T) for the linear parts, given the product of their norms."""
         return product
 
     def _weight_changes(self, ball: Ball) -> dict[str, Tensor | float]:
-        """‖E‖ of each matrix, (…, N, 1, 1) against (…, N, H, T)."""
+        """‖E‖ of each matrix, (…, N, 1, 1), which broadcasts against (…, N, H, T)."""
         out: dict[str, Tensor | float] = {}
         for name in self.matrices:
             change = 0.0 if ball.weight_radius is None else self.scope.weight_change(ball, self.heads.unit[name])
@@ -242,10 +243,10 @@ class AttentionExpansion(Expansion):
     def lipschitz(self) -> Tensor | float:
         return self.gain[:, 0]
 
-    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
-        return AttentionRow(self, sample, position, arrived)
+    def at_rows(self, sample: Tensor, position: Tensor, rounding_radii: Tensor) -> Expansion:
+        return AttentionRow(self, sample, position, rounding_radii)
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         layer, radius = self.layer, ball.radius
         d, width, length = layer.head_width, layer.width, self.length
         e = self._weight_changes(ball)
@@ -258,7 +259,7 @@ class AttentionExpansion(Expansion):
             return values.unsqueeze(-1)  # (H,) → (H, 1) against tokens
 
         def projected(name: str, clean: Tensor, r: Tensor, norm: Tensor, other: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-            """(σ r, the rest) for queries, keys or values (…, N, H, ·): the first is W_hΔx, the second rounding, weight changes and background."""
+            """(σr, fresh) for queries, keys or values (…, N, H, ·): the first bounds W_hΔx, the second rounding, weight changes and background."""
             sigma, change = column(self.sigma[name]), e[name]
             frobenius = column(self.frobenius[name]) + math.sqrt(d) * change
             fresh = projection_error(frobenius, norm, width, d, self.scope) + change * norm + sigma * other
@@ -286,7 +287,7 @@ class AttentionExpansion(Expansion):
             """query_i·key_j (…, N, H, T, T)."""
             return query.unsqueeze(-1) * key.unsqueeze(-2)
 
-        # What a change does to logit ij, apart from a shift of row i: through the query (centred), through the key, the rest not linear.
+        # The change of logit ij, apart from a shift of row i: through the query (centred), through the key, and the nonlinear part.
         by_query = self._by_query(q_moved, ball)
         by_key = self._by_key(k_moved, r_k)
         both = self._both(self.s * pairs(q_moved, k_moved), radius)
@@ -320,7 +321,7 @@ class AttentionExpansion(Expansion):
             fresh = scaled_error(fresh, self.factor, size, layer.out_width, self.scope)
 
         def sums(name: str, norm: Tensor) -> Tensor:
-            """Partial sums of queries, keys or values."""
+            """Bounds of the partial sums of queries, keys or values."""
             size, offset = (column(self.frobenius[name]) + math.sqrt(d) * e[name]) * norm, self.offsets[name]
             return self._reach(size if offset is None else size + column(offset), by_query=name == "query")
 
@@ -338,17 +339,17 @@ class AttentionExpansion(Expansion):
         # A scale that is flushed to zero turns masked logits into NaN.
         fresh = self.scope.infinite_if_flushed(self.scope.infinite_if_overflow(up(fresh), largest), self.s)
         if not remainder:
-            return Behind(up(moved) + fresh, ball.error, [])
+            return OutputBounds(up(moved) + fresh, ball.error, [])
 
-        spread, drawn = softmax.second_order()
-        curved = spread + drawn
-        # What is not first order is also at most all there is and all that is first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow as b².
+        spread, variance = softmax.second_order()
+        curved = spread + variance
+        # The nonlinear part is also at most the whole change plus its first order: Σ_j (|p' − p|_j + p_jb_j)|ω_j|. It does not grow like b².
         anything = dev + self.p * b
         rest = self.p * bilinear
         crossed = (dev * r_k.unsqueeze(-2)).sum(-1)
         v_rounding = (upper @ v_fresh.unsqueeze(-1)).squeeze(-1)
-        bounds: list[Pair] = [
-            Either(spread.flatten(-2), drawn.flatten(-2), up(anything * (1 + 1e-12)).flatten(-2)),
+        bounds: list[Term] = [
+            SmallerOf(spread.flatten(-2), variance.flatten(-2), up(anything * (1 + 1e-12)).flatten(-2)),
             up(rest * (1 + 1e-12)).flatten(-3),
             up(crossed * (1 + 1e-12)).flatten(-2),
             (up(v_rounding * (1 + 1e-12)) + after).flatten(-2),
@@ -356,43 +357,43 @@ class AttentionExpansion(Expansion):
             radius.amax(-1, keepdim=True),
         ]
         bent = torch.minimum((curved * self.value_distance).sum(-1), (anything * self.value_distance).sum(-1))
-        beyond = bent + (rest * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
-        outer = abs(self.factor) * join_heads(columns, whole, up(beyond * (1 + 1e-12)).transpose(-1, -2))
-        return Behind(up(moved) + fresh, up(outer + self.gain * ball.error.amax(-1, keepdim=True)) + fresh, bounds)
+        nonlinear = bent + (rest * self.value_distance).sum(-1) + (dev * v_moved.unsqueeze(-2)).sum(-1) + v_rounding + after
+        outer = abs(self.factor) * join_heads(columns, whole, up(nonlinear * (1 + 1e-12)).transpose(-1, -2))
+        return OutputBounds(up(moved) + fresh, up(outer + self.gain * ball.error.amax(-1, keepdim=True)) + fresh, bounds)
 
     def _reach(self, sizes: Tensor, by_query: bool = False) -> Tensor:
-        """The largest of sizes (…, N, H, T) over heads, and over the keys that a query sees, by token of this expansion."""
+        """The largest of sizes (…, N, H, T) over heads, and over the keys that a query sees, for each token of this expansion."""
         return (sizes if by_query else self._top(sizes)).amax(-2)
 
     def _back(self, ds: Tensor, outer: Tensor) -> Tensor:
-        """Adjoints of the logits (A, N, H, R, T) and of the mixed values (A, N, H, R, d) → of the tokens (A, N, R, D)."""
+        """From adjoints of the logits (A, N, H, R, T) and of the mixed values (A, N, H, R, d) to those of the tokens (A, N, R, D)."""
         s = self.layer.logit_scale
         dq, dk, dv = s * times(ds, self.k), s * times(ds.mT, self.q), times(outer.mT, self.p).mT
         return self._join(dq, dk, dv, self.position)
 
     def _join(self, dq: Tensor, dk: Tensor, dv: Tensor, position: Tensor) -> Tensor:
-        dq, dk = (self.layer.turned(x, position, back=True) for x in (dq, self._gathered(dk)))
-        parts = (("query", dq), ("key", dk), ("value", self._gathered(dv)))
+        dq, dk = (self.layer.turned(x, position, back=True) for x in (dq, self._summed_over_shared(dk)))
+        parts = (("query", dq), ("key", dk), ("value", self._summed_over_shared(dv)))
         return sum(x.transpose(-2, -3).flatten(-2) @ self.matrices[n] for n, x in parts)  # type: ignore[return-value]
 
-    def _gathered(self, x: Tensor) -> Tensor:
-        """Adjoints of keys or values (…, H, R, d), summed over the heads that share them (…, Hk, R, d)."""
+    def _summed_over_shared(self, x: Tensor) -> Tensor:
+        """Adjoints of keys or values (…, H, R, d), summed over the query heads that share them (…, Hk, R, d)."""
         shared = self.layer.key_heads
         return x if shared == self.layer.heads else x.unflatten(-3, (shared, -1)).sum(-3)
 
     def _by_head(self, name: str) -> Tensor:
-        """The matrix of query, key or value by head of queries (H, d, D)."""
+        """The matrix of query, key or value for each query head (H, d, D)."""
         by_head = self.matrices[name].unflatten(0, (-1, self.layer.head_width))
         return by_head if name == "query" else self.layer.spread(by_head, 0)
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         layer = self.layer
         outer = self.factor * g
         outer = layer.split(outer if layer.output is None else outer @ self.matrices["output"])  # γ (A, N, H, T, d)
-        # ω_ij = ⟨γ_i, v_j − o_i⟩, and what its cancellation may have lost.
+        # ω_ij = ⟨γ_i, v_j − o_i⟩, and a bound of its cancellation error.
         omega = times(outer, self.v.mT) - (outer * self.o).sum(-1, keepdim=True)
         size = token_norms(outer)
-        lost = cancelled(self.length) * layer.head_width * size * 2 * self.top_value
+        lost = cancellation_error(self.length) * layer.head_width * size * 2 * self.top_value
         weights = omega.abs() + lost.unsqueeze(-1)
         back = self._back(self.p * omega, outer)
         crossed = token_norms(by_heads(outer, self._by_head("value")))
@@ -401,23 +402,23 @@ class AttentionExpansion(Expansion):
         # Σ_j p^τ_j(η_j − η̄)²ω_j lowers the margin only where ω_j < 0.
         against = (lost.unsqueeze(-1) - omega).clamp_min(0.0)
         sizes = weights.flatten(-2)
-        either = Either(sizes if two_sided else against.flatten(-2), sizes)
+        either = SmallerOf(sizes if two_sided else against.flatten(-2), sizes)
         return back, [either, weights.flatten(-3), crossed.flatten(-2), size.flatten(-2), norms, slack]
 
 
-def _own_form(query: Tensor, key: Tensor, turn: float) -> Tensor:
-    """‖½(W_qᵀRᵀRW_k + W_kᵀRᵀRW_q)‖₂ by head (H,), rounded up, for any R with ‖RᵀR − I‖₂ ≤ turn² − 1; query, key (H, d, D)."""
+def _query_key_form(query: Tensor, key: Tensor, turn: float) -> Tensor:
+    """‖½(W_qᵀRᵀRW_k + W_kᵀRᵀRW_q)‖₂ for each head (H,), rounded up, for any R with ‖RᵀR − I‖₂ ≤ turn² − 1; query, key (H, d, D)."""
     form = query.mT @ key
     size = torch.linalg.matrix_norm(query) * torch.linalg.matrix_norm(key)
-    norm = spectral_norm_bound if form.shape[-1] <= 512 else spectral_norm_quick  # an eigensolver takes seconds a layer there
+    norm = spectral_norm_bound if form.shape[-1] <= 512 else spectral_norm_quick  # an eigensolver takes seconds per layer there
     return up(norm((form + form.mT) / 2) + (2.0**-40 + (turn**2 - 1)) * size)
 
 
 @dataclass(frozen=True)
-class HeadWay:
-    """Of the linear way M to attention's input, by head. gain: ≥ ‖W_hM‖ of queries, keys and values, each (M, H, 1).
+class HeadInputMap:
+    """The linear map M from the perturbation to attention's input, for each head.
 
-    rows: ≥ ‖s·(k_j − k̄)ᵀW_qM‖ (M, H, 1, T). before: as in `Expansion.with_way`.
+    gain: ≥ ‖W_hM‖ of queries, keys and values, each (M, H, 1). rows: ≥ ‖s·(k_j − k̄)ᵀW_qM‖ (M, H, 1, T). before: as in `Expansion.with_input_map`.
     """
 
     gain: dict[str, Tensor]
@@ -427,27 +428,28 @@ class HeadWay:
 
 @dataclass(frozen=True)
 class Logits(Functionals):
-    """Logits that a query's change moves, apart from a shift of them all: of the `keys`, and what float64 `lost` of the vectors, both (M, H, J)."""
+    """The logit changes caused by the query's change, apart from a common shift, for the `keys`; `lost`: float64 error of the vectors, both (M, H,
+    J)."""
 
     keys: Tensor = field(kw_only=True)
     lost: Tensor = field(kw_only=True)
 
 
 class AttentionRow(AttentionExpansion):
-    """Attention of single tokens that have moved, among keys that have not: one query and one key of each sample move, the other keys round.
+    """Attention of single tokens that change, among keys that do not: one query and one key of each sample change, the other keys only round.
 
-    background: (M, T) the radii of all tokens with nothing perturbed; all that the others do counts as remainder.
+    background: (M, T), the radii of all tokens without a perturbation. All effects of the other tokens count as remainder.
     """
 
-    way: HeadWay | None = None
+    input_map: HeadInputMap | None = None
 
     @property
-    def shaped(self) -> bool:
+    def uses_input_map(self) -> bool:
         return True
 
-    def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor, arrived: Tensor) -> None:
+    def __init__(self, full: AttentionExpansion, sample: Tensor, position: Tensor, rounding_radii: Tensor) -> None:
         self.__dict__.update(full.__dict__)
-        self.key_norm, self.background = full.norm[sample], arrived[sample]
+        self.key_norm, self.background = full.norm[sample], rounding_radii[sample]
         for name in ("clean", "norm"):
             setattr(self, name, rows_of(getattr(full, name), sample, position))
         for name in ("q", "p", "o", "nq", "key_distance", "value_distance", "top_value"):
@@ -457,20 +459,20 @@ class AttentionRow(AttentionExpansion):
         self.mine = torch.arange(full.length, device=sample.device) == position[:, None]  # (M, T)
         seen = full.seen[..., position, :]  # (M, T), or (H, M, T)
         self.seen, self.position = (seen if seen.dim() == 2 else seen.transpose(0, 1)).reshape(len(sample), -1, 1, full.length), position
-        # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ in the place of products of norms.
+        # A single query can afford the exact norms ‖s·W_qᵀRᵀ(k_j − k̄)‖ and ‖s·W_kᵀRᵀq‖ instead of products of norms.
         mean = self.p @ self.k
         centred = self.k - mean
         centred, query = (full.layer.turned(x, position[:, None, None], back=True) for x in (centred, self.q))
         self.by_head = {n: self._by_head(n) for n in ("query", "key", "value")}  # (H, d, D)
         query_heads, key_heads, turn = self.by_head["query"], self.by_head["key"], self.heads.turn
-        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _own_form(query_heads, key_heads, turn)).to(position.device)
-        # ‖xW‖ = ‖xRᵀ‖ for W = RᵀQᵀ, up to what QR loses: (T, d) numbers where (T, D) would do the same.
+        self.own = full.scope.context.constant(full.layer, "own-form", lambda: _query_key_form(query_heads, key_heads, turn)).to(position.device)
+        # ‖xW‖ = ‖xRᵀ‖ for W = RᵀQᵀ, up to the error of the QR decomposition: (T, d) entries instead of (T, D).
         self.centred = centred
         lost = 2.0**-30 * torch.linalg.matrix_norm(self.by_head["query"])[:, None]
         triangle = torch.linalg.qr(self.by_head["query"].mT).R
         self.query_rows = (self.s * up(norm_up(centred @ triangle.mT) + lost * (norm_up(centred) + self.nk))).unsqueeze(2)
         summed = max(full.layer.width, full.layer.head_width)
-        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + cancelled(1) * summed * self.nq * self.sigma["key"][:, None])
+        self.key_row = self.s * (norm_up(query @ self.by_head["key"]) + cancellation_error(1) * summed * self.nq * self.sigma["key"][:, None])
 
     def _top(self, x: Tensor) -> Tensor:
         return torch.where(self.seen.squeeze(-2), x, torch.zeros((), dtype=x.dtype, device=x.device)).amax(-1, keepdim=True)
@@ -488,12 +490,12 @@ class AttentionRow(AttentionExpansion):
             direct = up(direct + asked.lost * ball.radius.unsqueeze(-2))
             known = torch.full_like(bound, torch.inf).scatter(-1, asked.keys.unsqueeze(2), direct.unsqueeze(2))
             bound = torch.minimum(bound, known)
-        if self.way is None or ball.split is None:
+        if self.input_map is None or ball.split is None:
             return bound
-        epsilon, stray = ball.split.epsilon, ball.stray(self.way.before)
-        return torch.minimum(bound, up(self.way.rows * epsilon[..., None, None] + self.query_rows * stray[..., None, None]))
+        epsilon, rest = ball.split.epsilon, ball.rest(self.input_map.before)
+        return torch.minimum(bound, up(self.input_map.rows * epsilon[..., None, None] + self.query_rows * rest[..., None, None]))
 
-    def with_way(self, m: Tensor, before: Tensor) -> Self:
+    def with_input_map(self, m: Tensor, before: Tensor) -> Self:
         gain, size = {}, torch.linalg.matrix_norm(m)[:, None]
         for name, matrix in self.by_head.items():
             z = matrix @ m.unsqueeze(1)  # (M, H, d, D₀)
@@ -502,29 +504,30 @@ class AttentionRow(AttentionExpansion):
         forms = self.s * (self.centred @ (self.by_head["query"] @ m.unsqueeze(1)))  # (M, H, T, D₀)
         lost = 2.0**-30 * self.s * size * torch.linalg.matrix_norm(self.by_head["query"])  # (M, H)
         rows = up(norm_up(forms) + lost.unsqueeze(-1) * (norm_up(self.centred) + self.nk)).unsqueeze(2)
-        return self.replaced(way=HeadWay(gain, rows, before))
+        return self.replaced(input_map=HeadInputMap(gain, rows, before))
 
     def functionals(self) -> Logits:
-        # Logit ij, apart from a shift of row i, changes by s·W_qᵀRᵀ(k_j − k̄)·Δx_i; of the keys, those that the remainder hears most.
-        heard = (self.p * self.value_distance * self.query_rows.square()).squeeze(2)
-        asked = heard.topk(min(ASKED_KEYS, heard.shape[-1])).indices  # (M, H, J)
+        # Logit ij, apart from a shift of row i, changes by s·W_qᵀRᵀ(k_j − k̄)·Δx_i. The chosen keys are those with the largest influence on the
+        # remainder.
+        influence = (self.p * self.value_distance * self.query_rows.square()).squeeze(2)
+        asked = influence.topk(min(ASKED_KEYS, influence.shape[-1])).indices  # (M, H, J)
         keys = self.centred.gather(2, asked.unsqueeze(-1).expand(-1, -1, -1, self.centred.shape[-1]))
         size = torch.linalg.matrix_norm(self.by_head["query"])
         lost = 2.0**-30 * self.s * size[:, None] * (norm_up(keys) + self.nk.gather(2, asked))
         return Logits((self.s * (keys @ self.by_head["query"])).flatten(1, 2).transpose(0, 1), keys=asked, lost=lost)
 
     def _moved(self, name: str, moved: Tensor, ball: Ball) -> Tensor:
-        if self.way is None or ball.split is None:
+        if self.input_map is None or ball.split is None:
             return moved
-        epsilon, stray = ball.split.epsilon, ball.stray(self.way.before)
-        through = up(self.way.gain[name] * epsilon.unsqueeze(-1) + self.sigma[name][:, None] * stray.unsqueeze(-1))
+        epsilon, rest = ball.split.epsilon, ball.rest(self.input_map.before)
+        through = up(self.input_map.gain[name] * epsilon.unsqueeze(-1) + self.sigma[name][:, None] * rest.unsqueeze(-1))
         return torch.minimum(moved, through if name == "query" else torch.where(self.mine[:, None, :], through, moved))
 
     def _by_key(self, moved: Tensor, radius: Tensor) -> Tensor:
         return torch.minimum(super()._by_key(moved, radius), (self.key_row.unsqueeze(-1) * radius.unsqueeze(-2)))
 
     def _both(self, product: Tensor, radius: Tensor) -> Tensor:
-        # Query and key of one token turn together: Δq·Δk = Δᵀ W_qᵀW_k Δ, a form of which only the symmetric part counts.
+        # Query and key of one token change together: Δq·Δk = ΔᵀW_qᵀW_kΔ, a quadratic form of which only the symmetric part counts.
         own = self.s * self.own[:, None, None] * radius.square()[..., None, None]  # (…, M, 1) → (…, M, H, 1, 1)
         return torch.where(self.mine[:, None, None, :], torch.minimum(product, own), product)
 

@@ -1,12 +1,13 @@
-"""What kinks add to a margin: Σ_n ω⁻_n R_n for numbers p_n that change by Δp = WΔ + e and are bent by |·|, of which 0 ≤ R_n ≤ 2(|Δp_n| − a_n)⁺.
+"""Kink terms of a margin: Σ_n ω⁻_n R_n for entries p_n that change by Δp = WΔ + e and pass |·|, where 0 ≤ R_n ≤ 2(|Δp_n| − a_n)⁺.
 
-a_n: how far p_n is from its kink at the reference; ω⁻_n = max(−ω_n, 0), since only an adjoint ω_n < 0 lets R_n lower the margin. By number,
-R_n ≤ 2(each_n − a_n)⁺ with |Δp_n| ≤ each_n. Together, since (t − a)⁺/t grows with t,
+a_n is the distance of p_n from its kink at the reference, and ω⁻_n = max(−ω_n, 0), because only an adjoint ω_n < 0 lets R_n lower the margin.
+Three bounds are used. Entry by entry: R_n ≤ 2(each_n − a_n)⁺ with |Δp_n| ≤ each_n. Jointly, since (t − a)⁺/t increases with t:
     Σ ω⁻_n R_n ≤ 2‖ω⁻‖·max_n (1 − a_n/each_n)⁺·‖Δp‖,
-the norm of ω⁻ over the numbers that reach their kink. And by forms: for any τ_n ≥ 2a_n, by the mean inequality, 2(t − a_n)⁺ ≤ t²/τ_n + τ_n − 2a_n, so
+with the norm of ω⁻ over the entries that can reach their kink. By a quadratic form: for any τ_n ≥ 2a_n the mean inequality gives
+2(t − a_n)⁺ ≤ t²/τ_n + τ_n − 2a_n, hence
     Σ ω⁻_n R_n ≤ (√λ‖Δ‖ + √max c‖e‖)² + Σ ω⁻_n(τ_n − 2a_n),      λ ≥ λ_max(Wᵀdiag(c)W), c_n = ω⁻_n/τ_n.
-Every such τ is sound. The best ones balance λ against the constants; of max_P Σ ω⁻_n·2(r√(w_nᵀPw_n) − a_n)⁺ over P ≽ 0 of trace 1, which is concave,
-a few steps of Frank and Wolfe find them: τ_n = max(2a_n, r√(w_nᵀPw_n)).
+Every such τ is sound. Good values come from a few Frank-Wolfe steps for the concave problem max_P Σ ω⁻_n·2(r√(w_nᵀPw_n) − a_n)⁺ over P ≽ 0 of trace
+1: τ_n = max(2a_n, r√(w_nᵀPw_n)).
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import Group
+from robustlip.domains.expansion.base import JointBound
 from robustlip.numerics.rounding import U64, chunk_numbers, gamma, norm_up, up
 from robustlip.numerics.spectral import largest_eigenvalue_bound
 
-# Steps of Frank and Wolfe, and of the power iteration in each.
+# Frank-Wolfe steps, and power iterations in each.
 STEPS, POWERS = 6, 4
-# Far above what underflow can lose of a product or a square.
+# Far above the underflow error of a product or a square.
 SEEN = 2.0**-900
-# Of an adjoint's tokens, how many get forms; and what share of all that is lost they have to lose for that.
+# The most tokens of an adjoint that get forms, and the smallest fraction of the whole decrease that a token needs for a form.
 TOKENS, LITTLE = 6, 0.02
 
 
 @dataclass(frozen=True)
-class Kinks(Group):
-    """Kinks of many numbers where no matrix is at hand: 0 ≤ R_n ≤ height·(|Δp_n| − a_n)⁺ with |Δp_n| ≤ each_n and ‖Δp‖ ≤ whole.
+class KinkTerm(JointBound):
+    """Kinks of many entries without a matrix: 0 ≤ R_n ≤ height·(|Δp_n| − a_n)⁺ with |Δp_n| ≤ each_n and ‖Δp‖ ≤ whole.
 
-    By number Σ ω⁻_n R_n ≤ height·Σ ω⁻_n(each_n − a_n)⁺. Together, since (t − a)⁺ ≤ (1 − a/e)⁺t for t ≤ e, height·‖ω⁻∘(1 − a/each)⁺‖·whole.
-    As a weight: falling ω⁻ (A, N, T, n), the size of ω where both signs count. As a bound: near a, each (N, T, n), whole (N, T).
+    Entry by entry Σ ω⁻_n R_n ≤ height·Σ ω⁻_n(each_n − a_n)⁺. Jointly, since (t − a)⁺ ≤ (1 − a/e)⁺t for t ≤ e, height·‖ω⁻∘(1 − a/each)⁺‖·whole.
+    As a weight: falling = ω⁻ (A, N, T, n), or |ω| where both signs count. As a bound: near = a and each (N, T, n), whole (N, T).
     """
 
     falling: Tensor | None = None
@@ -46,28 +47,28 @@ class Kinks(Group):
 
     @cached_property
     def crossing(self) -> Tensor:
-        """As a bound: ≥ R_n (N, T, n), number by number."""
+        """As a bound: ≥ R_n (N, T, n), number entry by entry."""
         assert self.near is not None and self.each is not None
         return self.height * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
 
     @cached_property
     def share(self) -> Tensor:
-        """As a bound: ≥ (1 − a_n/each_n)⁺ (N, T, n)."""
+        """For a bound: ≥ (1 − a_n/each_n)⁺ (N, T, n)."""
         assert self.near is not None and self.each is not None
-        # Where the radius is not finite neither is the bound. The quotient rounds once more than the rest.
+        # If the radius is not finite, the bound is not either. The term 4u covers the rounding of the quotient.
         return (1 + 4 * U64 - self.near / self.each.clamp_min(1e-300)).nan_to_num(1.0, 1.0).clamp_min(0.0) * (1 + 1e-12)
 
     def norm(self) -> Tensor:
-        """As a bound: ≥ ‖R‖₂ (N, T)."""
+        """For a bound: ≥ ‖R‖₂ (N, T)."""
         assert self.whole is not None
         return torch.minimum(norm_up(self.crossing), up(self.height * self.share.amax(-1) * self.whole))
 
-    def picked(self, chosen: Tensor) -> Kinks:
+    def selected(self, chosen: Tensor) -> KinkTerm:
         assert self.falling is not None
         pick = chosen[..., None, None].expand(*chosen.shape, *self.falling.shape[2:])
-        return Kinks(self.falling.gather(0, pick))
+        return KinkTerm(self.falling.gather(0, pick))
 
-    def meet(self, bound: Kinks) -> Tensor:
+    def contract(self, bound: KinkTerm) -> Tensor:
         assert self.falling is not None and bound.whole is not None
         crossing, share, together = bound.crossing, bound.share, bound.height * bound.whole
         parts = []
@@ -79,7 +80,7 @@ class Kinks(Group):
 
 @dataclass(frozen=True)
 class KinkForms:
-    """What the forms of some adjoints came to: Σ ω⁻_n R_n ≤ (√λ‖Δ‖ + √peak‖e‖)² + constant at a token, each (A, N, T); λ infinite where none is."""
+    """Quadratic forms of some adjoints: Σ ω⁻_n R_n ≤ (√λ‖Δ‖ + √peak‖e‖)² + constant at a token, each (A, N, T); λ is infinite without a form."""
 
     largest: Tensor
     peak: Tensor
@@ -87,12 +88,14 @@ class KinkForms:
 
 
 @dataclass(frozen=True)
-class Crossing(Group):
-    """As a weight: falling ω⁻ (A, N, T, n), the size of ω where both signs count. As a bound: near a, each (N, T, n), whole ≥ ‖Δp‖ (N, T), and behind
-    a Linear layer and a change in ℓ2 its W (n, D), `rows`, with Δp = WΔ + e, `moved` ≥ ‖Δ‖₂ and `fresh` ≥ ‖e‖₂ (N, T).
+class MatrixKinkTerm(JointBound):
+    """Kinks of many entries, with the matrix of the Linear layer before them where there is one.
+
+    As a weight: falling = ω⁻ (A, N, T, n), or |ω| where both signs count. As a bound: near = a and each (N, T, n), whole ≥ ‖Δp‖ (N, T). After a
+    Linear layer and a change bounded in ℓ2 also its W (n, D), `rows`, with Δp = WΔ + e, `moved` ≥ ‖Δ‖₂ and `fresh` ≥ ‖e‖₂ (N, T).
     """
 
-    far: ClassVar[bool] = True
+    forms_gain_factors: ClassVar[bool] = True
 
     falling: Tensor | None = None
     forms: KinkForms | None = None
@@ -109,24 +112,24 @@ class Crossing(Group):
 
     @cached_property
     def crossing(self) -> Tensor:
-        """As a bound: ≥ R_n (N, T, n), number by number."""
+        """As a bound: ≥ R_n (N, T, n), number entry by entry."""
         assert self.near is not None and self.each is not None
         return 2 * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
 
     @cached_property
     def share(self) -> Tensor:
-        """As a bound: ≥ max_n (1 − a_n/each_n)⁺ (N, T)."""
+        """For a bound: ≥ max_n (1 − a_n/each_n)⁺ (N, T)."""
         assert self.near is not None and self.each is not None
-        # Where the radius is not finite neither is the bound.
+        # If the radius is not finite, the bound is not either.
         return (1 - self.near / self.each.clamp_min(1e-300)).nan_to_num(1.0, 1.0).clamp_min(0.0).amax(-1) * (1 + 1e-12)
 
-    def picked(self, chosen: Tensor) -> Crossing:
+    def selected(self, chosen: Tensor) -> MatrixKinkTerm:
         assert self.falling is not None
         pick = chosen[..., None, None].expand(*chosen.shape, *self.falling.shape[2:])
-        return Crossing(self.falling.gather(0, pick))
+        return MatrixKinkTerm(self.falling.gather(0, pick))
 
-    def by_token(self, bound: Crossing) -> Tensor:
-        """What is lost at each token (A, N, T)."""
+    def by_token(self, bound: MatrixKinkTerm) -> Tensor:
+        """The decrease at each token (A, N, T)."""
         assert self.falling is not None and bound.whole is not None
         crossing = bound.crossing
         reached = (crossing > 0).to(crossing.dtype)
@@ -140,14 +143,14 @@ class Crossing(Group):
         if self.forms is None:
             return found
         assert bound.moved is not None and bound.fresh is not None
-        formed = (self.forms.largest.sqrt() * bound.moved + self.forms.peak.sqrt() * bound.fresh).square() + self.forms.constant
-        return torch.fmin(found, formed)
+        by_form = (self.forms.largest.sqrt() * bound.moved + self.forms.peak.sqrt() * bound.fresh).square() + self.forms.constant
+        return torch.fmin(found, by_form)
 
-    def meet(self, bound: Crossing) -> Tensor:
+    def contract(self, bound: MatrixKinkTerm) -> Tensor:
         return (1 + 1e-12) * self.by_token(bound).sum(-1)
 
-    def formed(self, bound: Crossing, chosen: Tensor, token: int, worth: Tensor | None = None) -> Crossing:
-        """See Group. Forms are made at the few tokens where most is lost, whichever these are: they hold for any bound."""
+    def with_forms(self, bound: MatrixKinkTerm, chosen: Tensor, token: int, worth: Tensor | None = None) -> MatrixKinkTerm:
+        """See JointBound. Forms are made at the few tokens with the largest decrease; they are valid for any bound."""
         assert self.falling is not None and bound.near is not None and bound.rows is not None and bound.moved is not None
         lost = replace(self, forms=None).by_token(bound)
         values = lost.gather(0, chosen.unsqueeze(-1).expand(*chosen.shape, lost.shape[-1]))  # (K, N, T)
@@ -167,9 +170,9 @@ class Crossing(Group):
 
 
 def _forms(weight: Tensor, near: Tensor, radius: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(λ, max c, constant) (M,) for ω⁻ and a (M, n), r (M,) and W (n, D): τ by Frank and Wolfe, then λ as it is.
+    """(λ, max c, constant) (M,) for ω⁻ and a (M, n), r (M,) and W (n, D): τ by Frank-Wolfe, then a bound λ for this τ.
 
-    Of Wᵀdiag(c)W, or where that is smaller of diag(√c)WWᵀdiag(√c), which has the same λ.
+    λ is that of Wᵀdiag(c)W, or, where it is smaller, of diag(√c)WWᵀdiag(√c), which has the same largest eigenvalue.
     """
     squares = w.square().sum(-1)
     wide = w.shape[0] < w.shape[1]
@@ -182,7 +185,7 @@ def _forms(weight: Tensor, near: Tensor, radius: Tensor, w: Tensor) -> tuple[Ten
         return torch.maximum(torch.maximum(2 * near, radius.unsqueeze(-1) * spread.sqrt()), least)
 
     def leading(c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(a vector towards the leading one, (w_n·u)² (M, n) for the u of length 1 that it stands for)."""
+        """(an approximation of the leading eigenvector, (w_n·u)² (M, n) for the unit vector u that belongs to it)."""
         root = c.sqrt().unsqueeze(-1)
         for _ in range(POWERS):
             v = root * (gram @ (root * v)) if gram is not None else w.mT @ (c.unsqueeze(-1) * (w @ v))
@@ -202,9 +205,9 @@ def _forms(weight: Tensor, near: Tensor, radius: Tensor, w: Tensor) -> tuple[Ten
     else:
         root = c.sqrt().unsqueeze(-1)
         product = root * gram * root.mT
-    # What vanishes in c or in squares of rows is not small behind the factors that follow: no form of such numbers.
+    # Underflow in c or in squares of rows may be amplified by later factors: such entries get no form.
     fits = torch.isfinite(product).all(-1).all(-1) & ((c >= SEEN) | (weight == 0)).all(-1) & ((squares >= SEEN) | (w == 0).all(-1)).all()
-    # As float64 has it the product is off by at most γ of |W|ᵀdiag(c)|W|, or of √c_i‖w_i‖·√c_j‖w_j‖: both of norm at most Σ_n c_n‖w_n‖².
+    # The float64 error of the product is at most γ|W|ᵀdiag(c)|W|, or γ√c_i‖w_i‖·√c_j‖w_j‖; the norm of both is at most Σ_n c_n‖w_n‖².
     lost = gamma(max(w.shape) + 8, U64) * (c @ squares) + w.numel() * 2.0**-1022
     found = up(largest_eigenvalue_bound(torch.where(fits[:, None, None], product, 0.0)) + 2 * lost)
     constant = up((weight * (tau - 2 * near)).sum(-1) * (1 + 1e-12))

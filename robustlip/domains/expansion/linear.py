@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Expansion, OutputBounds, Scope, Term, register, token_norms
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Lookup
 from robustlip.numerics.rounding import norm_up, up
@@ -41,11 +41,12 @@ class LinearConstants:
 
 
 class AffineStep(Expansion):
-    """z = Ax + b, alone or with the functions of single numbers behind it. Subclasses set what follows, `clean` (z) and `whole`.
+    """z = Ax + b, by itself or with functions of single entries after it. Subclasses set these attributes, `clean` (z) and `whole`.
 
-    sigma: ≥ ‖A‖₂; gain: from the norm of the radius to that behind; frobenius: ≥ the norm of |A|. rows: (m,) dual norms of the rows of A. matrix:
-    (m, n), where it is written; quartic: ≥ ‖(Ax)∘(Ax)‖₂ for ‖x‖₂ ≤ 1, where known. slack: ≥ |⟨error, Δ⟩| of the Aᵀg that float64 computes, for
-    ‖g‖₂ ≤ 1 and ‖Δ‖ ≤ 1.
+    sigma: ≥ ‖A‖₂. gain: ≥ ‖A‖ from the norm of the radius to the norm after the layer. frobenius: ≥ the norm of |A|. rows: (m,) dual norms of the
+    rows of A.
+    matrix: (m, n), if it is stored. quartic: ≥ ‖(Ax)∘(Ax)‖₂ for ‖x‖₂ ≤ 1, if known. slack: ≥ |⟨error, Δ⟩| for the float64 error of Aᵀg, ‖g‖₂ ≤ 1 and
+    ‖Δ‖ ≤ 1.
     """
 
     scope: Scope
@@ -61,7 +62,7 @@ class AffineStep(Expansion):
         return None
 
     def parts(self, ball: Ball) -> tuple[Tensor, Tensor]:
-        """(gain·r, everything else) (…, N, T): the change of z is at most their sum. The first is AΔx, the second rounding and weight changes."""
+        """(gain·r, fresh) (…, N, T): z changes by at most their sum. The first bounds AΔx, the second rounding errors and weight changes."""
         raise NotImplementedError
 
     def back(self, g: Tensor) -> Tensor:
@@ -69,25 +70,25 @@ class AffineStep(Expansion):
         raise NotImplementedError
 
     def pair_rows(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
-        """(k,) dual norms of v₁·row_a + v₂·row_b, for numbers a, b (k,) and v (k, 2)."""
+        """(k,) dual norms of v₁·row_a + v₂·row_b, for indices a, b (k,) and v (k, 2)."""
         return up(v[:, 0].abs() * self.rows[a] + v[:, 1].abs() * self.rows[b])
 
     def lipschitz(self) -> Tensor | float:
         return self.sigma
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         moved, fresh = self.parts(ball)
-        bounds: list[Pair] = [fresh, ball.radius.amax(-1, keepdim=True)] if remainder else []
-        return Behind(moved + fresh, up(self.sigma * ball.error) + fresh, bounds)
+        bounds: list[Term] = [fresh, ball.radius.amax(-1, keepdim=True)] if remainder else []
+        return OutputBounds(moved + fresh, up(self.sigma * ball.error) + fresh, bounds)
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         norms = token_norms(g)
         return self.back(g), [norms, self.slack * norms.sum(-1, keepdim=True)]
 
 
 @register(nn.Linear, any_space=True)
 class Affine(AffineStep):
-    """z = Wx + b by token."""
+    """z = Wx + b for each token."""
 
     by_token = ("clean", "norm")
     constants: LinearConstants
@@ -114,7 +115,7 @@ class Affine(AffineStep):
 
     @property
     def quartic(self) -> float | None:
-        # Only where neurons bend behind the layer: of a wide one it costs more than all else.
+        # Only used before activations; for a wide layer it costs more than all else.
         if self.scope.space != "l2":
             return None
         return self.scope.context.constant(self.layer, "quartic", lambda: quartic_bound(self.constants.weight))  # type: ignore[no-any-return]
@@ -124,10 +125,10 @@ class Affine(AffineStep):
 
 
 class Composed(AffineStep):
-    """A₂A₁ of two affine steps, the second a factor for each number. Nothing is multiplied out."""
+    """The composition A₂A₁ of two affine layers, where A₂ is a factor for each entry. The matrices are not multiplied."""
 
     def __init__(self, first: AffineStep, second: AffineStep, factors: Tensor) -> None:
-        """factors: (m,) of the second, as float64 has them."""
+        """factors: (m,) of the second layer, in float64."""
         self.scope, self.first, self.second, self.factors = first.scope, first, second, factors
         self.clean, self.whole = second.clean, second.whole
         self.sigma, self.gain = second.sigma * first.sigma * (1 + 1e-15), second.sigma * first.gain * (1 + 1e-15)
@@ -143,19 +144,19 @@ class Composed(AffineStep):
         return self.first.back(self.second.back(g))
 
     def pair_rows(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
-        # The factors as float64 has them are off by less than 2⁻⁴⁵ of themselves.
+        # The float64 factors have a relative error below 2⁻⁴⁵.
         sizes = v[:, 0].abs() * self.rows[a] + v[:, 1].abs() * self.rows[b]
         return up(self.first.pair_rows(a, b, v * torch.stack([self.factors[a], self.factors[b]], -1)) + 2.0**-45 * sizes)
 
-    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
-        between = self.first.advance(Ball.of(arrived), remainder=False).radius
-        first, second = self.first.at_rows(sample, position, arrived), self.second.at_rows(sample, position, between)
-        return super().at_rows(sample, position, arrived).replaced(first=first, second=second)
+    def at_rows(self, sample: Tensor, position: Tensor, rounding_radii: Tensor) -> Expansion:
+        between = self.first.advance(Ball.of(rounding_radii), remainder=False).radius
+        first, second = self.first.at_rows(sample, position, rounding_radii), self.second.at_rows(sample, position, between)
+        return super().at_rows(sample, position, rounding_radii).replaced(first=first, second=second)
 
 
 @register(nn.Embedding)
 class EmbeddingExpansion(Expansion):
-    """A row of the table for each token id (N, T): only weight changes move it, by at most ‖E‖₂."""
+    """A row of the table for each token id (N, T). Only weight changes change it, by at most ‖E‖₂."""
 
     def __init__(self, layer: nn.Embedding, ids: Tensor, scope: Scope) -> None:
         if layer.max_norm is not None:
@@ -164,17 +165,17 @@ class EmbeddingExpansion(Expansion):
         self.matrix: Matrix = scope.context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         self.clean = layer.weight.detach().double()[ids]
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         moved = torch.zeros_like(ball.radius) + self.scope.weight_change(ball, self.matrix.sigma)
-        return Behind(up(moved), moved, [])
+        return OutputBounds(up(moved), moved, [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         return g.new_zeros(*g.shape[:-1], 1), []
 
 
 @register(Lookup)
 def lookup(layer: nn.Module, ids: Tensor, scope: Scope) -> Expansion:
-    """Recorded operations on token ids, which a ball of embeddings stands behind: nothing goes through them."""
+    """Recorded operations on token ids. A ball of embeddings starts after this layer, so no change passes through it."""
     raise UnsupportedLayer(
         "expected a threat to the embeddings of a model that computes them of token ids by several tables, got one to its weights; "
         "use an embedding threat"

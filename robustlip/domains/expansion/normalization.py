@@ -1,17 +1,19 @@
-"""LayerNorm, RMSNorm, GroupNorm and InstanceNorm on the ball around a group, where they are far from their worst point. docs/theory.md, section 3.
+"""LayerNorm, RMSNorm, GroupNorm and InstanceNorm on the ball around each group, where their gain is far below its global bound. docs/theory.md,
+section 3.
 
-y = γ·c/s (+ β), c = Px, s² = ‖c‖²/D + eps, P centring (LayerNorm) or the identity. On the ball ‖c‖ ≥ ‖c₀‖ − r, so s ≥ s_min, and there
+y = γ·c/s (+ β), c = Px, s² = ‖c‖²/D + eps, where P is the centring or the identity (RMSNorm). On the ball ‖c‖ ≥ ‖c₀‖ − r, so s ≥ s_min, and there
     ‖dy‖ ≤ ‖γ‖_∞‖dc‖/s_min,      ‖d²y[u, u]‖ ≤ ‖γ‖_∞ · C‖u‖²/(√D s_min²),  C = 2/√3.
-Second derivative of c/s: −[2(c·u)u + c‖u‖²]/(D s³) + 3c(c·u)²/(D² s⁵). With θ = ‖c‖/(√D s) ≤ 1 and u = (u_∥, u_⊥) along and across c its part
-along c is −θ(3(1 − θ²)u_∥² + u_⊥²), across c it is −2θ u_∥u_⊥, both over √D s². The largest norm over θ in [0, 1] and unit u is 2/√3 (θ = 1,
-u_⊥² = 2/3); tests/test_local.py checks it on a grid.
+The second derivative of c/s is −[2(c·u)u + c‖u‖²]/(D s³) + 3c(c·u)²/(D² s⁵). With θ = ‖c‖/(√D s) ≤ 1 and u = (u_∥, u_⊥) along and across c, its part
+along c is −θ(3(1 − θ²)u_∥² + u_⊥²) and its part across c is −2θ u_∥u_⊥, both over √D s². The largest norm over θ in [0, 1] and unit vectors u is 2/√3
+(at θ = 1, u_⊥² = 2/3); tests/test_local.py checks it on a grid.
 
-`WrittenNorm` may have m = D − 1 in the place of D, and s = ‖c‖/√m + eps. Then d(c/s) = (I − ccᵀ/(√m‖c‖s))/s·dc, and with θ = ‖c‖/(√m s) ≤ 1 the
-second derivative is −(2(1 − θ)u_∥² + u_⊥²) along c and −2u_∥u_⊥ across it, both over √m s²: its norm is at most √(1 + 6u_∥² − 3u_∥⁴) ≤ 2. At
-c = 0 the first derivative is continuous and the second is not, which a bound of the remainder does not need.
+`WrittenNorm` may have m = D − 1 instead of D, and s = ‖c‖/√m + eps. Then d(c/s) = (I − ccᵀ/(√m‖c‖s))/s·dc. With θ = ‖c‖/(√m s) ≤ 1 the second
+derivative is −(2(1 − θ)u_∥² + u_⊥²) along c and −2u_∥u_⊥ across it, both over √m s²; its norm is at most √(1 + 6u_∥² − 3u_∥⁴) ≤ 2. At c = 0 the first
+derivative is continuous and the second is not, but the bound of the remainder does not need that.
 
-Of a vector of several groups each moves by r at most, and Σ_g‖Δ_g‖² ≤ r². So ‖dy‖ ≤ max_g(‖γ_g‖_∞/s_min,g)·r; with curvatures k_g the remainder
-R_g is at most ½k_g‖Δ_g‖², all together √Σ_g(½k_g‖Δ_g‖²)² ≤ ½max_g k_g·r², and an adjoint ω meets Σ_g‖ω_g‖½k_g‖Δ_g‖² ≤ max_g‖ω_g‖·½max_g k_g·r².
+If a vector has several groups, each changes by at most r, and Σ_g‖Δ_g‖² ≤ r². So ‖dy‖ ≤ max_g(‖γ_g‖_∞/s_min,g)·r. With curvatures k_g the remainder
+R_g is at most ½k_g‖Δ_g‖²; the remainders of all groups have norm √Σ_g(½k_g‖Δ_g‖²)² ≤ ½max_g k_g·r², and with an adjoint ω they give
+Σ_g‖ω_g‖½k_g‖Δ_g‖² ≤ max_g‖ω_g‖·½max_g k_g·r².
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, register_family, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Expansion, OutputBounds, Scope, Term, register_family, token_norms
 from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops.normalization import (
@@ -74,11 +76,11 @@ class NormalizationExpansion(Expansion):
         out = self.gamma * self.centred * self.inverse
         self.clean = (out if bias is None else out + spread(layer, bias, groups)).flatten(-2)
         self.at_centre = local_lipschitz(layer, clean, 0.0, groups)
-        # A c that float64 made of a mean is off by γ‖x‖, and the Jacobian by its curvature times that: seen beside a tiny s alone.
+        # The float64 error of c is γ‖x‖, and that of the Jacobian its curvature times this; it only matters if s is tiny.
         off = 2 * curvature(layer) * gamma(2 * groups.width + 16, U64) * self.norm * self.inverse[..., 0] / math.sqrt(self.count) * self.centres
         self.slack = 4 * ADJOINT_SLACK + torch.where(off < ADJOINT_SLACK, 0.0, off)
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         radius = ball.radius
         each = radius.unsqueeze(-1)
         gain = local_lipschitz(self.layer, self.input, each, self.groups)  # ‖γ‖_∞/s_min
@@ -90,25 +92,25 @@ class NormalizationExpansion(Expansion):
         def one(arithmetic: RoundingModel) -> Tensor:
             return normalization_error(self.layer, self.one, self.norm + each, norm, inverse, arithmetic)
 
-        # The sum of squares, and what comes out.
+        # The largest of the sum of squares and the output.
         largest = (self.norm + each).square().clamp_min(norm).amax(-1)
         fresh = self.scope.infinite_if_overflow(_together(up(self.scope.both(one))), largest)
         curve = (0.5 * curvature(self.layer) / math.sqrt(self.count) * gain * inverse * each.square()).amax(-1)
-        bounds: list[Pair] = [up(curve), fresh, radius.amax(-1, keepdim=True)] if remainder else []
+        bounds: list[Term] = [up(curve), fresh, radius.amax(-1, keepdim=True)] if remainder else []
         most = torch.full_like(radius, 2 * self.largest * root * math.sqrt(self.groups.count))
         moved = torch.minimum(up(gain.amax(-1) * radius), most) + fresh
-        return Behind(moved, up(self.at_centre.amax(-1) * ball.error + curve) + fresh, bounds)
+        return OutputBounds(moved, up(self.at_centre.amax(-1) * ball.error + curve) + fresh, bounds)
 
     def lipschitz(self) -> Tensor | float:
         return 4 * self.at_centre.amax((-1, -2))
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         norms = token_norms(g)
         grouped = g.unflatten(-1, (self.groups.count, self.groups.width))
         each = token_norms(grouped)
         slack = (self.slack * self.at_centre * each).flatten(-2).sum(-1, keepdim=True)
         inner = self.gamma * grouped
-        # Symmetric. A token of 0 has no direction, and c·cᵀ is 0 then.
+        # The Jacobian is symmetric. For a token of 0, c·cᵀ is 0.
         inner = self.inverse * (inner - self.centred * (self.centred * inner).sum(-1, keepdim=True) * self.bend / self.count)
         if self.centres:
             inner = inner - inner.mean(-1, keepdim=True)

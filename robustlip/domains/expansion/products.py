@@ -1,9 +1,9 @@
-"""Branches of one input, multiplied with each other, or the larger of them taken.
+"""Products, maxima and minima of two branches.
 
-With a = a₀ + Δa and b = b₀ + Δb,   ab − a₀b₀ = b₀Δa + a₀Δb + ΔaΔb,   and what is not linear in Δa and Δb meets an adjoint g as Σ_i g_iΔa_iΔb_i, of
-size at most ‖g‖_∞‖Δa‖₂‖Δb‖₂. So Jᵀg = J_aᵀ(g∘b₀) + J_bᵀ(g∘a₀), and the branches' own remainders meet g∘b₀ and g∘a₀. Where a number of b stands
-beside a whole channel of a, g∘a₀ is summed over the channel, and ‖g‖_∞ is the largest ‖·‖₂ of a channel of g: Σ_c|Δb_c|Σ_p|g_cp||Δa_cp| ≤
-Σ_c|Δb_c|‖g_c‖‖Δa_c‖.
+With a = a₀ + Δa and b = b₀ + Δb,   ab − a₀b₀ = b₀Δa + a₀Δb + ΔaΔb. The nonlinear part and an adjoint g give Σ_i g_iΔa_iΔb_i, of size at most
+‖g‖_∞‖Δa‖₂‖Δb‖₂. So Jᵀg = J_aᵀ(g∘b₀) + J_bᵀ(g∘a₀), and the remainders of the branches are weighted by g∘b₀ and g∘a₀. If one entry of b multiplies a
+whole channel of a, g∘a₀ is summed over the channel, and ‖g‖_∞ is replaced by the largest ‖·‖₂ of a channel of g:
+Σ_c|Δb_c|Σ_p|g_cp||Δa_cp| ≤ Σ_c|Δb_c|‖g_c‖‖Δa_c‖.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Behind, Expansion, Pair, Scope, expand, register, token_norms
+from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Expansion, OutputBounds, Scope, Term, expand, register, token_norms
 from robustlip.domains.expansion.joins import Branches, ChannelsExpansion, ConcatenateExpansion
 from robustlip.domains.expansion.linear import Affine, AffineStep
 from robustlip.domains.expansion.sorting import ReflectionExpansion
@@ -28,13 +28,13 @@ from robustlip.threats import l2_factor
 
 
 def channel_norms(x: Tensor, spread: int) -> Tensor:
-    """The largest ‖·‖₂ of `spread` numbers in a row, rounded up: of x (…, n) the largest |·| where that is 1."""
+    """The largest ‖·‖₂ of `spread` consecutive entries of x (…, n), rounded up; the largest |·| if spread is 1."""
     return x.abs().amax(-1) if spread == 1 else norm_up(x.unflatten(-1, (-1, spread))).amax(-1)
 
 
 @register(Product, any_space=True, keeps="images")
 class ProductExpansion(Branches):
-    """a(x)∘b(x), token by token."""
+    """a(x)∘b(x) for each token."""
 
     by_token = ("clean", "first", "second", "norms", "largest")
 
@@ -48,13 +48,13 @@ class ProductExpansion(Branches):
         self.first, self.second = a.clean, b.clean  # a₀ (N, T, n), b₀ (N, T, n/spread)
         self.clean = a.clean * self._spread(b.clean)
         self.norms = torch.stack([norm_up(a.clean), math.sqrt(self.spread) * (1 + 1e-15) * norm_up(b.clean)], -1)  # (N, T, 2)
-        # By how much Δa and Δb count, (N, T, 2). Products of float64 round once.
+        # The factors of ‖Δa‖ and ‖Δb‖, (N, T, 2). Products in float64 round once.
         self.largest = torch.stack([b.clean.abs().amax(-1), channel_norms(a.clean, self.spread)], -1) * (1 + 1e-15)
 
     def _spread(self, b: Tensor) -> Tensor:
         return b if self.spread == 1 else b.repeat_interleave(self.spread, -1)
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         (r_a, r_b), (e_a, e_b), bounds = self.advanced(ball, remainder)
         by_a, by_b = self.largest.unbind(-1)
         bent = r_a * r_b
@@ -67,7 +67,7 @@ class ProductExpansion(Branches):
         fresh = self.scope.infinite_if_overflow(up(self.scope.both(one)), norm)
         if remainder:
             bounds += [up(bent), fresh, ball.radius.amax(-1, keepdim=True)]
-        return Behind(up(by_a * r_a + by_b * r_b + bent) + fresh, up(by_a * e_a + by_b * e_b + bent) + fresh, bounds)
+        return OutputBounds(up(by_a * r_a + by_b * r_b + bent) + fresh, up(by_a * e_a + by_b * e_b + bent) + fresh, bounds)
 
     def _gains(self) -> Tensor:
         """≥ ‖J‖ of both branches together (N,)."""
@@ -77,7 +77,7 @@ class ProductExpansion(Branches):
     def lipschitz(self) -> Tensor | float:
         return self._gains() * (1 + 1e-12)
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         a, b = self.branches
         through, weights = a.adjoint(g * self._spread(self.second), two_sided)
         inner = g * self.first
@@ -90,7 +90,7 @@ class ProductExpansion(Branches):
 
 
 class Stacked(AffineStep):
-    """Two Linear layers that read the same input, side by side."""
+    """Two Linear layers with the same input, stacked."""
 
     by_token = ("clean",)
 
@@ -115,16 +115,16 @@ class Stacked(AffineStep):
         width = self.first.clean.shape[-1]
         return self.first.back(g[..., :width]) + self.second.back(g[..., width:])
 
-    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Expansion:
-        first, second = (part.at_rows(sample, position, arrived) for part in (self.first, self.second))
-        return super().at_rows(sample, position, arrived).replaced(first=first, second=second)
+    def at_rows(self, sample: Tensor, position: Tensor, rounding_radii: Tensor) -> Expansion:
+        first, second = (part.at_rows(sample, position, rounding_radii) for part in (self.first, self.second))
+        return super().at_rows(sample, position, rounding_radii).replaced(first=first, second=second)
 
 
 @register(Maximum, Minimum, any_space=True, keeps="images")
 def _maximum(layer: Maximum, clean: Tensor, scope: Scope) -> Expansion:
-    """The first or the second half of MaxMin of both branches side by side; two Linear layers are expanded together with it.
+    """The first (second) half of MaxMin of both branches' concatenation; two Linear layers are expanded together with it.
 
-    Nothing that is made here is asked for what is remembered of a layer.
+    The layers made here have no cached constants.
     """
     together = [expand(branch, clean, scope) for branch in layer.branches if type(branch) is nn.Linear]
     if len(together) == 2:

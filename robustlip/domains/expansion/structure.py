@@ -1,4 +1,4 @@
-"""Layers that move numbers, join branches or average tokens, and chains of layers: all linear, so their adjoints are exact."""
+"""Layers that rearrange entries or average tokens, and chains of layers. All are linear, so their adjoints are exact."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from robustlip.domains.expansion.base import (
     ADJOINT_SLACK,
     Ball,
-    Behind,
     Expansion,
     Functionals,
-    Pair,
+    OutputBounds,
     Scope,
-    Split,
+    SplitChange,
+    Term,
     entry_of,
     expand,
     register,
@@ -43,30 +43,30 @@ from robustlip.threats import l2_factor
 
 
 def _bending(layer: nn.Module | None) -> type[Neurons] | None:
-    """What expands a function of single neurons together with the Linear layer in front of it."""
+    """The expansion of a function of single entries together with the affine layer before it; None for other layers."""
     if layer is None:
         return None
     return ElementwiseExpansion if is_elementwise(layer) else ReflectionExpansion if type(layer) in REFLECTIONS else None
 
 
 def _may_stay(layer: nn.Module, whole: tuple[int, ...]) -> bool:
-    """Whether a layer that takes images takes samples of that shape as one vector: images, and some layers signals and volumes too."""
+    """Whether a layer with keeps='images' accepts samples of that shape as one vector: images, and for some layers also signals and volumes."""
     if is_normalization(layer):
         return stays_whole(layer, whole)  # type: ignore[arg-type]
     return len(whole) == 3 or (isinstance(layer, Sum) and (len(whole) > 3 or for_signals(layer)))
 
 
 class ToL2(Expansion):
-    """‖·‖₂ ≤ √D‖·‖_∞ and ‖·‖₂ ≤ ‖·‖₁: a change of norm, not of the activations."""
+    """A change of the norm: ‖·‖₂ ≤ √D‖·‖_∞ and ‖·‖₂ ≤ ‖·‖₁. The activations stay the same."""
 
     def __init__(self, clean: Tensor, space: str) -> None:
         self.clean = clean
         self.factor = l2_factor(space, clean.shape[-1])
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
-        return Behind(ball.radius * self.factor, ball.error, [])
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
+        return OutputBounds(ball.radius * self.factor, ball.error, [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         return g, []
 
 
@@ -76,10 +76,10 @@ class Same(Expansion):
     def __init__(self, clean: Tensor, scope: Scope) -> None:
         self.clean, self.space, self.whole = clean, scope.space, scope.whole
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
-        return Behind(ball.radius, ball.error, [])
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
+        return OutputBounds(ball.radius, ball.error, [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         return g, []
 
 
@@ -93,17 +93,17 @@ def _identity(layer: nn.Module, clean: Tensor, scope: Scope) -> Expansion:
 
 
 def shape_of(part: Expansion) -> tuple[int, ...]:
-    """Of a sample behind it: (C, H, W) of an image, or (T, D)."""
+    """The shape of a sample after this part: (C, H, W) of an image, or (T, D)."""
     return part.whole or tuple(part.clean.shape[1:])
 
 
 class ChainExpansion(Expansion):
-    """Layers one after the other; an affine step and the functions of its numbers behind it are expanded together.
+    """Layers in series. An affine layer and the function of single entries after it are expanded together.
 
-    way_lost: what float64 lost of the way, layer by layer, per unit of ε (N,); None before `with_way`.
+    input_map_error: the float64 error of the input map of each layer per unit of ε (N,); None before `with_input_map`.
     """
 
-    way_lost: Tensor | None = None
+    input_map_error: Tensor | None = None
 
     def __init__(self, layers: Iterable[nn.Module], clean: Tensor, scope: Scope) -> None:
         self.parts: list[Expansion] = []
@@ -116,8 +116,8 @@ class ChainExpansion(Expansion):
             if entry is not None and whole is not None and not stays:
                 if len(whole) != 2:
                     raise BadInput(
-                        f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {whole}; "
-                        f"put Flatten or Patchify in front"
+                        f"expected vectors or tokens before {type(layer).__name__}, got samples of shape {whole}; "
+                        f"put Flatten or Patchify before it"
                     )
                 self.parts.append(ToTokens(clean, whole, space))
                 clean, whole = self.parts[-1].clean, None
@@ -126,18 +126,18 @@ class ChainExpansion(Expansion):
                 space = "l2"
             here = Scope(scope.context, space, whole)
             part = expand(layer, clean, here)
-            # An affine step, the batch norm behind it and the function of single numbers behind that are expanded together.
+            # An affine layer, a batch norm after it and an elementwise function or reflection after that are expanded together.
             if type(layer) in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED) and isinstance(part, AffineStep):
-                behind = Scope(scope.context, "l2", part.whole)
+                after = Scope(scope.context, "l2", part.whole)
                 if type(following) in BATCH_NORMS:
-                    scale = expand(following, part.clean, behind)  # type: ignore[arg-type]
+                    scale = expand(following, part.clean, after)  # type: ignore[arg-type]
                     assert isinstance(scale, Scaled)
                     part = Composed(part, scale, scale.factors)
                     i += 1
                     following = layers[i + 1] if i + 1 < len(layers) else None
                 bends = _bending(following)
                 if following is not None and bends is not None:
-                    expand(following, part.clean[:1], behind)  # refuses hooks and unknown classes
+                    expand(following, part.clean[:1], after)  # refuses hooks and unsupported classes
                     part = bends(following, clean, here, part)
                     i += 1
             self.parts.append(part)
@@ -145,41 +145,41 @@ class ChainExpansion(Expansion):
             i += 1
         self.clean, self.space, self.whole = clean, space, whole
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
-        bounds: list[Pair] = []
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
+        bounds: list[Term] = []
         for part in self.parts:
-            behind = part.advance(ball, remainder)
-            bounds += behind.bounds
-            ball = Ball(behind.radius, behind.error, ball.weight_radius, self._split_behind(ball.split))
-        return Behind(ball.radius, ball.error, bounds)
+            after = part.advance(ball, remainder)
+            bounds += after.bounds
+            ball = Ball(after.radius, after.error, ball.weight_radius, self._split_behind(ball.split))
+        return OutputBounds(ball.radius, ball.error, bounds)
 
-    def _split_behind(self, split: Split | None) -> Split | None:
-        """What is known of the change in front of a part, of that in front of the next."""
-        if split is None or self.way_lost is None:
+    def _split_behind(self, split: SplitChange | None) -> SplitChange | None:
+        """The split of the change before the next part, from that before this part."""
+        if split is None or self.input_map_error is None:
             return split
-        return Split(split.epsilon, split.beyond + self.way_lost.unsqueeze(-1) * split.epsilon)
+        return SplitChange(split.epsilon, split.rest + self.input_map_error.unsqueeze(-1) * split.epsilon)
 
     @property
-    def shaped(self) -> bool:
-        return any(part.shaped for part in self.parts)
+    def uses_input_map(self) -> bool:
+        return any(part.uses_input_map for part in self.parts)
 
-    def with_way(self, m: Tensor, before: Tensor) -> Self:
-        parts, way_lost = list(self.parts), None
+    def with_input_map(self, m: Tensor, before: Tensor) -> Self:
+        parts, input_map_error = list(self.parts), None
         for i, part in enumerate(self.parts):
-            parts[i] = part.with_way(m, before)
-            if not any(later.shaped for later in self.parts[i + 1 :]):
+            parts[i] = part.with_input_map(m, before)
+            if not any(later.uses_input_map for later in self.parts[i + 1 :]):
                 break
-            # What float64 lost of J·M is measured against M, the largest so far: a J may nearly annihilate it.
+            # The float64 error of J·M is measured relative to M, and the largest so far counts: J may nearly annihilate M.
             lost = 2.0**-34 * torch.linalg.matrix_norm(m)
-            way_lost = lost if way_lost is None else torch.maximum(way_lost, lost)
+            input_map_error = lost if input_map_error is None else torch.maximum(input_map_error, lost)
             m, before = part.jacobian() @ m, before * part.lipschitz()
-        return self.replaced(parts=parts, way_lost=way_lost)
+        return self.replaced(parts=parts, input_map_error=input_map_error)
 
     def functionals(self) -> Functionals | None:
         return self.parts[0].functionals() if self.parts else None
 
     def then(self, part: Expansion) -> ChainExpansion:
-        """This chain with one more part behind it."""
+        """This chain followed by one more part."""
         return self.replaced(parts=[*self.parts, part], clean=part.clean, space=part.space, whole=part.whole)
 
     def lipschitz(self) -> Tensor | float:
@@ -188,16 +188,16 @@ class ChainExpansion(Expansion):
             gain = gain * part.lipschitz()
         return gain
 
-    def at_rows(self, sample: Tensor, position: Tensor, arrived: Tensor) -> Self:
+    def at_rows(self, sample: Tensor, position: Tensor, rounding_radii: Tensor) -> Self:
         parts: list[Expansion] = []
         for part in self.parts:
             if parts:
-                arrived = self.parts[len(parts) - 1].advance(Ball.of(arrived), remainder=False).radius
-            parts.append(part.at_rows(sample, position, arrived))
+                rounding_radii = self.parts[len(parts) - 1].advance(Ball.of(rounding_radii), remainder=False).radius
+            parts.append(part.at_rows(sample, position, rounding_radii))
         return self.replaced(parts=parts, clean=rows_of(self.clean, sample, position))
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
-        groups: list[list[Pair]] = []
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
+        groups: list[list[Term]] = []
         for part in reversed(self.parts):
             g, weights = part.adjoint(g, two_sided)
             groups.append(weights)
@@ -211,7 +211,7 @@ def _sequential(layer: nn.Sequential, clean: Tensor, scope: Scope) -> Expansion:
 
 @register(AddPositions)
 class AddPositionsExpansion(Expansion):
-    """x_t + p_t: one rounding of the sum."""
+    """x_t + p_t: the sum rounds once."""
 
     by_token = ("clean", "norm")
 
@@ -222,39 +222,39 @@ class AddPositionsExpansion(Expansion):
         self.clean = clean + layer.positions.detach().double()[: clean.shape[1]]
         self.norm = norm_up(self.clean)
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         norm = self.norm + ball.radius
         fresh = self.scope.infinite_if_overflow(up(shift_error(norm, self.clean.shape[-1], self.scope)), norm)
-        return Behind(ball.radius + fresh, ball.error + fresh, [fresh] if remainder else [])
+        return OutputBounds(ball.radius + fresh, ball.error + fresh, [fresh] if remainder else [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         return g, [token_norms(g)]
 
 
 @register(MeanTokens)
 class MeanTokensExpansion(Expansion):
-    """The mean of the tokens: it moves by at most the mean of their radii."""
+    """The mean of the tokens; it changes by at most the mean of their radii."""
 
     def __init__(self, layer: MeanTokens, clean: Tensor, scope: Scope) -> None:
         self.scope, self.tokens = scope, clean.shape[1]
         self.norm = norm_up(clean)
         self.clean = clean.mean(1, keepdim=True)
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         radius = ball.radius
         largest = (self.norm + radius).amax(-1, keepdim=True)
         fresh = self.scope.infinite_if_overflow(up(mean_error(largest, self.tokens, self.clean.shape[-1], self.scope)), largest * self.tokens)
-        bounds: list[Pair] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
-        return Behind(up(radius.mean(-1, keepdim=True)) + fresh, up(ball.error.mean(-1, keepdim=True)) + fresh, bounds)
+        bounds: list[Term] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
+        return OutputBounds(up(radius.mean(-1, keepdim=True)) + fresh, up(ball.error.mean(-1, keepdim=True)) + fresh, bounds)
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         norms = token_norms(g)
         return (g / self.tokens).expand(*g.shape[:-2], self.tokens, g.shape[-1]), [norms, ADJOINT_SLACK * norms]
 
 
 @register(nn.Flatten, any_space=True, keeps="any")
 class FlattenExpansion(Expansion):
-    """All numbers of a sample become one vector: nothing to do while they are one, the norm of the tokens' radii otherwise."""
+    """All entries of a sample become one vector. The radius is the norm of the tokens' radii."""
 
     def __init__(self, layer: nn.Flatten, clean: Tensor, scope: Scope) -> None:
         if layer.start_dim != 1 or layer.end_dim != -1:
@@ -262,45 +262,45 @@ class FlattenExpansion(Expansion):
         self.space, self.shape = scope.space, clean.shape[1:]
         self.clean = clean.flatten(1).unsqueeze(1)
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         joined = up(length(ball.radius, self.space, ball.radius.dim() - 1).unsqueeze(-1) * (1 + 1e-12))
-        return Behind(joined, up(torch.linalg.vector_norm(ball.error, dim=-1, keepdim=True) * (1 + 1e-12)), [])
+        return OutputBounds(joined, up(torch.linalg.vector_norm(ball.error, dim=-1, keepdim=True) * (1 + 1e-12)), [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         return g.squeeze(-2).unflatten(-1, self.shape), []
 
 
 class ToTokens(Expansion):
-    """One vector of all numbers (T, D) → tokens: none of them moves by more than the whole."""
+    """From one vector of all entries (T·D) to tokens; no token changes by more than the whole vector."""
 
     def __init__(self, clean: Tensor, whole: tuple[int, ...], space: str) -> None:
         if len(whole) != 2:
-            raise BadInput(f"expected tokens (T, D) or images, got samples of shape {whole}; put Flatten or Patchify in front")
+            raise BadInput(f"expected tokens (T, D) or images, got samples of shape {whole}; put Flatten or Patchify before it")
         self.clean, self.space = clean.unflatten(-1, whole).squeeze(1), space
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         shape = (*ball.radius.shape[:-1], self.clean.shape[1])
-        return Behind(ball.radius.expand(shape), ball.error.expand(shape), [])
+        return OutputBounds(ball.radius.expand(shape), ball.error.expand(shape), [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         return g.flatten(-2).unsqueeze(-2), []
 
 
 @register(Patchify, any_space=True, keeps="any")
 class PatchifyExpansion(Expansion):
-    """One vector of all pixels (C, H, W) → patches; no patch moves by more than the image."""
+    """From one vector of all pixels (C, H, W) to patches; no patch changes by more than the image."""
 
     def __init__(self, layer: Patchify, clean: Tensor, scope: Scope) -> None:
         if scope.whole is None or len(scope.whole) != 3:
-            raise BadInput("expected images (N, C, H, W) in front of Patchify, got vectors or tokens; patchify first")
+            raise BadInput("expected images (N, C, H, W) before Patchify, got vectors or tokens; patchify first")
         self.shape, self.patch, self.space = scope.whole, layer.patch, scope.space
         self.clean = layer(clean.unflatten(-1, self.shape).squeeze(1))
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         shape = (*ball.radius.shape[:-1], self.clean.shape[1])
-        return Behind(ball.radius.expand(shape), ball.error.expand(shape), [])
+        return OutputBounds(ball.radius.expand(shape), ball.error.expand(shape), [])
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         (c, h, w), p = self.shape, self.patch
         grid = g.unflatten(-1, (c, p, p)).unflatten(-4, (h // p, w // p))  # (…, H/p, W/p, C, p, p)
         k = grid.dim()
@@ -310,7 +310,7 @@ class PatchifyExpansion(Expansion):
 
 @register(Normalize, any_space=True, keeps="any")
 class NormalizeExpansion(Expansion):
-    """(x − mean)/std by channel: the gain of each channel, the largest where all are bounded together."""
+    """(x − mean)/std by channel. The gain is that of each channel; where all channels are bounded together, the largest."""
 
     by_token = ("clean", "reach")
 
@@ -325,7 +325,7 @@ class NormalizeExpansion(Expansion):
             raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
 
         def spread(v: Tensor) -> Tensor:
-            """By channel → by number of the vector in front (D,)."""
+            """From one value per channel to one per entry of the vector (D,)."""
             v = v.expand(channels)
             v = v.repeat_interleave(shape[1] * shape[2]) if len(shape) == 3 else v
             return v.repeat(shape[0]) if scope.whole is not None and len(shape) == 2 else v
@@ -337,23 +337,23 @@ class NormalizeExpansion(Expansion):
         self.reach = norm_up(clean) + float(norm_up(self.shift, 0))
         self.factor = l2_factor(scope.space, clean.shape[-1])
 
-    def advance(self, ball: Ball, remainder: bool = True) -> Behind:
+    def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         radius = ball.radius
         reach = self.reach + self.factor * radius
         size = self.gain * reach
         root = math.sqrt(self.clean.shape[-1])
-        # In ℓ1 and ℓ∞ the ℓ2 bound serves with √n or as it is.
+        # In ℓ1 and ℓ∞ the ℓ2 bound is used, times √n in ℓ1.
         fresh = standardize_error(size, self.gain, self.clean.shape[-1], self.scope)
-        # The difference has to fit before it is divided.
+        # The difference must not overflow before it is divided.
         fresh = self.scope.infinite_if_flushed(self.scope.infinite_if_overflow(up(fresh), torch.maximum(size, reach)), self.smallest)
-        bounds: list[Pair] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
+        bounds: list[Term] = [fresh, radius.amax(-1, keepdim=True)] if remainder else []
         moved = up(self.gain * radius) + fresh * (root * (1 + 1e-15) if self.space == "l1" else 1.0)
-        return Behind(moved, up(self.gain * ball.error) + fresh, bounds)
+        return OutputBounds(moved, up(self.gain * ball.error) + fresh, bounds)
 
     def lipschitz(self) -> Tensor | float:
         return self.gain
 
-    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Pair]]:
+    def adjoint(self, g: Tensor, two_sided: bool = False) -> tuple[Tensor, list[Term]]:
         norms = token_norms(g)
-        # In ℓ∞ a unit of radius moves a linear function by ‖g‖₁ ≤ √n‖g‖₂.
+        # In ℓ∞ a unit of radius changes a linear function by ‖g‖₁ ≤ √n‖g‖₂.
         return g * self.scale, [norms, ADJOINT_SLACK * self.gain * self.factor * norms.sum(-1, keepdim=True)]

@@ -175,7 +175,7 @@ class _Builder:
             raise UnsupportedLayer(f"expected a layer that sorts pairs, got {layer}; use method 'global'")
         if channels % 2 or len(self.shape) not in (1, 3):
             name = type(layer).__name__
-            raise UnsupportedLayer(f"expected an even number of channels of images or vectors in front of {name}, got {self.shape}; change the width")
+            raise UnsupportedLayer(f"expected an even number of channels of images or vectors before {name}, got {self.shape}; change the width")
         index = self._indices(math.prod(self.shape)).reshape(self.shape)
         if isinstance(layer, MaxMin):
             a, b = (part.reshape(-1) for part in index.chunk(2, 0))

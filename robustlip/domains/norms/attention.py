@@ -125,7 +125,7 @@ class Heads:
         return size if offset is None else size + offset
 
     def turned(self, size: Tensor) -> Tensor:
-        """size·ρ, of queries or keys in front of their rotation."""
+        """size·ρ, of queries or keys before their rotation."""
         return size if self.turn == 1.0 else size * self.turn
 
     def projected_error(self, name: str, change: Tensor | float, norm: Tensor, layer: Attention, arithmetic: RoundingModel) -> Tensor:

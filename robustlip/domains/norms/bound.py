@@ -23,7 +23,7 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 
 def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Tensor, Tensor]:
-    """(layers behind the threat, their clean input, its largest token norm (N,) float64 on the CPU, rounded up)."""
+    """(layers after the threat, their clean input, its largest token norm (N,) float64 on the CPU, rounded up)."""
     if isinstance(threat, EmbeddingBall):
         inside = model.embed(x)
         threat.positions(inside.shape[1])
@@ -40,7 +40,7 @@ def entry(model: Chain, x: Tensor, threat: Threat) -> tuple[list[nn.Module], Ten
 
 
 def first_state(inside: Tensor, norm: Tensor, threat: Threat, radius: Tensor) -> State:
-    """Bounds in front of the first layer behind the threat: the domain is the clean norm enlarged by the perturbation (docs/theory.md, section 1)."""
+    """Bounds before the first layer after the threat: the domain is the clean norm enlarged by the perturbation (docs/theory.md, section 1)."""
     shape = inside.shape[1:]
     if not inside.is_floating_point():
         tokens, width, whole = shape[-1], 1, None
@@ -79,7 +79,7 @@ class GlobalBound:
         return distances.of(self.y).cpu()
 
     def at(self, radius: Tensor) -> tuple[State, Tensor, Tensor]:
-        """(state in front of the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
+        """(state before the head, extra change per pair of logits, rounding per single logit) at each radius (N,)."""
         context = self._context(radius)
         state = run_rules(self.layers, first_state(self.inside, self.norm, self.threat, radius), context)
         zero = torch.zeros_like(radius)
@@ -137,7 +137,7 @@ class GlobalBound:
 def global_radii(
     model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context
 ) -> tuple[Tensor, Tensor]:
-    """(radius (N,), Lipschitz bound of the part in front of the head at that radius (N,)), float64 on the CPU.
+    """(radius (N,), Lipschitz bound of the part before the head at that radius (N,)), float64 on the CPU.
 
     logits: executed (N, C). A radius is 0 where the margin is not positive or rounding alone could close it.
     """

@@ -1,4 +1,4 @@
-"""Multiplication by constants, addition of constants, zeros around images. All act number by number, so their gains hold in ℓ1, ℓ2 and ℓ∞ alike."""
+"""Multiplication by constants, addition of constants, zeros around images. They act entry by entry, so their gains are those of ℓ1, ℓ2 and ℓ∞."""
 
 from __future__ import annotations
 

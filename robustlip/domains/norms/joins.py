@@ -15,7 +15,7 @@ from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
 
 def branches_behind(layer: Branching, state: State, context: Context) -> tuple[list[State], State]:
-    """(the state behind each branch, the state in front): tokens by token, images as a whole, changes in ℓ2."""
+    """(the state after each branch, the state in front): tokens by token, images as a whole, changes in ℓ2."""
     stays = state.whole is not None and (len(state.whole) == 3 or (isinstance(layer, Sum) and (len(state.whole) > 3 or for_signals(layer))))
     state = (state if stays else state.by_token(layer)).in_l2()
     behind = [apply_rule(branch, state, context) for branch in layer.branches]
@@ -74,7 +74,7 @@ class ChannelsRule(Rule):
             state = state.by_token(layer)
         channels = state.whole[0] if state.whole is not None else state.width
         if layer.stop > channels:
-            raise BadInput(f"expected at least {layer.stop} channels in front of Channels, got {channels}; change the slice")
+            raise BadInput(f"expected at least {layer.stop} channels before Channels, got {channels}; change the slice")
         kept = layer.stop - layer.start
         whole = None if state.whole is None else (kept, *state.whole[1:])
         return replace(state, width=state.width // channels * kept, whole=whole)

@@ -22,7 +22,7 @@ class LinearRule(Rule):
     def step(self, layer: nn.Linear, state: State, context: Context) -> State:
         state = state.by_token(layer)
         if state.width != layer.weight.shape[1]:
-            raise BadInput(f"expected {layer.weight.shape[1]} numbers in front of Linear, got {state.width}; match the widths")
+            raise BadInput(f"expected {layer.weight.shape[1]} numbers before Linear, got {state.width}; match the widths")
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         bias = context.constant(layer, "bias", lambda: 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0)))
         if state.space == "linf":
@@ -56,14 +56,14 @@ class EmbeddingRule(Rule):
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.weight.detach()).amax()))
         perturbed = context.weight_change(matrix.sigma) + torch.zeros_like(state.norm)
-        # `norm` in front of an embedding is the largest norm of the rows in use, where the caller knows it.
+        # `norm` before an embedding is the largest norm of the rows in use, where the caller knows it.
         norm = torch.minimum(state.norm, torch.full_like(state.norm, largest)) + perturbed
         return context.finite(replace(state, norm=norm, change=perturbed, rounding=torch.zeros_like(norm), space="l2", width=layer.embedding_dim))
 
 
 @register(Lookup)
 class LookupRule(Rule):
-    """Recorded operations on token ids: what a ball of embeddings stands behind. It has no bound of its own."""
+    """Recorded operations on token ids: what a ball of embeddings stands after. It has no bound of its own."""
 
     def step(self, layer: Lookup, state: State, context: Context) -> State:
         raise UnsupportedLayer(

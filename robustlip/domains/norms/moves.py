@@ -19,7 +19,7 @@ def remembered_moves(layer: nn.Module, whole: tuple[int, ...] | None, tokens: in
 
 @register_family(is_move)
 class MoveRule(Rule):
-    """Tokens stay apart where each behind is made of one in front; where they are mixed, all numbers of a sample are bounded as one vector."""
+    """Tokens stay apart where each after is made of one in front; where they are mixed, all numbers of a sample are bounded as one vector."""
 
     def step(self, layer: nn.Module, state: State, context: Context) -> State:
         m = remembered_moves(layer, state.whole, state.tokens, state.width, context)

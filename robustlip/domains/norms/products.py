@@ -17,7 +17,7 @@ from robustlip.ops.joins import product_error, root_of_squares, spread_over
 
 
 def peak(branch: nn.Module, behind: State) -> Tensor:
-    """≥ every number behind a branch in exact arithmetic: at most the ℓ2 norm, and the bound of a function that ends it (a sigmoid's 1)."""
+    """≥ every number after a branch in exact arithmetic: at most the ℓ2 norm, and the bound of a function that ends it (a sigmoid's 1)."""
     while type(branch) is nn.Sequential and len(branch):
         branch = branch[-1]
     if not is_elementwise(branch):
@@ -56,7 +56,7 @@ class ProductRule(Rule):
 
 @register(Maximum, Minimum)
 class MaximumRule(Rule):
-    """|max(a', b') − max(a, b)| ≤ max(|a' − a|, |b' − b|) number by number, so ‖·‖₂ is at most that of both side by side. Nothing is computed."""
+    """|max(a', b') − max(a, b)| ≤ max(|a' − a|, |b' − b|) for each entry, so ‖·‖₂ is at most that of the concatenation. Nothing is computed."""
 
     def step(self, layer: Maximum, state: State, context: Context) -> State:
         (a, b), _ = branches_behind(layer, state, context)

@@ -1,7 +1,7 @@
 """What a rule is: how far a bounded change can travel through one kind of layer. docs/theory.md, sections 1 and 3.
 
 A rule never sees a sample. It sees a `State`: bounds that hold for every perturbed input at once, as float64 tensors of any common
-shape (one entry per sample and radius tried), and returns the state behind its layer. What it needs of the weights it asks
+shape (one entry per sample and radius tried), and returns the state after its layer. What it needs of the weights it asks
 `Context.constant` for, which computes each guaranteed constant once for given weights.
 """
 
@@ -34,7 +34,7 @@ class State:
     norm: ‖x'_t‖₂ ≤ norm for the perturbed activations, in exact arithmetic and as executed.
     change: ‖x'_t − x_t‖ ≤ change in the norm `space`, exact arithmetic.
     rounding: ‖executed − exact‖₂ ≤ rounding, at the clean input and at every perturbed one.
-    space: 'l2', or 'l1' / 'linf' in front of the first layer that mixes coordinates.
+    space: 'l2', or 'l1' / 'linf' before the first layer that mixes coordinates.
     tokens, width: how many vectors a sample has here, and how many numbers each.
     whole: the shape of a sample that is still bounded as one vector of all its numbers, (C, H, W) or (T, D); None where bounds are by token.
     """
@@ -53,7 +53,7 @@ class State:
             return self
         if len(self.whole) != 2:
             raise BadInput(
-                f"expected vectors or tokens in front of {type(layer).__name__}, got samples of shape {self.whole}; put Flatten or Patchify in front"
+                f"expected vectors or tokens before {type(layer).__name__}, got samples of shape {self.whole}; put Flatten or Patchify before it"
             )
         return replace(self, tokens=self.whole[0], width=self.whole[1], whole=None)
 
@@ -71,7 +71,7 @@ class Context(Arithmetic):
     dtype: of the program that is covered. weight_radius: None, or the radius of a WeightBall (any shape that fits the states);
     relative: whether it is a fraction of each matrix's spectral norm.
     clean: by layer, (by token?, largest norm (N,)) of its output in the clean pass as executed, where one was traced (certifiers.trace).
-    behind: executed margins have to stay above it: what a function of the logits that the program ends with can lose (graph.final).
+    after: executed margins have to stay above it: what a function of the logits that the program ends with can lose (graph.final).
     """
 
     store: dict[tuple[int, str], Any]
@@ -122,7 +122,7 @@ class Rule:
     """The rule of one layer class. Subclasses prove `step`; a contract test in tests/test_rules_contract.py checks it."""
 
     def step(self, layer: Any, state: State, context: Context) -> State:
-        """Bounds behind the layer, given bounds in front of it. Must be monotone in state.norm, state.change and the weight radius."""
+        """Bounds after the layer, given bounds before it. Must be monotone in state.norm, state.change and the weight radius."""
         raise NotImplementedError
 
 
@@ -169,15 +169,15 @@ def rule_for(layer: nn.Module) -> Rule:
 
 
 def apply_rule(layer: nn.Module, state: State, context: Context) -> State:
-    """The state behind one layer, its domain tightened by the clean pass where that is known."""
+    """The state after one layer, its domain tightened by the clean pass where that is known."""
     behind = rule_for(layer).step(layer, state, context)
-    # A product of small numbers can vanish, and what stands behind may be large: a change that is not 0 stays above 0.
+    # A product of small numbers can vanish, and what stands after may be large: a change that is not 0 stays above 0.
     change = torch.where(state.change > 0, behind.change + VANISHED, behind.change)
     return context.tighten(layer, replace(behind, change=change))
 
 
 def run_rules(layers: Iterable[nn.Module], state: State, context: Context) -> State:
-    """The state behind a chain of layers."""
+    """The state after a chain of layers."""
     for layer in layers:
         state = apply_rule(layer, state, context)
     return state

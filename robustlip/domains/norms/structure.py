@@ -53,7 +53,7 @@ class PatchifyRule(Rule):
 
     def step(self, layer: Patchify, state: State, context: Context) -> State:
         if state.whole is None or len(state.whole) != 3:
-            raise BadInput("expected images (N, C, H, W) in front of Patchify, got vectors or tokens; patchify first")
+            raise BadInput("expected images (N, C, H, W) before Patchify, got vectors or tokens; patchify first")
         channels, height, width = state.whole
         return replace(
             state, tokens=(height // layer.patch) * (width // layer.patch), width=channels * layer.patch**2, whole=None

@@ -39,7 +39,7 @@ class Constants:
 
 
 def constants_at(network: Network, x: Tensor | None, proved: bool) -> Constants:
-    """The constants that δδᵀ ⪯ ‖x' − x‖²·X in front of the head gives; infinite where it is not proved."""
+    """The constants that δδᵀ ⪯ ‖x' − x‖²·X before the head gives; infinite where it is not proved."""
     classes = len(network.head.mid)
     pairs = torch.full((classes, classes), math.inf, dtype=torch.float64).fill_diagonal_(1.0)
     if not proved:
@@ -69,7 +69,7 @@ def constant_radii(
     """(radius (N,), ℓ2 constant of the rival that binds (N,)), float64 on the CPU; radius 0 and NaN where the margin or the rounding forbids.
 
     Rival j cannot win while pairs[y, j]·‖δ‖₂ < m_j − 2‖u_y − u_j‖·rounding − 4·single: the executed logits, clean and perturbed, are each off by
-    the rounding in front of the head and by that of a single logit, both at the radius in question. ‖δ‖₂ ≤ √n‖δ‖_∞ and ‖δ‖₂ ≤ ‖δ‖₁.
+    the rounding before the head and by that of a single logit, both at the radius in question. ‖δ‖₂ ≤ √n‖δ‖_∞ and ‖δ‖₂ ≤ ‖δ‖₁.
     """
     from robustlip.domains.search import largest_radius
 
@@ -79,7 +79,7 @@ def constant_radii(
     first = next(layer for layer in layers if isinstance(layer, torch.nn.Linear))
     if first.in_features != size:
         shape = tuple(inside.shape[1:])
-        raise BadInput(f"expected samples of {first.in_features} numbers in front of the first Linear layer, got {shape}; flatten them")
+        raise BadInput(f"expected samples of {first.in_features} numbers before the first Linear layer, got {shape}; flatten them")
     growth = l2_factor(threat.norm, size)
     y = y.cpu()
     bound = GlobalBound(model, layers, inside, norm, threat, y, context)

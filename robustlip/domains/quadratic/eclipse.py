@@ -23,7 +23,7 @@ LARGEST = 16384
 
 
 def fast_multipliers(network: Network, larger: float = 1.0) -> tuple[list[Tensor], Tensor | None, bool]:
-    """(multipliers of each stage, X in front of the head, proved). larger: multiplies every λ, away from where (LMI) becomes singular."""
+    """(multipliers of each stage, X before the head, proved). larger: multiplies every λ, away from where (LMI) becomes singular."""
     x: Tensor | None = None
     found: list[Tensor] = []
     for weight, constraint in network.stages:

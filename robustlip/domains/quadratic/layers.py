@@ -47,12 +47,12 @@ def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
             mixed, width = True, width + layer.out_features
         elif type(layer) is nn.Flatten:
             if mixed:
-                return f"{what} is for vectors, this model flattens behind a Linear layer"
+                return f"{what} is for vectors, this model flattens after a Linear layer"
         elif type(layer) is Normalize:
             if mixed and layer.std.numel() > 1:
-                return f"{what} knows Normalize by channel in front of the first Linear layer only"
+                return f"{what} knows Normalize by channel before the first Linear layer only"
         elif not mixed and type(layer) not in DROPOUTS:
-            return f"{what} needs a Linear layer in front of all others, this model begins with {type(layer).__name__}"
+            return f"{what} needs a Linear layer before all others, this model begins with {type(layer).__name__}"
         elif not known(layer) and type(layer) not in DROPOUTS:
             return f"{what} is for chains of Linear layers and activations, this one has {type(layer).__name__}"
     if width > largest:
@@ -71,7 +71,7 @@ def network_of(model: Chain) -> Network:
     stages: list[tuple[Enclosure, Quadratic]] = []
     linear: Enclosure | None = None
     width = 0
-    gain = 1.0  # of scalings in front of the next Linear layer
+    gain = 1.0  # of scalings before the next Linear layer
     for layer in model:
         rule_for(layer)  # refuses hooks, which can change what a layer computes
         if type(layer) is Normalize:

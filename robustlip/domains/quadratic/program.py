@@ -4,7 +4,7 @@ For a row c of the head (or several), numbers b_k for the coordinates of each ac
 
     M(ρ, λ) = ρ·I_c + Bᵀ diag(λ) B − Uᵀ diag(λ) U − Q,        U = rows Rₖᵀaₖ,  B = rows bₖ,  Q = a₀ᵀa₀,  as forms in (c, b).
 
-If M(ρ, λ) ⪰ 0 and λ ≥ 0, then (cᵀδ)² ≤ ρ·‖x' − x‖² for the difference δ in front of the head at any two inputs. Proof. By (QC) of
+If M(ρ, λ) ⪰ 0 and λ ≥ 0, then (cᵀδ)² ≤ ρ·‖x' − x‖² for the difference δ before the head at any two inputs. Proof. By (QC) of
 quadratic.py there are matrices Φ_g, ‖Φ_g‖ ≤ 1, with w_g = Φ_g(Ev)_g, so δₖ = (Dₖ + RₖΦₖEₖ)Wₖδₖ₋₁ with Φₖ = diag(Φ_g). Choose bₖ = ΦₖᵀRₖᵀaₖ. Then
 aₖ₋₁ᵀδₖ₋₁ = aₖᵀδₖ, hence cᵀδ = a₀ᵀ(x' − x); and λ_g‖b_g‖² ≤ λ_g‖(Rᵀa)_g‖² for every group, so M ⪰ 0 says ρ ≥ ‖a₀‖². Cauchy-Schwarz. For several
 rows C, with any unit combination of them as c, ‖Cδ‖² ≤ ρ·‖x' − x‖².
@@ -47,7 +47,7 @@ class Program:
         return sum(self.sizes)
 
     def of_rows(self, chosen: Tensor) -> Program:
-        """The program for some of its rows c, by number."""
+        """The program for some of its rows c, entry by entry."""
         tail = torch.arange(self.rows, self.size)
         columns = torch.cat([chosen, tail])
 
