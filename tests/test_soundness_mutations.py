@@ -71,8 +71,8 @@ def test_power_iteration_would_be_fooled_and_attention_is_not(heads) -> None:
 
 def test_nothing_that_certifies_names_power_iteration() -> None:
     folder = Path(robustlip.__file__).parent
-    rooms = ("domains", "certifiers", "ops")
-    files = [*(file for room in rooms for file in (folder / room).rglob("*.py")), folder / "verification.py", folder / "gate.py"]
+    folders = ("domains", "certifiers", "ops")
+    files = [*(file for name in folders for file in (folder / name).rglob("*.py")), folder / "verification.py", folder / "gate.py"]
     assert len(files) > 50
     for file in files:
         assert "spectral_norm_estimate" not in file.read_text(encoding="utf-8"), file.name

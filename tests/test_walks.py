@@ -320,7 +320,7 @@ def test_every_activation_with_a_constraint_has_a_case() -> None:
     root = Path(__file__).parent
     table = runpy.run_path(str(root / "test_lipsdp.py"))["ACTIVATIONS"]
     covered = {type(build(8)) for build in table.values()}
-    known = {kind for kind in rules_base.known_layers() if sdp_quadratic.known(small(kind))}
+    known = {kind for kind in rules_base.supported_layers() if sdp_quadratic.known(small(kind))}
     assert covered <= known and known - covered <= set(elementwise_layers())
 
 

@@ -14,7 +14,7 @@ from robustlip.certifiers.chains import chain_of, check_weights_of
 from robustlip.certifiers.constants import constants_of
 from robustlip.certifiers.samples import batches, check_entry, check_model, device_type
 from robustlip.domains.norms import Context, State, run_rules
-from robustlip.domains.norms.bound import entry, first_state
+from robustlip.domains.norms.bound import first_state, layers_after_threat
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import proving
 from robustlip.layers import Attention, Chain, Patchify, Scale, Shift, as_chain
@@ -117,7 +117,7 @@ def weight_sensitivity_bound(model: nn.Module, x: Any, threat: WeightBall, batch
         _, store = constants_of(chain)
         for part in batches(len(x), batch_size):
             xb = x[part].to(device, copy=True)
-            layers, inside, norm = entry(chain, xb.to(dtype) if xb.is_floating_point() else xb, threat)
+            layers, inside, norm = layers_after_threat(chain, xb.to(dtype) if xb.is_floating_point() else xb, threat)
             radius = torch.full_like(norm, threat.radius)
             context = Context(dtype=dtype, store=store, weight_radius=radius, relative=threat.relative)
             state = run_rules(layers, first_state(inside, norm, threat, radius), context)

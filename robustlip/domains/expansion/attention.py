@@ -236,7 +236,7 @@ class AttentionExpansion(Expansion):
         """‖E‖ of each matrix, (…, N, 1, 1), which broadcasts against (…, N, H, T)."""
         out: dict[str, Tensor | float] = {}
         for name in self.matrices:
-            change = 0.0 if ball.weight_radius is None else self.scope.weight_change(ball, self.heads.unit[name])
+            change = 0.0 if ball.weight_radius is None else self.scope.weight_change(ball, self.heads.perturbed_sigma[name])
             out[name] = change.unsqueeze(-1) if isinstance(change, Tensor) else change
         return out
 

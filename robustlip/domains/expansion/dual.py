@@ -257,11 +257,11 @@ class RivalFilter:
         if not isinstance(body, JacobianChain) or rows is None or len(rows) <= ALL_RIVALS:
             return cls(reference, None)
         whole, lost = body.end_to_end()
-        room = max(1, 8 * chunk_numbers(rows) // rows.shape[1])
+        available = max(1, 8 * chunk_numbers(rows) // rows.shape[1])
         found = torch.empty_like(reference.margin)
         for i, jacobian in enumerate(whole):
             own, at = rows[y[i]] @ jacobian, 0
-            for part in rows.split(room):
+            for part in rows.split(available):
                 found[i, at : at + len(part)] = norm_up(own - part @ jacobian)
                 at += len(part)
         # The error of each product is at most γ‖u‖‖J‖_F, that of the difference is as small.

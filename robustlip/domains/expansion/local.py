@@ -17,7 +17,7 @@ from torch import Tensor
 from robustlip.domains.expansion import Ball, ChainExpansion, OutputBounds, Scope, ToL2, unsupported
 from robustlip.domains.margins import Distances, head_of, margins
 from robustlip.domains.norms import Context
-from robustlip.domains.norms.bound import entry
+from robustlip.domains.norms.bound import layers_after_threat
 from robustlip.domains.search import TOLERANCE, largest_radius
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain, two_logits
@@ -104,7 +104,7 @@ def double_copy(model: Chain, context: Context) -> Chain:
 
     def make() -> Chain:
         twin = copy.deepcopy(model).double()
-        context.twins(model, twin)
+        context.share_constants(model, twin)
         return twin
 
     return context.constant(model, "double", make)  # type: ignore[no-any-return]
@@ -119,7 +119,7 @@ def distances_of(model: Chain, context: Context) -> Distances:
 
 def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Context) -> Reference:
     """The part of the computation that does not depend on the radius. x: inputs (N, …) in the certified dtype, y (N,), both on the model's device."""
-    _, inside, _ = entry(model, x, threat)
+    _, inside, _ = layers_after_threat(model, x, threat)
     twin = double_copy(model, context)
     layers = list(twin)[model.embedding_depth :] if isinstance(threat, EmbeddingBall) else list(twin)
     head = head_of(twin)
@@ -161,14 +161,14 @@ def search(decreases: Callable[[Tensor], Tensor], margin: Tensor, start: Tensor,
     Feasibility of ε is decided by the decreases themselves.
     """
     base = decreases(torch.zeros_like(start))
-    room = margin - base
+    available = margin - base
 
     def evaluate(epsilon: Tensor) -> tuple[Tensor, Tensor]:
         lost = decreases(epsilon)
         held = (lost < margin).all(-1)
-        fraction = ((lost - base).clamp_min(0.0) / room.clamp_min(1e-300)).amax(-1)
+        fraction = ((lost - base).clamp_min(0.0) / available.clamp_min(1e-300)).amax(-1)
         fraction = torch.where(held, fraction.clamp_max(1 - 1e-9), fraction.clamp_min(1.0))
-        return fraction, torch.where((room > 0).all(-1), torch.ones_like(fraction), torch.zeros_like(fraction))
+        return fraction, torch.where((available > 0).all(-1), torch.ones_like(fraction), torch.zeros_like(fraction))
 
     return largest_radius(evaluate, start, tolerance=tolerance)
 

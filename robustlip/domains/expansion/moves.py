@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Expansion, OutputBounds, Scope, Term, register_family, token_norms
-from robustlip.domains.norms.moves import remembered_moves
+from robustlip.domains.norms.moves import cached_moves
 from robustlip.geometry import length
 from robustlip.numerics.rounding import up
 from robustlip.ops.moves import growth, is_move
@@ -20,7 +20,7 @@ class MovesExpansion(Expansion):
 
     def __init__(self, layer: nn.Module, clean: Tensor, scope: Scope) -> None:
         tokens, width = clean.shape[1:]
-        m = self.moves = remembered_moves(layer, scope.whole, tokens, width, scope.context)
+        m = self.moves = cached_moves(layer, scope.whole, tokens, width, scope.context)
         self.scope, self.space, self.tokens, self.width = scope, scope.space, tokens, width
         self.by_tokens = m.tokens if scope.whole is None and len(m.shape) == 2 else None
         after = len(self.by_tokens.owner) if self.by_tokens is not None else m.out[0] if m.by_token else 1

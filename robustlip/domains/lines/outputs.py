@@ -23,7 +23,7 @@ from robustlip.domains.lines.crown import Boxes, InputBox, Tunable, _backward, i
 from robustlip.domains.lines.dense import Network, network_of, why_not
 from robustlip.domains.lines.relaxations import Relu
 from robustlip.domains.norms import Context
-from robustlip.domains.norms.bound import GlobalBound, entry
+from robustlip.domains.norms.bound import GlobalBound, layers_after_threat
 from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import UnsupportedLayer
 from robustlip.geometry import length
@@ -120,7 +120,7 @@ class ExecutedNetwork:
         if self.maps is not None:
             return torch.zeros(len(box.x), rows.shape[-2], dtype=torch.float64)
         threat = InputBall("l2")
-        layers, inside, norm = entry(self.model, self.points, threat)
+        layers, inside, norm = layers_after_threat(self.model, self.points, threat)
         bound = GlobalBound(self.model, layers, inside, norm, threat, torch.zeros(len(self.points), dtype=torch.int64), self.context)
         apart = length(self.points.double().flatten(1) - box.x, "l2")
         state, _, single = bound.at(up(up(apart) * (1 + 1e-9) + box.l2_radius).cpu())

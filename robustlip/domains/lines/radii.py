@@ -18,7 +18,7 @@ from robustlip.domains.lines.dense import Network, network_of, why_not
 from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.margins import margins
 from robustlip.domains.norms import Context
-from robustlip.domains.norms.bound import GlobalBound, entry
+from robustlip.domains.norms.bound import GlobalBound, layers_after_threat
 from robustlip.domains.search import LARGEST
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
@@ -39,7 +39,7 @@ class Problem:
         self.model, self.threat, self.context = model, threat, context
         self.network: Network = network_of(model, tuple(x.shape[1:]), context, dense=dense)
         self.x, self.y = x.detach().double().flatten(1), y
-        layers, inside, self.norm = entry(model, x, threat)
+        layers, inside, self.norm = layers_after_threat(model, x, threat)
         self.bound = GlobalBound(model, layers, inside, self.norm, threat, y.cpu(), context)
         self.margin = margins(logits.detach().cpu(), y.cpu())
         self.correct = self.margin.amin(-1) > 0

@@ -1,15 +1,15 @@
 """Attention, head by head. docs/theory.md, section 3.
 
 For one head on a path through the domain, with logits s·q·k/d + constant:
-    dp_ij = p_ij (η_ij − η̄_i),   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|,
-so with ‖x_t‖ ≤ a everywhere on the path and changes r of the tokens,  Σ_j|p'_ij − p_ij| ≤ min(2, 2·s σ_q σ_k a r/d), and from
+    dp_ij = p_ij (η_ij − η̄_i),   |η_ij| ≤ s(‖dq_i‖‖k_j‖ + ‖q_i‖‖dk_j‖)/d,   Σ_j p_j|η_j − η̄| ≤ max|η|.
+If ‖x_t‖ ≤ a everywhere on the path and tokens change by r,  Σ_j|p'_ij − p_ij| ≤ min(2, 2·s σ_q σ_k a r/d), and from
     o'_i − o_i = Σ_j p'_ij (v'_j − v_j) + Σ_j (p'_ij − p_ij) v_j,   ‖o'_i − o_i‖ ≤ σ_v r + σ_v a·min(2, 2·s σ_q σ_k a r/d).
-A bias by distance and a mask are constants and drop out.
-Rotary positions are orthogonal and change no norm. The published formula uses norms of the stacked matrices instead; see docs/theory.md, section 5.
+A bias by distance and a mask are constants and cancel. Rotary positions are orthogonal and change no norm. The published formula uses norms of the
+stacked matrices instead; see docs/theory.md, section 5.
 
-Biases of queries and keys enlarge what a change is multiplied with: |η_ij| ≤ c(‖dq_i‖(σ_k a + κ) + (σ_q a + ‖b_q‖)‖dk_j‖), c in the place of s/d.
-κ is ‖b_k‖ where keys are rotated, 0 elsewhere: dq_i·b_k is the same for all keys of the row, and a shift of a row moves no weight. Nor does b_v
-move Σ_j (p'_ij − p_ij) v_j, since both p sum to 1. Tables that turn by more than a rotation, ‖Rx‖ ≤ ρ‖x‖, count in σ_q, σ_k and the biases.
+Biases of queries and keys enlarge the factor of a change: |η_ij| ≤ c(‖dq_i‖(σ_k a + κ) + (σ_q a + ‖b_q‖)‖dk_j‖), with c instead of s/d. κ is ‖b_k‖
+where keys are rotated and 0 otherwise: dq_i·b_k is the same for all keys of a row, and a common shift of a row changes no weight. b_v does not change
+Σ_j (p'_ij − p_ij) v_j either, since both p sum to 1. Rotation tables that are not orthogonal, ‖Rx‖ ≤ ρ‖x‖, are part of σ_q, σ_k and biases.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ from robustlip.ops.attention import (
 
 
 @dataclass(frozen=True)
-class Units:
-    """σ of the matrix that a threat on the weights changes, by name, made when such a threat first asks. A joined projection stands for three."""
+class PerturbedNorms:
+    """σ of the matrix that a weight threat changes, by name, computed when first needed.
+
+    Query, key and value share the matrix of a joined projection.
+    """
 
     layer: Attention
     store: dict[str, float]
@@ -57,12 +60,12 @@ class Units:
 
 @dataclass(frozen=True)
 class Heads:
-    """Guaranteed norms of the matrices, whole and by head of queries (tensors (H,)); keys and values that heads share stand at each of them.
+    """Guaranteed norms of the matrices, as a whole and for each query head (tensors (H,)); shared keys and values are repeated for each head.
 
-    unit: of the matrix that a threat on the weights changes, by name; a joined projection's for query, key and value. offsets: norms of the biases,
-    of query, key and value by head, of the output as one number; None without. bias: the largest number that is added to a logit that is seen;
-    depth: how far below 0 a mask puts the others. turn: as in `Attention.turn`; it counts in the norms and biases of queries and keys already.
-    output_matrix: None, with ones for its norms, without an output projection.
+    perturbed_sigma: σ of the matrix that a weight threat changes, by name. offsets: norms of the biases of query, key and value by head, None without
+    biases; offset: that of the output. bias: the largest absolute value added to a visible logit; depth: how far below 0 a mask puts hidden logits.
+    turn: as in `Attention.turn`; the norms and biases of queries and keys include it. output_matrix: None without an output projection, whose norms
+    are 1.
     """
 
     query: Tensor
@@ -70,7 +73,7 @@ class Heads:
     value: Tensor
     output: Tensor
     whole: float
-    unit: Units
+    perturbed_sigma: PerturbedNorms
     frobenius: dict[str, Tensor]
     output_matrix: Matrix | None
     offsets: dict[str, Tensor | None]
@@ -82,14 +85,14 @@ class Heads:
     @classmethod
     def of(cls, layer: Attention) -> Heads:
         if layer.mask is not None:
-            layer.seen(layer.mask.shape[-1])  # refuses rows of nothing
+            layer.seen(layer.mask.shape[-1])  # refuses queries that see no key
         matrices, offsets = layer.matrices(), layer.offsets()
         slices = {n: matrices[n].detach().unflatten(0, (-1, layer.head_width)) for n in ("query", "key", "value")}
         matrix = None
         if layer.output is not None:
             slices["output"] = matrices["output"].detach().unflatten(1, (layer.heads, -1)).movedim(1, 0)
             matrix = Matrix.of(matrices["output"])
-        # States live on the CPU, where a dozen numbers a sample cost less than launching kernels for them.
+        # States are on the CPU, where a few numbers per sample take less time than GPU kernel launches.
         sigma = {n: spectral_norm_bound(w).cpu() for n, w in slices.items()}
         frobenius = {n: norm_up(w, (-2, -1)).cpu() for n, w in slices.items()}
         if layer.output is None:
@@ -104,7 +107,7 @@ class Heads:
         return cls(
             **sigma,
             whole=1.0 if matrix is None else matrix.sigma,
-            unit=Units(layer, {} if matrix is None else {"output": matrix.sigma}),
+            perturbed_sigma=PerturbedNorms(layer, {} if matrix is None else {"output": matrix.sigma}),
             frobenius=frobenius,
             output_matrix=matrix,
             offsets={n: norms.get(n) for n in ("query", "key", "value")},
@@ -120,12 +123,12 @@ class Heads:
         return self.offsets["query"] is not None or self.offsets["key"] is not None
 
     def plus(self, name: str, size: Tensor) -> Tensor:
-        """size (…, H) and the norm of that bias."""
+        """size (…, H) plus the norm of that bias."""
         offset = self.offsets[name]
         return size if offset is None else size + offset
 
     def turned(self, size: Tensor) -> Tensor:
-        """size·ρ, of queries or keys before their rotation."""
+        """size·ρ: the norm of queries or keys after their rotation."""
         return size if self.turn == 1.0 else size * self.turn
 
     def projected_error(self, name: str, change: Tensor | float, norm: Tensor, layer: Attention, arithmetic: RoundingModel) -> Tensor:
@@ -145,7 +148,7 @@ class Heads:
         return matrix.error(self.offset, norm, change, arithmetic)
 
     def output_sums(self, mixed: Tensor, change: Tensor | float, layer: Attention) -> Tensor:
-        """≥ every partial sum of every number of the output, for mixed values of norm ≤ mixed."""
+        """≥ every partial sum of every output entry, for mixed values of norm ≤ mixed."""
         if self.output_matrix is None:
             return mixed
         sums = mixed * (self.output_matrix.frobenius + math.sqrt(layer.width) * change)
@@ -160,7 +163,7 @@ def _largest_added(layer: Attention) -> float:
 
 
 def turn_error(layer: Attention, norm: Tensor, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(Rx) − Rx‖₂ of a query or key with ‖x‖₂ ≤ norm, where the layer rotates them."""
+    """‖fl(Rx) − Rx‖₂ of a rotated query or key with ‖x‖₂ ≤ norm."""
     by_table = layer.cos is not None
     return (table_error if by_table else rotation_error)(norm, layer.head_width, arithmetic)
 
@@ -171,7 +174,7 @@ def join_heads(output: Tensor, whole: float | Tensor, per_head: Tensor) -> Tenso
 
 
 def check_projections(layer: Attention) -> None:
-    """Raises UnsupportedLayer for projections that are not plain matrices: the rule reads their weights and biases and nothing else."""
+    """Raises UnsupportedLayer for projections that are not plain Linear layers: the rule uses their weights and biases only."""
     joined, d = layer.joined, layer.head_width
     rows = (layer.heads + 2 * layer.key_heads) * d if joined else layer.heads * d
     shapes = {"query": (rows, layer.width), "projection": (rows, layer.width), "output": (layer.width, layer.heads * d)}
@@ -189,7 +192,7 @@ def check_projections(layer: Attention) -> None:
 
 @register(Attention)
 class AttentionRule(Rule):
-    """Multi-head attention in the per-token ℓ2 norm; see the module's text for the derivation."""
+    """Multi-head attention in the ℓ2 norm of each token; the module's docstring has the derivation."""
 
     def step(self, layer: Attention, state: State, context: Context) -> State:
         state = state.by_token(layer).in_l2()
@@ -200,15 +203,15 @@ class AttentionRule(Rule):
         a, r = state.norm.unsqueeze(-1), state.change.unsqueeze(-1)  # (..., 1) against (H,)
 
         def perturbed(name: str) -> Tensor | float:
-            change = 0.0 if context.weight_radius is None else context.weight_change(heads.unit[name])
+            change = 0.0 if context.weight_radius is None else context.weight_change(heads.perturbed_sigma[name])
             return change.unsqueeze(-1) if isinstance(change, Tensor) and change.dim() else change
 
         e_q, e_k, e_v = perturbed("query"), perturbed("key"), perturbed("value")
-        e_o = 0.0 if layer.output is None else context.weight_change(heads.unit["output"])
+        e_o = 0.0 if layer.output is None else context.weight_change(heads.perturbed_sigma["output"])
         s_q, s_k, s_v = heads.query + e_q, heads.key + e_k, heads.value + e_v
         value_norm = s_v * a  # (..., H), without the bias
         mixed_norm = heads.plus("value", value_norm)
-        # What a change of a query is multiplied with, and of a key, beyond s_k·a and s_q·a. A shift of a whole row moves nothing.
+        # The additional factors of a change of a query and of a key, beyond s_k·a and s_q·a. A common shift of a row has no effect.
         on_query, on_key = heads.offsets["key"] if layer.turns else None, heads.offsets["query"]
 
         def head_change(r: Tensor, e_q: Tensor | float, e_k: Tensor | float, e_v: Tensor | float) -> Tensor:
@@ -229,24 +232,24 @@ class AttentionRule(Rule):
             size = size + heads.offset
         norm = factor * size
 
-        # Rounding made here, on executed inputs (whose norm `a` bounds too), and rounding that arrives and is passed on like a change.
+        # The rounding error of this layer on executed inputs (whose norm `a` also bounds), and the error of earlier layers, amplified like a change.
         head_error = self._rounding(layer, heads, state, context, (s_q, s_k, s_v), (e_q, e_k, e_v))
         fresh = heads.output_error(mixed + norm_up(head_error), e_o, context)
         fresh = factor * (join_heads(output_columns, whole, head_error) + fresh)
         if layer.output is not None or factor != 1.0:
             fresh = scaled_error(fresh, factor, size, layer.out_width, context)
         passed = factor * join_heads(output_columns, whole, head_change(state.rounding.unsqueeze(-1), 0.0, 0.0, 0.0))
-        behind = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.out_width)
+        after = replace(state, norm=norm + fresh, change=factor * change, rounding=passed + fresh, width=layer.out_width)
         product = s_q * s_k * a * a if not heads.is_shifted else heads.plus("query", s_q * a) * heads.plus("key", s_k * a)
-        # Where a mask hides keys by a number, logits of its size round by more than any softmax survives.
+        # If a mask hides keys by adding a number, logits of its size have a rounding error that is too large for any softmax.
         largest_logit = (scale + 1) * product.amax(-1) + heads.bias
-        # Partial sums of queries, keys and values: one that overflows is lost even where the logits are small.
+        # Partial sums of queries, keys and values may overflow even where the logits are small.
         inner = (("query", e_q), ("key", e_k), ("value", e_v))
         projected = torch.stack([heads.plus(name, (heads.frobenius[name] + math.sqrt(d) * e) * a) for name, e in inner]).amax(-1)
         held = largest_in_kernel(projected.amax(0), projected[-1], scale, state.tokens, context.dtype, layer.explicit)
         mixed_sums = heads.output_sums(mixed, e_o, layer)
-        # A scale that counts for zero makes NaN of what is masked.
-        return context.divided(context.finite(behind, torch.stack([largest_logit, held, mixed_sums]).amax(0)), scale)
+        # A scale that is flushed to zero turns masked logits into NaN.
+        return context.guard_flush(context.guard_overflow(after, torch.stack([largest_logit, held, mixed_sums]).amax(0)), scale)
 
     def _rounding(
         self,
@@ -257,7 +260,7 @@ class AttentionRule(Rule):
         sigma: tuple[Tensor, Tensor, Tensor],
         perturbed: tuple[Tensor | float, Tensor | float, Tensor | float],
     ) -> Tensor:
-        """‖fl(o_i) − o_i‖₂ of each head (..., H), given the executed input: products, rotation, logits, softmax, weighted sum, in turn."""
+        """‖fl(o_i) − o_i‖₂ of each head (..., H) for the executed input: products, rotation, logits, softmax, weighted sum."""
         d, length = layer.head_width, state.tokens
         scale = abs(layer.logit_scale)
         a = state.norm.unsqueeze(-1)

@@ -14,7 +14,7 @@ from robustlip.ops.convolution import image_shape
 
 
 def sample_shape(state: State) -> tuple[int, ...]:
-    """Of a sample as far as a table of constants can tell: (T, D) of a single token is (D,)."""
+    """The shape of a sample as seen by a table of constants: (D,) for a single token (T = 1, D)."""
     return state.whole or ((state.tokens, state.width) if state.tokens > 1 else (state.width,))
 
 
@@ -26,25 +26,25 @@ class ScaleRule(Rule):
         check_channels(layer, sample_shape(state))
         gain, smallest = context.constant(layer, f"scale-{layer.divide}", lambda: scale_gain(layer))
         fresh = scale_error(state.norm, gain, state.width, context)
-        behind = replace(state, norm=gain * state.norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
-        return context.divided(context.finite(behind), smallest)
+        after = replace(state, norm=gain * state.norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
+        return context.guard_flush(context.guard_overflow(after), smallest)
 
 
 @register(Shift)
 class ShiftRule(Rule):
-    """x + c or x − c: no change grows."""
+    """x + c or x − c: gain 1."""
 
     def step(self, layer: Shift, state: State, context: Context) -> State:
         shape, by_token = sample_shape(state), state.whole is None
         check_channels(layer, shape)
         size = context.constant(layer, f"shift-{shape}-{by_token}", lambda: shift_size(layer, shape, by_token))
         fresh, reach = shifted(state.norm, size, state.width, context)
-        return context.finite(replace(state, norm=reach + fresh, rounding=state.rounding + fresh))
+        return context.guard_overflow(replace(state, norm=reach + fresh, rounding=state.rounding + fresh))
 
 
 @register(nn.ZeroPad2d)
 class ZeroPad2dRule(Rule):
-    """Zeros around images: no norm changes."""
+    """Zeros around images: gain 1."""
 
     def step(self, layer: nn.ZeroPad2d, state: State, context: Context) -> State:
         channels, height, width = image_shape(layer, state.whole)

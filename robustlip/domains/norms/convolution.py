@@ -1,4 +1,4 @@
-"""Convolution and pooling of signals, images and volumes. docs/theory.md, section 3; facts and executed errors in robustlip.ops.convolution."""
+"""Convolution and pooling of signals, images and volumes. docs/theory.md, section 3; constants are in robustlip.ops.convolution."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_weights(layer: nn.Module, moves: bool) -> None:
 
 
 def convolution_of(layer: Conv | Transposed, whole: tuple[int, ...] | None, context: Context) -> Convolution:
-    """The constants of the layer on images of that shape, remembered. Raises UnsupportedLayer where torch may run another algorithm."""
+    """The constants of the layer on images of that shape, cached. Raises UnsupportedLayer where torch may use another algorithm."""
     shape = image_shape(layer, whole)
     check_algorithm(layer)
     check_weights(layer, context.weight_radius is not None)
@@ -48,13 +48,13 @@ def convolution_of(layer: Conv | Transposed, whole: tuple[int, ...] | None, cont
 
 @register(*CONVOLUTIONS, *TRANSPOSED)
 class ConvolutionRule(Rule):
-    """y = W*x + b on images, or the transposed one. Any stride, dilation, groups and padding mode."""
+    """y = W*x + b on images, or the transposed convolution. Any stride, dilation, groups and padding mode."""
 
     def step(self, layer: Conv | Transposed, state: State, context: Context) -> State:
         c = convolution_of(layer, state.whole, context)
-        perturbed = context.weight_change(c.matrix) * c.reach  # of transposed ones none: check_weights
+        perturbed = context.weight_change(c.matrix) * c.reach  # 0 for transposed convolutions: check_weights refuses weight threats
         fresh = c.error(state.norm, perturbed, context)
-        behind = replace(
+        after = replace(
             state,
             norm=(c.gain + perturbed) * state.norm + c.shift + fresh,
             change=c.gain_from(state.space) * state.change + perturbed * state.norm,
@@ -63,17 +63,17 @@ class ConvolutionRule(Rule):
             width=math.prod(c.out),
             whole=c.out,
         )
-        return context.finite(behind, c.largest(state.norm, perturbed))
+        return context.guard_overflow(after, c.largest(state.norm, perturbed))
 
 
 @register(*MEANS, *UPSAMPLES)
 class AveragePoolRule(Rule):
-    """The mean of each window, padding counted as 0, of each channel, of adaptive windows; interpolation."""
+    """The mean of each window of each channel (padding counts as 0), of adaptive windows, and interpolation."""
 
     def step(self, layer: Mean | nn.Upsample, state: State, context: Context) -> State:
         average = average_of(layer, state.whole)
         fresh = average.error(state.norm, context)
-        behind = replace(
+        after = replace(
             state,
             norm=average.gain * state.norm + fresh,
             change=average.gain_in(state.space) * state.change,
@@ -81,12 +81,15 @@ class AveragePoolRule(Rule):
             width=math.prod(average.out),
             whole=average.out,
         )
-        return context.finite(behind, average.largest(state.norm))
+        return context.guard_overflow(after, average.largest(state.norm))
 
 
 @register(*MAXIMA)
 class MaximumRule(Rule):
-    """|max x' − max x| ≤ max|x' − x| over each window, each number is read c times: √c in ℓ2, c in ℓ1, 1 in ℓ∞. Padding is never the maximum."""
+    """|max x' − max x| ≤ max|x' − x| over each window. If c windows read an entry, the gain is √c in ℓ2, c in ℓ1, 1 in ℓ∞.
+
+    Padding is never the maximum.
+    """
 
     def step(self, layer: Maximum, state: State, context: Context) -> State:
         if layer.return_indices:

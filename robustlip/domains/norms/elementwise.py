@@ -1,4 +1,4 @@
-"""Elementwise layers. docs/theory.md, sections 1 and 3. Their gain holds in ℓ1, ℓ2 and ℓ∞ alike, so the space passes through."""
+"""Elementwise layers. docs/theory.md, sections 1 and 3. Their gain is the same in ℓ1, ℓ2 and ℓ∞, so they keep the space of the change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from robustlip.ops.affine import standardize_error
 
 @register_family(is_elementwise)
 class ElementwiseRule(Rule):
-    """‖φ(x') − φ(x)‖ ≤ sup|φ'|·‖x' − x‖ in every norm, ‖φ(x)‖ and the executed error from the facts of the operation."""
+    """‖φ(x') − φ(x)‖ ≤ sup|φ'|·‖x' − x‖ in every norm; ‖φ(x)‖ and the execution error come from the facts in robustlip.ops."""
 
     def step(self, layer: nn.Module, state: State, context: Context) -> State:
         facts = elementwise_of(layer)
@@ -25,11 +25,11 @@ class ElementwiseRule(Rule):
         slope = facts.steepest / by
         fresh = facts.executed_error(state.norm, root, context)
         norm = facts.size(state.norm, root) / by + fresh
-        behind = replace(state, norm=norm, change=slope * state.change, rounding=slope * state.rounding + fresh)
-        return context.divided(context.finite(behind, facts.on_the_way(state.norm)), by)
+        after = replace(state, norm=norm, change=slope * state.change, rounding=slope * state.rounding + fresh)
+        return context.guard_flush(context.guard_overflow(after, facts.on_the_way(state.norm)), by)
 
 
-# The identity in eval mode, every one of them.
+# All of these are the identity in eval mode.
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -56,15 +56,15 @@ class NormalizeRule(Rule):
             raise BadInput(f"expected std other than 0 in {std.dtype}, got {std.tolist()}; use a wider dtype, or leave constant channels at 1")
         sizes = {mean.numel(), std.numel()} - {1}
         if sizes - {channels}:
-            # Broadcasting would make one channel into several, each with its own share of the change.
+            # Broadcasting would repeat a channel, and its change.
             raise BadInput(f"expected a mean and std for each of {channels} channels, or one for all, got {max(sizes)}; give as many as channels")
         smallest = context.constant(layer, "smallest", lambda: float(std.double().abs().min()))
         gain = 1 / smallest * (1 + 1e-15)
-        # One mean per channel, subtracted from every number of the channel: at most √(numbers)·max|mean| in ℓ2.
+        # One mean per channel, subtracted from every entry of the channel: at most √entries·max|mean| in ℓ2.
         shift = context.constant(layer, "shift", lambda: float(norm_up(mean.abs().amax().expand(1), 0)))
         reach = state.norm + shift * state.width**0.5 * state.tokens**0.5
         fresh = standardize_error(gain * reach, gain, state.width, context)
-        behind = replace(
+        after = replace(
             state, norm=gain * reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh
         )
-        return context.divided(context.finite(behind, reach), smallest)  # the difference, before it is divided
+        return context.guard_flush(context.guard_overflow(after, reach), smallest)  # the difference must not overflow before the division

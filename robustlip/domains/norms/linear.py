@@ -35,7 +35,7 @@ class LinearRule(Rule):
         norm = (matrix.sigma + perturbed) * state.norm + bias
         fresh = matrix.error(None if layer.bias is None else bias, state.norm, perturbed, context)
         rounding = (matrix.sigma + perturbed) * state.rounding + fresh
-        behind = replace(
+        after = replace(
             state,
             norm=norm + fresh,
             change=gain * state.change + perturbed * state.norm,
@@ -43,12 +43,12 @@ class LinearRule(Rule):
             space="l2",
             width=layer.out_features,
         )
-        return context.finite(behind, matrix.largest(state.norm, perturbed) + bias)
+        return context.guard_overflow(after, matrix.largest(state.norm, perturbed) + bias)
 
 
 @register(nn.Embedding)
 class EmbeddingRule(Rule):
-    """A row of the table for each token id. Its input cannot change by a norm; its table can, by E: ‖E's row‖₂ ≤ ‖E‖₂."""
+    """A row of the table for each token id. Only a change E of the table changes it, by ‖E's row‖₂ ≤ ‖E‖₂."""
 
     def step(self, layer: nn.Embedding, state: State, context: Context) -> State:
         if layer.max_norm is not None:
@@ -56,14 +56,15 @@ class EmbeddingRule(Rule):
         matrix: Matrix = context.constant(layer, "matrix", lambda: Matrix.of(layer.weight))
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.weight.detach()).amax()))
         perturbed = context.weight_change(matrix.sigma) + torch.zeros_like(state.norm)
-        # `norm` before an embedding is the largest norm of the rows in use, where the caller knows it.
+        # `norm` before an embedding is the largest norm of the used rows, if the caller knows it.
         norm = torch.minimum(state.norm, torch.full_like(state.norm, largest)) + perturbed
-        return context.finite(replace(state, norm=norm, change=perturbed, rounding=torch.zeros_like(norm), space="l2", width=layer.embedding_dim))
+        after = replace(state, norm=norm, change=perturbed, rounding=torch.zeros_like(norm), space="l2", width=layer.embedding_dim)
+        return context.guard_overflow(after)
 
 
 @register(Lookup)
 class LookupRule(Rule):
-    """Recorded operations on token ids: what a ball of embeddings stands after. It has no bound of its own."""
+    """Recorded operations on token ids. A ball of embeddings starts after this layer, so it needs no bound."""
 
     def step(self, layer: Lookup, state: State, context: Context) -> State:
         raise UnsupportedLayer(

@@ -1,5 +1,6 @@
-"""Normalisation. docs/theory.md, section 3: the global constant of LayerNorm, RMSNorm, GroupNorm and InstanceNorm is ‖γ‖_∞/√eps, however large that
-is; batch norm in eval mode is affine."""
+"""Normalisation. docs/theory.md, section 3: the global Lipschitz constant of LayerNorm, RMSNorm, GroupNorm and InstanceNorm is ‖γ‖_∞/√eps, which may
+be large. Batch norm in eval mode is affine.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +31,11 @@ from robustlip.ops.normalization import (
 
 @register_family(is_normalization)
 class NormalizationRule(Rule):
-    """y = γ·c/s + β with c = Px, s = sqrt(‖c‖²/D + eps), P centring or the identity (RMSNorm, without β), group by group.
+    """y = γ·c/s + β for each group, with c = Px, s = sqrt(‖c‖²/D + eps), and P the centring, or the identity (RMSNorm, without β).
 
-    The Jacobian in c is (I − ccᵀ/(D s²))/s, of norm at most 1/s ≤ 1/√eps, and ‖c/s‖ ≤ √D. Without β y(0) = 0, so ‖y‖ ≤ ‖γ‖_∞‖x‖/√eps too.
-    `WrittenNorm` may divide by √(‖c‖²/(D − 1) + eps), or by ‖c‖/√m + eps, whose Jacobian is of norm at most 1/s ≤ 1/eps.
-    Of k groups side by side the Jacobian is block-diagonal, and ‖y‖ ≤ ‖γ‖_∞√(k m) + ‖β‖.
+    The Jacobian in c is (I − ccᵀ/(D s²))/s, of norm at most 1/s ≤ 1/√eps, and ‖c/s‖ ≤ √D. Without β, y(0) = 0, so also ‖y‖ ≤ ‖γ‖_∞‖x‖/√eps.
+    `WrittenNorm` may divide by √(‖c‖²/(D − 1) + eps), or by ‖c‖/√m + eps, where the norm of the Jacobian is at most 1/s ≤ 1/eps.
+    For k groups the Jacobian is block-diagonal, and ‖y‖ ≤ ‖γ‖_∞√(k m) + ‖β‖.
     """
 
     def step(self, layer: Normalization, state: State, context: Context) -> State:
@@ -49,13 +50,13 @@ class NormalizationRule(Rule):
         if not centres(layer):
             norm = torch.minimum(gain * state.norm, norm)
         fresh = normalization_error(layer, groups, state.norm, norm, 1 / least, context)
-        behind = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
-        return context.finite(behind, state.norm**2)
+        after = replace(state, norm=norm + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
+        return context.guard_overflow(after, state.norm**2)
 
 
 @register(*BATCH_NORMS)
 class BatchNormRule(Rule):
-    """In eval mode y = g·x + (β − g·mean) by channel, g = γ/sqrt(var + eps) of the running statistics: gain max|g|, a constant shift."""
+    """In eval mode y = g·x + (β − g·mean) by channel with g = γ/sqrt(var + eps) of the running statistics: gain max|g| and a constant shift."""
 
     def step(self, layer: BatchNorm, state: State, context: Context) -> State:
         check_batch(layer)
@@ -63,5 +64,5 @@ class BatchNormRule(Rule):
         scale: BatchScale = context.constant(layer, f"batch-{layer.eps}", lambda: BatchScale.of(layer))
         fresh = scale.error(state.norm, positions, state.width, context)
         reach, gain = scale.reach(state.norm, positions), scale.gain
-        behind = replace(state, norm=reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
-        return context.finite(behind, scale.largest(state.norm))
+        after = replace(state, norm=reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
+        return context.guard_overflow(after, scale.largest(state.norm))

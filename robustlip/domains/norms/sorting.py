@@ -10,9 +10,9 @@ from robustlip.layers.sorting import GroupSort, Householder, MaxMin
 
 @register(GroupSort, MaxMin)
 class SortRule(Rule):
-    """Sorting moves no two vectors apart in any ℓp norm (rearrangement inequality), keeps the norm, and rounds nothing.
+    """Sorting is 1-Lipschitz in every ℓp norm (rearrangement inequality), keeps the norm, and does not round.
 
-    But for subnormals: they may count for zero, and be left in any order then.
+    Subnormals may be compared as zero, so their order may be wrong.
     """
 
     def step(self, layer: GroupSort | MaxMin, state: State, context: Context) -> State:
@@ -21,12 +21,13 @@ class SortRule(Rule):
 
 @register(Householder)
 class HouseholderRule(Rule):
-    """Per pair ⟨v, z⟩ becomes |⟨v, z⟩| and the rest stays, v a unit vector: 1-Lipschitz in ℓ2 and of the same norm.
+    """For each pair, ⟨v, z⟩ becomes |⟨v, z⟩| and the rest of z stays, v a unit vector: 1-Lipschitz in ℓ2, and the norm stays the same.
 
-    Rounding: sin and cos are off by 2u, so ⟨v, z⟩ by 6u‖z‖ and twice its product with v by (12 + 6 + 5)u‖z‖; the last sum adds u. 32u covers.
+    Rounding: the errors of sin and cos are 2u, that of ⟨v, z⟩ 6u‖z‖, that of twice its product with v (12 + 6 + 5)u‖z‖, that of the last sum u: below
+    32u.
     """
 
     def step(self, layer: Householder, state: State, context: Context) -> State:
         state = state.in_l2()
         fresh = 32 * context.unit * state.norm + 8 * state.width**0.5 * context.tiny * (1 + state.norm)
-        return context.finite(replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh), 4 * state.norm)
+        return context.guard_overflow(replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh), 4 * state.norm)

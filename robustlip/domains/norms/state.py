@@ -1,8 +1,8 @@
-"""What a rule is: how far a bounded change can travel through one kind of layer. docs/theory.md, sections 1 and 3.
+"""Rules: how far a bounded change can grow in one kind of layer. docs/theory.md, sections 1 and 3.
 
-A rule never sees a sample. It sees a `State`: bounds that hold for every perturbed input at once, as float64 tensors of any common
-shape (one entry per sample and radius tried), and returns the state after its layer. What it needs of the weights it asks
-`Context.constant` for, which computes each guaranteed constant once for given weights.
+A rule does not see samples. It maps a `State`, bounds that hold for every perturbed input at once, to the state after its layer. The bounds are
+float64 tensors of any common shape (one entry for each sample and tried radius). Constants of the weights come from `Context.constant`, which
+computes each guaranteed constant once. In all rules, `fresh` is the rounding error that the layer adds.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from robustlip.ops.moves import moving_layers
 from robustlip.ops.normalization import NORMALIZATIONS
 from robustlip.threats import l2_factor
 
-# More than the few products of one rule can lose by underflow.
+# More than the underflow error of the few products in one rule.
 VANISHED = 64 * SMALLEST
 
 
 @dataclass(frozen=True)
 class State:
-    """Bounds on all tokens t of the activations between two layers, for every perturbation in the threat.
+    """Bounds for all tokens t of the activations between two layers, for every perturbation in the threat.
 
-    norm: ‖x'_t‖₂ ≤ norm for the perturbed activations, in exact arithmetic and as executed.
-    change: ‖x'_t − x_t‖ ≤ change in the norm `space`, exact arithmetic.
-    rounding: ‖executed − exact‖₂ ≤ rounding, at the clean input and at every perturbed one.
+    norm: ≥ ‖x'_t‖₂ of the perturbed activations, in exact arithmetic and as executed.
+    change: ≥ ‖x'_t − x_t‖ in the norm `space`, in exact arithmetic.
+    rounding: ≥ ‖executed − exact‖₂, at the clean input and at every perturbed input.
     space: 'l2', or 'l1' / 'linf' before the first layer that mixes coordinates.
-    tokens, width: how many vectors a sample has here, and how many numbers each.
-    whole: the shape of a sample that is still bounded as one vector of all its numbers, (C, H, W) or (T, D); None where bounds are by token.
+    tokens, width: the number of vectors of a sample, and of entries of each.
+    whole: the shape of a sample that is bounded as one vector of all its entries, (C, H, W) or (T, D); None where bounds are by token.
     """
 
     norm: Tensor
@@ -48,7 +48,7 @@ class State:
     whole: tuple[int, ...] | None = None
 
     def by_token(self, layer: nn.Module) -> State:
-        """The same bounds by token (T, D): no token changes by more than the whole. Raises BadInput for images, which have no tokens yet."""
+        """The same bounds by token (T, D): no token changes by more than the whole sample. Raises BadInput for images, which have no tokens."""
         if self.whole is None:
             return self
         if len(self.whole) != 2:
@@ -66,12 +66,12 @@ class State:
 
 @dataclass(frozen=True)
 class Context(Arithmetic):
-    """What holds for a whole certification: the arithmetic, the perturbation of the weights, the store of constants.
+    """The constants of one certification: the arithmetic, the perturbation of the weights, the cache of constants.
 
-    dtype: of the program that is covered. weight_radius: None, or the radius of a WeightBall (any shape that fits the states);
+    dtype: of the certified program. store: the cache. weight_radius: None, or the radius of a WeightBall (any shape that broadcasts with the states);
     relative: whether it is a fraction of each matrix's spectral norm.
-    clean: by layer, (by token?, largest norm (N,)) of its output in the clean pass as executed, where one was traced (certifiers.trace).
-    after: executed margins have to stay above it: what a function of the logits that the program ends with can lose (graph.final).
+    clean: for each traced layer, (by token?, largest norm (N,)) of its output in the executed clean pass (certifiers.trace).
+    final_error: executed margins have to exceed it: the error of a function of the logits, such as softmax, at the end of the program (graph.final).
     """
 
     store: dict[tuple[int, str], Any]
@@ -81,48 +81,48 @@ class Context(Arithmetic):
     final_error: float = 0.0
 
     def constant(self, layer: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
-        """compute(), remembered for this layer as long as the model's weights stay the same (see certifiers.constants)."""
+        """compute(), cached for this layer as long as the model's weights do not change (see certifiers.constants)."""
         key = (self.store.get((id(layer), "twin of"), id(layer)), name)
         if key not in self.store:
             self.store[key] = compute()
         return self.store[key]
 
-    def twins(self, model: nn.Module, twin: nn.Module) -> None:
-        """From now on the layers of `twin`, a copy with the same weights in float64, have the constants of the model's."""
+    def share_constants(self, model: nn.Module, twin: nn.Module) -> None:
+        """Makes the layers of `twin`, a float64 copy with the same weights, share the cached constants of the model's layers."""
         for layer, copy in zip(model.modules(), twin.modules(), strict=True):
             self.store[id(copy), "twin of"] = id(layer)
 
     def weight_change(self, sigma: float) -> Tensor | float:
-        """A bound of ‖E‖₂ for a matrix with σ(W) ≤ sigma."""
+        """A bound of ‖E‖₂ for a matrix with σ(W) ≤ sigma; 0.0 without a weight threat."""
         if self.weight_radius is None:
             return 0.0
         return self.weight_radius * sigma if self.relative else self.weight_radius
 
     def tighten(self, layer: nn.Module, state: State) -> State:
-        """‖x'_t‖ ≤ ‖x_t‖ + change, whatever the layers in front could do: the clean norms that were seen shrink the domain.
+        """The state with its norm bounded by ‖x_t‖ + change, where ‖x_t‖ is the traced clean norm: this shrinks the domain.
 
-        Executed and exact clean values differ by `rounding`, and so do the perturbed ones: twice that is added.
+        Executed and exact values differ by `rounding`, for clean and for perturbed inputs: twice that is added.
         """
         seen = self.clean.get(id(layer))
         if seen is None or seen[0] != (state.whole is None and state.tokens > 1):
             return state
         return replace(state, norm=torch.minimum(state.norm, up(seen[1] + state.in_l2().change + 2 * state.rounding)))
 
-    def divided(self, state: State, by: float) -> State:
-        """The state with infinite rounding where a processor may take what was divided by for zero."""
+    def guard_flush(self, state: State, by: float) -> State:
+        """The state, with infinite rounding where a processor may replace the divisor `by` by zero."""
         return replace(state, rounding=self.infinite_if_flushed(state.rounding, by))
 
-    def finite(self, state: State, largest: Tensor | None = None) -> State:
-        """The state with infinite rounding where a number could overflow the covered dtype. largest: of any intermediate value, if above norm."""
+    def guard_overflow(self, state: State, largest: Tensor | None = None) -> State:
+        """The state, with infinite rounding where a value could overflow in the certified dtype. largest: ≥ any intermediate value, if above norm."""
         largest = state.norm if largest is None else torch.maximum(state.norm, largest)
         return replace(state, rounding=self.infinite_if_overflow(state.rounding, largest))
 
 
 class Rule:
-    """The rule of one layer class. Subclasses prove `step`; a contract test in tests/test_rules_contract.py checks it."""
+    """The rule of one layer class. Subclasses prove `step`; tests/test_rules_contract.py checks it."""
 
     def step(self, layer: Any, state: State, context: Context) -> State:
-        """Bounds after the layer, given bounds before it. Must be monotone in state.norm, state.change and the weight radius."""
+        """Bounds after the layer from bounds before it. Has to be monotone in state.norm, state.change and the weight radius."""
         raise NotImplementedError
 
 
@@ -130,7 +130,7 @@ _RULES: dict[type, Rule] = {}
 
 
 def register(*layers: type) -> Callable[[type[Rule]], type[Rule]]:
-    """Class decorator: this rule speaks for exactly these layer classes (not for subclasses, whose forward may differ)."""
+    """Class decorator: the rule of exactly these layer classes (not of subclasses, whose forward may differ)."""
 
     def add(rule: type[Rule]) -> type[Rule]:
         for layer in layers:
@@ -144,7 +144,7 @@ _FAMILIES: list[tuple[Callable[[nn.Module], bool], Rule]] = []
 
 
 def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[type[Rule]], type[Rule]]:
-    """Class decorator: this rule speaks for all layers of a family of operations whose facts `robustlip.ops` holds."""
+    """Class decorator: the rule of all layers of a family of operations in `robustlip.ops`."""
 
     def add(rule: type[Rule]) -> type[Rule]:
         _FAMILIES.append((belongs, rule()))
@@ -153,27 +153,27 @@ def register_family(belongs: Callable[[nn.Module], bool]) -> Callable[[type[Rule
     return add
 
 
-def known_layers() -> tuple[type, ...]:
+def supported_layers() -> tuple[type, ...]:
     """The layer classes with a rule."""
     return (*_RULES, *NORMALIZATIONS, *elementwise_layers(), *moving_layers())
 
 
 def rule_for(layer: nn.Module) -> Rule:
-    """The rule of a layer. Raises UnsupportedLayer for a class without one, and for hooks, which can change what a layer computes."""
+    """The rule of a layer. Raises UnsupportedLayer for a class without a rule, and for hooks, which can change what a layer computes."""
     rule = _RULES.get(type(layer)) or next((rule for belongs, rule in _FAMILIES if belongs(layer)), None)
     if rule is None:
-        known = ", ".join(sorted(t.__name__ for t in known_layers()))
+        known = ", ".join(sorted(t.__name__ for t in supported_layers()))
         raise UnsupportedLayer(f"expected layers with a proved rule ({known}), got {type(layer).__name__}; replace it or add a rule")
     check_plain(layer)
     return rule
 
 
 def apply_rule(layer: nn.Module, state: State, context: Context) -> State:
-    """The state after one layer, its domain tightened by the clean pass where that is known."""
-    behind = rule_for(layer).step(layer, state, context)
-    # A product of small numbers can vanish, and what stands after may be large: a change that is not 0 stays above 0.
-    change = torch.where(state.change > 0, behind.change + VANISHED, behind.change)
-    return context.tighten(layer, replace(behind, change=change))
+    """The state after one layer, its domain tightened by the clean pass where this was traced."""
+    after = rule_for(layer).step(layer, state, context)
+    # A product of small numbers can underflow although later layers amplify it: a change that is not 0 stays above 0.
+    change = torch.where(state.change > 0, after.change + VANISHED, after.change)
+    return context.tighten(layer, replace(after, change=change))
 
 
 def run_rules(layers: Iterable[nn.Module], state: State, context: Context) -> State:

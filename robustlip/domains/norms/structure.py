@@ -1,4 +1,4 @@
-"""Layers that move numbers or average tokens, and chains of layers."""
+"""Layers that rearrange entries or average tokens, and chains of layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SequentialRule(Rule):
 
 @register(nn.Flatten)
 class FlattenRule(Rule):
-    """All tokens of a sample become one vector: per-token bounds grow by √T in ℓ2, T in ℓ1, not at all in ℓ∞."""
+    """All tokens of a sample become one vector: bounds by token grow by √T in ℓ2, by T in ℓ1, and not at all in ℓ∞."""
 
     def step(self, layer: nn.Flatten, state: State, context: Context) -> State:
         if layer.start_dim != 1 or layer.end_dim != -1:
@@ -49,7 +49,7 @@ class FlattenRule(Rule):
 
 @register(Patchify)
 class PatchifyRule(Rule):
-    """Every pixel goes to one token, so no token changes by more than the image."""
+    """Every pixel belongs to one token, so no token changes by more than the image."""
 
     def step(self, layer: Patchify, state: State, context: Context) -> State:
         if state.whole is None or len(state.whole) != 3:
@@ -71,7 +71,7 @@ class AddPositionsRule(Rule):
         largest = context.constant(layer, "rows", lambda: float(norm_up(layer.positions.detach()).amax()))
         norm = state.norm + largest
         fresh = shift_error(norm, state.width, context)
-        return context.finite(replace(state, norm=norm + fresh, rounding=state.rounding + fresh))
+        return context.guard_overflow(replace(state, norm=norm + fresh, rounding=state.rounding + fresh))
 
 
 @register(MeanTokens)
@@ -81,5 +81,5 @@ class MeanTokensRule(Rule):
     def step(self, layer: MeanTokens, state: State, context: Context) -> State:
         state = state.by_token(layer)
         fresh = mean_error(state.norm, state.tokens, state.width, context)
-        behind = replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh, tokens=1)
-        return context.finite(behind, state.norm * state.tokens)
+        after = replace(state, norm=state.norm + fresh, rounding=state.rounding + fresh, tokens=1)
+        return context.guard_overflow(after, state.norm * state.tokens)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustlip.domains.margins import margins
 from robustlip.domains.norms import Context
-from robustlip.domains.norms.bound import GlobalBound, entry
+from robustlip.domains.norms.bound import GlobalBound, layers_after_threat
 from robustlip.domains.quadratic.layers import Network, pair_rows
 from robustlip.domains.quadratic.reach import row_gains, whole_gain
 from robustlip.errors import BadInput
@@ -74,7 +74,7 @@ def constant_radii(
     from robustlip.domains.search import largest_radius
 
     assert isinstance(threat, InputBall)
-    layers, inside, norm = entry(model, x, threat)
+    layers, inside, norm = layers_after_threat(model, x, threat)
     size = inside.shape[1:].numel()
     first = next(layer for layer in layers if isinstance(layer, torch.nn.Linear))
     if first.in_features != size:
@@ -88,16 +88,16 @@ def constant_radii(
     # Rows that are equal up to rounding would divide by 0; a larger constant is still a bound.
     table = table.clamp_min(max(1e-9 * float(constants.pairs[torch.isfinite(constants.pairs)].amax()), 1e-300))
 
-    def room(radius: Tensor) -> Tensor:
+    def allowed(radius: Tensor) -> Tensor:
         """(N, C): by how much ‖δ‖₂ could grow before rival j might win, if it were the only one."""
         state, _, single = bound.at(radius)
         lost = up(2 * heads * state.rounding[:, None] + 4 * single[:, None])
         return ((margin * (1 - 1e-12) - lost) / table * (1 - 1e-15)).scatter(1, y[:, None], torch.inf)
 
     def evaluate(radius: Tensor) -> tuple[Tensor, Tensor]:
-        return up(radius * growth), room(radius).amin(-1)
+        return up(radius * growth), allowed(radius).amin(-1)
 
     radius, _ = largest_radius(evaluate, 1e-9 * norm.clamp_min(1e-3))
     radius = torch.where(margin.amin(-1) > 0, radius, torch.zeros_like(radius)).nan_to_num(0.0)
-    binding = table.gather(1, room(radius).argmin(-1, keepdim=True))[:, 0]
+    binding = table.gather(1, allowed(radius).argmin(-1, keepdim=True))[:, 0]
     return radius, torch.where(radius > 0, binding, torch.full_like(radius, torch.nan))
