@@ -23,7 +23,7 @@ from robustlip.data.lengths import by_length
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.execution import covered_kernels
 from robustlip.geometry import length
-from robustlip.modes import in_eval_mode, undrawn
+from robustlip.modes import in_eval_mode, random_state_kept
 from robustlip.samples import as_request
 from robustlip.target import Target
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
@@ -209,7 +209,7 @@ class Attack(ABC):
             target.check_inputs(x)
             check_fit(model, x)
             index = _check_index(index, len(x))
-            logits = target.settle(x)
+            logits = target.compare_batches(x)
             answered = _finite(logits)
             if not bool(answered.any()):
                 raise RobustlipError(
@@ -343,7 +343,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     their requires_grad flags and gradients, and the global random states."""
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     tensors = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
-    with undrawn():
+    with random_state_kept():
         try:
             yield
         finally:

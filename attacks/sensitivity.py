@@ -17,7 +17,7 @@ from robustlip.checks import check_fit
 from robustlip.errors import BadInput, RobustlipError, first_line
 from robustlip.execution import covered_kernels
 from robustlip.geometry import per_sample, safe_divide
-from robustlip.modes import in_eval_mode, undrawn
+from robustlip.modes import in_eval_mode, random_state_kept
 from robustlip.samples import as_samples, as_threat
 from robustlip.target import Target
 from robustlip.threats import Threat
@@ -70,11 +70,11 @@ def observed_sensitivity(
     x, threat = as_samples(x)[0], as_threat(threat)
     x = x.double() if x.is_floating_point() else x
     target = Target(_double(model))
-    with undrawn(), in_eval_mode(target.module), covered_kernels(target.kind), torch.enable_grad():
+    with random_state_kept(), in_eval_mode(target.module), covered_kernels(target.kind), torch.enable_grad():
         x = x.clone()
         target.check_inputs(x)
         check_fit(target.module, x)
-        target.settle(x)
+        target.compare_batches(x)
         space = space_of(target, x, threat)
         parts = [
             _search(space.take(rows), threat.radius, starts, power_steps, ascent_steps, generator)

@@ -22,9 +22,9 @@ from robustlip.errors import BadInput, CertificateViolation, RobustlipError
 from robustlip.eval.results import Record, check_soundness, read_metadata, read_records, write_records
 from robustlip.eval.suite import PairSpec, SearchSpec, Suite, ThreatSpec, parse_suite
 from robustlip.files import atomic, write_json
-from robustlip.foreign import errors_of
 from robustlip.locks import sole_writer
 from robustlip.threats import Threat, WeightBall, units_and_box, with_radius
+from robustlip.user_errors import errors_of
 
 if TYPE_CHECKING:
     import torch

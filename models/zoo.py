@@ -15,13 +15,13 @@ from robustlip.checkpoints import load_into
 from robustlip.checks import check_finite_weights, check_weights_are_there
 from robustlip.errors import BadInput, first_line
 from robustlip.files import read_toml
-from robustlip.foreign import place, told
 from robustlip.layers import as_chain, chain_or_module
 from robustlip.models.build import build
-from robustlip.modes import undrawn
+from robustlip.modes import random_state_kept
 from robustlip.onnx import read_onnx
 from robustlip.pretrained import read_hugging_face, read_timm
 from robustlip.target import check_values
+from robustlip.user_errors import described, place
 
 FOLDER = Path(__file__).parent / "zoo"
 CARD_AGREEMENT = 1e-9  # relative: another machine's order of sums moves the last digits of a bound, nothing moves more
@@ -70,7 +70,7 @@ def _from_callable(spec: str) -> nn.Module:
             f"put its script under a main guard"
         ) from None
     except BaseException as error:  # of somebody else's code
-        why = f"{told(error)}{place(error, spec)}"
+        why = f"{described(error)}{place(error, spec)}"
         raise BadInput(f"expected package.module:callable, got {spec!r}, whose import ends in {why}; check the name and that file") from error
     try:
         made = getattr(module, attribute)
@@ -89,14 +89,14 @@ def _from_callable(spec: str) -> nn.Module:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of somebody else's code
-        raise BadInput(f"expected {spec!r} to return an nn.Module, got {told(error)}{place(error, spec)}; call it by itself to see why") from error
+        raise BadInput(f"expected {spec!r} to return an nn.Module, got {described(error)}{place(error, spec)}; call it to see why") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"expected {spec!r} to return an nn.Module, got {type(model).__name__}; return the model")
     check_weights_are_there(model, spec)
     return model
 
 
-@undrawn()
+@random_state_kept()
 def load(name: str | Path, *, device: str | torch.device = "cpu") -> Any:
     """A model in eval mode whose forward takes raw inputs (images in [0, 1] or vectors, or token ids) and gives logits.
 

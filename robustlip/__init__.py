@@ -1,11 +1,11 @@
-"""robustlip: certified and observed robustness of Lipschitz-constrained networks, side by side.
+"""robustlip: certified and observed robustness of neural networks.
 
     import robustlip
     model = robustlip.load("digits-mlp-lipschitz")
     data = robustlip.load_data("digits:test")
     certificate = robustlip.certify(model, data.x, data.y, robustlip.InputBall("l2"))
 
-Names are loaded when they are first used, so that `import robustlip` costs little more than nothing.
+Names are imported when they are first used, so that `import robustlip` is fast.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HOME = {
 }
 __all__ = ["__version__", *_HOME]
 
-if TYPE_CHECKING:  # the names that __getattr__ finds, for static tools
+if TYPE_CHECKING:  # the names that __getattr__ provides, for static tools
     from robustlip.certificates import Certificate  # noqa: F401
     from robustlip.certifiers import certify  # noqa: F401
     from robustlip.data import load_data  # noqa: F401

@@ -1,4 +1,4 @@
-"""`python -m robustlip`, and the command `robustlip`: the command line as a process of its own."""
+"""`python -m robustlip` and the command `robustlip`: run the command line in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from robustlip.cli.console import never_fail_to_encode
 
 
 def _close_output() -> None:
-    """What could not be written stays unwritten: the interpreter must not try again, and complain, when it ends."""
+    """Discard output that could not be written, so that the interpreter does not try again, with an error message, when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run() -> None:
-    """robustlip.cli.main, and the end of the process with its exit code: 70 for an error that is none of ours, since 1 is an answer.
+    """Run robustlip.cli.main and end the process with its exit code: 70 for an unexpected exception, because 1 is a regular result.
 
-    One of several processes of torchrun ends without the interpreter's own clearing up: threads of gloo that outlive it abort the process now
-    and then (torch 2.13), which torchrun takes for a failed run. All files are written by then.
+    A process of torchrun ends without the interpreter's cleanup: threads of gloo sometimes abort the process during the cleanup
+    (torch 2.13), which torchrun takes for a failed run. All files are written by then.
     """
     never_fail_to_encode(sys.stdout, sys.stderr)
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -32,7 +32,7 @@ def run() -> None:
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
                 traceback.print_exc()
                 sys.exit(70)
-            # Files are written by robustlip.files, which says which one: this is stdout or stderr.
+            # robustlip.files reports errors of files; this error is of stdout or stderr
             _close_output()
             with contextlib.suppress(OSError):
                 print(f"robustlip: expected to write all output, got {error.strerror!r}; free some space, or send it elsewhere", file=sys.stderr)

@@ -1,13 +1,13 @@
-"""The certificate file: JSON that holds a certificate and everything that is needed to compute it again.
+"""The certificate file: JSON with a certificate and everything that is needed to recompute it.
 
     from robustlip.certificate_file import from_certificate, read, write
     write(path, from_certificate(certificate, data, spec="digits:test", model="digits-mlp-lipschitz"))
-    file = read(path)                                   # BadInput unless it is whole, known and consistent with itself
+    file = read(path)                                   # BadInput unless it is complete, of a known version and consistent
 
-A file from outside is hostile. `read` limits its size, takes no NaN, no infinity, no unknown and no repeated key, and refuses
-claims that contradict each other (a radius on a misclassified sample). What it cannot know is whether the claims are true:
-`robustlip.verification.verify` recomputes them. The model that a file names is never loaded (the caller gives one); its data are loaded as
-`--data` would load them: a data set by its name, or a file of that name, without folders, where the caller says.
+Files are not trusted. `read` limits the size, refuses NaN, infinity, unknown keys and repeated keys, and refuses
+claims that contradict each other (a radius on a misclassified sample). Whether the claims are true is checked by
+`robustlip.verification.verify`, which recomputes them. The model named in a file is never loaded (the caller provides one). The data is loaded as
+`--data` would load it: a data set by its name, or a file by its name without folders, in the caller's folder.
 
 Published as docs/certificate.schema.json; `robustlip verify --schema` prints it.
 """
@@ -41,7 +41,7 @@ SCHEMA = "robustlip-certificate-1"
 SIZE_LIMIT = 128 * 2**20  # bytes: about 400 000 samples
 REMEDY = "make it again with `robustlip certify --json`"
 
-# What a file says is shown in terminals: one line, and nothing in it that cannot be seen. The pattern is what a JSON schema can say of that.
+# Texts of a file are shown in terminals: one line, without invisible characters. The pattern is the part that a JSON schema can express.
 Line = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*$"), AfterValidator(check_line)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, 64 hexadecimal digits")]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -55,18 +55,18 @@ class Strict(BaseModel):
 
 
 class DataSource(Strict):
-    """The rows that the samples are of, as `robustlip.data.load_data` finds them again."""
+    """The rows of the samples, with all arguments that `robustlip.data.load_data` needs."""
 
-    spec: Line = Field(description="name:split; of a file its name alone, without folders")
-    note: Line = Field(description="what a table must say of the source, e.g. 'subset'")
-    limit: Annotated[int, Field(ge=1)] | None = Field(description="at most so many rows, drawn by seed; null for all")
+    spec: Line = Field(description="name:split; for a file its name without folders")
+    note: Line = Field(description="what tables have to show about the source, e.g. 'subset'")
+    limit: Annotated[int, Field(ge=1)] | None = Field(description="maximum number of rows, drawn with seed; null for all")
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     context: Annotated[int, Field(ge=1)] | None = Field(description="tokens per window of text; null for the default and for images")
-    subset: Line | None = Field(default=None, description="the configuration of the data; null where none was chosen")
-    image_column: Line | None = Field(default=None, description="null where the column was not named; likewise below")
+    subset: Line | None = Field(default=None, description="the configuration of the data set; null if none was chosen")
+    image_column: Line | None = Field(default=None, description="the name of the column; null if none was given; likewise below")
     label_column: Line | None = None
     text_column: Line | None = None
-    requested: Annotated[int, Field(ge=1, le=2**63 - 1)] = Field(description="how many rows spec and limit stand for")
+    requested: Annotated[int, Field(ge=1, le=2**63 - 1)] = Field(description="number of rows that spec and limit select")
     sha256: Sha256 = Field(description="SHA-256 over the row_sha256 of all samples (as ASCII), in the order of the file")
 
     @field_validator("spec")
@@ -78,16 +78,16 @@ class DataSource(Strict):
 
 
 class Sample(Strict):
-    """What is claimed of one row."""
+    """The claim about one row."""
 
     index: Count = Field(description="row in the split, or offset of the window in the split's token stream")
     label: Count
     prediction: Count
-    radius: Radius = Field(description="proved: no perturbation of the threat up to this radius changes the prediction; 0 where nothing is proved")
+    radius: Radius = Field(description="proved: no perturbation of the threat up to this radius changes the prediction; 0 if nothing is proved")
     status: Literal["certified", "abstained", "misclassified"]
-    reason: Line = Field(description="why it is not certified; empty where it is")
-    method: Line = Field(default="", description="the method that proved this radius; empty where none did")
-    row_sha256: Sha256 = Field(description="of dtype NUL shape NUL label NUL and the row's bytes: raw inputs or token ids, little endian")
+    reason: Line = Field(description="why it is not certified; empty if it is certified")
+    method: Line = Field(default="", description="the method that proved this radius; empty if none did")
+    row_sha256: Sha256 = Field(description="SHA-256 of dtype NUL shape NUL label NUL and the row's bytes: raw inputs or token ids, little endian")
 
     @field_validator("method")
     @classmethod
@@ -103,13 +103,13 @@ class Sample(Strict):
         if self.status == CERTIFIED and not right:
             wrong = f"a certified prediction equal to the label, got prediction {self.prediction} and label {self.label}"
         elif self.status == CERTIFIED and self.radius == 0:
-            wrong = "a radius above 0 where the status is certified, got 0"
+            wrong = "a radius above 0 if the status is certified, got 0"
         elif self.status == CERTIFIED and self.reason:
-            wrong = f"no reason where the status is certified, got {self.reason!r}"
+            wrong = f"no reason if the status is certified, got {self.reason!r}"
         elif self.status == MISCLASSIFIED and right:
             wrong = f"a misclassified prediction that is not the label, got {self.label} for both"
         elif self.radius > 0 and (self.status == MISCLASSIFIED or not right):
-            wrong = f"radius 0 where the prediction is not the label or the status is misclassified, got {self.radius}"
+            wrong = f"radius 0 if the prediction is not the label or the status is misclassified, got {self.radius}"
         if wrong:
             raise ValueError(f"sample {self.index}: expected {wrong}; {REMEDY}")
         return self
@@ -120,33 +120,33 @@ class CertificateFile(Strict):
 
     schema_version: Literal["robustlip-certificate-1"] = Field(alias="schema", description="version of this format")
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] = Field(description="UTC")
-    model: Line = Field(description="as it was named: zoo name, file name without folders, or package.module:callable")
-    weights_sha256: Sha256 = Field(description="of the weights cast to the covered dtype; see robustlip.hashing")
+    model: Line = Field(description="as the user named it: zoo name, file name without folders, or package.module:callable")
+    weights_sha256: Sha256 = Field(description="hash of the weights cast to the covered dtype; see robustlip.hashing")
     architecture_sha256: Sha256
     threat: Line = Field(description="name, e.g. l2, linf, embedding-l2@-1, weights-spectral; positions and 'absolute' are part of it")
     norm: Line
-    units: Line = Field(description="of every radius in this file")
+    units: Line = Field(description="units of every radius in this file")
     clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        description="[low, high]: inputs outside cannot occur; null for the whole ball"
+        description="[low, high]: valid range of inputs; null for the whole ball"
     )
     requested_radius: Annotated[float, Field(gt=0)] | None = Field(
-        description="null: the largest radius; a number: samples proved for less are abstained"
+        description="null: the largest radius was computed; a number: samples proved for a smaller radius are abstained"
     )
     method: Line
     dtype: Literal["float64", "float32", "bfloat16", "float16", "real"] = Field(
-        description="the arithmetic that is covered; 'real' is exact arithmetic only"
+        description="the arithmetic that is covered; 'real' means exact arithmetic only"
     )
-    device: Line = Field(description="kind of device that computed it: cpu, cuda")
-    versions: Annotated[dict[Line, Line], Field(max_length=20)] = Field(description="of robustlip, its rules and torch")
-    execution: Line | None = Field(default=None, description="the kernels that are covered; null in files written before they were named")
+    device: Line = Field(description="type of device that computed it: cpu, cuda")
+    versions: Annotated[dict[Line, Line], Field(max_length=20)] = Field(description="versions of robustlip, its rules and torch")
+    execution: Line | None = Field(default=None, description="the kernels that are covered; null in older files")
     bound: Annotated[dict[Line, float | Line], Field(max_length=50)] = Field(
-        description="Lipschitz constants; radii do not rest on them, and verification refuses smaller ones than it computes"
+        description="Lipschitz constants; radii do not depend on them, and verification refuses constants smaller than those it computes"
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="samples at once, on which rounding and searched radii depend a little; null where it is not known"
+        default=None, description="samples per batch; rounding and the radii of searches depend on it slightly; null if unknown"
     )
     data: DataSource
-    partial: bool = Field(description="there are fewer samples than data.requested")
+    partial: bool = Field(description="true if there are fewer samples than data.requested")
     samples: Annotated[list[Sample], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -168,7 +168,7 @@ class CertificateFile(Strict):
                 raise ValueError(f"expected each sample once, got index {sample.index} twice; {REMEDY}")
             seen.add(sample.index)
             if self.requested_radius is None and sample.status == ABSTAINED and sample.radius > 0:
-                raise ValueError(f"sample {sample.index}: expected radius 0 where the status is abstained, got {sample.radius}; {REMEDY}")
+                raise ValueError(f"sample {sample.index}: expected radius 0 if the status is abstained, got {sample.radius}; {REMEDY}")
             if self.requested_radius is not None and (sample.radius >= self.requested_radius) != (sample.status == CERTIFIED):
                 raise ValueError(
                     f"sample {sample.index}: expected the status certified exactly for a radius of at least the requested {self.requested_radius}, "
@@ -176,10 +176,10 @@ class CertificateFile(Strict):
                 )
         count = len(self.samples)
         if count > self.data.requested:
-            raise ValueError(f"expected at most the {self.data.requested} samples that were requested, got {count}; {REMEDY}")
+            raise ValueError(f"expected at most the {self.data.requested} requested samples, got {count}; {REMEDY}")
         if self.partial != (count < self.data.requested):
             raise ValueError(
-                f"expected partial to say whether samples are missing, got {self.partial} with {count} of {self.data.requested}; {REMEDY}"
+                f"expected partial to be true exactly if samples are missing, got {self.partial} with {count} of {self.data.requested}; {REMEDY}"
             )
         if self.data.sha256 != rows_sha256([sample.row_sha256 for sample in self.samples]):
             raise ValueError(f"expected data.sha256 to be the hash over the samples' row_sha256, got another; {REMEDY}")
@@ -206,17 +206,17 @@ def from_certificate(
     device: str = "cpu",
     batch_size: int | None = None,
 ) -> CertificateFile:
-    """The file of a certificate of rows of `data`.
+    """The file for a certificate of rows of `data`.
 
-    data: what load_data(spec, limit=limit, seed=seed, context=context) gave; certificate.index names rows of it, not necessarily all:
-    a file with fewer is marked partial. model: how the user named it; folders are left out. batch_size: of the calls of certify, if they had one.
-    Radii are written as they are (JSON of a float64 reads back as the same float64), an infinite one as the largest float64.
-    Raises BadInput when certificate and rows do not belong together.
+    data: the result of load_data(spec, limit=limit, seed=seed, context=context). certificate.index contains rows of it, not necessarily all:
+    a file with fewer rows is marked partial. model: as the user named it; folders are removed. batch_size: of the calls of certify, if given.
+    Radii are stored exactly (the JSON of a float64 reads back as the same float64), an infinite one as the largest float64.
+    Raises BadInput if the certificate is not of these rows.
     """
     position = {int(i): at for at, i in enumerate(data.index.tolist())}
     unknown = [int(i) for i in certificate.index if int(i) not in position]
     if unknown:
-        raise BadInput(f"expected certified samples among the rows of {spec}, got index {unknown[0]}; certify the rows that load_data gives")
+        raise BadInput(f"expected certified samples among the rows of {spec}, got index {unknown[0]}; certify the rows that load_data returns")
     at = [position[int(i)] for i in certificate.index]
     hashes = row_hashes(data.x[at], data.y[at])
     threat = certificate.threat
@@ -264,24 +264,24 @@ def from_certificate(
     }  # fmt: skip
     file = _validated(document, "the certificate")
     if file.ball() != threat:
-        raise BadInput(f"expected a threat that its name, radius and clip describe, got {threat}; use one that parse_threat gives")
+        raise BadInput(f"expected a threat that is determined by its name, radius and clip, got {threat}; use one from parse_threat")
     return file
 
 
 def write(path: Path, file: CertificateFile) -> None:
-    """Write the file whole or not at all. Raises BadInput when the place cannot be written."""
+    """Write the file atomically. Raises BadInput if the path cannot be written."""
     write_text(path, json_text(file.document()))
 
 
 def read(path: str | Path) -> CertificateFile:
-    """The certificate in a file. Raises BadInput, one sentence, for anything else."""
+    """The certificate in a file. Raises BadInput for anything else."""
     path = Path(path)
-    text = read_limited(path, "a certificate file", SIZE_LIMIT, "certify fewer samples a file")
+    text = read_limited(path, "a certificate file", SIZE_LIMIT, "certify fewer samples per file")
     return parse(text, path.name)
 
 
 def parse(text: bytes, source: str = "the certificate") -> CertificateFile:
-    """The certificate that a text is. source: what messages call it. Raises BadInput for anything else."""
+    """The certificate in a JSON text. source: its name for messages. Raises BadInput for anything else."""
 
     def constant(name: str) -> NoReturn:
         raise BadInput(f"{source}: expected numbers, got {name}; {REMEDY}")
@@ -298,9 +298,9 @@ def parse(text: bytes, source: str = "the certificate") -> CertificateFile:
     except BadInput:
         raise
     except RecursionError:
-        raise BadInput(f"{source}: expected a certificate, got JSON nested without end; {REMEDY}") from None
+        raise BadInput(f"{source}: expected a certificate, got JSON that is nested too deeply; {REMEDY}") from None
     except ValueError as error:  # not JSON, not UTF-8, or an integer of thousands of digits
-        raise BadInput(f"{source}: expected whole JSON in UTF-8, got something else ({str(error)[:120]}); copy the file again, or {REMEDY}") from None
+        raise BadInput(f"{source}: expected complete JSON in UTF-8, got others ({str(error)[:120]}); copy the file again, or {REMEDY}") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{source}: expected a JSON object, got {type(raw).__name__}; {REMEDY}")
     if raw.get("schema") != SCHEMA:
@@ -309,12 +309,12 @@ def parse(text: bytes, source: str = "the certificate") -> CertificateFile:
 
 
 def json_schema() -> dict[str, Any]:
-    """The published schema of the file. Rules between fields (a misclassified sample has radius 0) are checked by `read` on top."""
+    """The published schema of the file. Rules between fields (a misclassified sample has radius 0) are checked by `read` in addition."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **CertificateFile.model_json_schema(by_alias=True)}
 
 
 def row_hashes(x: Tensor, y: Tensor) -> list[str]:
-    """SHA-256 of each row (input and label): x (N, …) as loaded, before any cast; y (N,). Independent of the device, and of a text's neighbours."""
+    """SHA-256 of each row (input and label): x (N, …) as loaded, before any cast; y (N,). Independent of the device and of the other rows."""
     groups = by_length(x)
     if len(groups) > 1:
         rows = torch.cat([rows for rows, _ in groups]).argsort().tolist()
@@ -328,16 +328,16 @@ def row_hashes(x: Tensor, y: Tensor) -> list[str]:
 
 
 def rows_sha256(hashes: list[str]) -> str:
-    """SHA-256 over row hashes in their order."""
+    """SHA-256 over row hashes, in order."""
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def explain(error: ValidationError, source: str, remedy: str) -> str:
-    """The first complaint of pydantic as one sentence: where, what was expected, what was got, what to do."""
+    """The first error of pydantic as one message: the key, what was expected, what was received, the remedy."""
     first = error.errors()[0]
     where = shown(".".join(str(part) for part in first["loc"]), 100) or "top level"
     cause = (first.get("ctx") or {}).get("error")
-    if isinstance(cause, Exception):  # raised by our own validators: already a whole sentence
+    if isinstance(cause, Exception):  # raised by our own validators: already a complete message
         return f"{source}: {cause}"
     if first["type"] == "extra_forbidden":
         return f"{source}: expected only known keys, got {where!r}; remove or correct it"
@@ -364,7 +364,7 @@ def _finite(value: float | str) -> float | str:
 
 
 def _portable(spec: str, split: str) -> str:
-    """The specification with its split and without the folders of this machine."""
+    """The specification with its split and without folders of this machine."""
     name, _ = parse_spec(spec)
     if name.endswith(FILES):
         return Path(name).name

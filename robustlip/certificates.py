@@ -16,18 +16,18 @@ CERTIFIED, ABSTAINED, MISCLASSIFIED = "certified", "abstained", "misclassified"
 
 @dataclass(frozen=True)
 class Certificate:
-    """One certified radius per sample, and what it rests on.
+    """One certified radius per sample, and what it depends on.
 
     radius[i] > 0 proves: no perturbation within the threat at that radius changes prediction[i], and prediction[i] == label[i].
     index, label, prediction: int64 (N,); radius: float64 (N,), rounded down, in the units of the threat; status: N strings
-    among certified, abstained, misclassified; reason: N strings, empty where certified. methods: N strings, the method that proved each
-    radius ('best' asks several), empty where none is.
-    dtype: the arithmetic that is covered: 'float32' and the like mean the model as executed there, 'real' exact arithmetic only.
-    bound: lipschitz_to_last_hidden, the largest constant used (input to the state in front of the last layer, at the radius proved), and the
-    model's own bound as `lipschitz_bound` gives it. versions: of robustlip, its rules, torch, and packages that add operations or methods.
-    execution: the kernels by which the model runs in that arithmetic, as `robustlip.execution` names them; other kernels (a compiled model,
+    among certified, abstained, misclassified; reason: N strings, empty if certified. methods: N strings, the method that proved each
+    radius ('best' runs several), empty if none did.
+    dtype: the arithmetic that is covered: 'float32' etc. mean the model as executed in that dtype, 'real' means exact arithmetic only.
+    bound: lipschitz_to_last_hidden, the largest constant used (from the input to the last hidden state, at the proved radius), and the
+    model's own bound as `lipschitz_bound` computes it. versions: of robustlip, its rules, torch, and packages that add operations or methods.
+    execution: the kernels with which the model runs, as `robustlip.execution` names them; other kernels (a compiled model,
     TF32, flash attention on CUDA) are not covered.
-    programs: of texts, by their number of tokens the SHA-256 of the program that they were certified with; architecture_sha256 is of all of them.
+    programs: for texts, by number of tokens, the SHA-256 of the certified program; architecture_sha256 is the hash of all of them.
     """
 
     threat: Threat
@@ -51,12 +51,12 @@ class Certificate:
         return len(self.index)
 
     def certified_accuracy(self, radius: float) -> float:
-        """The fraction of samples that are classified correctly and proved robust at `radius` (same units as the threat)."""
+        """The fraction of samples that are classified correctly and certified at `radius` (in the units of the threat)."""
         return float(np.mean(self.radius >= radius)) if len(self) else float("nan")
 
 
 def concatenate(certificates: Sequence[Certificate]) -> Certificate:
-    """Certificates of consecutive batches of one model under one threat as one. bound: the largest of each constant."""
+    """Concatenates certificates of consecutive batches of one model under one threat. bound: the largest of each constant."""
     first = certificates[0]
     joined: dict[str, Any] = {name: np.concatenate([getattr(c, name) for c in certificates]) for name in ("index", "label", "prediction", "radius")}
     joined |= {name: tuple(word for c in certificates for word in getattr(c, name)) for name in ("status", "reason", "methods")}
@@ -67,7 +67,7 @@ def concatenate(certificates: Sequence[Certificate]) -> Certificate:
 
 
 def reordered(certificate: Certificate, order: np.ndarray) -> Certificate:
-    """The same certificate with its samples in another order: sample i is `order[i]` of those that it has."""
+    """The same certificate with its samples in another order: sample i of the result is sample `order[i]`."""
     arrays: dict[str, Any] = {name: getattr(certificate, name)[order] for name in ("index", "label", "prediction", "radius")}
     words: dict[str, Any] = {}
     for name in ("status", "reason", "methods"):

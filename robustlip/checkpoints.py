@@ -1,7 +1,7 @@
-"""Files of weights: safetensors with the configuration in the header, and a TOML card beside it. Never pickle.
+"""Files of weights: safetensors with the configuration in the header, and a TOML card in the same folder. Never pickle.
 
-A file from outside is hostile: its header is checked before its tensors, its tensors against the model that it names, and the
-hash in its header against the tensors that were read.
+Files are not trusted: the header is checked before the tensors, the tensors are compared with the model that the header names, and the
+hash in the header with the tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from robustlip.errors import BadInput
 from robustlip.files import atomic, is_file
 from robustlip.hashing import weights_sha256
 from robustlip.limits import PARAMETERS, TENSORS, number
-from robustlip.modes import undrawn
+from robustlip.modes import random_state_kept
 from robustlip.numerics.rounding import NAMES
 
 FORMAT = "robustlip-1"
@@ -28,7 +28,7 @@ Build = Callable[[dict[str, Any]], nn.Module]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Tensors and a JSON header to a safetensors file, atomically."""
+    """Write tensors and a JSON header to a safetensors file, atomically."""
     from safetensors.torch import save_file
 
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -37,12 +37,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file that `save_tensors` wrote. Raises BadInput for anything else: missing, truncated, foreign."""
+    """Tensors and header of a file written by `save_tensors`. Raises BadInput for anything else: missing, truncated, of another format."""
     return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
 
 
 def load_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Shapes and header, without reading tensors. Raises BadInput as load_tensors."""
+    """Shapes and header, without reading tensors. Raises BadInput as `load_tensors`."""
     found: dict[str, tuple[int, ...]] = {}
 
     def look(file: Any) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def load_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]
 
 
 def load_header(path: Path) -> dict[str, Any]:
-    """The header alone, without reading tensors. Raises BadInput as load_tensors."""
+    """The header, without reading tensors. Raises BadInput as `load_tensors`."""
     return _read(path, lambda file: {})[1]
 
 
@@ -72,18 +72,18 @@ def _read(path: Path, tensors_of: Callable[[Any], dict[str, Tensor]]) -> tuple[d
     except BadInput:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"expected a whole safetensors file, got {path.name}, which cannot be read ({error}); copy or train it again") from None
+        raise BadInput(f"expected a complete safetensors file, got {path.name}, which cannot be read ({error}); copy or train it again") from None
     try:
         header = json.loads(metadata["robustlip"])
         if header["format"] != FORMAT:
             raise KeyError(header["format"])
-    except (KeyError, TypeError, ValueError, RecursionError):  # no header, no JSON, an integer of thousands of digits, nested without end
+    except (KeyError, TypeError, ValueError, RecursionError):  # no header, not JSON, an integer with thousands of digits, nesting that is too deep
         raise BadInput(f"expected a safetensors file written by robustlip, got {path.name} without its header; export it with save_model") from None
     return tensors, header
 
 
 def save_model(path: Path, model: nn.Module) -> None:
-    """A model with a `config` to one file that `robustlip.load` reads. Raises BadInput for a model that cannot be built from a config."""
+    """Write a model with a `config` to a file that `robustlip.load` reads. Raises BadInput for a model that cannot be built from a config."""
     config = getattr(model, "config", None)
     if config is None:
         raise BadInput(f"expected a model with a config, got {type(model).__name__}; build it with robustlip.models.build")
@@ -91,16 +91,16 @@ def save_model(path: Path, model: nn.Module) -> None:
 
 
 def planned(build: Build, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that `build` would make, without their memory. Raises BadInput as `build`, and for too many parameters."""
+    """Names and shapes of the weights that `build` would create, without allocating them. Raises BadInput as `build`, and for too many parameters."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in build(config).state_dict().items()}
     if (count := sum(math.prod(shape) for shape in shapes.values())) > PARAMETERS:
-        raise BadInput(f"expected a model of at most {PARAMETERS} parameters, got one of {number(count)}; make it smaller")
+        raise BadInput(f"expected a model of at most {PARAMETERS} parameters, got one with {number(count)}; make it smaller")
     return shapes
 
 
 def tensors_of(build: Build, config: dict[str, Any]) -> int:
-    """How many weights `build` would make, from models of one and of two layers: no work grows with the sizes in the configuration."""
+    """The number of tensors that `build` would create, extrapolated from models with one and with two layers, in constant time."""
     widths, blocks = config.get("widths"), config.get("blocks")
     if isinstance(widths, list) and len(widths) > 3:
         repeats, cut = len(widths) - 1, {n: config | {"widths": widths[: n + 1]} for n in (1, 2)}
@@ -112,17 +112,17 @@ def tensors_of(build: Build, config: dict[str, Any]) -> int:
     return one + (repeats - 1) * (two - one)
 
 
-@undrawn()
+@random_state_kept()
 def load_into(path: Path, build: Build) -> nn.Module:
-    """The model of a file, in eval mode. build: from a config to an untrained model (robustlip.models.build).
+    """The model of a file, in eval mode. build: makes an untrained model from a config (robustlip.models.build).
 
-    Raises BadInput when tensors are missing, surplus, of another shape or not finite, or when the hash does not fit.
+    Raises BadInput if tensors are missing, superfluous, of another shape or not finite, or if the hash differs.
     """
     got, header = load_shapes(path)
     config = header.get("config")
     if not isinstance(config, dict):
-        raise BadInput(f"expected a model file, got {path.name}, which holds no model configuration; name a model, not a training state")
-    # Cheap checks first: a few bytes of configuration can ask for more layers than a machine builds in a day, or more memory than there is.
+        raise BadInput(f"expected a model file, got {path.name}, which has no model configuration; name a model, not a training state")
+    # Cheap checks first: a few bytes of configuration can request more layers than can be built in a day, or more memory than there is.
     if (count := tensors_of(build, config)) != len(got):
         told = f"expected the tensors of a {config.get('kind')} model in {path.name}, {number(count)} of them, got {len(got)}"
         raise BadInput(f"{told}; the file was altered")

@@ -1,6 +1,6 @@
-"""All certifiers over the same samples, next to one attack: what each proves, what it costs, how near it comes to what is possible.
+"""All certifiers on the same samples, with one attack: the radii and the time of each method, and how close they come to the attack.
 
-For choosing a method and for tables; it is no certificate, and its document is not one that `robustlip verify` takes.
+For choosing a method and for tables. The result is not a certificate, and `robustlip verify` does not accept it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from robustlip.layers import Chain
 from robustlip.numerics.rounding import evaluated_in
 from robustlip.threats import Threat
 
-# Minutes for the first batch of a model.
+# Methods that take minutes for the first batch of a model.
 SLOW = ("lipsdp",)
 INTERRUPTED = "interrupted"
 
@@ -33,13 +33,13 @@ Batches = Callable[[str], Iterable[tuple[Tensor, Tensor, Any]]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Radii by method, of N samples under one threat.
+    """Radii of N samples under one threat, by method.
 
     radius: name → float64 (N,), in the units of the threat, in the order in which the methods ran. seconds: name → time of that pass; constants
-    that an earlier pass computed for the same weights are not computed again. left_out: name → one sentence why it did not run.
-    label, prediction: int64 (N,). attacked: float64 (N,), inf where the attack found nothing; None without an attack.
-    failed: bool (N,), samples with logits that are not finite (see `Observation`): they count as not withstanding the attack.
-    stopped: '', or what stopped it before its end ('interrupted', or an error in one sentence); what is there holds nevertheless.
+    that an earlier pass computed for the same weights are not computed again. left_out: name → one sentence that says why it did not run.
+    label, prediction: int64 (N,). attacked: float64 (N,), inf if the attack found nothing; None without an attack.
+    failed: bool (N,), samples with logits that are not finite (see `Observation`): they do not count as robust under attack.
+    stopped: '', or why the comparison ended early ('interrupted', or an error message); the finished part is valid.
     """
 
     threat: Threat
@@ -63,17 +63,17 @@ class Comparison:
 
     @property
     def best(self) -> np.ndarray:
-        """The largest radius of any method that ran, per sample (N,)."""
+        """The largest radius of all methods that ran, per sample (N,)."""
         return np.maximum.reduce(list(self.radius.values()))
 
     def wins(self) -> dict[str, int]:
-        """On how many samples each method gave the largest radius; the first in order where several did."""
+        """The number of samples on which each method has the largest radius; ties count for the method that ran first."""
         names, table = list(self.radius), np.stack(list(self.radius.values()))
         first = table.argmax(0)[table.max(0) > 0]
         return {name: int(np.sum(first == i)) for i, name in enumerate(names)}
 
     def radii(self) -> tuple[float, ...]:
-        """Where certified accuracy is shown: the requested radius, else the quartiles of `best` to two digits; none where nothing is proved."""
+        """The radii at which certified accuracy is shown: the requested radius, or the quartiles of `best` to two digits; () if nothing is proved."""
         if self.threat.radius is not None:
             return (self.threat.radius,)
         if not self.correct.any():
@@ -82,7 +82,7 @@ class Comparison:
         return tuple(dict.fromkeys(float(f"{q:.2g}") for q in quartiles if q > 0))
 
     def fraction(self, radius: np.ndarray) -> float | None:
-        """Median of certified / attacked over correctly classified samples that the attack broke; None without any."""
+        """Median of certified / attacked radius over correctly classified samples that the attack broke; None without any."""
         if self.attacked is None:
             return None
         broken = self.correct & np.isfinite(self.attacked) & (self.attacked > 0)
@@ -92,7 +92,7 @@ class Comparison:
         return float(np.median(radius[self.correct])) if self.correct.any() else None
 
     def row(self, name: str, radius: np.ndarray, seconds: float) -> dict[str, Any]:
-        """One line of the table, as plain JSON types. The attack's accuracies are those that withstood it."""
+        """One row of the table, as plain JSON types. For the attack, accuracy is the share that is robust under it."""
         counted = self.correct & ~self.failed if radius is self.attacked and self.failed is not None else self.correct
         accuracy = {f"{r:g}": float(np.mean(counted & (radius >= r) & (radius > 0))) for r in self.radii()}
         median = self.median(radius)
@@ -111,7 +111,7 @@ class Comparison:
         return {
             "kind": "comparison of methods", "certificate": False, "partial": bool(self.stopped), "stopped": self.stopped or None,
             "interrupted": self.stopped == INTERRUPTED,
-            "note": "not a certificate file: robustlip verify does not take it; certify with one method, or best, to write one",
+            "note": "not a certificate file: robustlip verify does not accept it; certify with one method, or best, to write one",
             "threat": self.threat.name, "units": self.threat.units, "clip": box_of(self.threat),
             "requested_radius": self.threat.radius, "dtype": self.dtype,
             "weights_sha256": self.weights_sha256, "samples": len(self.label), "correct": int(self.correct.sum()),
@@ -125,12 +125,12 @@ def compare(
     chain: Chain, batches: Batches, threat: Threat, *, dtype: str | None = None, slow: bool = False, attack: Attack | None = None, seed: int = 0,
     kept: Callable[[Comparison], None] | None = None,
 ) -> Comparison:  # fmt: skip
-    """Runs every method that applies, then the attack once.
+    """Run every method that applies, then the attack once.
 
-    batches: label → the same (x, y, index) every time, on the model's device. slow: run SLOW too. attack: one that needs no radius.
-    kept: called with what was done, if anything was, before an error or Ctrl-C is passed on. Where that comes in the middle of the first method,
-    the samples are those that it had finished; a later one that did not finish is left out.
-    Raises BadInput or UnsupportedLayer for what no method takes, CertificateViolation where the attack succeeds inside any method's radius.
+    batches: label → the same (x, y, index) each time, on the model's device. slow: also run SLOW methods. attack: one that needs no radius.
+    kept: called with the finished part, if there is one, before an exception or Ctrl-C is passed on. If that happens during the first method,
+    the samples are those that it finished; a later method that did not finish is left out.
+    Raises BadInput or UnsupportedLayer if no method applies, CertificateViolation if the attack succeeds inside the radius of any method.
     """
     running = _Running(threat)
     try:
@@ -144,7 +144,7 @@ def compare(
 
 @dataclass
 class _Running:
-    """What has been done so far. now: what runs. parts: of the certificates or observations that it has finished."""
+    """The finished part. now: the name of the running method or attack. parts: the certificates or observations that it has finished."""
 
     threat: Threat
     radius: dict[str, np.ndarray] = field(default_factory=dict)
@@ -160,14 +160,14 @@ class _Running:
         self.now, self.parts, self.started = name, [], time.perf_counter()
 
     def finish(self) -> None:
-        """The certificates of the method that runs are all there."""
+        """Called when the running method has certified all samples."""
         self.seconds[self.now] = time.perf_counter() - self.started
         self.radius[self.now] = np.concatenate([c.radius for c in self.parts])
         self.certificates = self.certificates or self.parts
         self.now = ""
 
     def comparison(self, stopped: str = "") -> Comparison | None:
-        """What there is; None where no sample was finished."""
+        """The finished part; None if no sample is finished."""
         if stopped and self.now:
             if not self.certificates and self.parts:
                 self.finish()
@@ -192,7 +192,7 @@ def _run(
         if reason := method.why_not(chain, free):
             running.left_out[name] = reason
         elif name in SLOW and not slow:
-            running.left_out[name] = "takes minutes; --slow runs it too"
+            running.left_out[name] = "takes minutes; run it with --slow"
         else:
             running.start(name)
             try:
@@ -200,12 +200,12 @@ def _run(
                     running.parts.append(certify(chain, x, y, free, name, dtype=dtype, index=index))
             except (BadInput, UnsupportedLayer) as error:
                 if not running.certificates:
-                    raise  # the first method takes every model and threat: what it refuses is the input's fault
+                    raise  # the first method applies to every model and threat, so its refusal is an error of the input
                 running.left_out[name], running.now = str(error), ""
                 continue
             running.finish()
     if attack is not None:
-        # What is attacked is the arithmetic that is covered; float64 stands in for exact arithmetic.
+        # The attack runs in the covered arithmetic; float64 replaces exact arithmetic.
         attacked = chain if dtype is None else cast(chain, evaluated_in(dtype))
         generator = torch.Generator().manual_seed(seed)
         running.start(f"attack {attack.name}")
@@ -219,7 +219,7 @@ def _run(
             }  # fmt: skip
             running.now = ""
         finally:
-            # An attack that is stopped has still refuted what it has refuted.
+            # What an interrupted attack has refuted counts.
             if dtype != "real" and running.parts:
                 _check(running.radius, np.concatenate([o.radius for o in running.parts]))
     done = running.comparison()
@@ -228,7 +228,7 @@ def _run(
 
 
 def _check(radius: Mapping[str, np.ndarray], nearest: np.ndarray) -> None:
-    """Raises CertificateViolation where the attack succeeds on one of the first samples nearer than any method's radius."""
+    """Raises CertificateViolation if the attack succeeds at a smaller distance than the radius of any method on any sample."""
     for name, proved in radius.items():
         wrong = (~(proved[: len(nearest)] <= nearest)).nonzero()[0]
         if len(wrong):

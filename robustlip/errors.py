@@ -1,13 +1,13 @@
-"""The errors that a person meets, and the exit code that each one ends a command with.
+"""All errors that users see, and the exit code of each.
 
-Every message has three parts: what was expected, what was got, and what to do about it.
+Every message has three parts: what was expected, what was received, and the remedy.
 """
 
 from __future__ import annotations
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """What somebody else's error says, for the middle of a sentence: its first line, cut, or its kind where it says nothing."""
+    """The first line of an exception's message, cut to `limit` characters, for use in another message; its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:limit]
 
 
@@ -24,7 +24,7 @@ class BadInput(RobustlipError, ValueError):
 
 
 class UnsupportedLayer(BadInput):
-    """A layer for which no rule is proved. There is no default constant (docs/theory.md, section 3)."""
+    """A layer without a proved rule. There is no default constant (docs/theory.md, section 3)."""
 
 
 class DataUnavailable(BadInput):
@@ -32,6 +32,6 @@ class DataUnavailable(BadInput):
 
 
 class CertificateViolation(RobustlipError):
-    """An attack succeeded inside a certified radius: a soundness bug. Exit code 3, never swallowed."""
+    """An attack succeeded inside a certified radius: a soundness bug. Exit code 3; never caught."""
 
     exit_code = 3

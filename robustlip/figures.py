@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Formatting of numbers in tables."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """A number for people, – for none."""
+    """A number for a table; '–' for None."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
 def upward(value: float | None, digits: int = 4) -> str:
-    """A bound for people, rounded up: a bound that is shown too small is no bound. – for none."""
+    """An upper bound for a table, rounded up so that the shown number is still a bound; '–' for None."""
     if value is None or not math.isfinite(value):
         return figure(value, digits)
     rounded = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING).create_decimal_from_float(value)

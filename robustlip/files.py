@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that every parser accepts."""
+"""Files that are written atomically, and JSON that every parser accepts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOML_LIMIT = 2**20  # bytes
 
 
 def read_limited(path: Path, what: str, limit: int, remedy: str) -> bytes:
-    """All bytes of a file. what: e.g. 'a policy file'. Raises BadInput when it cannot be read, or holds more than `limit` (a device has no end)."""
+    """All bytes of a file. what: e.g. 'a policy file'. Raises BadInput if it cannot be read or has more than `limit` bytes."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -43,48 +43,48 @@ def read_limited(path: Path, what: str, limit: int, remedy: str) -> bytes:
 
 
 def unzipped(data: bytes, name: str, limit: int) -> bytes:
-    """The bytes of a .gz file, at most `limit` of them. Raises BadInput."""
+    """The bytes in a .gz file, at most `limit`. Raises BadInput."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
             whole = stream.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"expected a gzip file, got {name}, which is none ({first_line(error, 80)}); pack it again") from None
+        raise BadInput(f"expected a gzip file, got {name}, which is not one ({first_line(error, 80)}); compress it again") from None
     if len(whole) > limit:
-        raise BadInput(f"expected at most {limit} bytes in {name}, got more; give the unpacked file's parts")
+        raise BadInput(f"expected at most {limit} bytes in {name}, got more; split the file")
     return whole
 
 
 def read_json(path: Path, what: str, limit: int, remedy: str) -> Any:
-    """What a JSON file holds, in UTF-8 with or without a byte-order mark. Arguments as of `read_limited`. Raises BadInput."""
+    """The content of a JSON file, in UTF-8 with or without a byte-order mark. Arguments as in `read_limited`. Raises BadInput."""
     data = read_limited(path, what, limit, remedy)
     try:
         return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also what is no UTF-8
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
         raise BadInput(f"expected {what}, got {path.name}, which is not JSON ({str(error)[:100]}); copy it again") from None
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The table of a TOML file, in UTF-8 with or without a byte-order mark. what: e.g. 'a policy'.
 
-    Raises BadInput when it cannot be read or does not parse.
+    Raises BadInput if it cannot be read or parsed.
     """
     text = read_limited(path, f"{what} file", TOML_LIMIT, f"name {what} file")
     try:
         table = tomllib.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, an integer of thousands of digits, tables without end
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, an integer with thousands of digits, nesting that is too deep
         raise BadInput(f"expected {what} in TOML, got {path.name}, which does not parse ({first_line(error, 120)}); correct it") from None
     check_table(table, f"{what} ({path.name})")
     return table
 
 
 def strictly(kind: type[Kind], raw: Mapping[str, Any]) -> Kind:
-    """The pydantic model of a table of TOML or JSON. Strict: no true for 1, no "6" for 6. Raises pydantic's ValidationError."""
-    # As JSON, whose lists may be tuples in strict mode too.
+    """Validates a table of TOML or JSON as a pydantic model. Strict: no true for 1, no "6" for 6. Raises pydantic's ValidationError."""
+    # Through JSON, because in strict mode only JSON lists may become tuples.
     return kind.model_validate_json(json.dumps(raw, default=str), strict=True)
 
 
 def is_file(path: Path) -> bool:
-    """Path.is_file, and False for a name that no file can have (too long, with a NUL)."""
+    """Path.is_file, and False for an invalid file name (too long, with a NUL)."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Path.is_dir, and False for a name that no folder can have."""
+    """Path.is_dir, and False for an invalid folder name."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -117,25 +117,25 @@ def json_text(value: Any) -> str:
 
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
     text = text.replace(f'"{_INFINITY}"', "1e999").replace(f'"-{_INFINITY}"', "-1e999") + "\n"
-    # Names of files that are not UTF-8 come as lone surrogates, which no encoding has.
+    # Names of files that are not UTF-8 contain lone surrogates, which no encoding can represent.
     return _SURROGATES.sub(lambda found: ascii_json(found[0]), text)
 
 
 def ascii_json(text: str) -> str:
-    """JSON with every character outside ASCII as its escape; only strings have such characters."""
+    """JSON with every character outside ASCII escaped; such characters occur only in strings."""
     return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`json_text` to a file, at once."""
+    """Write `json_text` to a file, atomically."""
     write_text(path, json_text(value))
 
 
 class atomic:
-    """`with atomic(path) as temporary:` writes `temporary`, which becomes `path` only when the block ends well.
+    """`with atomic(path) as temporary:` replaces `path` by `temporary` when the block ends without an exception.
 
-    The contents are on the disk before the name is, and the name when the block is left: a power failure leaves the old file or the new one.
-    A symbolic link stays one: the file that it names is replaced.
+    The contents are on disk before the name is changed, and the name before the block is left: after a power failure the old or the new file
+    exists. A symbolic link is kept: the file that it names is replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,7 +153,7 @@ class atomic:
             self.temporary.unlink(missing_ok=True)
             return
         try:
-            # mkstemp makes the file private, as some writers do with theirs; results are as readable as anything else the user writes.
+            # mkstemp creates private files, as some writers do; results get the permissions of any other new file.
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(self.temporary, 0o666 & ~mask)
@@ -167,7 +167,7 @@ class atomic:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can: Windows opens no folders, and some network file systems refuse."""
+    """Sync the names in a folder to disk, if the system can: Windows does not open folders, and some network file systems refuse."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -181,7 +181,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file at once; what is there and no file (a pipe, a device) is written to. Raises BadInput when the place cannot be written."""
+    """Write a text file atomically; an existing pipe or device is written to. Raises BadInput if the path cannot be written."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             with open(path, "w", encoding="utf-8") as stream:
@@ -190,4 +190,4 @@ def write_text(path: Path, text: str) -> None:
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise BadInput(f"expected a place to write, got {str(path)[:200]} ({first_line(error, 80)}); name another path") from error
+        raise BadInput(f"expected a path that can be written, got {str(path)[:200]} ({first_line(error, 80)}); name another path") from error

@@ -1,15 +1,15 @@
-"""The gate: yes or no before deployment, by a policy that a person wrote.
+"""The gate: decides by a policy file whether a model may be deployed.
 
     policy = load_policy("policy.toml")
     report = gate(policy, model, policy_rows(policy, data_dir, model.vocabulary))
-    report.exit_code                # 0 pass, 1 below (or no usable certificate), 3 unsound
+    report.exit_code                # 0 pass, 1 fail (or no usable certificate), 3 unsound
 
-The rule is the policy's and nothing else: every accuracy is a count over all rows of the policy's data, divided by their number, and is met
-when it is ≥ the required one. A sample counts as certified at a radius when it is classified correctly and a radius of at least that
-one is proved. The Wilson bound beside it says what such a count means for data like these; it decides nothing.
+Only the policy decides. Every accuracy is a count over all rows of the policy's data, divided by their number, and the requirement is met
+if it is ≥ the required accuracy. A sample counts as certified at a radius if it is classified correctly and a radius of at least that
+size is proved. The Wilson bound in the report says what such a count implies for data of the same kind; it does not affect the decision.
 
-Without certificate files the gate certifies. With them it verifies each first (`robustlip.verification`) and counts the smaller of the
-claimed and the recomputed radius. A partial, stale or unverifiable file fails the gate, also beside good ones.
+Without certificate files the gate certifies. With them it first verifies each one (`robustlip.verification`) and uses the smaller of the
+claimed and the recomputed radius. One partial, stale or unverifiable file fails the gate, even if other files are good.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from robustlip.execution import covered_kernels
 from robustlip.files import read_toml
 from robustlip.geometry import length
 from robustlip.limits import ROWS, VERIFIED_ROWS, VERIFIED_SECONDS
-from robustlip.modes import in_eval_mode, undrawn
+from robustlip.modes import in_eval_mode, random_state_kept
 from robustlip.target import Target
 from robustlip.threats import InputBall, Threat, parse_threat
-from robustlip.verification import BATCH, CHEAP, Advance, Budget, Interrupted, Verification, cast, is_training, prove, verify
+from robustlip.verification import BATCH, FAST_METHODS, Advance, Budget, Interrupted, Verification, cast, is_training, prove, verify
 
 CERTIFIED, ATTACKED = "certified", "attacked"
 NOT_MEASURED = "interrupted"
@@ -51,9 +51,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ThreatRequirement(Strict):
-    """At least min_certified_accuracy of all rows certified at `radius`, in the units of the threat.
+    """At least min_certified_accuracy of all rows have to be certified at `radius`, in the units of the threat.
 
-    name: see `robustlip.threats.parse_threat`. clip: [low, high] of the inputs. method: None takes any proof ('best' where the gate certifies).
+    name: see `robustlip.threats.parse_threat`. clip: [low, high], the valid range of inputs. method: None accepts any method (the gate uses best).
     """
 
     name: Line
@@ -72,13 +72,13 @@ class ThreatRequirement(Strict):
 
 
 class Policy(Strict):
-    """What a model has to show, on which rows and in which arithmetic.
+    """What a model has to achieve, on which rows and in which arithmetic.
 
-    data, limit, seed, context, subset and the columns: as in `robustlip.data.load_data`; a file is named relative to where the gate runs.
-    min_samples: fewer rows fail, whatever they show. min_clean_accuracy: share of rows whose prediction is the label, in `dtype`.
-    methods, max_samples, max_seconds, batch_size: what a certificate file may ask for; dearer ones are refused before they are recomputed. methods:
-    those that take seconds and those that threats name, unless given. max_seconds: of each file. batch_size: as the file says unless given.
-    require_attack: `attack` runs at every radius, and success inside a certified radius is a soundness bug (exit code 3).
+    data, limit, seed, context, subset and the columns: as in `robustlip.data.load_data`; paths are relative to the working directory of the gate.
+    min_samples: with fewer rows the gate fails. min_clean_accuracy: share of rows that are classified correctly, in `dtype`.
+    methods, max_samples, max_seconds, batch_size: limits for certificate files; more expensive files are refused before they are recomputed. methods:
+    by default the fast methods and those that threats name. max_seconds: per file. batch_size: by default as in the file.
+    require_attack: `attack` runs at every radius, and a success inside a certified radius is a soundness bug (exit code 3).
     """
 
     data: Line
@@ -114,9 +114,9 @@ class Policy(Strict):
         return methods
 
     def budget(self) -> Budget:
-        """What verifying one certificate file may cost."""
+        """The limits for verifying one certificate file."""
         named = [threat.method for threat in self.threat if threat.method is not None]
-        methods = tuple(dict.fromkeys((*CHEAP, *named) if self.methods is None else self.methods))
+        methods = tuple(dict.fromkeys((*FAST_METHODS, *named) if self.methods is None else self.methods))
         return Budget(methods, self.max_samples, self.max_seconds, self.batch_size)
 
     @field_validator("threat")
@@ -130,7 +130,7 @@ class Policy(Strict):
 
 @dataclass(frozen=True)
 class Requirement:
-    """One line of the table. got: None where nothing could be measured. lower: Wilson bound (95 %, one-sided) of an accuracy, for information."""
+    """One row of the table. got: None if nothing was measured. lower: Wilson bound (95 %, one-sided) of an accuracy, for information only."""
 
     what: str
     required: float
@@ -141,7 +141,7 @@ class Requirement:
 
     @property
     def slack(self) -> float:
-        """How far above (or, negative, below) the requirement, relative to it; −∞ where nothing was measured."""
+        """How far the result is above (or, if negative, below) the requirement, relative to it; −∞ if nothing was measured."""
         if self.got is None:
             return -math.inf
         return (self.got - self.required) / self.required if self.required > 0 else self.got - self.required
@@ -149,9 +149,8 @@ class Requirement:
 
 @dataclass(frozen=True)
 class GateReport:
-    """requirements: in the order of the policy. refusals: certificate files that cannot be used, and why. violations: proved, and yet broken.
-
-    interrupted: by Ctrl-C; what was not measured until then is not passed.
+    """requirements: in the order of the policy. refusals: certificate files that cannot be used, and why. violations: certified radii that an attack
+    refuted. interrupted: by Ctrl-C; requirements that were not measured are not met.
     """
 
     requirements: tuple[Requirement, ...]
@@ -176,12 +175,12 @@ class GateReport:
 
     @property
     def worst(self) -> Requirement | None:
-        """The requirement that is missed by most; where all are met, the accuracy that is met by least."""
+        """The requirement that is missed by the largest margin; if all are met, the accuracy with the smallest margin."""
         shares = [r for r in self.requirements if r.lower is not None or not r.passed]
         return min(shares, key=lambda r: (r.passed, r.slack), default=None)
 
     def sentence(self) -> str:
-        """Why the gate does not pass, or what is closest to failing."""
+        """Why the gate does not pass, or which requirement is closest to failing."""
         if self.interrupted and not self.violations:
             left = sum(r.got is None for r in self.requirements)
             return f"interrupted: {left} of {len(self.requirements)} requirements were not measured, and so are not met; run the gate again"
@@ -212,7 +211,7 @@ class GateReport:
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The policy of a TOML file. Raises BadInput, one sentence, for anything else."""
+    """The policy in a TOML file. Raises BadInput for anything else."""
     path = Path(path)
     raw = read_toml(path, "a policy")
     try:
@@ -222,7 +221,7 @@ def load_policy(path: str | Path) -> Policy:
 
 
 def policy_rows(policy: Policy, data_dir: str | Path | None = None, vocabulary: str | Subwords | None = None) -> Dataset:
-    """The rows that the policy speaks of. vocabulary: the model's. Raises BadInput and DataUnavailable as load_data does."""
+    """The rows of the policy. vocabulary: of the model. Raises BadInput and DataUnavailable as `load_data` does."""
     words = vocabulary if is_text(parse_spec(policy.data)[0], policy.text_column) else None
     options: Any = chosen(policy)
     return load_data(policy.data, data_dir=data_dir, limit=policy.limit, seed=policy.seed, context=policy.context, vocabulary=words, **options)
@@ -238,13 +237,13 @@ def gate(
     batch_size: int | None = None,
     advance: Advance | None = None,
 ) -> GateReport:
-    """Hold a model against a policy.
+    """Check a model against a policy.
 
-    data: from `policy_rows`. certificates: (name, file) pairs to verify and count; None: certify here; an empty list has no certificate at all.
-    batch_size: samples at once; None: what each certificate says, or 256.
-    attack: an Attack (see robustlip.attacks), needed exactly where the policy requires one; the core knows none by itself.
-    A model that cannot be certified as the policy asks has no certified sample, with the reason in the remark: it fails where one is required.
-    Ctrl-C ends in a report that is `interrupted`, with what was measured until then. Raises BadInput for data that is not the model's.
+    data: from `policy_rows`. certificates: (name, file) pairs to verify and use; None: certify here; an empty list means no certificates.
+    batch_size: samples per batch; None: as in each certificate, or 256.
+    attack: an Attack (see robustlip.attacks); required exactly if the policy requires one.
+    If the model cannot be certified as the policy requires, no sample counts as certified; the remark gives the reason.
+    After Ctrl-C the report is `interrupted` and contains the finished measurements. Raises BadInput for data that the model does not accept.
     """
     if policy.require_attack and attack is None:
         raise BadInput(f"expected the attack {policy.attack!r} that the policy requires, got none; pass attack=")
@@ -269,7 +268,7 @@ def gate(
     count = Requirement("samples", policy.min_samples, len(data), len(data) >= policy.min_samples)
     notes = list(found.notes)
     if is_training(data):
-        notes.append("the policy's rows are training data, which say little of other data")
+        notes.append("the policy's rows are training data; results on other data may be worse")
     if data.note:
         notes.append(f"data: {data.note}")
     return GateReport(
@@ -279,7 +278,7 @@ def gate(
 
 @dataclass
 class _Found:
-    """What a gate has measured so far. lines: by (number of the threat, which line of it). prediction: (N,), in the order of the data."""
+    """Measurements so far. lines: by (number of the threat, kind of its row). prediction: (N,), in the order of the data."""
 
     lines: dict[tuple[int, str], Requirement] = field(default_factory=dict)
     prediction: np.ndarray | None = None
@@ -290,7 +289,7 @@ class _Found:
 
 
 def _planned(at: int, wanted: ThreatRequirement, attack: str | None) -> list[tuple[tuple[int, str], str, float]]:
-    """(key, what, required) of each line that a threat has."""
+    """(key, name, required) for each row of the table that a threat has."""
     lines = [((at, CERTIFIED), f"certified accuracy against {wanted.name} at {wanted.radius:g}", wanted.min_certified_accuracy)]
     if attack is not None:
         lines.append(((at, ATTACKED), f"share that withstands {attack} inside its proved radius, {wanted.name}", 1.0))
@@ -301,7 +300,7 @@ def _verified(
     found: _Found, policy: Policy, model: nn.Module, data: Dataset, certificates: Sequence[tuple[str, CertificateFile]], refusal: str,
     batch_size: int | None, advance: Advance | None,
 ) -> list[tuple[CertificateFile, Verification]]:  # fmt: skip
-    """The files that can be used."""
+    """The verified files that can be used."""
     usable: list[tuple[CertificateFile, Verification]] = []
     for name, file in certificates:
         if refusal:
@@ -328,7 +327,7 @@ def _measure(
     found: _Found, at: int, wanted: ThreatRequirement, policy: Policy, chain: nn.Module, data: Dataset,
     usable: list[tuple[CertificateFile, Verification]] | None, attack: Any, batch_size: int | None, advance: Advance | None,
 ) -> None:  # fmt: skip
-    """The lines of one threat. usable: verified files; None: certify here."""
+    """Measures the rows of one threat. usable: verified files; None: certify here."""
     ball, remark = wanted.ball(), ""
     (key, what, required), *after = _planned(at, wanted, None if attack is None or not policy.require_attack else attack.name)
     if usable is None:
@@ -360,7 +359,7 @@ def _measure(
 
 
 def _so_far(stopped: Interrupted, data: Dataset, radius: float) -> str:
-    """What an interrupted certification had proved."""
+    """The part of an interrupted certification that is finished."""
     if stopped.proof is None:
         return f"{NOT_MEASURED} after 0 of {stopped.total} samples"
     right = stopped.proof.prediction == data.y.numpy()[: stopped.done]
@@ -369,7 +368,7 @@ def _so_far(stopped: Interrupted, data: Dataset, radius: float) -> str:
 
 
 def _as_asked(model: nn.Module, dtype: str, x: torch.Tensor) -> tuple[nn.Module, str]:
-    """The model in the dtype of the policy, and why it cannot be certified whatever the threat ('': it can)."""
+    """The model in the dtype of the policy, and the reason why it cannot be certified under any threat ('' if it can)."""
     asked = cast(model, dtype)
     try:
         chain_of(asked, x)
@@ -381,7 +380,7 @@ def _as_asked(model: nn.Module, dtype: str, x: torch.Tensor) -> tuple[nn.Module,
 def _proof(
     chain: nn.Module, data: Dataset, rows: list[int], ball: Threat, method: str, dtype: str, batch_size: int, advance: Advance | None
 ) -> tuple[Certificate | None, str]:
-    """The certificate of all rows, or None and why the model cannot be certified in that way."""
+    """The certificate of all rows, or None and the reason why the model cannot be certified with this method."""
     check_method(method)
     try:
         return prove(chain, data, rows, ball, method, dtype, batch_size, advance), ""
@@ -391,10 +390,10 @@ def _proof(
 
 @torch.no_grad()
 def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray:
-    """The predictions (N,) of a model that is not certified. Raises BadInput where it does not take the data."""
+    """The predictions (N,) of a model that is not certified. Raises BadInput if it does not accept the data."""
     target = Target(model)
     found = []
-    with undrawn(), covered_kernels(target.kind), in_eval_mode(model):
+    with random_state_kept(), covered_kernels(target.kind), in_eval_mode(model):
         for start in range(0, len(data), batch_size):
             groups = by_length(data.x[start : start + batch_size])
             parts = []
@@ -402,7 +401,7 @@ def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray
                 x = x.to(target.device(x), target.dtype(x) if x.is_floating_point() else x.dtype)
                 target.check_inputs(x)
                 check_fit(model, x)
-                logits = target.settle(x)
+                logits = target.compare_batches(x)
                 if int(data.y.max()) >= logits.shape[1]:
                     raise BadInput(f"expected labels in [0, {logits.shape[1] - 1}], got {int(data.y.max())}; use the model's own classes")
                 parts.append(logits.argmax(1).cpu())
@@ -411,7 +410,7 @@ def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray
 
 
 def wilson_lower(count: int, total: int, z: float = 1.6449) -> float:
-    """Lower end of the one-sided Wilson interval of a share (95 % for z = 1.6449). Wilson 1927."""
+    """Lower end of the one-sided Wilson interval of a proportion (95 % for z = 1.6449). Wilson 1927."""
     from scipy.special import ndtr
     from scipy.stats import binomtest
 
@@ -420,7 +419,7 @@ def wilson_lower(count: int, total: int, z: float = 1.6449) -> float:
 
 def _share(what: str, required: float, hits: np.ndarray) -> Requirement:
     count, total = int(hits.sum()), len(hits)
-    # One correctly rounded division: 342 of 360 is the very float64 that 0.95 reads as.
+    # One correctly rounded division, so that 342 / 360 equals the float64 0.95.
     got = count / total
     return Requirement(what, required, got, got >= required, wilson_lower(count, total))
 
@@ -428,7 +427,7 @@ def _share(what: str, required: float, hits: np.ndarray) -> Requirement:
 def _usable(
     name: str, file: CertificateFile, policy: Policy, model: nn.Module, data: Dataset, batch_size: int | None, advance: Advance | None
 ) -> Verification:
-    """The verification of a file on the policy's rows; not verified without recomputing when it is of another arithmetic."""
+    """The verification of a file on the policy's rows; a file for another arithmetic is not recomputed."""
     from robustlip.verification import Finding
 
     if file.dtype != policy.dtype:
@@ -443,7 +442,7 @@ def _usable(
 
 
 def _covers(file: CertificateFile, wanted: ThreatRequirement) -> bool:
-    """A certificate of the whole ball covers the clipped one."""
+    """Whether a certificate covers the requirement; a certificate of the whole ball covers the clipped one."""
     same = file.threat == wanted.name and file.clip in (None, wanted.clip)
     return same and wanted.method in (None, file.method)
 
@@ -455,20 +454,20 @@ def _counted(file: CertificateFile, checked: Verification, data: Dataset) -> np.
 
 
 def _in_order(file: CertificateFile, values: np.ndarray | None, data: Dataset) -> np.ndarray:
-    """Values in the order of the file's samples → in the order of the data. A verified file has every row of the data once."""
+    """Reorders values from the order of the file's samples to the order of the data. A verified file contains every row of the data once."""
     assert values is not None
     at = {sample.index: i for i, sample in enumerate(file.samples)}
     return values[[at[i] for i in data.index.tolist()]]
 
 
 def _broken(attack: Any, chain: nn.Module, data: Dataset, ball: Threat, radius: np.ndarray, seed: int) -> list[str]:
-    """Samples on which the attack succeeds inside the certified radius: none, unless there is a soundness bug."""
+    """Messages for samples on which the attack succeeds inside the certified radius: none unless there is a soundness bug."""
     target, x = Target(chain), data.x
     where = target.device(x)
     moved = np.zeros(len(x))
     if x.is_floating_point() and x.dtype != target.dtype(x):
         seen = x.to(target.dtype(x))
-        if isinstance(ball, InputBall):  # the attack starts from the cast point; radii count from the given one
+        if isinstance(ball, InputBall):  # the attack starts from the cast point; radii are measured from the given one
             moved = length(seen.double() - x.double(), ball.norm).numpy()
         x = seen
     generator = torch.Generator().manual_seed(seed)

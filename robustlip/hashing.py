@@ -1,4 +1,4 @@
-"""What identifies a model: a hash of its weights and a hash of how they are used."""
+"""Hashes that identify a model: of its weights, and of its structure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of named tensors, in order of names. Independent of device."""
+    """SHA-256 over names, dtypes, shapes and bytes of named tensors, sorted by name. Independent of the device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         t = tensor.detach().cpu().contiguous()
@@ -31,14 +31,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def architecture_sha256(model: nn.Module) -> str:
     """SHA-256 of the model's printed structure: scales, divisors and residual weights change the function as weights do.
 
-    A layer in place is printed as the same layer out of place, which is how it is evaluated here.
+    An in-place layer is printed as the same layer out of place, because it is evaluated out of place.
     """
     with out_of_place(model):
         return hashlib.sha256(printed(model).encode()).hexdigest()
 
 
 def joint_sha256(programs: Mapping[int, str]) -> str:
-    """One SHA-256 for the programs of texts of several lengths: theirs, where it is one; else that of all of them and their lengths."""
+    """One SHA-256 for programs of texts of several lengths: the common hash if all are equal, or else a hash of all hashes and lengths."""
     distinct = set(programs.values())
     if len(distinct) == 1:
         return distinct.pop()
@@ -46,7 +46,7 @@ def joint_sha256(programs: Mapping[int, str]) -> str:
 
 
 def printed(module: nn.Module | None) -> str:
-    """repr(module) as torch 2.13 prints it, whichever torch is installed: a certificate outlives the version it was made with."""
+    """repr(module) as torch 2.13 prints it, with every version of torch, so that certificates stay valid."""
     if module is None or type(module).__repr__ is not nn.Module.__repr__:
         return repr(module)
     options = _options(module)
@@ -58,7 +58,7 @@ def printed(module: nn.Module | None) -> str:
 
 
 def _options(module: nn.Module) -> str:
-    # torch 2.9 leaves out whether there is a bias.
+    # torch 2.9 does not print whether there is a bias.
     if type(module) is nn.LayerNorm:
         bias = module.bias is not None
         return f"{module.normalized_shape}, eps={module.eps}, elementwise_affine={module.elementwise_affine}, bias={bias}"

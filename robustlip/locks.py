@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""Locks a folder, so that only one process writes into it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOCK = ".lock"
 
 @contextmanager
 def sole_writer(folder: Path, what: str) -> Iterator[None]:
-    """Holds `folder`/.lock while the block runs. what: 'run', 'training', 'sweep', for the sentence. Raises BadInput where another process holds it.
+    """Holds `folder`/.lock while the block runs. what: 'run', 'training', 'sweep', for the message. Raises BadInput if another process holds it.
 
-    The system holds the lock for the open file, so it ends with the process however that ends; the file itself stays and says nothing.
-    Where there is no such lock (Windows, some network file systems) nothing is held: there one has to look out oneself.
+    The operating system ties the lock to the open file, so it is released when the process ends, however it ends; the file itself remains.
+    On systems without such locks (Windows, some network file systems) nothing is locked.
     """
     try:
         import fcntl
@@ -27,7 +27,7 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
         return
     path = folder / LOCK
     try:
-        # No link is followed, and nothing is written to it: what lies there is whoever's.
+        # Links are not followed, and nothing is written to the file, because an existing file may belong to someone else.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise BadInput(f"expected a folder to write to, got {folder}, whose {LOCK} cannot be opened ({error.strerror}); name another") from None
@@ -37,7 +37,7 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
                 raise BadInput(
-                    f"expected a folder that no other process writes to, got {folder}, where a {what} is going on; wait for its end, or name another"
+                    f"expected a folder that no other process writes to, got {folder}, where a {what} is running; wait until it ends, or name another"
                 ) from None
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What comes back as it was: how layers are evaluated, and the global random states."""
+"""Context managers that restore what they change: modes of layers, and the global random states."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 
 
 @contextmanager
-def undrawn() -> Iterator[None]:
-    """Whatever is drawn inside, the global random states of torch (CPU and GPUs), numpy and Python come back behind, after an error too."""
+def random_state_kept() -> Iterator[None]:
+    """Restores the global random states of torch (CPU and GPUs), numpy and Python after the block, also after an exception."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
@@ -28,8 +28,8 @@ def undrawn() -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every layer's own mode comes back behind."""
-    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen scripted module has none
+    """Eval mode inside the block; afterwards every layer has its own mode again."""
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # frozen scripted modules have no mode
     training = any(mode for _, mode in modes)
     if training:
         model.eval()
@@ -37,7 +37,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if training and any(type(m).train is not nn.Module.train for m, _ in modes):
-            model.train(modes[0][1])  # a train() of its own may keep more than the flag, e.g. merged weights
+            model.train(modes[0][1])  # an overridden train() may change more than the flag, e.g. merge weights
         for module, mode in modes:
             if module.training != mode:
                 module.training = mode
@@ -45,14 +45,14 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and layers that work in place compute the same into memory of their own; every layer's own settings come back behind."""
+    """Eval mode inside the block, with in-place layers run out of place; afterwards every layer has its own settings again."""
     with in_eval_mode(model), out_of_place(model):
         yield
 
 
 @contextmanager
 def out_of_place(model: nn.Module) -> Iterator[None]:
-    """Layers with `inplace=True` work out of place inside: they would overwrite what the caller passed, and what was measured in front of them."""
+    """Runs layers with `inplace=True` out of place inside the block: they would overwrite the caller's tensors and intermediate values."""
     inside = [m for m in model.modules() if getattr(m, "inplace", False) is True]
     for module in inside:
         module.inplace = False  # type: ignore[assignment]

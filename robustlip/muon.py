@@ -1,9 +1,9 @@
-"""Optimisers with a stated bound of their update: torch.optim.Muon, its orthogonalisation made selectable, and row momentum.
+"""Optimisers with a proved bound of their update: torch.optim.Muon with a choice of orthogonalisation, and row momentum.
 
-docs/theory.md, section 12.
+Bounds: docs/theory.md, section 12.
 
-torch's own always orthogonalises in bfloat16 with five fixed quintic steps. On processors without bfloat16 units that is hundreds of
-times slower than float32, and a constraint needs to know how large an update can be; both are parameters here.
+torch's Muon always orthogonalises in bfloat16 with five fixed quintic steps. On processors without bfloat16 units that is hundreds of
+times slower than float32, and constraints need a bound of the update. Here both the polynomial and the dtype are parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from robustlip.parallel import ALONE, World, local
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Odd quintics x → a·x + b·x³ + c·x⁵ applied in turn to the singular values; `peak` bounds their image of (0, 1] in exact arithmetic."""
+    """Odd quintics x → a·x + b·x³ + c·x⁵, applied in turn to the singular values; on (0, 1] the result is at most `peak` in exact arithmetic."""
 
     steps: tuple[tuple[float, float, float], ...]
     peak: float
@@ -64,7 +64,7 @@ def polynomial_named(name: str) -> Polynomial:
 def orthogonalize(matrix: Tensor, polynomial: str = "six-step") -> Tensor:
     """The polynomial's approximation of the orthogonal factor UVᵀ of matrices (..., m, n), in their own dtype.
 
-    Singular values come out in (0, peak]; matrices of zeros stay zeros. Source: Jordan 2024 (Muon), coefficients of the paper.
+    The singular values of the result lie in (0, peak]; zero matrices stay zero. Source: Jordan 2024 (Muon), coefficients of the paper.
     """
     steps = polynomial_named(polynomial).steps
     tall = matrix.shape[-2] > matrix.shape[-1]
@@ -75,24 +75,24 @@ def orthogonalize(matrix: Tensor, polynomial: str = "six-step") -> Tensor:
 
 
 def odd_quintics(x: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """σ → aσ + bσ³ + cσ⁵ for each (a, b, c) in turn, on the singular values of (K, m, n), m ≤ n."""
+    """σ → aσ + bσ³ + cσ⁵ for each (a, b, c) one after the other, on the singular values of (K, m, n), m ≤ n."""
     for a, b, c in steps:
         x = torch.baddbmm(x, even_part(x @ x.mT, b, c), x, beta=a)
     return x
 
 
 def even_part(gram: Tensor, b: float, c: float) -> Tensor:
-    """bG + cG² of G = XXᵀ (K, m, m): with aX added to its product with X, an odd quintic of X. Fused: fewer passes over memory."""
+    """bG + cG² for G = XXᵀ (K, m, m): its product with X, plus aX, is an odd quintic of X. One fused operation, to save passes over memory."""
     return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon whose learning rate is the RMS→RMS norm of the update (up to the polynomial's peak).
 
-    update of a (fan_out, fan_in) matrix: lr·sqrt(fan_out/fan_in)·orthogonalize(momentum). polynomial: a key of POLYNOMIALS.
-    dtype: in which to orthogonalise; None for the parameter's own. Momentum, Nesterov and decoupled weight decay as in torch.
+    The update of a (fan_out, fan_in) matrix is lr·sqrt(fan_out/fan_in)·orthogonalize(momentum). polynomial: a key of POLYNOMIALS.
+    dtype: of the orthogonalisation; None for the dtype of the parameter. Momentum, Nesterov and decoupled weight decay as in torch.
     `update_norm(lr)` bounds the RMS→RMS norm of one step in exact arithmetic; a constraint adds its own slack for rounding.
-    world: the processes that share the orthogonalisations, each those of its own matrices; parameters may be DTensors that are sharded by rows.
+    world: the processes among which the orthogonalisations are distributed, matrix by matrix; parameters may be DTensors sharded by rows.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Muon(torch.optim.Muon):
 
     @property
     def _slack(self) -> float:
-        """For products in 16 bits, which reach a little beyond the peak: by 1 %, 5 units of the dtype, for six steps of 256×256 in bfloat16."""
+        """Slack for products in 16 bits, whose results exceed the peak by 1 %, 5 units of the dtype, for six steps of 256×256 in bfloat16."""
         dtypes = {self.compute_dtype or p.dtype for group in self.param_groups for p in group["params"]}
         return 1 + max((16 * UNIT[dtype] for dtype in dtypes if dtype.itemsize < 4), default=0.0)
 
@@ -125,7 +125,7 @@ class Muon(torch.optim.Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # One batched product for all matrices of a shape, whichever groups they are in, instead of one small product for each.
+        # One batched product for all matrices of the same shape, in all parameter groups, instead of many small products.
         together: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, Tensor, Tensor]]] = {}
         for group in self.param_groups:
             params: list[Tensor] = []
@@ -135,28 +135,28 @@ class Muon(torch.optim.Muon):
             for p, grad, buffer in zip(params, grads, buffers, strict=True):
                 key = (tuple(p.shape), p.dtype, p.device, group["momentum"], group["nesterov"])
                 together.setdefault(key, []).append((group, local(p), local(grad), local(buffer)))
-        spreads = self.world.spread([[(shape, math.prod(shape) * min(shape))] * len(members) for (shape, *_), members in together.items()])
-        for ((fan_out, fan_in), _, _, momentum, nesterov), members, spread in zip(together, together.values(), spreads, strict=True):
+        assignments = self.world.assign([[(shape, math.prod(shape) * min(shape))] * len(members) for (shape, *_), members in together.items()])
+        for ((fan_out, fan_in), _, _, momentum, nesterov), members, assignment in zip(together, together.values(), assignments, strict=True):
             for _, _, grad, buffer in members:
                 buffer.lerp_(grad, 1 - momentum)
             directions = [grad.lerp(buffer, momentum) if nesterov else buffer for _, _, grad, buffer in members]
-            whole = spread.collect(directions)
+            whole = assignment.collect(directions)
             if whole:
                 stack = torch.stack(list(whole.values()))
                 updates = orthogonalize(stack.to(self.compute_dtype or stack.dtype), self.polynomial).to(stack.dtype)
                 whole = dict(zip(whole, updates, strict=True))
-            for (group, p, _, _), update in zip(members, spread.deliver(whole, directions), strict=True):
+            for (group, p, _, _), update in zip(members, assignment.distribute(whole, directions), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * math.sqrt(fan_out / fan_in))
         return loss
 
 
 class RowMomentum(torch.optim.Optimizer):
-    """Momentum whose every row is divided to RMS norm 1 before the step, but multiplied by no more than `inflation`: for tables of tokens.
+    """Momentum whose rows are normalised to RMS norm 1 before the step, with a factor of at most `inflation`: for embedding tables.
 
-    row ← row − lr·m/max(1/inflation, rms(m)), m the running mean of the gradient (weight 1 − momentum for the newest). Tokens that a batch
-    does not have keep small steps. Newhouse et al. 2025 inflate at most 16 times, embedding and unembedding alike. A row's step has an RMS norm of
-    at most lr; of a whole matrix's nothing is stated (no `update_norm`), so constraints measure.
+    row ← row − lr·m/max(1/inflation, rms(m)), where m is the running mean of the gradient (weight 1 − momentum for the newest). Rows of tokens
+    that are not in the batch keep small steps. Newhouse et al. 2025 use a factor of at most 16 for embedding and unembedding. The RMS norm of a
+    row's step is at most lr; no bound is known for the norm of the whole matrix (no `update_norm`), so constraints measure it.
     """
 
     def __init__(self, params: Any, lr: float = 0.02, momentum: float = 0.9, inflation: float = 16.0) -> None:
@@ -177,7 +177,7 @@ class RowMomentum(torch.optim.Optimizer):
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                # Shards are whole rows: each process steps with its own.
+                # Shards consist of whole rows, so each process updates its own.
                 mean = local(state["momentum_buffer"]).lerp_(local(p.grad), 1 - group["momentum"])
                 rms = torch.linalg.vector_norm(mean, dim=-1, keepdim=True) / math.sqrt(p.shape[-1])
                 local(p).sub_(mean / rms.clamp_min(1 / group["inflation"]), alpha=group["lr"])

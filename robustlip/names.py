@@ -1,4 +1,4 @@
-"""Names and texts that come from files and are shown: what a reader cannot see in them is refused, or shown by its number."""
+"""Names and texts from files that are shown to users: invisible characters are refused, or shown as escapes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from robustlip.errors import BadInput
 
 # Control, format (zero width, bidirectional, soft hyphen, tags), surrogate, private use, unassigned, line and paragraph separators.
 _CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-# Letters and marks that show nothing: grapheme joiner, Hangul fillers, Khmer vowels, Mongolian and other variation selectors, blank Braille.
+# Letters and marks without a glyph: grapheme joiner, Hangul fillers, Khmer vowels, Mongolian and other variation selectors, blank Braille.
 _UNSEEN = frozenset((0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0))
 
 
 def is_invisible(character: str) -> bool:
-    """Whether a reader cannot see it, or it moves what is around it. A space is seen."""
+    """Whether a character has no visible glyph, or moves other characters. A space counts as visible."""
     code = ord(character)
     return unicodedata.category(character) in _CATEGORIES or code in _UNSEEN or 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF
 
@@ -25,19 +25,19 @@ def invisible_in(text: str, lines: bool = False) -> str:
 
 
 def shown(text: str, limit: int = 200) -> str:
-    """The text for a message or a table: cut, invisible characters as their escapes."""
+    """The text for a message or a table: cut to `limit` characters, invisible characters as escapes."""
     return "".join(c.encode("unicode_escape").decode("ascii") if is_invisible(c) else c for c in text[:limit])
 
 
 def check_line(text: str) -> str:
-    """The text. Raises ValueError where something in it cannot be seen: for pydantic."""
+    """Returns the text. Raises ValueError if it contains an invisible character; for pydantic."""
     if found := invisible_in(text):
-        raise ValueError(f"expected characters that can be seen, got {found} in {shown(text, 60)!r}; remove it")
+        raise ValueError(f"expected visible characters, got {found} in {shown(text, 60)!r}; remove it")
     return text
 
 
 def check_table(table: Any, what: str) -> None:
-    """Raises BadInput for an invisible character in a key or text of a table of TOML or JSON. Texts may have lines; a vocabulary is free."""
+    """Raises BadInput for an invisible character in a key or text of a TOML or JSON table. Texts may have line ends; a vocabulary is not checked."""
     left = [table]
     while left:
         value = left.pop()
@@ -54,4 +54,4 @@ def check_table(table: Any, what: str) -> None:
 
 def _check(text: str, what: str, *, lines: bool) -> None:
     if found := invisible_in(text, lines):
-        raise BadInput(f"expected characters that can be seen in {what}, got {found} in {shown(text, 60)!r}; remove it")
+        raise BadInput(f"expected visible characters in {what}, got {found} in {shown(text, 60)!r}; remove it")

@@ -1,9 +1,9 @@
-"""Several processes, one run: who they are, what they agree on, and matrices worked on by one of them each.
+"""Training in several processes: collective operations, and matrices that are each processed by one of the processes.
 
-Matrix work (orthogonalisation, caps, norms) needs whole matrices and costs the cube of their size, so it is spread: every matrix has an owner,
-who gets the whole of it, works, and hands out the result. Under 'ddp' everybody has whole weights, and results go to everybody; under
-'fsdp' weights, gradients and momenta are cut into blocks of rows (DTensors, Shard(0)), and blocks travel to the owner and back.
-Everything here is collective: all processes call it in the same order, whatever happens to one of them.
+Matrix operations (orthogonalisation, caps, norms) need whole matrices and cost the cube of their size, so they are distributed: every matrix has
+an owner, which receives the whole matrix, computes, and sends the result to the others. With 'ddp' every process has whole weights, and results
+are sent to all; with 'fsdp' weights, gradients and momenta are sharded into blocks of rows (DTensors, Shard(0)), and only blocks are sent.
+All operations are collective: all processes call them in the same order, also after an error in one of them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ T = TypeVar("T")
 
 MODES = ("ddp", "fsdp")
 
-# The first process writes and bounds the model alone at the end of a run while the others wait: longer than torch's ten minutes for GPUs.
+# At the end of a run the first process writes and bounds the model while the others wait: longer than torch's ten minutes for GPUs.
 _PATIENCE = timedelta(hours=2)
 _LINGER = 0.2  # seconds
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a sharded tensor (n, …), sharing its memory; any other tensor itself."""
+    """This process's rows of a sharded tensor (n, …), sharing memory with it; any other tensor is returned unchanged."""
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one: rank 0 ≤ rank < size. sharded: weights are DTensors (fsdp). device: where this one computes."""
+    """The processes of a run, seen from one of them: 0 ≤ rank < size. sharded: weights are DTensors (fsdp). device: of this process."""
 
     rank: int = 0
     size: int = 1
@@ -51,16 +51,16 @@ class World:
         return self.rank == 0
 
     def rows(self, count: int) -> slice:
-        """This process's part of `count` rows: parts differ by one row at most, and may be empty."""
+        """This process's share of `count` rows: shares differ by at most one row, and may be empty."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def shard(self, count: int, rank: int) -> int:
-        """How many of `count` rows a sharded tensor has on a rank, by torch's rule: blocks of ⌈count/size⌉, so the last may be smaller or empty."""
+        """The number of rows on a rank if `count` rows are sharded by torch: blocks of ⌈count/size⌉ rows; the last may be smaller or empty."""
         block = -(-count // self.size)
         return max(0, min(block, count - rank * block))
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over processes, on all of them: same shape, dtype and device."""
+        """The sum over all processes, on all of them: same shape, dtype and device."""
         if self.size == 1:
             return values
         summed = values.detach().to(self.device, copy=True)
@@ -68,7 +68,7 @@ class World:
         return summed.to(values.device)
 
     def largest(self, values: Tensor) -> Tensor:
-        """The largest over processes; NaN counts as infinity."""
+        """The maximum over all processes; NaN counts as infinity."""
         if self.size == 1:
             return values
         most = values.detach().to(self.device, copy=True)
@@ -76,10 +76,10 @@ class World:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.to(values.device)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which may differ by process. An exception on any of them is raised on all: that of the lowest rank that has one.
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Runs `work` on each process and returns its own result. An exception on any process is raised on all: the one of the lowest rank.
 
-        `work` itself must not be collective. An exception that is none of ours reaches the others as a RobustlipError that names its rank.
+        `work` itself must not be collective. An exception that is not a RobustlipError reaches the others as one that names the rank.
         """
         if self.size == 1:
             return work()
@@ -100,11 +100,11 @@ class World:
         raise error if error is not None and rank == self.rank else first
 
     def on_first(self, work: Callable[[], object]) -> None:
-        """Run `work` on the first process alone; what it raises is raised on all."""
-        self.together(work if self.first else lambda: None)
+        """Run `work` on the first process only; its exceptions are raised on all."""
+        self.on_all(work if self.first else lambda: None)
 
-    def told(self, value: T) -> T:
-        """The first process's value, on all: anything that can be pickled."""
+    def broadcast(self, value: T) -> T:
+        """The first process's value, on all processes: anything that can be pickled."""
         if self.size == 1:
             return value
         box = [value]
@@ -112,19 +112,19 @@ class World:
         return box[0]
 
     def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors for the first process to write; the other processes get nothing that they could use."""
+        """Whole tensors on the first process, to be written; the result on other processes must not be used."""
         if not self.sharded:
             return tensors
         whole: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            # One after another, so that a process holds no more than one whole tensor on its device.
+            # One after the other, so that a process has at most one whole tensor on its device.
             full = cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.first:
                 whole[name] = full.detach().cpu()
         return whole
 
-    def laid_out_like(self, whole: Tensor, like: Tensor) -> Tensor:
-        """A whole tensor, which every process has, as `like` is: sharded, or itself."""
+    def shard_like(self, whole: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor, which every process has, in the layout of `like`: sharded, or unchanged."""
         if not hasattr(like, "device_mesh"):
             return whole
         from torch.distributed.tensor import distribute_tensor
@@ -133,10 +133,10 @@ class World:
         return distribute_tensor(whole.to(self.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
     def wrap(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """The module whose forward and backward passes go through all processes, each with its own rows; gradients are means over processes.
+        """The module with forward and backward passes over all processes, each with its own rows; gradients are averaged over processes.
 
-        'fsdp': the parameters of each of `blocks`, and then of all the rest, are gathered while they are needed; they become new DTensors, so
-        optimisers and constraints are made after this.
+        'fsdp': the parameters of each of `blocks`, and then all others, are gathered while they are needed. They become new DTensors, so
+        optimisers and constraints have to be created afterwards.
         """
         if self.size == 1:
             return module
@@ -147,32 +147,32 @@ class World:
 
         mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
         for part in (*blocks, module):
-            # Also for the last: after an evaluation, which has no backward pass, parameters must be shards again.
+            # Also for the last block: after an evaluation, which has no backward pass, parameters must be sharded again.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return module
 
-    def spread(self, batches: Sequence[Sequence[tuple[tuple[int, ...], float]]]) -> list[Spread]:
-        """Owners for the matrices of each batch, given as (whole shape (m, n), cost): the dearest batch first, each matrix to the process that has
-        least to do."""
+    def assign(self, batches: Sequence[Sequence[tuple[tuple[int, ...], float]]]) -> list[Assignment]:
+        """Owners for the matrices of each batch, given as (whole shape (m, n), cost). The most expensive batch comes first; each matrix goes to the
+        process with the least work so far."""
         load = [0.0] * self.size
-        spreads: dict[int, Spread] = {}
+        assignments: dict[int, Assignment] = {}
         for b in sorted(range(len(batches)), key=lambda b: -max(cost for _, cost in batches[b])):
             owners: list[int] = []
             for _, cost in batches[b]:
                 owners.append(min(range(self.size), key=lambda rank: load[rank]))
                 load[owners[-1]] += cost
-            spreads[b] = Spread(self, tuple(shape for shape, _ in batches[b]), tuple(owners))
-        return [spreads[b] for b in range(len(batches))]
+            assignments[b] = Assignment(self, tuple(shape for shape, _ in batches[b]), tuple(owners))
+        return [assignments[b] for b in range(len(batches))]
 
 
 ALONE = World()
 
 
 @dataclass(frozen=True)
-class Spread:
+class Assignment:
     """Matrices of whole shapes (m, n) and one dtype, each with the rank of its owner.
 
-    A part is what one process has of a matrix: all of it, or its rows when the world is sharded.
+    A part is what one process has of a matrix: all of it, or its rows if the world is sharded.
     """
 
     world: World
@@ -184,16 +184,16 @@ class Spread:
         return [i for i, owner in enumerate(self.owners) if owner == self.world.rank]
 
     def collect(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Of the parts of all matrices, the whole matrices that this process owns, by number. Not sharded: the parts themselves, not copies."""
+        """From the parts of all matrices: the whole matrices that this process owns, by number. Not sharded: the parts themselves, not copies."""
         if not self.world.sharded:
             return {i: parts[i] for i in self.mine}
         send = [[parts[i] for i in owned] for owned in self._owned()]
         received = self._exchange(send, [[self._part_shape(i, rank) for i in self.mine] for rank in self._ranks()], parts[0])
         return {i: torch.cat(blocks) for i, *blocks in zip(self.mine, *received, strict=True)}
 
-    def deliver(self, whole: dict[int, Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """What the owners made of their matrices, in every process, laid out like `parts`, whose values do not matter. An owner's own, not
-        sharded, is what it gave, not a copy."""
+    def distribute(self, whole: dict[int, Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """The owners' results, on every process, in the layout of `parts`, whose values are not used. If not sharded, an owner gets its own
+        result, not a copy."""
         if self.world.size == 1:
             return list(whole.values())
         owned = self._owned()
@@ -218,7 +218,7 @@ class Spread:
         return (self.world.shard(self.shapes[i][0], rank), *self.shapes[i][1:])
 
     def _exchange(self, send: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor) -> list[list[Tensor]]:
-        """Tensors for each rank, sent at once; returns those from each rank, of these shapes."""
+        """Sends tensors to each rank; returns those from each rank, of these shapes. One message per rank."""
         out = _flat([tensor for tensors in send for tensor in tensors], like)
         sizes = [sum(map(_count, of_rank)) for of_rank in shapes]
         received = like.new_empty(sum(sizes))
@@ -226,7 +226,7 @@ class Spread:
         return [_shaped(part, of_rank) for part, of_rank in zip(received.split(sizes), shapes, strict=True)]
 
     def _to_everybody(self, send: list[Tensor], shapes: list[list[tuple[int, ...]]], like: Tensor) -> list[list[Tensor]]:
-        """Tensors of this process to all; returns those of each rank, of these shapes. One message, padded to the longest."""
+        """Sends tensors of this process to all; returns those of each rank, of these shapes. One message, padded to the longest."""
         sizes = [sum(map(_count, of_rank)) for of_rank in shapes]
         padded = like.new_zeros(max(sizes))
         padded[: sizes[self.world.rank]] = _flat(send, like)
@@ -248,9 +248,9 @@ def _shaped(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 
 def launched() -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of processes) as torchrun says them in the environment; (0, 0, 1) without it.
+    """(rank, rank on this machine, number of processes) from the environment variables of torchrun; (0, 0, 1) without them.
 
-    Raises BadInput for an environment that is not whole.
+    Raises BadInput if some of the variables are missing.
     """
     try:
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -268,13 +268,13 @@ def launched() -> tuple[int, int, int]:
 
 @contextmanager
 def joined(device: str = "cpu", parallel: str = "ddp") -> Iterator[World]:
-    """The world that torchrun started this process in, joined for the block: gloo on CPU, nccl on GPUs, process i of a machine on its GPU i.
+    """The world in which torchrun started this process, joined for the block: gloo on CPUs, nccl on GPUs, process i of a machine on its GPU i.
 
-    One process: no process group, and `parallel` plays no part. A process group that is there already is used, and left as it is.
+    With one process there is no process group, and `parallel` has no effect. An existing process group is used and not closed.
     Raises BadInput for an unknown mode and for a machine with fewer GPUs than processes.
     """
     if parallel not in MODES:
-        raise BadInput(f"expected a way to run in parallel among {', '.join(MODES)}, got {parallel!r}; name one of them")
+        raise BadInput(f"expected a parallel mode among {', '.join(MODES)}, got {parallel!r}; name one of them")
     rank, on_machine, size = launched()
     if size == 1:
         yield World(device=device)
@@ -295,7 +295,7 @@ def joined(device: str = "cpu", parallel: str = "ddp") -> Iterator[World]:
     try:
         yield world
     except RobustlipError:
-        # Raised on all processes. After any other exception the others may be inside a collective: leaving could wait for them; torchrun ends them.
+        # Raised on all processes. After any other exception the others may be inside a collective and never leave it; torchrun ends them.
         if mine:
             _leave()
         raise
@@ -305,7 +305,7 @@ def joined(device: str = "cpu", parallel: str = "ddp") -> Iterator[World]:
 
 
 def _leave() -> None:
-    # gloo's threads still hold tensors of collectives that are over, and need the interpreter to let them go: a process that exits before that
+    # gloo's threads still hold tensors of finished collectives, and need the interpreter to release them: a process that exits before that
     # is aborted (torch 2.13; DDP keeps the group, and so its threads, alive).
     time.sleep(_LINGER)
     dist.destroy_process_group()

@@ -1,13 +1,13 @@
-"""What other packages add to robustlip: entry points, so that none of our files has to know them.
+"""Extensions by other packages, through entry points.
 
     [project.entry-points."robustlip.ops"]        # called once, with no arguments: it registers operations (robustlip.ops.register_elementwise)
     softsign = "their_package.robustness:register"
 
     [project.entry-points."robustlip.methods"]    # name = a robustlip.certifiers.methods.Method
-    [project.entry-points."robustlip.attacks"]    # name = a callable of options that gives a robustlip.attacks.base.Attack
-    [project.entry-points."robustlip.data"]       # name = a callable (split, data_dir) that gives a robustlip.data.Dataset: all of the split
+    [project.entry-points."robustlip.attacks"]    # name = a callable of options that returns a robustlip.attacks.base.Attack
+    [project.entry-points."robustlip.data"]       # name = a callable (split, data_dir) that returns the whole split as a Dataset
 
-An entry point is code that its package runs in this process, as any import of that package does; what it registers is trusted as our own files are.
+Loading an entry point imports its package, so its code runs in this process and is trusted as robustlip's own code is.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any
 from robustlip.errors import BadInput, first_line
 
 GROUPS = ("robustlip.ops", "robustlip.methods", "robustlip.attacks", "robustlip.data")
-# What a name may be made of: it is typed on a command line and written into certificates and tables.
+# The characters of a name, which is typed on a command line and written into certificates and tables.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 @functools.cache
 def _points(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of a group: packages are looked through once a process."""
+    """The entry points of a group; packages are searched once per process."""
     return tuple(entry_points(group=group))
 
 
 @functools.cache
 def plugins(group: str) -> dict[str, Any]:
-    """{name: object} of the entry points of a group. Raises BadInput for one that cannot be loaded, and for two of one name."""
+    """{name: object} for the entry points of a group. Raises BadInput if one cannot be loaded, and for two with the same name."""
     found: dict[str, Any] = {}
     for point in _points(group):
         owner = point.dist.name if point.dist is not None else "a package"
@@ -50,22 +50,22 @@ def plugins(group: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """{package: version} of those that add operations or methods: a certificate rests on their proofs too."""
+    """{package: version} of the packages that add operations or methods, because certificates depend on their proofs too."""
     points = [*_points("robustlip.ops"), *_points("robustlip.methods")]
     return {point.dist.name: point.dist.version for point in points if point.dist is not None}
 
 
 def added(group: str, ours: Iterable[str], check: Callable[[Any], bool], what: str) -> dict[str, Any]:
-    """`plugins(group)` beside names of ours. Raises BadInput for a name that is taken or odd, and for an object that `check` refuses.
+    """`plugins(group)`, checked against our own names. Raises BadInput for a name that is in use or invalid, and for an object that `check` refuses.
 
     what: the object that is expected, for the message.
     """
     found, taken = plugins(group), {*ours, "best"}
     for name, value in found.items():
         if not _NAME.fullmatch(name):
-            raise BadInput(f"expected small letters, digits, - and _ in the names of {group}, got {name[:80]!r}; rename that entry point")
+            raise BadInput(f"expected lower-case letters, digits, - and _ in the names of {group}, got {name[:80]!r}; rename that entry point")
         if name in taken:
-            raise BadInput(f"expected names of {group} that are free, got {name!r}, which robustlip has; rename that entry point")
+            raise BadInput(f"expected new names in {group}, got {name!r}, which robustlip uses itself; rename that entry point")
         if not check(value):
             raise BadInput(f"expected {what} as the entry point {name!r} of {group}, got {type(value).__name__}; correct that package")
     return found

@@ -1,9 +1,9 @@
-"""Models in folders of Hugging Face and timm: a config.json and weights as safetensors. Nothing is downloaded, no code of a folder runs.
+"""Models in folders of Hugging Face and timm: a config.json and weights as safetensors. Nothing is downloaded, and no code in a folder is run.
 
-    load("hf:FOLDER")      GPT-2, Llama, BERT, RoBERTa, DistilBERT, ViT and others that the package transformers has a class for
+    load("hf:FOLDER")      GPT-2, Llama, BERT, RoBERTa, DistilBERT, ViT and other families with a class in the package transformers
     load("timm:FOLDER")    image classifiers as timm saves them for the hub
 
-An image model takes images in [0, 1]: what the folder says of the mean and the standard deviation is its first layer. A model of text has its
+The inputs of an image model are images in [0, 1]: the mean and standard deviation in the folder become its first layer. A text model has its
 tokenizer as `vocabulary`.
 """
 
@@ -24,9 +24,9 @@ from robustlip.layers import Normalize
 
 MAX_JSON = 2**22  # bytes of a config
 MAX_TOKENIZER = 2**27
-MAX_NUMBER = 2**26  # in a config: of a width, a vocabulary, a number of layers
+MAX_NUMBER = 2**26  # largest number in a config, e.g. a width, a vocabulary, a number of layers
 MAX_LAYERS = 1_000
-# A model may not ask for more memory than this many times its files: numbers without values would be made up.
+# A model may request at most this many times the size of its files in memory; other weights would be initialised, not loaded.
 TIMES_FILES = 8
 _HEADS = {
     "ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM", "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -35,7 +35,7 @@ _HEADS = {
 
 
 class Pretrained(nn.Module):
-    """A model behind the normalisation of its images, and its logits alone. task and vocabulary: as a Chain has them."""
+    """A model after the normalisation of its images; returns only logits. task and vocabulary: as in a Chain."""
 
     def __init__(self, model: nn.Module, normalize: Normalize | None, task: str, vocabulary: Subwords | None) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Pretrained(nn.Module):
         self.input_range = (0.0, 1.0) if normalize is not None else None
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The table of words, which attacks on embeddings look up; None for images."""
+        """The embedding table of a text model, which attacks on embeddings need; None for images."""
         get = getattr(self.model, "get_input_embeddings", None)
         return get() if callable(get) and self.normalize is None else None
 
@@ -65,14 +65,14 @@ class Pretrained(nn.Module):
 
 
 def read_hugging_face(folder: Path) -> Pretrained:
-    """The model of a folder that `save_pretrained` wrote, in eval mode on the CPU, in the dtype of its files.
+    """The model in a folder written by `save_pretrained`, in eval mode on the CPU, in the dtype of its files.
 
-    Raises BadInput for a folder without config.json and safetensors, one whose model is of code of its own, quantised, or of no known head, one
-    whose weights do not fit, sizes above the bounds of this file, and where the package transformers is missing.
+    Raises BadInput for a folder without config.json and safetensors; for a model with its own code, a quantised model, an unsupported head;
+    for weights that do not fit, sizes above the limits of this file, and without the package transformers.
     """
     config = _config(folder)
     if any(key in config for key in ("auto_map", "quantization_config", "custom_pipelines")):
-        raise BadInput(f"expected a model of transformers' own classes, in plain numbers, got {str(folder)!r} with auto_map or quantization_config")
+        raise BadInput(f"expected a model class of transformers without quantisation, got {str(folder)!r} with auto_map or quantization_config")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     head = next((made for end, made in _HEADS.items() if name.endswith(end)), None)
@@ -93,7 +93,7 @@ def read_hugging_face(folder: Path) -> Pretrained:
         )
     except (BadInput, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever the library raises for files of somebody else
+    except Exception as error:  # the library may raise anything for a user's files
         raise BadInput(f"expected a folder that transformers can load, got {type(error).__name__}: {first_line(error)[:300]}") from error
     wrong = [*told["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in told["mismatched_keys"])]
     if wrong:
@@ -103,12 +103,12 @@ def read_hugging_face(folder: Path) -> Pretrained:
     task = "next-token" if head == "AutoModelForCausalLM" else "classification"
     classes = _classes(model.config) if task == "classification" else None
     if head.endswith("SequenceClassification") and model.config.pad_token_id is None:
-        model.config.pad_token_id = NO_TOKEN  # which no text has: the last token is the last one
+        model.config.pad_token_id = NO_TOKEN  # no text contains it, so the last token is the last one of the text
     return Pretrained(model, normalize, task, None if head.endswith("ImageClassification") else _tokenizer(folder, classes)).eval()
 
 
 def read_timm(folder: Path) -> Pretrained:
-    """The classifier of a folder that `timm.models.save_for_hf` wrote (config.json, model.safetensors). Errors as of `read_hugging_face`."""
+    """The classifier in a folder written by `timm.models.save_for_hf` (config.json, model.safetensors). Errors as in `read_hugging_face`."""
     config = _config(folder)
     name, cfg = config.get("architecture"), config.get("pretrained_cfg", {})
     if not isinstance(name, str) or not isinstance(cfg, dict) or "/" in name or ":" in name:
@@ -145,13 +145,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    found = read_json(path, "JSON", MAX_JSON, "it is no description of a model")
+    found = read_json(path, "JSON", MAX_JSON, "it is not a model description")
     if not isinstance(found, dict):
         raise BadInput(f"expected a table in {str(path)!r}, got {type(found).__name__}; save the model again")
     for key, value in _numbers(found):
         most = MAX_LAYERS if ("layer" in key and "norm" not in key) or key == "depth" else MAX_NUMBER
         if abs(value) > most:
-            raise BadInput(f"expected {key} of at most {most} in {str(path)!r}, got {value}; this is no model that can be loaded")
+            raise BadInput(f"expected {key} of at most {most} in {str(path)!r}, got {value}; this model cannot be loaded")
     return found
 
 
@@ -167,7 +167,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The safetensors files, plain files in the folder itself."""
+    """The safetensors files: regular files in the folder itself."""
     found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not found:
         others = ", ".join(sorted(p.name for p in folder.glob("*.bin"))[:2])
@@ -176,7 +176,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _check_size(model: nn.Module, weights: list[Path], folder: Path) -> None:
-    """Raises BadInput for a model of more numbers than its files can hold: the rest would be made up."""
+    """Raises BadInput for a model with more weights than its files can hold; the other weights would be initialised, not loaded."""
     numbers = sum(p.numel() for p in model.parameters())
     held = sum(path.stat().st_size for path in weights)
     if numbers > TIMES_FILES * held:
@@ -184,7 +184,7 @@ def _check_size(model: nn.Module, weights: list[Path], folder: Path) -> None:
 
 
 def _normalize(folder: Path) -> Normalize:
-    """What the folder's processor does to images of [0, 1] of the right size."""
+    """The normalisation of the folder's image processor, for images in [0, 1] of the right size."""
     path = folder / "preprocessor_config.json"
     said = _table(path) if path.is_file() else {}
     if not said.get("do_normalize", bool(said)):
@@ -196,11 +196,11 @@ def _normalized(mean: Any, std: Any, folder: Path) -> Normalize:
     try:
         return Normalize([float(v) for v in mean], [float(v) for v in std])
     except (TypeError, ValueError) as error:
-        raise BadInput(f"expected a mean and a deviation by channel in {str(folder)!r}, got {mean!r} and {std!r}; correct them") from error
+        raise BadInput(f"expected a mean and a deviation per channel in {str(folder)!r}, got {mean!r} and {std!r}; correct them") from error
 
 
 def _classes(config: Any) -> tuple[str, ...] | None:
-    """The names of classes 0, 1, … in a config, where it has one for each."""
+    """The names of classes 0, 1, … in a config, if every class has one."""
     names = getattr(config, "id2label", None) or {}
     found = tuple(str(names[i]) for i in range(len(names)) if i in names)
     return found if found and len(found) == len(set(found)) == config.num_labels else None

@@ -1,7 +1,7 @@
-"""Samples as users have them → tensors, by one rule for every public function: tensors, numpy arrays, pandas columns, lists, a DataLoader or Dataset.
+"""Converts samples from users to tensors, in the same way for every public function: tensors, arrays, pandas columns, lists, a DataLoader or Dataset.
 
-Numbers keep their precision: a float64 array becomes a float64 tensor, and what a float32 model makes of it is said where radii are counted (from
-the point that was given). Integers become int64 token ids or labels. What could mean two things is refused.
+Numbers keep their precision: a float64 array becomes a float64 tensor, and its rounding by a float32 model is taken into account where radii are
+computed (from the given point). Integers become int64 token ids or labels. Ambiguous inputs are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from robustlip.data.dataset import Dataset
 from robustlip.data.lengths import NO_TOKEN, joined
 from robustlip.errors import BadInput, first_line
-from robustlip.modes import undrawn
+from robustlip.modes import random_state_kept
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, parse_threat
 
 
@@ -35,7 +35,7 @@ def as_request(x: Any, y: Any, threat: Any) -> tuple[Tensor, Tensor, Threat]:
 
 
 def as_threat(threat: Any) -> Threat:
-    """A threat, or the one that a name stands for ('l2', 'embedding-l2@-1'). Raises BadInput."""
+    """A threat, or the threat with a given name ('l2', 'embedding-l2@-1'). Raises BadInput."""
     if isinstance(threat, str):
         return parse_threat(threat)
     if not isinstance(threat, InputBall | EmbeddingBall | WeightBall):
@@ -44,14 +44,14 @@ def as_threat(threat: Any) -> Threat:
 
 
 def as_samples(x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Inputs (N, …), floating-point or integer token ids, and labels int64 (N,) or None where none were given.
+    """Inputs (N, …), floating-point or integer token ids, and labels int64 (N,), or None if no labels were given.
 
-    x: a tensor, a numpy array, a pandas column or table, a list of numbers or of equal arrays; or, with y left out, what `robustlip.load_data`
-    gives, or a DataLoader or torch Dataset of pairs (x, y), in the order in which it gives them. y: class numbers in any of these forms, integers.
-    Token ids of several lengths: a list of rows, or what a tokenizer of transformers answers (input_ids, attention_mask), padded on the right; behind
-    the end of a text then stands `robustlip.data.lengths.NO_TOKEN`. They are run without padding, those of one length together.
-    Nothing that is passed in changes; a loader's generators and the global random state come back as they were.
-    Raises BadInput for uint8, objects, text, rows of different lengths, and labels that are bool, floating-point or one-hot.
+    x: a tensor, a numpy array, a pandas column or table, a list of numbers or of equal arrays; or, without y, a result of `robustlip.load_data`,
+    or a DataLoader or torch Dataset of pairs (x, y), read in its order. y: class numbers in any of these forms, integers.
+    Token ids of several lengths: a list of rows, or the output of a tokenizer of transformers (input_ids, attention_mask), padded on the right. After
+    the end of a text the result has `robustlip.data.lengths.NO_TOKEN`; texts of the same length are run together, without padding.
+    Arguments are not changed; a loader's generators and the global random state are restored.
+    Raises BadInput for uint8, objects, text, other rows of different lengths, and labels that are bool, floating-point or one-hot.
     """
     if isinstance(x, DataLoader | TorchDataset | Dataset):
         if y is not None:
@@ -64,7 +64,7 @@ def as_samples(x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
 
 def _inputs(x: Any) -> Tensor:
     x = _encoded(x) if isinstance(x, Mapping) else _texts(x)
-    x = _tensor(x, "inputs", "give a numeric array (N, …), one row a sample")
+    x = _tensor(x, "inputs", "give a numeric array (N, …), one row per sample")
     if x.dtype == torch.uint8:
         raise BadInput("expected inputs as floating-point numbers or int64 token ids, got uint8; scale images, e.g. x / 255, in the model's units")
     if x.dtype == torch.bool or x.is_complex():
@@ -75,7 +75,7 @@ def _inputs(x: Any) -> Tensor:
 
 
 def _texts(x: Any) -> Any:
-    """Rows of token ids of several lengths as one tensor; anything else as it is."""
+    """Rows of token ids of several lengths as one tensor; anything else is returned unchanged."""
     if not isinstance(x, list | tuple) or not all(isinstance(row, list | tuple | np.ndarray | Tensor) and len(np.shape(row)) == 1 for row in x):
         return x
     if len({len(row) for row in x}) < 2:
@@ -87,7 +87,7 @@ def _texts(x: Any) -> Any:
 
 
 def _encoded(x: Mapping[str, Any]) -> Tensor:
-    """What a tokenizer of transformers answers, its padding taken for what is behind the end of a text. Raises BadInput for more."""
+    """Token ids from the output of a tokenizer of transformers, with NO_TOKEN in place of padding. Raises BadInput for unsupported entries."""
     given = {name: value for name, value in x.items() if name not in ("special_tokens_mask", "offset_mapping", "length")}
     if not {"input_ids"} <= given.keys() <= {"input_ids", "attention_mask", "token_type_ids"}:
         raise BadInput(f"expected input_ids, with attention_mask or without, got {', '.join(map(str, list(x)[:6]))}; give the token ids")
@@ -95,7 +95,7 @@ def _encoded(x: Mapping[str, Any]) -> Tensor:
     ids = _tensor(_texts(given["input_ids"]), "input_ids", remedy)
     kinds, mask = given.get("token_type_ids"), given.get("attention_mask")
     if kinds is not None and bool((_tensor(_texts(kinds), "token_type_ids", remedy) > 0).any()):
-        raise BadInput("expected texts of one part, got token_type_ids of several; leave out the pairs, models are run without token_type_ids")
+        raise BadInput("expected texts of one part, got token_type_ids of several; leave out the pairs; models are run without token_type_ids")
     if mask is None:
         return ids
     seen = _tensor(_texts(mask), "attention_mask", remedy)
@@ -103,7 +103,7 @@ def _encoded(x: Mapping[str, Any]) -> Tensor:
         raise BadInput(f"expected an attention_mask of 0 and 1 of shape {tuple(ids.shape)}, got {tuple(seen.shape)}; give that of these ids")
     if bool((seen[:, 1:] > seen[:, :-1]).any()):
         raise BadInput(
-            "expected padding behind the end of a text, got some in front of one, which puts its tokens at other positions; "
+            "expected padding after the end of a text, got padding before a text, which shifts the positions of its tokens; "
             "pad on the right (tokenizer.padding_side = 'right')"
         )
     return ids.masked_fill(seen != 1, NO_TOKEN)
@@ -126,7 +126,7 @@ def _tensor(values: Any, what: str, remedy: str) -> Tensor:
             raise BadInput(f"expected {what} in a plain tensor, got a sparse, nested, quantised or meta one; convert it with to_dense() or the like")
         return values.detach()
     if isinstance(values, np.ma.MaskedArray) and bool(np.ma.getmaskarray(values).any()):
-        raise BadInput(f"expected {what} without gaps, got a masked array; fill or drop what is masked")
+        raise BadInput(f"expected {what} without gaps, got a masked array; fill or drop the masked values")
     if isinstance(values, str | bytes | dict | set) or values is None:
         raise BadInput(f"expected {what}, got {type(values).__name__}; {remedy}")
     if hasattr(values, "to_numpy"):  # a pandas column or table
@@ -137,11 +137,11 @@ def _tensor(values: Any, what: str, remedy: str) -> Tensor:
         return _stacked(cast("Sequence[Tensor]", values), what)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # old numpy only warns of rows of different lengths
-            array = np.array(values, order="C")  # a copy: writable, without strides of the caller's
+            warnings.simplefilter("error")  # old numpy versions only warn about rows of different lengths
+            array = np.array(values, order="C")  # a copy: writable, with its own strides
             if array.dtype == object:
                 array = np.array([np.asarray(row) for row in values], order="C")
-    except Exception as error:  # of whatever object was given
+    except Exception as error:  # the given object may raise anything
         raise BadInput(f"expected {what} with rows of one shape, got an error of numpy ({first_line(error)}); {remedy}") from None
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise BadInput(f"expected {what}, got an array of {array.dtype}; {remedy}")
@@ -169,7 +169,7 @@ def _loaded(source: Any) -> tuple[Any, Any]:
     batched = (isinstance(source, DataLoader) and source.batch_size is not None) or getattr(source, "batch_sampler", None) is not None
     generators = {id(g): g for g in _generators(source)}
     states = [(g, g.get_state()) for g in generators.values()]
-    with undrawn():
+    with random_state_kept():
         try:
             pairs = list(source) if isinstance(source, DataLoader) else [source[i] for i in range(count)]
         finally:
@@ -180,7 +180,7 @@ def _loaded(source: Any) -> tuple[Any, Any]:
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"{len(pair)} parts" if isinstance(pair, tuple | list) else type(pair).__name__
-            raise BadInput(f"expected pairs (x, y) from the {kind}, got {got}; wrap it so that it gives inputs and label")
+            raise BadInput(f"expected pairs (x, y) from the {kind}, got {got}; wrap it so that it returns inputs and label")
     rows, labels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if batched:
         return _joined(rows, "inputs"), _joined(labels, "labels")
@@ -191,7 +191,7 @@ def _loaded(source: Any) -> tuple[Any, Any]:
 def _joined(parts: list[Any], what: str) -> Tensor:
     tensors = [_tensor(part, what, "give tensors from the loader") for part in parts]
     if len({t.shape[1:] for t in tensors}) != 1 or len({t.dtype for t in tensors}) != 1:
-        raise BadInput(f"expected {what} of one shape and dtype in all batches, got several; bring the samples to one")
+        raise BadInput(f"expected {what} of one shape and dtype in all batches, got several; convert the samples")
     return torch.cat(tensors)
 
 

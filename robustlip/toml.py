@@ -1,14 +1,14 @@
-"""TOML that is written: cards and recipes. The standard library only reads it."""
+"""Writing TOML: cards and recipes. The standard library can only read it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import tomli_w  # here and not where it is used: training without it has to fail before the first step, not at its card
+import tomli_w  # imported here, not in the function: without it training has to fail before the first step, not when it writes the card
 
 
 def toml_text(data: dict[str, Any]) -> str:
-    """A dictionary of strings, numbers, booleans, lists and tables as TOML. None is left out."""
+    """A dictionary of strings, numbers, booleans, lists and tables as TOML; entries that are None are left out."""
     return tomli_w.dumps(_said(data))
 
 

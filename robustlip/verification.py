@@ -1,29 +1,29 @@
-"""Is a certificate file of this model and these rows, and do its radii recompute?
+"""Verifies that a certificate file belongs to a model and to certain rows, and that its radii can be recomputed.
 
     verification = verify(file, model, load_rows(file.data, data_dir, model.vocabulary))
-    verification.exit_code          # 0 verified; 1 of something else, or not reproduced; 3 claims more than can be proved
+    verification.exit_code          # 0 verified; 1 stale or not reproduced; 3 claims more than can be proved
 
-What is compared, in this order: weights (their SHA-256 in the covered dtype), architecture, version of the rules, rows (index, SHA-256,
-label). Where one differs the certificate is *stale*: it speaks of something else, and nothing is recomputed. Then the radii: the same
-method in the same dtype on the same rows; every claim has to be at most what this machine proves. A smaller claim is fine.
+The comparison, in this order: weights (their SHA-256 in the covered dtype), architecture, version of the rules, rows (index, SHA-256,
+label). If one differs, the certificate is *stale*: it belongs to another model or other data, and nothing is recomputed. Then the radii: the same
+method in the same dtype on the same rows; every claimed radius has to be at most the radius proved here. A smaller claim is accepted.
 
-Tolerance. The recomputed radius r is a proof by itself, on any machine: its allowance covers the rounding of every order of
-summation. A claim above r is therefore proved only if another machine had larger margins, within rounding. Logits of two BLAS
-libraries, devices or batch sizes differ by about 10⁻⁷ to 10⁻⁶ of their size in float32, and a radius is a margin over a constant, so
-radii of margins of at least a thousandth of the logits agree to 10⁻³ (measured: to 3·10⁻⁶ between batch sizes 1, 7 and 256 on the zoo's
-digits models in float32; a margin smaller than that may not reproduce elsewhere, although its certificate is true). Hence four zones for a claim c:
+Tolerance. The recomputed radius r is proved for every machine: its rounding allowance covers every order of summation. A claim above r is
+therefore true only if the other machine computed larger margins, within rounding. Logits from two BLAS
+libraries, devices or batch sizes differ by about 10⁻⁷ to 10⁻⁶ of their size in float32, and a radius is a margin divided by a constant, so
+radii from margins of at least a thousandth of the logits agree to 10⁻³ (measured: to 3·10⁻⁶ between batch sizes 1, 7 and 256 on the zoo's
+digits models in float32; a smaller margin may not be reproduced elsewhere, although its certificate is true). There are four cases for a claim c:
 
 - c ≤ r·(1 + 10⁻⁹): reproduced (10⁻⁹: float64 arithmetic of the formula itself).
-- c ≤ r·(1 + 10⁻³): reproduced within rounding; said, and never used: a gate counts min(c, r).
-- c ≤ r + 0.05·(r₀ − r), r₀ the radius in real arithmetic: likewise while c ≤ 1.05·r, and beyond that not verified. r₀ − r is what the proved
-  worst case of rounding takes away; processors of the same torch build choose other kernels, and their logits differ by a small part of that
-  worst case. So such a claim need not be false; but where nothing at all is proved here, r = 0, no claim is verified.
-- above: not reproduced. It is reported as *unsound*, unless torch or the kind of device is not the one that wrote the file and c is at
-  most the radius in real arithmetic, which no honest allowance lets a claim exceed: then rounding of the other build can explain it (margins
-  close to the allowance, and the 8 or 11 bits of bfloat16 and float16), it counts as not verified, and certifying here settles it.
+- c ≤ r·(1 + 10⁻³): reproduced within rounding; reported, but a gate uses min(c, r).
+- c ≤ r + 0.05·(r₀ − r), where r₀ is the radius in real arithmetic: the same if c ≤ 1.05·r; otherwise not verified. r₀ − r is the loss by the
+  worst case of rounding; processors with the same torch build choose other kernels, and their logits differ by a small part of that
+  worst case. So such a claim may be true. If nothing is proved here (r = 0), no claim is verified.
+- above: not reproduced. It is reported as *unsound*, except if torch or the type of device differs from the one that wrote the file and c is at
+  most the radius in real arithmetic, which no valid allowance lets a claim exceed. Then rounding of the other build can explain the claim (margins
+  close to the allowance, and the 8 or 11 bits of bfloat16 and float16). It counts as not verified; certifying here decides it.
 
-bfloat16 and float16 margins can move by more than 10⁻³ with the batch size, and searched radii by percents: rows are proved in batches of the size
-that the file names, unless another is asked for.
+Margins in bfloat16 and float16 can change by more than 10⁻³ with the batch size, and radii of searches by several percent. So rows are certified in
+batches of the size in the file, unless the caller gives another one.
 """
 
 from __future__ import annotations
@@ -55,31 +55,31 @@ from robustlip.threats import Threat
 BATCH = 256
 ARITHMETIC = 1e-9
 ROUNDING = 1e-3
-# Methods whose multipliers are searched, and how far apart two searches were seen to end (3 %), rounded up.
-DEAR = ("lipsdp",)  # minutes for the first batch of a model
+# Methods that search for multipliers, and the largest relative difference between two searches (3 % was observed), rounded up.
+EXPENSIVE = ("lipsdp",)  # minutes for the first batch of a model
 SEARCHED, SEARCH_SPREAD = ("sdp", "lipsdp"), 0.05
 SHARE = 0.05
 
 Advance = Callable[[int, int], None]
-# What a certificate may ask for unless a policy or the command line allows more: all methods that take seconds.
-CHEAP = ("best", *(name for name in certifiers.METHODS if name not in DEAR))
+# The methods that are recomputed by default: all that take seconds.
+FAST_METHODS = ("best", *(name for name in certifiers.METHODS if name not in EXPENSIVE))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The work that a recomputation may cost; the certificate file has no say in it.
+    """Limits of the cost of a recomputation; they are set by the caller, never by the certificate file.
 
-    methods: allowed ones. max_samples: rows of one file. max_seconds: of one file, as its first batches foretell.
-    batch_size: samples at once; None: what the file says, at most VERIFIED_AT_ONCE.
+    methods: allowed methods. max_samples: rows of one file. max_seconds: for one file, estimated from its first batches.
+    batch_size: samples per batch; None: as in the file, at most VERIFIED_AT_ONCE.
     """
 
-    methods: tuple[str, ...] = CHEAP
+    methods: tuple[str, ...] = FAST_METHODS
     max_samples: int = VERIFIED_ROWS
     max_seconds: float = VERIFIED_SECONDS
     batch_size: int | None = None
 
     def refusal(self, file: CertificateFile) -> str:
-        """Why the file is dearer than allowed, in one sentence, or ''. Raises BadInput for a method that there is not."""
+        """Why the file exceeds the limits, in one sentence, or ''. Raises BadInput for an unknown method."""
         check_method(file.method)
         if file.method not in self.methods:
             allowed = ", ".join(self.methods)
@@ -92,12 +92,12 @@ class Budget:
         return ""
 
 
-class TooDear(BadInput):
-    """A recomputation that would take longer than its budget."""
+class BudgetExceeded(BadInput):
+    """A recomputation would take longer than its budget."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while rows were proved. proof: of the first `done` of `total` rows; None where done is 0."""
+    """Ctrl-C during certification. proof: the certificate of the first `done` of `total` rows; None if done is 0."""
 
     def __init__(self, parts: Sequence[Certificate], total: int) -> None:
         self.proof = concatenate(parts) if parts else None
@@ -106,16 +106,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _timed(seconds: float, advance: Advance | None) -> Advance:
-    """`advance`, and TooDear as soon as the pace until then foretells more than so many seconds."""
+    """Wraps `advance`: raises BudgetExceeded as soon as the estimated total time exceeds the limit."""
     started = time.monotonic()
 
     def call(done: int, total: int) -> None:
         if advance is not None:
             advance(done, total)
         spent = time.monotonic() - started
-        if done and spent > 1 and (foretold := spent / done * total) > seconds:
-            told = f"got {done} of {total} samples in {spent:.0f}, about {foretold:.0f} in all"
-            raise TooDear(f"expected a recomputation of at most {seconds:g} seconds, {told}; allow more with max_seconds")
+        if done and spent > 1 and (estimate := spent / done * total) > seconds:
+            message = f"got {done} of {total} samples in {spent:.0f}, about {estimate:.0f} in all"
+            raise BudgetExceeded(f"expected a recomputation of at most {seconds:g} seconds, {message}; allow more with max_seconds")
 
     return call
 
@@ -135,10 +135,10 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """findings: empty exactly when the file is verified. notes: what a reader should know anyway.
+    """findings: empty exactly if the file is verified. notes: further information.
 
-    radius, prediction: recomputed, in the order of the file's samples (N,); None where nothing, or not everything, was recomputed.
-    interrupted: by Ctrl-C; findings then say how far it came, and what differs until there.
+    radius, prediction: recomputed, in the order of the file's samples (N,); None if not everything was recomputed.
+    interrupted: by Ctrl-C; the findings then say how many samples were recomputed, and what differs among them.
     """
 
     findings: tuple[Finding, ...]
@@ -156,7 +156,7 @@ class Verification:
         return {0: "verified", 1: "not verified", 3: "unsound", 130: "not verified, interrupted"}[self.exit_code]
 
     def sentence(self) -> str:
-        """Everything that differs, in one sentence; long lists are cut."""
+        """All findings in one sentence; a long list is cut."""
         worst = sorted(self.findings, key=lambda f: not f.unsound)
         more = f"; and {len(worst) - 3} more" if len(worst) > 3 else ""
         return "; ".join(f.sentence for f in worst[:3]) + more
@@ -174,37 +174,37 @@ class Verification:
 def load_rows(
     source: DataSource, data_dir: str | Path | None = None, vocabulary: str | Subwords | None = None, *, spec: str | None = None
 ) -> Dataset:  # fmt: skip
-    """The rows that a certificate names, loaded again.
+    """Load the rows that a certificate names.
 
-    A file is looked for by its name in data_dir, then in the current folder. spec: where they are instead; what they are is checked by hash.
-    vocabulary: the model's. Raises BadInput, DataUnavailable as load_data does.
+    A file is searched by its name in data_dir, then in the current folder. spec: another place of the data; the rows are checked by hash.
+    vocabulary: of the model. Raises BadInput, DataUnavailable as `load_data` does.
     """
     where = spec or source.spec
     name, _, split = where.partition(":")
     if spec is None and data_dir is not None and name.endswith((".txt", *FILES)) and (Path(data_dir) / name).is_file():
         where = str(Path(data_dir) / name) + (f":{split}" if split else "")
-    # The vocabulary belongs to texts; a model of images has none.
+    # Only texts need the vocabulary.
     words = vocabulary if is_text(parse_spec(where)[0], source.text_column) else None
     options: Any = chosen(source)
     return load_data(where, data_dir=data_dir, limit=source.limit, seed=source.seed, context=source.context, vocabulary=words, **options)
 
 
 def is_training(data: Dataset) -> bool:
-    """Whether the rows are of a training split."""
+    """Whether the rows belong to a training split."""
     return data.split.startswith("train")
 
 
 def cast(model: nn.Module, dtype: str) -> nn.Module:
-    """The model as a certificate of `dtype` covers it: itself, or a copy in that dtype ('real': float64)."""
+    """The model in the dtype that a certificate covers: the model itself, or a copy in that dtype ('real': float64)."""
     return chains.cast(model, evaluated_in(dtype))
 
 
 def prove(
     model: nn.Module, data: Dataset, rows: Sequence[int], threat: Threat, method: str, dtype: str, batch_size: int, advance: Advance | None = None
 ) -> Certificate:
-    """The certificate of `rows` of the data, `batch_size` at a time, as `robustlip certify` makes it; model: already cast to dtype.
+    """The certificate of `rows` of the data, `batch_size` rows at a time, as `robustlip certify` makes it. model: already cast to dtype.
 
-    Ctrl-C ends it with Interrupted, which has what was proved until then.
+    Ctrl-C raises Interrupted, with the finished part.
     """
     parts: list[Certificate] = []
     chosen = torch.as_tensor(rows, dtype=torch.int64)
@@ -224,12 +224,12 @@ def verify(
     file: CertificateFile, model: nn.Module, data: Dataset, *, budget: Budget = Budget(), batch_size: int | None = None,
     advance: Advance | None = None,
 ) -> Verification:  # fmt: skip
-    """Compare a certificate file with a model and with the rows it names, and recompute its radii. See the head of this module.
+    """Compare a certificate file with a model and with its rows, and recompute its radii. The top of this file defines the comparison.
 
-    data: from `load_rows`. budget: what it may cost; a file that asks for more is not verified (finding 'work'), before anything is recomputed.
-    batch_size: samples at once; None: as the budget or the file says, or 256. advance: called with (samples done, samples).
-    Ctrl-C while it recomputes ends in a Verification that is `interrupted`, and so not verified.
-    Raises BadInput when the model cannot be certified in that way at all.
+    data: from `load_rows`. budget: limits of the cost; a file that exceeds them is not verified (finding 'work') and not recomputed.
+    batch_size: samples per batch; None: as in the budget or the file, or 256. advance: called with (samples done, samples).
+    After Ctrl-C the Verification is `interrupted` and not verified.
+    Raises BadInput if the model cannot be certified by that method.
     """
     if refusal := replace(budget, batch_size=batch_size or budget.batch_size).refusal(file):
         return Verification((Finding("work", refusal),))
@@ -238,7 +238,7 @@ def verify(
     named = torch.as_tensor([at for at, i in enumerate(data.index.tolist()) if i in {sample.index for sample in file.samples}], dtype=torch.int64)
     stale = [*_model_differs(file, model, chain, data.x[named] if len(named) else data.x), *_rows_differ(file, data)]
     if file.partial:
-        sentence = f"expected all {file.data.requested} samples that were requested, got {len(file.samples)}: it is partial; certify to the end"
+        sentence = f"expected all {file.data.requested} samples that were requested, got {len(file.samples)}: the file is partial; certify all"
         stale.append(Finding("partial", sentence))
     if any(finding.kind != "partial" for finding in stale):
         return Verification(tuple(stale), notes)
@@ -247,18 +247,18 @@ def verify(
     at_once = batch_size or budget.batch_size or file.batch_size or BATCH
     try:
         proof = prove(chain, data, rows, file.ball(), file.method, file.dtype, at_once, _timed(budget.max_seconds, advance))
-    except TooDear as error:
+    except BudgetExceeded as error:
         return Verification((*stale, Finding("work", str(error))), notes)
     except Interrupted as stopped:
-        told = f"expected a recomputation of all {stopped.total} samples, got {stopped.done}: it was interrupted"
+        message = f"expected a recomputation of all {stopped.total} samples, got {stopped.done}: it was interrupted"
         differ = _until(file, stopped, chain, data, rows)
-        return Verification((*stale, *differ, Finding("interrupted", f"{told}; verify again")), notes, interrupted=True)
+        return Verification((*stale, *differ, Finding("interrupted", f"{message}; verify again")), notes, interrupted=True)
     radius, prediction = proof.radius, proof.prediction
     try:
         differ, close = _compare(file, radius, prediction, chain, data, rows)
     except KeyboardInterrupt:
-        told = "expected a comparison of all claims with what was recomputed, got interrupted in it"
-        return Verification((*stale, Finding("interrupted", f"{told}; verify again")), notes, interrupted=True)
+        message = "expected a comparison of all claims with the recomputed radii, got an interruption"
+        return Verification((*stale, Finding("interrupted", f"{message}; verify again")), notes, interrupted=True)
     differ += _bounds_differ(file, proof)
     if close:
         largest = max(excess for _, excess in close)
@@ -267,13 +267,13 @@ def verify(
 
 
 def _until(file: CertificateFile, stopped: Interrupted, chain: nn.Module, data: Dataset, rows: list[int]) -> list[Finding]:
-    """What differs among the samples that were recomputed before an interruption."""
+    """Differences among the samples that were recomputed before an interruption."""
     if stopped.proof is None:
         return []
     part = file.model_copy(update={"samples": file.samples[: stopped.done]})
     try:
         return _compare(part, stopped.proof.radius, stopped.proof.prediction, chain, data, rows[: stopped.done])[0]
-    except KeyboardInterrupt:  # once more: it is not verified anyway
+    except KeyboardInterrupt:  # a second Ctrl-C: the file is not verified in any case
         return []
 
 
@@ -283,7 +283,7 @@ def _model_differs(file: CertificateFile, model: nn.Module, chain: nn.Module, x:
     if got != file.weights_sha256:
         other = next((name for name in NAMES if chains.identity_of(cast(model, name), x)[0] == file.weights_sha256), None)
         if other is None:
-            sentence = f"expected weights with SHA-256 {file.weights_sha256[:12]}…, got {got[:12]}…: it is of other weights; certify this model"
+            sentence = f"expected weights with SHA-256 {file.weights_sha256[:12]}…, got {got[:12]}…: these are other weights; certify this model"
             found.append(Finding("weights", sentence))
         else:
             sentence = f"expected the dtype {other} of the certified weights, got {file.dtype}: the dtype was changed; certify in {file.dtype}"
@@ -327,7 +327,7 @@ def _rows_differ(file: CertificateFile, data: Dataset) -> list[Finding]:
 def _compare(
     file: CertificateFile, radius: np.ndarray, prediction: np.ndarray, chain: nn.Module, data: Dataset, rows: list[int]
 ) -> tuple[list[Finding], list[tuple[int, float]]]:
-    """(what is not reproduced, (index, relative excess) of what is within rounding)."""
+    """(differences, (index, relative excess) of claims that are reproduced within rounding)."""
     claims = np.array([sample.radius for sample in file.samples])
     # `not <=`, so that a NaN counts as not reproduced.
     beyond = ~(claims <= radius * (1 + ROUNDING))
@@ -340,8 +340,8 @@ def _compare(
         share = claims[beyond] <= radius[beyond] + SHARE * np.maximum(ideal - radius[beyond], 0.0)
         excusable[beyond] |= share
         beyond[beyond] = ~(share & (claims[beyond] <= radius[beyond] * (1 + SHARE)))
-    # A search for multipliers ends elsewhere on another processor or in other batches: such a claim is not confirmed, and not called false.
-    # Which of them a sample names is the file's word alone, so it counts only where the method of the whole file can have searched.
+    # A search for multipliers ends at another point on another processor or in other batches: such a claim is not confirmed, but it may be true.
+    # The file may name any method for a sample, so this counts only if the method of the whole file includes searches.
     searched = np.array([file.method in (*SEARCHED, "best") and sample.method in SEARCHED for sample in file.samples])
     elsewhere = beyond & searched & (claims <= radius * (1 + SEARCH_SPREAD))
     found, close = [], []
@@ -351,7 +351,7 @@ def _compare(
             sentence = f"expected a radius of at most {r!r} for sample {sample.index} (recomputed), got the claim {sample.radius!r}"
             why = "it is not proved; do not rely on this file"
             if by_search:
-                why = f"the search of method {sample.method!r} ended elsewhere here; certify again, or with a method that does not search"
+                why = f"the search of method {sample.method!r} ended at another point here; certify again, or with a method that does not search"
             elif excused:
                 why = f"rounding where it was made (torch {file.versions['torch']}, {file.device}) can explain it; certify on this machine"
             found.append(Finding("radius", f"{sentence}; {why}", sample.index, unsound=not excused))
@@ -364,7 +364,7 @@ def _compare(
 
 
 def _bounds_differ(file: CertificateFile, proof: Certificate) -> list[Finding]:
-    """Lipschitz constants that the file states and this machine does not find, or finds larger."""
+    """Lipschitz constants in the file that are not recomputed here, or are recomputed as larger."""
     found = []
     for name, stated in file.bound.items():
         got = proof.bound.get(name)
@@ -381,9 +381,9 @@ def _notes(file: CertificateFile, data: Dataset) -> tuple[str, ...]:
 
     notes = []
     if is_training(data):
-        notes.append("the rows are training data, which say little of other data")
+        notes.append("the rows are training data; results on other data may be worse")
     if data.note != file.data.note:
-        notes.append(f"the data source says {data.note or 'nothing'!r} now and said {file.data.note or 'nothing'!r}; rows are compared by hash")
+        notes.append(f"the note of the data is {data.note!r} now and was {file.data.note!r}; rows are compared by hash")
     for name, now in (("robustlip", __version__), ("torch", torch.__version__)):
         if file.versions[name] != str(now):
             notes.append(f"certified with {name} {file.versions[name]}, recomputed with {now}")

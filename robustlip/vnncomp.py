@@ -1,7 +1,7 @@
-"""VNN-COMP: whether a network has a property of VNN-LIB, in the competition's words. docs/onnx.md.
+"""Decides whether a network satisfies a VNN-LIB property, with the results of VNN-COMP. docs/onnx.md.
 
-A point X of the property's box is rounded to float64 and then to the network's dtype, and the network runs on that in torch. `unsat`: no point of the
-box violates the property, proved with the rounding of that program included. `sat`: the point that is printed does, as this program computes it.
+A point X of the property's box is rounded to float64 and then to the network's dtype, and torch runs the network on it. `unsat`: no point of the
+box violates the property; the proof covers the rounding errors of that program. `sat`: the printed point violates it, as this program computes it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from robustlip.execution import covered_kernels
 from robustlip.modes import in_eval_mode
 
 HOLDS, VIOLATED, UNKNOWN, TIMEOUT = "unsat", "sat", "unknown", "timeout"
-# Of the time that is given, what the attack before the proof may take, and when the one behind it begins.
+# Fractions of the time limit: the first attack may take the first one; the last attack begins at the second one.
 FIRST, LAST = 0.2, 0.8
 DEFAULT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """verdict: 'unsat', 'sat', 'unknown' or 'timeout'. x, y: of a counterexample, as texts of decimal numbers. why: for people."""
+    """verdict: 'unsat', 'sat', 'unknown' or 'timeout'. x, y: a counterexample as decimal texts. why: an explanation."""
 
     verdict: str
     seconds: float
@@ -39,7 +39,7 @@ class Answer:
     why: str = ""
 
     def text(self) -> str:
-        """The competition's result: one word, and the counterexample behind `sat`."""
+        """The result in the format of VNN-COMP: one word, and after `sat` the counterexample."""
         if self.verdict != VIOLATED:
             return f"{self.verdict}\n"
         lines = [f"(X_{i} {v})" for i, v in enumerate(self.x)] + [f"(Y_{i} {v})" for i, v in enumerate(self.y)]
@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass
 class _Judge:
-    """The network as it runs, and a property in numbers of it."""
+    """The network as it runs, and a property of it."""
 
     model: nn.Module
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class _Judge:
         return self.cache[key]
 
     def boxes(self) -> dict[tuple[Any, ...], list[Case]]:
-        """The cases that share a box."""
+        """The cases, grouped by equal boxes."""
         found: dict[tuple[Any, ...], list[Case]] = {}
         for case in self.property.cases:
             found.setdefault((tuple(sorted(case.low.items())), tuple(sorted(case.high.items()))), []).append(case)
@@ -73,7 +73,7 @@ class _Judge:
         return self.model(x.reshape(len(x), *self.shape)).flatten(1)  # type: ignore[no-any-return]
 
     def rows(self, case: Case) -> tuple[Tensor, Tensor]:
-        """Rows and offsets of a case: rows·Y ≤ offsets, in float64 as the file says them."""
+        """Rows and offsets of a case: rows·Y ≤ offsets, in float64."""
         weights = torch.zeros(len(case.rows), self.property.outputs, dtype=torch.float64)
         for i, row in enumerate(case.rows):
             for j, w in row.weights.items():
@@ -82,7 +82,7 @@ class _Judge:
 
     @torch.no_grad()
     def example(self, case: Case, point: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-        """(X, Y) as texts where the point, put into the box and read from its text again, violates the property; else None."""
+        """(X, Y) as texts if the point, projected into the box and read back from its text, violates the property; else None."""
         low, high = self.box(case)
         texts = []
         for value, least, most in zip(point.double().tolist(), low, high, strict=True):
@@ -104,7 +104,7 @@ class _Judge:
 
 
 def _decimal(value: Fraction) -> str:
-    """A decimal text of a fraction that is one, else of the nearest float64."""
+    """The decimal text of a fraction if it has one, else of the nearest float64."""
     digits = value.denominator
     for prime in (2, 5):
         while digits % prime == 0:
@@ -118,7 +118,7 @@ def _decimal(value: Fraction) -> str:
 
 
 def outward(values: list[Fraction], up: bool) -> Tensor:
-    """The nearest float64 numbers that are not inside."""
+    """The nearest float64 numbers outside the interval bounds."""
     found = torch.tensor([float(v) for v in values], dtype=torch.float64)
     toward = torch.full_like(found, torch.inf if up else -torch.inf)
     wrong = torch.tensor([(Fraction(f) < v) if up else (Fraction(f) > v) for f, v in zip(found.tolist(), values, strict=True)])
@@ -126,15 +126,15 @@ def outward(values: list[Fraction], up: bool) -> Tensor:
 
 
 def decide(model: nn.Module, prop: Property, seconds: float = DEFAULT_SECONDS, *, seed: int = 0) -> Answer:
-    """Whether the network has the property. model: `robustlip.load` of an .onnx file, or any module with an `input_shape`.
+    """Whether the network satisfies the property. model: `robustlip.load` of an .onnx file, or any module with an `input_shape`.
 
-    Raises BadInput for a property of other inputs and outputs, or without bounds of its inputs.
+    Raises BadInput if the numbers of inputs and outputs differ, or if bounds of inputs are missing.
     """
     start = time.monotonic()
     shape = getattr(model, "input_shape", None)
     first = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     if shape is None or first is None:
-        raise BadInput("expected a network that says the shape of its input, got one that does not; give an .onnx file")
+        raise BadInput("expected a network with an input_shape, got one without; give an .onnx file")
     count = int(torch.Size(shape).numel())
     with in_eval_mode(model), covered_kernels(first.device.type):
         with torch.no_grad():
@@ -155,7 +155,7 @@ def decide(model: nn.Module, prop: Property, seconds: float = DEFAULT_SECONDS, *
             done, ended = _proved(judge, start + LAST * seconds)
             if done:
                 return Answer(HOLDS, time.monotonic() - start)
-        except BadInput as error:  # nothing is proved of this network; it is still attacked
+        except BadInput as error:  # the network cannot be certified, but it can be attacked
             why = str(error)
         if found := _attacked(judge, generator, start + seconds, rounds=50):
             return Answer(VIOLATED, time.monotonic() - start, *found)
@@ -164,14 +164,14 @@ def decide(model: nn.Module, prop: Property, seconds: float = DEFAULT_SECONDS, *
 
 
 def _attacked(judge: _Judge, generator: torch.Generator, until: float, rounds: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """A counterexample: in each round all cases of a box at once are tried, then each by itself."""
+    """A counterexample, if one is found: in each round all cases of a box are searched together, then each one separately."""
     boxes = list(judge.boxes().values())
     for turn in range(rounds):
         tries = boxes + [[case] for cases in boxes if len(cases) > 1 for case in cases]
         for cases in tries:
             low, high = judge.box(cases[0])
             groups = [tuple(t.to(judge.dtype) for t in judge.rows(case)) for case in cases]
-            # Within the box in the network's dtype, where there is a number of it.
+            # Within the box in the network's dtype, if the dtype has a number in it.
             least, most = (outward(b, up).to(judge.dtype) for b, up in ((low, False), (high, True)))
             many: dict[str, int] = {"restarts": 8, "steps": 40} if turn == 0 else {"restarts": 24, "steps": 150}
             point = search(judge.outputs, least, most, groups, generator=generator, until=until, **many)  # type: ignore[arg-type]
@@ -184,17 +184,17 @@ def _attacked(judge: _Judge, generator: torch.Generator, until: float, rounds: i
 
 
 def _proved(judge: _Judge, until: float) -> tuple[bool, bool]:
-    """(proved that no case has a point; whether time or room ended the search)."""
+    """(proved that no point satisfies any case, whether the time or the size limit ended the search)."""
     for cases in judge.boxes().values():
         low, high = judge.box(cases[0])
         groups = []
         for case in cases:
             rows, offsets = judge.rows(case)
             exact = all(Fraction(float(w)) == w for row in case.rows for w in (*row.weights.values(), row.constant))
-            if not exact:  # what float64 made of the file's numbers: less than this, for logits of any size that is proved
+            if not exact:  # rounding of the file's numbers to float64; the change is smaller than this, for logits of any size that is proved
                 offsets = offsets + 2.0**-50 * offsets.abs() + 1e-300
                 if any(Fraction(float(w)) != w for row in case.rows for w in row.weights.values()):
-                    raise UnsupportedLayer("expected weights of outputs that float64 holds, got others; write the property with whole numbers")
+                    raise UnsupportedLayer("expected weights of outputs that are exact in float64, got others; write the property with integers")
             groups.append((rows, offsets))
         done, ended = outputs_hold(judge.model, outward(low, False), outward(high, True), groups, judge.shape, until)
         if not done:
@@ -203,7 +203,7 @@ def _proved(judge: _Judge, until: float) -> tuple[bool, bool]:
 
 
 def decide_files(network: Path, prop: Path, seconds: float = DEFAULT_SECONDS, *, seed: int = 0, model: nn.Module | None = None) -> Answer:
-    """`decide` of an .onnx and a .vnnlib file."""
+    """`decide` for an .onnx and a .vnnlib file."""
     from robustlip.models.zoo import load
 
     found = read_property(prop)

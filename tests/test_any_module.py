@@ -195,9 +195,9 @@ def test_a_forward_that_looks_at_values_is_run_row_by_row() -> None:
         (lambda z, x: {"scores": z}, "a dictionary of scores"),
         (lambda z, x: "logits", "got str"),
         (lambda z, x: z.argmax(1), "floating-point numbers"),
-        (lambda z, x: z[:, 0].sigmoid(), "as probabilities are"),
-        (lambda z, x: z[:, :1].sigmoid(), "as probabilities are"),
-        (lambda z, x: z[:, None].expand(-1, 3, -1), "scores by token"),
+        (lambda z, x: z[:, 0].sigmoid(), "may be probabilities"),
+        (lambda z, x: z[:, :1].sigmoid(), "may be probabilities"),
+        (lambda z, x: z[:, None].expand(-1, 3, -1), "scores per token"),
         (lambda z, x: z[:1], r"expected logits \(6, C\)"),
         (lambda z, x: z.detach(), "gradient"),
     ],
@@ -273,11 +273,11 @@ def test_causal_models_by_their_last_position(kind, threat) -> None:  # type: ig
 def test_padding_other_tasks_and_embeddings_that_are_not_the_models_are_refused() -> None:
     x = torch.randint(1, 11, (N, 5))
     y = torch.zeros(N, dtype=torch.int64)
-    with pytest.raises(BadInput, match="scores by token"):
+    with pytest.raises(BadInput, match="scores per token"):
         QUICK(Causal(), x, y, EmbeddingBall(0.1))
     with pytest.raises(BadInput, match="without padding"):
         QUICK(Stated(), x * 0, y, EmbeddingBall(0.1))
-    with pytest.raises(BadInput, match="embeddings lead to its own logits"):
+    with pytest.raises(BadInput, match="computes the same logits from its embeddings"):
         QUICK(Stated(honest=False), x, y, EmbeddingBall(0.1))
     with pytest.raises(BadInput, match="model with an embedding"):
         QUICK(Own(), *samples(), EmbeddingBall(0.1))
@@ -288,7 +288,7 @@ def test_a_chain_whose_hook_comes_between_its_embedding_and_the_rest_is_not_atta
     model = NextTokenChain(nn.Embedding(11, 8), nn.Linear(8, 11))
     model.register_forward_hook(lambda module, args, output: output.flip(-1))
     x = torch.randint(11, (N, 5))
-    with pytest.raises(BadInput, match="embeddings lead to its own logits"):
+    with pytest.raises(BadInput, match="computes the same logits from its embeddings"):
         QUICK(model, x, torch.zeros(N, dtype=torch.int64), EmbeddingBall(0.1))
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # The lowest layer first: a package imports from its own row and from earlier rows. Imports inside functions count too.
 LAYERS = (
     ("errors",),
-    ("names", "threats", "execution", "modes", "parallel", "plugins", "locks", "foreign", "limits", "figures"),
+    ("names", "threats", "execution", "modes", "parallel", "plugins", "locks", "user_errors", "limits", "figures"),
     ("files", "toml", "numerics", "geometry", "hashing", "checks", "certificates"),
     ("layers", "data", "muon"),
     ("graph", "ops", "target", "samples", "constraints", "checkpoints", "onnx", "pretrained"),

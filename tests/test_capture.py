@@ -441,7 +441,7 @@ def random(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
 REFUSED = {
     mixes: "first dimension|mean", moves: "flip", transposes: "first dimension", reads_again: "in-place operations on values that are not read again",
     writes_weights: "which writes into them", branches: "torch.export can record", by_number: "the same operations for any number of samples",
-    twice: "logits are plain to see", unknown: "fft|real", random: "dropout",
+    twice: "unambiguous logits", unknown: "fft|real", random: "dropout",
 }  # fmt: skip
 
 

@@ -455,7 +455,7 @@ TEXTS = {
     "an overflowing number": lambda text: text.replace(b'"clip": null', b'"clip": [0, 1e999]'),
     "another hash over the rows": lambda text: re.sub(rb'("sha256": ")[0-9a-f]{8}', rb"\g<1>00000000", text),
     "a key twice": lambda text: text.replace(b'"dtype"', b'"dtype": "real", "dtype"'),
-    "nested without end": lambda text: b"[" * 200_000,
+    "nested too deeply": lambda text: b"[" * 200_000,
     "a huge integer": lambda text: text.replace(b'"seed": 0', b'"seed": ' + b"9" * 10_000),
     "not UTF-8": lambda text: b"\xff\xfe" + text,
     "a lone surrogate": lambda text: text.replace(b'"method": "best"', b'"method": "\\ud800"'),

@@ -222,7 +222,7 @@ def test_a_full_output_is_one_sentence(arguments: tuple[str, ...]) -> None:
     ("kind", "change", "words"),
     [
         ("suite", {"name": "../../escaped"}, "name"),
-        ("suite", {"name": "a\u0000b"}, "characters that can be seen"),
+        ("suite", {"name": "a\u0000b"}, "visible characters"),
         ("suite", {"seed": True}, "seed"),
         ("suite", {"seed": "3"}, "seed"),
         ("recipe", {"run": {"steps": True, "batch": 4}}, "steps"),

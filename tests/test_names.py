@@ -50,7 +50,7 @@ def test_every_file_of_settings(tmp_path: Path, name: str, reader, place: str) -
     text = {"key": f'"na{odd}me" = 1', "value": f'name = "a{odd}b"', "list": f'a = [["x", "{odd}"]]', "table": f'[a."b{odd}"]\nc = 1'}[place]
     path = tmp_path / "settings.toml"
     path.write_text(text + "\n", encoding="utf-8")
-    with pytest.raises(BadInput, match=rf"can be seen in .*settings\.toml.*U\+{ord(odd):04X}"):
+    with pytest.raises(BadInput, match=rf"visible characters in .*settings\.toml.*U\+{ord(odd):04X}"):
         reader(path)
 
 

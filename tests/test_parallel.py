@@ -257,14 +257,14 @@ def test_owners_share_the_cost() -> None:
     """Every matrix has one owner; no process has more than its fair share plus one matrix; one process owns all."""
     world = World(rank=0, size=3)
     batches = [[((4, 4), 64.0)] * 7, [((16, 4), 256.0)] * 4, [((8, 8), 512.0)]]
-    spreads = world.spread(batches)
+    assignments = world.assign(batches)
     load = [0.0] * 3
-    for spread, batch in zip(spreads, batches, strict=True):
-        assert len(spread.owners) == len(batch) and spread.shapes == tuple(shape for shape, _ in batch)
-        for owner, (_, cost) in zip(spread.owners, batch, strict=True):
+    for assignment, batch in zip(assignments, batches, strict=True):
+        assert len(assignment.owners) == len(batch) and assignment.shapes == tuple(shape for shape, _ in batch)
+        for owner, (_, cost) in zip(assignment.owners, batch, strict=True):
             load[owner] += cost
     assert max(load) - min(load) <= 64.0 and sum(load) == 7 * 64 + 4 * 256 + 512
-    assert all(spread.mine == list(range(len(batch))) for spread, batch in zip(ALONE.spread(batches), batches, strict=True))
+    assert all(assignment.mine == list(range(len(batch))) for assignment, batch in zip(ALONE.assign(batches), batches, strict=True))
     assert [World(r, 3).rows(10) for r in range(3)] == [slice(0, 3), slice(3, 6), slice(6, 10)]
     assert [[World(0, 3).shard(n, r) for r in range(3)] for n in (7, 3, 4, 1)] == [[3, 3, 1], [1, 1, 1], [2, 2, 0], [1, 0, 0]]
 

@@ -114,7 +114,7 @@ def test_the_command_line_knows_all_three(install, tmp_path, monkeypatch) -> Non
     [
         ("global", Method(half, lambda *_: "", "x"), "names of robustlip.methods that are free, got 'global'"),
         ("best", Method(half, lambda *_: "", "x"), "names of robustlip.methods that are free, got 'best'"),
-        ("Half life", Method(half, lambda *_: "", "x"), "small letters, digits, - and _"),
+        ("Half life", Method(half, lambda *_: "", "x"), "lower-case letters, digits, - and _"),
         ("half", half, "a robustlip.certifiers.methods.Method as the entry point 'half' of robustlip.methods, got function"),
     ],
 )

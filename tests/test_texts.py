@@ -145,7 +145,7 @@ def test_what_a_tokenizer_answers_is_taken_and_what_is_another_program_refused()
         with pytest.raises(BadInput, match=message):
             as_samples(form)
     for hole in ([[1, NO_TOKEN, 2], [1, 2, 3]], [[NO_TOKEN, NO_TOKEN, NO_TOKEN], [1, 2, 3]]):
-        with pytest.raises(BadInput, match="behind the end"):
+        with pytest.raises(BadInput, match="only after the end"):
             by_length(torch.tensor(hole))
 
 

@@ -11,7 +11,7 @@ import torch
 import robustlip.certifiers
 from robustlip.cli import main
 from robustlip.errors import BadInput
-from robustlip.foreign import errors_of
+from robustlip.user_errors import errors_of
 
 POLICY = """data = "digits:test"
 limit = 3

@@ -36,7 +36,7 @@ from robustlip.errors import BadInput
 from robustlip.execution import covered_kernels, lower_precision
 from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import chain_or_module
-from robustlip.modes import in_eval_mode, undrawn
+from robustlip.modes import in_eval_mode, random_state_kept
 from robustlip.numerics.rounding import NAMES
 from robustlip.samples import as_request, as_samples
 from robustlip.target import Target
@@ -161,8 +161,8 @@ def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, c
             raise BadInput(f"expected {name} of at least 1, got {count!r}; the paper uses n0 = 100 and n = 100000")
     with _executed(target, x):
         check_fit(model, x)
-        target.settle(x[:8].to(target.device(x), dtype))
-    if target.alone:
+        target.compare_batches(x[:8].to(target.device(x), dtype))
+    if target.sample_by_sample:
         raise BadInput(
             "expected a model whose output for a sample does not depend on the other samples of the batch, got one where it does; "
             "use running statistics in batch norm"
@@ -173,7 +173,7 @@ def _check(model: nn.Module, x: Tensor, sigma: float, alpha: float, seed: int, c
 @contextmanager
 def _executed(target: Target, x: Tensor) -> Iterator[None]:
     """The program that is certified: eval mode and the kernels of `execution_of`; the state of the random generators is restored afterwards."""
-    with undrawn(), covered_kernels(target.device(x).type), in_eval_mode(target.module):
+    with random_state_kept(), covered_kernels(target.device(x).type), in_eval_mode(target.module):
         yield
 
 

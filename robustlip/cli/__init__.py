@@ -16,7 +16,7 @@ import typer
 from robustlip import __version__
 from robustlip.cli import attack, audit, certify, demo, evaluate, gate, import_, report, smooth, sweep, table, train, verify, vnncomp, zoo
 from robustlip.errors import RobustlipError
-from robustlip.foreign import errors_of
+from robustlip.user_errors import errors_of
 
 app = typer.Typer(
     help="Certified and observed robustness of Lipschitz-constrained networks, side by side.",

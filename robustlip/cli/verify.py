@@ -28,7 +28,7 @@ def verify(
     from robustlip import certificate_file
     from robustlip.cli.console import Out, Progress, choose_device, print_json
     from robustlip.models.zoo import load
-    from robustlip.verification import CHEAP, Budget, load_rows
+    from robustlip.verification import FAST_METHODS, Budget, load_rows
     from robustlip.verification import verify as recompute
 
     if schema:
@@ -40,7 +40,7 @@ def verify(
     if not max_seconds > 0:
         raise BadInput(f"expected --max-seconds above 0, got {max_seconds}; give a number of seconds")
     file = certificate_file.read(certificate)
-    budget = Budget(tuple(methods) if methods else CHEAP, max_samples, max_seconds, batch_size)
+    budget = Budget(tuple(methods) if methods else FAST_METHODS, max_samples, max_seconds, batch_size)
     if refusal := budget.refusal(file):  # before its rows are loaded
         raise RobustlipError(f"{certificate.name} is not verified: {refusal}")
     chain = load(model, device=choose_device(device, out))

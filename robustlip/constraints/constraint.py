@@ -19,7 +19,7 @@ from robustlip.constraints.softcap import SoftCap
 from robustlip.constraints.stiefel import Stiefel
 from robustlip.constraints.targets import Target
 from robustlip.errors import BadInput, RobustlipError
-from robustlip.parallel import ALONE, Spread, World, local
+from robustlip.parallel import ALONE, Assignment, World, local
 
 METHODS = (
     "none", "weight-decay", "spectral-weight-decay", "spectral-normalize", "stiefel", "spectral-hammer", "soft-cap", "hard-cap", "hard-cap-msign",
@@ -70,12 +70,12 @@ class _Group:
 
     targets: list[Target]
     numbers: list[int]
-    spread: Spread
+    assignment: Assignment
     caps: Tensor
     block: Tensor | None = field(default=None)
 
     def mine(self) -> list[tuple[Target, int]]:
-        return [(self.targets[i], self.numbers[i]) for i in self.spread.mine]
+        return [(self.targets[i], self.numbers[i]) for i in self.assignment.mine]
 
 
 class Constraint:
@@ -154,23 +154,23 @@ class Constraint:
                 stacks.append([])
             stacks[-1].append((target, number))
         batches = [members for stacks in parts.values() for members in stacks]
-        spreads = self.world.spread([[(tuple(t.weight.shape), t.cost()) for t, _ in members] for members in batches])
+        assignments = self.world.assign([[(tuple(t.weight.shape), t.cost()) for t, _ in members] for members in batches])
         groups = []
-        for members, spread in zip(batches, spreads, strict=True):
+        for members, assignment in zip(batches, assignments, strict=True):
             targets, numbers = [t for t, _ in members], [n for _, n in members]
             weight = targets[0].weight
             dtype = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
-            caps = torch.tensor([targets[i].w_max for i in spread.mine for _ in range(targets[i].slices)], dtype=dtype, device=weight.device)
-            groups.append(_Group(targets, numbers, spread, caps[:, None, None]))
+            caps = torch.tensor([targets[i].w_max for i in assignment.mine for _ in range(targets[i].slices)], dtype=dtype, device=weight.device)
+            groups.append(_Group(targets, numbers, assignment, caps[:, None, None]))
         return groups
 
     def _map(self, groups: list[_Group], steps: list[StepTaken]) -> list[Tensor]:
         """Map the weights of groups in place; returns lower bounds of the norms (RMS units) that they then have: one a target, 0 for others'."""
         parts = [[local(t.weight) for t in group.targets] for group in groups]
-        whole = [group.spread.collect(weights) for group, weights in zip(groups, parts, strict=True)]
-        norms = self.world.together(lambda: [self._map_mine(*each) for each in zip(groups, whole, steps, strict=True)])
+        whole = [group.assignment.collect(weights) for group, weights in zip(groups, parts, strict=True)]
+        norms = self.world.on_all(lambda: [self._map_mine(*each) for each in zip(groups, whole, steps, strict=True)])
         for group, weights, mine in zip(groups, parts, whole, strict=True):
-            for weight, mapped in zip(weights, group.spread.deliver(mine, weights), strict=True):
+            for weight, mapped in zip(weights, group.assignment.distribute(mine, weights), strict=True):
                 if mapped is not weight:
                     weight.copy_(mapped)
         return norms
@@ -194,7 +194,7 @@ class Constraint:
         slices = [target.slices for target in mine]
         for target, weight, part in zip(mine, whole.values(), stack.split(slices), strict=True):
             torch.div(target.join(part), scale, out=weight)
-        out[group.spread.mine] = torch.stack([part.amax() for part in norms.split(slices)])
+        out[group.assignment.mine] = torch.stack([part.amax() for part in norms.split(slices)])
         return out
 
     def _refuse_violations(self, targets: list[Target], norms: list[Tensor]) -> None:
@@ -244,14 +244,14 @@ class Constraint:
         found = torch.zeros(len(self.targets), dtype=torch.float64)
         if not self.targets:
             return {}
-        (spread,) = self.world.spread([[(tuple(t.weight.shape), t.cost()) for t in self.targets]])
-        whole = spread.collect([local(t.weight.detach()) for t in self.targets])
+        (assignment,) = self.world.assign([[(tuple(t.weight.shape), t.cost()) for t in self.targets]])
+        whole = assignment.collect([local(t.weight.detach()) for t in self.targets])
 
         def measure() -> None:
             for i, weight in whole.items():
                 found[i] = self.targets[i].measured(weight)
 
-        self.world.together(measure)
+        self.world.on_all(measure)
         return dict(zip((t.name for t in self.targets), self.world.largest(found).tolist(), strict=True))
 
     def check(self) -> dict[str, float]:

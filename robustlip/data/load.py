@@ -23,7 +23,7 @@ from robustlip.data.tables import is_text as column_of_text
 from robustlip.data.vnnlib import BOXES, boxes_as_samples
 from robustlip.errors import BadInput, DataUnavailable
 from robustlip.files import is_file
-from robustlip.modes import undrawn
+from robustlip.modes import random_state_kept
 from robustlip.plugins import added
 
 _FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a .parquet, .txt, .tsv, .csv or .vnnlib file"
@@ -35,7 +35,7 @@ FILES = (".parquet", ".tsv", *BOXES)
 OPTIONS = ("subset", "image_column", "label_column", "text_column")  # configuration and columns; certificates record them
 
 
-@undrawn()
+@random_state_kept()
 def load_data(
     spec: str,
     *,
@@ -148,7 +148,7 @@ def _refuse_columns(name: str, columns: Mapping[str, str | None]) -> None:
         _refuse_unused(name, columns, ("subset",), "the file with one split")
 
 
-@undrawn()
+@random_state_kept()
 def load_tokens(
     spec: str, *, data_dir: str | Path | None = None, vocabulary: str | None = None, subset: str | None = None, text_column: str | None = None
 ) -> tuple[Tensor, str, str]:

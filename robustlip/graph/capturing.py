@@ -16,7 +16,7 @@ from robustlip.graph.program import FREEZE, Program, check_apart, recorded
 from robustlip.graph.simplify import simplified
 from robustlip.graph.tokens import with_embedding
 from robustlip.layers import AddPositions, Attention, Chain, NextTokenChain, Patchify, PrependToken, Shift, TokenChain, Tokens
-from robustlip.modes import evaluated, undrawn
+from robustlip.modes import evaluated, random_state_kept
 from robustlip.target import logits_of
 
 # Sizes of the random batches on which chain and module have to agree.
@@ -37,7 +37,7 @@ class LogitsOnly(nn.Module):
         return logits.unsqueeze(1) if logits.dim() == 1 else logits
 
 
-@undrawn()
+@random_state_kept()
 def capture(module: nn.Module, example: Tensor) -> Chain:
     """The module as a Chain of layers and joins with rules, recorded by torch.export: the form that certifiers need.
 

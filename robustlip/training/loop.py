@@ -157,10 +157,10 @@ def train(
 def _run(
     recipe: Recipe, out: Path, world: World, data_dir: str | None, progress: Callable[[int, int, Figures], None] | None, resume: bool, held: ExitStack
 ) -> Path:  # fmt: skip
-    source = world.together(lambda: Source(recipe, data_dir))
-    world.together(lambda: make_folder(out))
+    source = world.on_all(lambda: Source(recipe, data_dir))
+    world.on_all(lambda: make_folder(out))
     world.on_first(lambda: held.enter_context(sole_writer(out, "training")))  # by the process that writes, until the run ends
-    world.together(lambda: refuse_to_replace(recipe, out, resume=resume))
+    world.on_all(lambda: refuse_to_replace(recipe, out, resume=resume))
     torch.manual_seed(recipe.seed)
     from robustlip.models.build import build
 
@@ -169,7 +169,7 @@ def _run(
         config.setdefault("vocabulary", source.vocabulary)
     planned(build, config)  # too large a model is said before it takes the memory
     model = build(config)
-    world.together(lambda: source.check(model))
+    world.on_all(lambda: source.check(model))
     if recipe.loss.kind == "ibp":
         ibp_initialize(model)
 
@@ -178,12 +178,12 @@ def _run(
         remove_leftovers(out, recipe.name)
     first, seconds, history, saved, start = 0, 0.0, [], None, recipe.run.start_from
     started_from: str | None = None
-    if resume and world.told(state_path.exists()):
-        saved, header = world.together(lambda: load_state(recipe, state_path))
+    if resume and world.broadcast(state_path.exists()):
+        saved, header = world.on_all(lambda: load_state(recipe, state_path))
         first, seconds, history, started_from = header["step"], header["seconds"], header["history"], header.get("start_weights_sha256")
-        world.together(lambda: source.restore(header.get("data")))
+        world.on_all(lambda: source.restore(header.get("data")))
     elif start is not None:
-        started_from = world.together(lambda: start_from(model, start, recipe.run.start_sha256))
+        started_from = world.on_all(lambda: start_from(model, start, recipe.run.start_sha256))
     reparametrize(model, recipe.reparametrization)
     model = model.to(world.device).train()
 
@@ -194,7 +194,7 @@ def _run(
     # Other losses read weights outside of the layers' own forward passes: then there is one block, the whole model.
     blocks = [] if recipe.loss.kind != "cross-entropy" else [m for m in model.modules() if isinstance(m, Residual)]
     # Compiled before hooks of processes are on the model, and before the optimisers see its parameters.
-    forward = world.together(lambda: Forward(recipe, model, batch(first)[0], blocks if world.sharded else ()))
+    forward = world.on_all(lambda: Forward(recipe, model, batch(first)[0], blocks if world.sharded else ()))
     run = world.wrap(_Pass(recipe, model, forward), blocks)
     optimizers = make_optimizers(recipe, model, world)
     constraint = make_constraint(recipe, model, world)
@@ -217,7 +217,7 @@ def _run(
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(recipe, step)
-        x, y = world.together(partial(batch, step))
+        x, y = world.on_all(partial(batch, step))
         loss = run(x, y, step)
         train_loss = world.total(loss.detach()).item() / world.size
         if not math.isfinite(train_loss):

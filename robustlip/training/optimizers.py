@@ -103,7 +103,7 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: 
 def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], world: World) -> None:
     weights = model.state_dict()
     named = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    model.load_state_dict({k: world.laid_out_like(v, weights[k]) if k in weights else v for k, v in named.items()})
+    model.load_state_dict({k: world.shard_like(v, weights[k]) if k in weights else v for k, v in named.items()})
     for o, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         whole = optimizer.state_dict()
@@ -115,6 +115,6 @@ def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors:
                 like = parameters[int(i)]
                 if tensor.dim() and tensor.shape != like.shape:
                     raise ValueError(f"{name} of shape {tuple(tensor.shape)} for a weight of {tuple(like.shape)}")
-                state.setdefault(int(i), {})[key] = world.laid_out_like(tensor, like) if tensor.shape == like.shape else tensor
+                state.setdefault(int(i), {})[key] = world.shard_like(tensor, like) if tensor.shape == like.shape else tensor
         whole["state"] = state
         optimizer.load_state_dict(whole)

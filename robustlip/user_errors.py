@@ -1,4 +1,4 @@
-"""Errors of somebody else's module: a file that does not parse, an undefined name, a forward that fails. Bad input, said with file and line."""
+"""Errors in a user's module: a file that does not parse, an undefined name, a forward that fails. They become BadInput with file and line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SYSTEM = ("robustlip", "torch", "importlib")
 
 
 def place(error: BaseException, spec: str) -> str:
-    """', FILE, line N' of an error that the import or the call of `spec` ended with: the innermost line of its own files, else of any but ours."""
+    """', FILE, line N' of an exception from the import or call of `spec`: the innermost line in its own files, or else in any but our files."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f", {error.filename}, line {error.lineno}"
     frames = [frame for frame in _frames(error.__traceback__) if not frame[0].startswith("<") and _top(frame[2]) not in _SYSTEM]
@@ -24,16 +24,16 @@ def place(error: BaseException, spec: str) -> str:
     return f", {frames[-1][0]}, line {frames[-1][1]}" if frames else ""
 
 
-def told(error: BaseException) -> str:
-    """'NameError (name x is not defined)', the kind alone where the error says nothing."""
+def described(error: BaseException) -> str:
+    """'NameError (name x is not defined)', or only the type if the message is empty."""
     kind = type(error).__name__
     return kind if not str(error) else f"{kind} ({first_line(error)})"
 
 
 @contextmanager
 def errors_of(*specs: str) -> Iterator[None]:
-    """Any error that passed through the files of a 'package.module:callable' in the block is raised as BadInput, SystemExit too: a gate that a model
-    ends with exit code 0 has not passed. Errors of ours, interrupts and all that comes from elsewhere stay as they are."""
+    """Converts any exception that passed through the files of a 'package.module:callable' inside the block to BadInput, SystemExit too: a model must
+    not end a gate with exit code 0. Errors of robustlip, interrupts and exceptions from elsewhere are not changed."""
     try:
         yield
     except (RobustlipError, KeyboardInterrupt):
@@ -44,7 +44,7 @@ def errors_of(*specs: str) -> Iterator[None]:
         if guilty is None:
             raise
         raise BadInput(
-            f"expected a model that runs, got {told(error)} from {guilty!r}{place(error, guilty)}; call it by itself on such inputs to see why"
+            f"expected a model that runs, got {described(error)} from {guilty!r}{place(error, guilty)}; call it by itself on such inputs to see why"
         ) from error
 
 
@@ -60,7 +60,7 @@ def _frames(at: TracebackType | None) -> Iterator[tuple[str, int, str]]:
 
 
 def _is_of(frame: tuple[str, int, str], spec: str) -> bool:
-    """Whether the frame is of the package that `spec` names, or of a file beside it; of an installed package nothing is beside it."""
+    """Whether the frame belongs to the package that `spec` names, or to a file in the same folder; for an installed package only the former."""
     package = _top(spec.partition(":")[0])
     module: Any = sys.modules.get(package)
     if module is None or package in _SYSTEM or _top(frame[2]) in _SYSTEM:
