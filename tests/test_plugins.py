@@ -74,7 +74,7 @@ def test_an_attack_by_name(install) -> None:
     assert by_name("mild", restarts=2)(model, x, y, InputBall("l2", 0.1)).distance.max() <= 0.1
     with pytest.raises(BadInput, match="options that the attack 'mild' has"):
         by_name("mild", colour=1)
-    with pytest.raises(BadInput, match=r"entry point 'odd' to give a robustlip.attacks.base.Attack, got int"):
+    with pytest.raises(BadInput, match=r"entry point 'odd' to return a robustlip.attacks.base.Attack, got int"):
         by_name("odd")
     with pytest.raises(BadInput, match="autoattack, mild, odd"):
         by_name("unknown")
@@ -90,7 +90,7 @@ def test_a_data_set_by_name(install) -> None:
     data, again, train = load_data("rings", limit=7, seed=3), load_data("rings:test", limit=7, seed=3), load_data("rings:train")
     assert len(data) == 7 and torch.equal(data.x, again.x) and len(train) == 50 and train.split == "train"
     assert torch.equal(data.x, rings("test", None).x[data.index])
-    with pytest.raises(BadInput, match=r"entry point 'odd' to give a robustlip.data.Dataset, got list"):
+    with pytest.raises(BadInput, match=r"entry point 'odd' to return a robustlip.data.Dataset, got list"):
         load_data("odd")
     with pytest.raises(BadInput, match="no label_column for the data set of another package"):
         load_data("rings", label_column="y")
@@ -112,8 +112,8 @@ def test_the_command_line_knows_all_three(install, tmp_path, monkeypatch) -> Non
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("global", Method(half, lambda *_: "", "x"), "names of robustlip.methods that are free, got 'global'"),
-        ("best", Method(half, lambda *_: "", "x"), "names of robustlip.methods that are free, got 'best'"),
+        ("global", Method(half, lambda *_: "", "x"), "new names in robustlip.methods, got 'global'"),
+        ("best", Method(half, lambda *_: "", "x"), "new names in robustlip.methods, got 'best'"),
         ("Half life", Method(half, lambda *_: "", "x"), "lower-case letters, digits, - and _"),
         ("half", half, "a robustlip.certifiers.methods.Method as the entry point 'half' of robustlip.methods, got function"),
     ],
