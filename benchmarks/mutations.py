@@ -65,11 +65,11 @@ MLP_NETWORK, MLP_LINEAR, MLP_RELAXATIONS, MLP_DUAL, MLP_RADII, MLP_QUADRATIC, ML
     f"robustlip/domains/{name}.py"
     for name in ("lines/dense", "lines/crown", "lines/relaxations", "quadratic/multipliers", "lines/radii", "quadratic/lagrangian", "lines/secants")
 )
-SDP_PROGRAM, SDP_VERIFY, SDP_CONSTANTS, SDP_REACH, SDP_QUADRATIC, SDP_ECLIPSE, SDP_NETWORK = (
+SDP_PROGRAM, SDP_VERIFY, SDP_CONSTANTS, SDP_PROPAGATION, SDP_QUADRATIC, SDP_ECLIPSE, SDP_NETWORK = (
     f"robustlip/{name}.py"
     for name in (
-        "domains/quadratic/program", "numerics/enclosures", "domains/quadratic/constants", "domains/quadratic/reach", "domains/quadratic/constraints",
-        "domains/quadratic/eclipse", "domains/quadratic/layers",
+        "domains/quadratic/program", "numerics/enclosures", "domains/quadratic/constants", "domains/quadratic/propagation",
+        "domains/quadratic/constraints", "domains/quadratic/eclipse", "domains/quadratic/layers",
     )
 )
 CONVOLUTION, SEQUENCE = "robustlip/domains/norms/convolution.py", "robustlip/certifiers/sequence.py"
@@ -841,9 +841,9 @@ MUTATIONS = [
     Mutation("quadratic: all rounding dropped", MLP_QUADRATIC,
              "- length.square() - slack * (1 + 1e-9)", "- length.square()", f"{EXACT} -k offsets_hold_at"),
     Mutation("quadratic: what the factor leaves over dropped", MLP_QUADRATIC,
-             " + defect * it.reach.square()", "", f"{EXACT} -k offsets_hold_whatever"),
+             " + defect * it.norm_bound.square()", "", f"{EXACT} -k offsets_hold_whatever"),
     Mutation("quadratic: what the solution leaves over dropped", MLP_QUADRATIC,
-             " + 2 * rest * it.reach", "", f"{EXACT} -k offsets_hold_whatever"),
+             " + 2 * rest * it.norm_bound", "", f"{EXACT} -k offsets_hold_whatever"),
     Mutation("quadratic: the minimum over v left out", MLP_QUADRATIC,
              "constant - length.square() - slack", "constant - slack", f"{EXACT} -k offsets_hold_whatever"),
     Mutation("quadratic: minima at the ends only", MLP_QUADRATIC,
@@ -860,7 +860,7 @@ MUTATIONS = [
              "held = linear_margins(network, ball, boxes, y) - lost > 0", "held = linear_margins(network, ball, boxes, y) > 0",
              f"{EXACT} -k 'nothing_that_rounding'"),
     Mutation("dual of relu: what rounding takes not taken off multipliers", MLP_DUAL,
-             "parts = proved_offset(dual) - plain.lost[at],", "parts = proved_offset(dual),", f"{EXACT} -k 'nothing_that_rounding'"),
+             "parts = proved_offset(dual) - plain.error[at],", "parts = proved_offset(dual),", f"{EXACT} -k 'nothing_that_rounding'"),
     # ---- domains/quadratic
     Mutation("sdp: rounding of products dropped", SDP_VERIFY,
              "rad = gamma(k + 2, U64) * (size_a @ size_b)", "rad = 0 * (size_a @ size_b)", f"{OF_SDP} -k products_of_balls"),
@@ -881,14 +881,14 @@ MUTATIONS = [
     Mutation("sdp: a program proved by its multipliers' signs alone", SDP_PROGRAM,
              "return proved_positive(at_zero.plus(Enclosure(torch.diag(diagonal))))", "return True", f"{OF_SDP} -k 'nothing_below'"),
     Mutation("sdp: the solver's guess believed", SDP_PROGRAM,
-             "if holds(program, rho, guesses[k], enclosed):", "if True:", f"{OF_SDP} -k 'too_small_is_not_believed'"),
+             "if is_proved(program, rho, guesses[k], enclosed):", "if True:", f"{OF_SDP} -k 'too_small_is_not_believed'"),
     Mutation("sdp: half of ρ proved", SDP_PROGRAM,
              "diagonal[: program.rows] = rho", "diagonal[: program.rows] = 2 * rho", f"{OF_SDP} -k 'nothing_below'"),
     Mutation("sdp: what rounding made of Q forgotten", SDP_PROGRAM,
              "total = Enclosure(-self.q.mid, self.q.radius())", "total = Enclosure(-self.q.mid)", f"{EXACT} -k radii_of_programs"),
-    Mutation("sdp: a step believed that was not proved", SDP_REACH,
+    Mutation("sdp: a step believed that was not proved", SDP_PROPAGATION,
              "if _holds(front, cross, base, x):", "if True:", f"{OF_SDP} -k 'too_small_is_not_believed or smallest_and_never'"),
-    Mutation("sdp: rounding of rows dropped", SDP_REACH,
+    Mutation("sdp: rounding of rows dropped", SDP_PROPAGATION,
              "square = total + lost *", "square = total + 0 * lost *", f"{EXACT} -k rows_that_cancel"),
     Mutation("sdp: constants where nothing was proved", SDP_CONSTANTS, "if not proved:", "if False:", f"{EXACT} -k not_proved"),
     Mutation("eclipse: a failed step counts as proved", SDP_ECLIPSE,

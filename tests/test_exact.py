@@ -46,9 +46,9 @@ from robustlip.domains.quadratic import constraints as sdp_quadratic
 from robustlip.domains.quadratic import eclipse, lipsdp, sdp_radii
 from robustlip.domains.quadratic import layers as sdp_network
 from robustlip.domains.quadratic.lagrangian import Dual, Instances, Multipliers, Scales, form_of, proved_offset
-from robustlip.domains.quadratic.multipliers import _plain
-from robustlip.domains.quadratic.program import holds, program_of
-from robustlip.domains.quadratic.reach import row_gains
+from robustlip.domains.quadratic.multipliers import _simple_bounds
+from robustlip.domains.quadratic.program import is_proved, program_of
+from robustlip.domains.quadratic.propagation import row_gains
 from robustlip.layers import Chain, Normalize, ScaledGELU, as_chain
 from robustlip.models import LipschitzGPT
 from robustlip.numerics.enclosures import Enclosure, SparseRows
@@ -336,7 +336,7 @@ def test_secants_of_relu_from_centres_that_are_not_known_exactly() -> None:
     relu = CURVES["relu"]
     generator = torch.Generator().manual_seed(0)
     low, first, last, high = torch.randn(4, 2000, generator=generator, dtype=torch.float64).sort(0).values
-    least, most = relu.slopes((first, last), low, high)
+    least, most = relu.secant_slopes((first, last), low, high)
     for centre in (first, (first + last) / 2, last, torch.zeros_like(first).clamp(first, last)):
         for z in (low, high, torch.zeros_like(low).clamp(low, high), (low + high) / 2):
             there = (z - centre).abs() > 1e-6
@@ -425,7 +425,7 @@ def test_offsets_hold_whatever_the_factorisation_answers(spoil, radius, monkeypa
         lowest = torch.zeros(4, d, 1, dtype=torch.float64)
         lowest[good] = -torch.linalg.solve(matrix[good], linear[good][..., None])
         v = torch.cat([v, lowest, -v[..., :1] * 0], -1)
-        v = v * (it.reach[:, None] / v.norm(dim=1)).clamp_max(1.0).nan_to_num(0.0)[:, None]
+        v = v * (it.norm_bound[:, None] / v.norm(dim=1)).clamp_max(1.0).nan_to_num(0.0)[:, None]
         least = dual.at(v).amin(-1) + dual.minima()
         assert bool((offset <= least + 1e-9 * (1 + least.abs()))[good].all()), seed
         held += int((offset > -math.inf).sum())
@@ -448,7 +448,7 @@ def test_the_domain_of_the_form_holds_every_point_of_the_ball() -> None:
         layer = form.layers[0]
         inner = h.gather(-1, layer.index.expand(500, -1, -1)) * layer.valid
         size = torch.cat([delta, inner], -1).norm(dim=-1)
-        assert bool((size <= form.reach).all()) and float((size / form.reach).max()) > 0.3
+        assert bool((size <= form.norm_bound).all()) and float((size / form.norm_bound).max()) > 0.3
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -466,7 +466,7 @@ def test_plain_bounds_of_the_dual_hold_on_the_ball(norm) -> None:
     problem = Problem(model, x, y, logits, InputBall(norm), Context(torch.float64, constants_of(model)[1]))
     ball = Ball(x, torch.full((5,), 0.2, dtype=torch.float64), norm)
     boxes = linear_boxes(problem.network, ball)
-    plain = _plain(problem, torch.arange(5), ball, boxes, y)
+    plain = _simple_bounds(problem, torch.arange(5), ball, boxes, y)
     v = torch.linalg.svd(model[0].weight)[2][0]
     steps = torch.stack([v, -v]) if norm == "l2" else torch.cat([torch.eye(4, dtype=torch.float64), -torch.eye(4, dtype=torch.float64)])
     if norm == "linf":
@@ -554,16 +554,16 @@ def test_radii_of_programs_are_not_forgotten() -> None:
     """Weights that are known up to an error: the matrix of the program encloses that of each of them, and what is proved holds for the largest."""
     middle, wrong = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[0.5]], dtype=torch.float64)
     relu = sdp_quadratic.elementwise(0.5, 0.5, 1)
-    network = sdp_network.Network(((Enclosure(middle, wrong), relu),), Enclosure(torch.ones(1, 1, dtype=torch.float64)))
+    network = sdp_network.ConstraintNetwork(((Enclosure(middle, wrong), relu),), Enclosure(torch.ones(1, 1, dtype=torch.float64)))
     program = program_of(network, network.head)
     flat = torch.tensor([3.0], dtype=torch.float64)
     enclosed = program.enclosed(flat)
     for share in (-1.0, -0.3, 0.0, 0.6, 1.0):
-        one = sdp_network.Network(((Enclosure(middle + share * wrong), relu),), network.head)
+        one = sdp_network.ConstraintNetwork(((Enclosure(middle + share * wrong), relu),), network.head)
         inside = program_of(one, one.head).matrix(0.0, flat)
         assert bool(((inside - enclosed.mid).abs() <= enclosed.radius() * (1 + 1e-12)).all())
     for rho in (1.0, 1.2, 2.0):  # 1.5² is the least
-        assert not holds(program, rho, torch.tensor([2.0], dtype=torch.float64))
+        assert not is_proved(program, rho, torch.tensor([2.0], dtype=torch.float64))
 
 
 def test_what_is_not_proved_gives_no_constant(monkeypatch) -> None:
@@ -607,7 +607,7 @@ def test_the_clean_pass_rounds_and_the_perturbed_one_too(method, part, monkeypat
 def test_a_pair_of_logits_moves_by_root_two_of_all() -> None:
     """Logits that move against each other: the pair's constant is √2 times that of all, and no smaller."""
     head = Enclosure(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    network = sdp_network.Network((), head)
+    network = sdp_network.ConstraintNetwork((), head)
     found = sdp_constants.constants_at(network, None, True)
     delta = torch.tensor([1.0, -1.0], dtype=torch.float64) / math.sqrt(2)
     assert float(found.pairs[0, 1]) >= float(delta[0] - delta[1]) and found.whole >= 1.0

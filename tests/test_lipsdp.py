@@ -30,12 +30,12 @@ from robustlip.domains.quadratic import (
     network_of,
     product_of_norms,
 )
-from robustlip.domains.quadratic.constraints import Quadratic, constraint_of, elementwise
+from robustlip.domains.quadratic.constraints import QuadraticConstraint, constraint_of, elementwise
 from robustlip.domains.quadratic.eclipse import fast_multipliers
-from robustlip.domains.quadratic.layers import Network, pair_rows
+from robustlip.domains.quadratic.layers import ConstraintNetwork, pair_rows
 from robustlip.domains.quadratic.newton import minimise
-from robustlip.domains.quadratic.program import Program, holds, least_proved, program_of
-from robustlip.domains.quadratic.reach import row_gains, through_activation, through_linear
+from robustlip.domains.quadratic.program import Program, is_proved, least_proved, program_of
+from robustlip.domains.quadratic.propagation import row_gains, through_activation, through_linear
 from robustlip.errors import BadInput
 from robustlip.layers import Chain, GroupSort, Householder, MaxMin, NextTokenChain, Normalize, ScaledGELU
 from robustlip.models import LipschitzGPT, LipschitzMLP
@@ -166,7 +166,7 @@ def test_radii_of_balls_are_not_forgotten() -> None:
 # ---- the constraints of activations, attacked by pairs of points
 
 
-def broken_by(constraint: Quadratic, layer: nn.Module, width: int, steps: int = 100, pairs: int = 64) -> float:
+def broken_by(constraint: QuadraticConstraint, layer: nn.Module, width: int, steps: int = 100, pairs: int = 64) -> float:
     """The largest relative excess of (QC) that gradient ascent over pairs of points finds: ‖w_g‖² − ‖(Ev)_g‖², and what Dv + Rw misses of δ."""
     keep, read, write = (rows.dense().mid for rows in (constraint.keep, constraint.read, constraint.write))
     inverse = torch.linalg.pinv(write)
@@ -198,8 +198,8 @@ def test_constraints_hold_for_optimised_pairs_of_points(kind) -> None:
     assert broken_by(constraint_of(layer, 12), layer, 12) <= 1e-9
 
 
-def rotated(constraint: Quadratic) -> Quadratic:
-    """Multipliers that couple two neurons, as those of LipSDP-Network do: |w| ≤ |z| claimed of (z₁ ± z₂)/√2 instead of z₁ and z₂. False."""
+def rotated(constraint: QuadraticConstraint) -> QuadraticConstraint:
+    """Multipliers that couple two neurons, as those of LipSDP-ConstraintNetwork do: |w| ≤ |z| claimed of (z₁ ± z₂)/√2 instead of z₁ and z₂. False."""
     width = constraint.keep.width
     index = torch.arange(width).view(-1, 2).repeat_interleave(2, 0)
     turn = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64).repeat(width // 2, 1) / 2**0.5
@@ -394,7 +394,7 @@ def test_a_false_constraint_gives_a_constant_that_points_refute(name) -> None:
     weight = network.stages[0][0]
     seen = steepest(model)[0][0, 1]
     assert seen <= lipsdp_constants(network).pairs[0, 1]
-    wrong = Network(((weight, false),), network.head)
+    wrong = ConstraintNetwork(((weight, false),), network.head)
     program = program_of(wrong, pair_rows(wrong.head)[0])
     flat = minimise(program, torch.full((program.groups,), 100.0, dtype=torch.float64)).multipliers
     assert math.sqrt(least_proved(program, flat)) < 0.9 * seen
@@ -442,10 +442,10 @@ def test_nothing_below_the_optimum_is_proved() -> None:
         assert solution.gap < 1e-6
         for flat in (solution.multipliers, start, solution.multipliers * 1.1):
             value = program.bound(flat)
-            assert not holds(program, value * (1 - 1e-6), flat)
-            assert value == float("inf") or holds(program, value * (1 + 1e-3), flat)
-        assert not holds(program, solution.value * 2, -solution.multipliers)
-        assert not holds(program, solution.value * 2, solution.multipliers * torch.nan)
+            assert not is_proved(program, value * (1 - 1e-6), flat)
+            assert value == float("inf") or is_proved(program, value * (1 + 1e-3), flat)
+        assert not is_proved(program, solution.value * 2, -solution.multipliers)
+        assert not is_proved(program, solution.value * 2, solution.multipliers * torch.nan)
 
 
 def test_no_multipliers_whatsoever_prove_less_than_is_true() -> None:

@@ -37,7 +37,7 @@ from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import GlobalBound, global_radii
 from robustlip.domains.quadratic import multipliers as dual_module
 from robustlip.domains.quadratic import sdp_radii, sdp_why_not
-from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, lowest_on_relu, proved_offset
+from robustlip.domains.quadratic.lagrangian import Dual, Layer, Multipliers, form_of, minimum_on_relu, proved_offset
 from robustlip.domains.quadratic.multipliers import Search, clean_gradients
 from robustlip.errors import BadInput
 from robustlip.layers import (
@@ -311,15 +311,15 @@ def dual_margins(network, ball: Ball, boxes, y: torch.Tensor, steps: int = 20, n
     floor = torch.zeros_like(margin).scatter(1, y[:, None], torch.inf)
     search = Search(form, ball, margin.abs().clamp_min(1e-3), floor)
     search.begin(None)
-    search.climb(steps, 0.1)
+    search.ascend(steps, 0.1)
     pairs = torch.arange(len(search.sample))
-    known = [t.double() for t in search.known]
+    known = [t.double() for t in search.multipliers]
     known = [t * (1 + noise * torch.randn_like(t)) + noise * torch.randn_like(t) for t in known]
     scales = search.scales.take(pairs)
     scales = dual_module.Scales(scales.last.double(), [t.double() for t in scales.inner], scales.gradient.double())
     multipliers = Multipliers.of(known)
     if noise:
-        multipliers = dual_module.stiffen(dual_module.stiffen(multipliers))
+        multipliers = dual_module.strengthen(dual_module.strengthen(multipliers))
     made = Dual(search.instances(pairs, form), multipliers, scales)
     radius = ball.radius[search.sample]
     bound = proved_offset(made) - made.split_cost() * radius - made.total_lambda() * radius.square()
@@ -634,7 +634,7 @@ def test_minima_on_the_graph_of_relu() -> None:
     h = z.clamp_min(0.0)
     a, b, zz, hh, zh = q.unbind(1)
     grid = (a * z + b * h + zz * z * z + hh * h * h + zh * z * h).amin(0)
-    found = lowest_on_relu(q, layer)
+    found = minimum_on_relu(q, layer)
     assert bool((found <= grid + 1e-12).all()) and bool((found >= grid - 2e-2).all())
 
 

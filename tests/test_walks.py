@@ -161,7 +161,7 @@ def test_quadratic_constraints_accept_what_they_name() -> None:
 REASONS = {
     "linear": lambda model: mlp_network.why_not(model, InputBall("l2")),
     "sdp": lambda model: mlp_dual.sdp_why_not(model, InputBall("l2")),
-    "lipsdp": lambda model: sdp_network.refusal(model, InputBall("l2"), "LipSDP", 1000),
+    "lipsdp": lambda model: sdp_network.why_not_chain(model, InputBall("l2"), "LipSDP", 1000),
     "dual": lambda model: dual.dual_why_not(model, InputBall("l2")),
 }
 
@@ -320,7 +320,7 @@ def test_every_activation_with_a_constraint_has_a_case() -> None:
     root = Path(__file__).parent
     table = runpy.run_path(str(root / "test_lipsdp.py"))["ACTIVATIONS"]
     covered = {type(build(8)) for build in table.values()}
-    known = {kind for kind in rules_base.supported_layers() if sdp_quadratic.known(small(kind))}
+    known = {kind for kind in rules_base.supported_layers() if sdp_quadratic.has_constraint(small(kind))}
     assert covered <= known and known - covered <= set(elementwise_layers())
 
 

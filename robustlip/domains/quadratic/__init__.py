@@ -1,19 +1,20 @@
-"""Quadratic constraints of activations, and what follows from them for multilayer perceptrons.
+"""Quadratic constraints of activations, and bounds that follow from them for multilayer perceptrons.
 
-Lipschitz constants: 'lipsdp' (per pair of logits) and 'eclipse' (closed form). Read constraints.py (what is true of an activation), program.py and
-reach.py (why a matrix inequality gives a constant), robustlip.numerics.enclosures (how it is proved in floating point); newton.py and conic.py
-only guess. Margins of one sample: 'sdp', the Lagrange dual of the exact ReLU network (lagrangian.py), its multipliers guessed (multipliers.py).
+Lipschitz constants: 'lipsdp' (for each pair of logits) and 'eclipse' (closed form). constraints.py has the constraints of activations, program.py and
+propagation.py the matrix inequalities that give a constant, and robustlip.numerics.enclosures proves these in floating point. newton.py and conic.py
+search for multipliers, which are not trusted. Margins of one sample: 'sdp', the Lagrange dual of the exact ReLU network (lagrangian.py), with
+multipliers found by multipliers.py.
 """
 
 from robustlip.domains.quadratic.constants import Constants, product_of_norms
 from robustlip.domains.quadratic.eclipse import eclipse_constants, eclipse_radii, eclipse_why_not
-from robustlip.domains.quadratic.layers import Network, network_of
+from robustlip.domains.quadratic.layers import ConstraintNetwork, network_of
 from robustlip.domains.quadratic.lipsdp import lipsdp_constants, lipsdp_radii, lipsdp_why_not
 from robustlip.domains.quadratic.multipliers import sdp_radii, sdp_why_not
 
 __all__ = [
     "Constants",
-    "Network",
+    "ConstraintNetwork",
     "eclipse_why_not",
     "eclipse_constants",
     "eclipse_radii",

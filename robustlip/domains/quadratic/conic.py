@@ -1,4 +1,4 @@
-"""LipSDP by cvxpy and one of its solvers, for comparison. Optional: pip install 'robustlip[sdp]'. Nothing here is trusted."""
+"""LipSDP by cvxpy and one of its solvers, for comparison. Optional: pip install 'robustlip[sdp]'. Its result is not trusted."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from robustlip.domains.quadratic.program import Program
 from robustlip.errors import BadInput
 
-# Numbers in the linear map from multipliers to matrices that cvxpy gets, above which memory runs out.
+# The most entries of the linear map from multipliers to matrices that cvxpy gets; above it memory runs out.
 _LARGEST_MAP = 5 * 10**7
 
-# Clarabel's interior point is exact and small, SCS is neither.
+# The largest program for Clarabel, which is exact but slow for large programs; SCS is less exact.
 _CLARABEL_UP_TO = 80
 
 
 def solve(program: Program, start: Tensor, *, solver: str | None = None, tolerance: float = 1e-5) -> Tensor:
-    """λ (groups,), nearly optimal and nearly inside the program: to be repaired and proved. start: λ strictly inside.
+    """λ (groups,), nearly optimal and nearly inside the program; it has to be repaired and proved. start: λ strictly inside the program.
 
-    solver: a name that cvxpy knows; CLARABEL for small programs and SCS for larger ones unless given. Raises BadInput without cvxpy, for a
-    program that is too large for it, and when the solver fails.
+    solver: a name that cvxpy accepts; by default CLARABEL for small programs and SCS for larger ones. Raises BadInput without cvxpy, for a program
+    that is too large for it, and if the solver fails.
     """
     try:
         import cvxpy
@@ -32,7 +32,7 @@ def solve(program: Program, start: Tensor, *, solver: str | None = None, toleran
     size, value = program.size, program.bound(start)
     if not 0 < value < float("inf"):
         raise BadInput("expected multipliers strictly inside the program to start from, got others; use those of ECLipsE")
-    # Unknowns relative to the start, and a matrix of unit diagonal: first-order solvers want numbers of one size.
+    # Unknowns relative to the start, and a matrix with unit diagonal: first-order solvers need entries of similar size.
     scale = program.matrix(2 * value, start).diagonal().rsqrt()
     relative = start[program.group]
     rows, columns, values = [], [], []
@@ -68,5 +68,5 @@ def solve(program: Program, start: Tensor, *, solver: str | None = None, toleran
     if unknown.value is None:
         raise BadInput(f"expected a solution from {name}, got {problem.status}; use another solver, or solver='newton'")
     found = torch.from_numpy(unknown.value[1:].copy()).double() * start
-    # What a solver takes for 0 is not inside.
+    # A solver's 0 is not strictly inside the program.
     return torch.maximum(found, 1e-9 * start)

@@ -1,4 +1,4 @@
-"""Constants of a network, pair by pair, and radii from them."""
+"""Lipschitz constants of a network for each pair of logits, and radii from them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from robustlip.domains.margins import margins
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import GlobalBound, layers_after_threat
-from robustlip.domains.quadratic.layers import Network, pair_rows
-from robustlip.domains.quadratic.reach import row_gains, whole_gain
+from robustlip.domains.quadratic.layers import ConstraintNetwork, pair_rows
+from robustlip.domains.quadratic.propagation import row_gains, whole_gain
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import up
@@ -22,24 +22,24 @@ from robustlip.threats import InputBall, Threat, l2_factor
 
 @dataclass(frozen=True)
 class Constants:
-    """Guaranteed ℓ2 constants in exact arithmetic, rounded up.
+    """Guaranteed ℓ2 Lipschitz constants in exact arithmetic, rounded up.
 
-    pairs: (C, C) symmetric, |m_yj(x') − m_yj(x)| ≤ pairs[y, j]·‖x' − x‖₂ for the margin of logit y over j; 1 on the diagonal, where nothing is asked.
-    whole: ‖f(x') − f(x)‖₂ ≤ whole·‖x' − x‖₂.
+    pairs: (C, C) symmetric: |m_yj(x') − m_yj(x)| ≤ pairs[y, j]·‖x' − x‖₂ for the margin of logit y over j; 1 on the diagonal, which is not used.
+    whole: ‖f(x') − f(x)‖₂ ≤ whole·‖x' − x‖₂ for all logits f.
     """
 
     pairs: Tensor
     whole: float
 
-    def and_also(self, other: Constants) -> Constants:
-        """The smaller of both, which hold at once; a pair moves by at most √2 times what all logits do."""
+    def smaller_of_both(self, other: Constants) -> Constants:
+        """The smaller of two bounds, entry by entry. A pair of logits changes by at most √2 times the change of all logits."""
         whole = min(self.whole, other.whole)
         limit = torch.full_like(self.pairs, whole * math.sqrt(2) * (1 + 1e-15))
         return Constants(torch.minimum(torch.minimum(self.pairs, other.pairs), limit).fill_diagonal_(1.0), whole)
 
 
-def constants_at(network: Network, x: Tensor | None, proved: bool) -> Constants:
-    """The constants that δδᵀ ⪯ ‖x' − x‖²·X before the head gives; infinite where it is not proved."""
+def constants_at(network: ConstraintNetwork, x: Tensor | None, proved: bool) -> Constants:
+    """The constants that follow from δδᵀ ⪯ ‖x' − x‖²·X before the head; infinite where this is not proved."""
     classes = len(network.head.mid)
     pairs = torch.full((classes, classes), math.inf, dtype=torch.float64).fill_diagonal_(1.0)
     if not proved:
@@ -48,15 +48,15 @@ def constants_at(network: Network, x: Tensor | None, proved: bool) -> Constants:
     gains = row_gains(rows, x).nan_to_num(math.inf, math.inf)
     pairs[first, second] = pairs[second, first] = gains
     found = Constants(pairs, whole_gain(network.head, x))
-    return found.and_also(found)
+    return found.smaller_of_both(found)
 
 
-def product_of_norms(network: Network) -> Constants:
-    """The usual bound, for comparison and as the largest that any method here returns: ‖u_y − u_j‖·Π σ(W)·slope."""
+def product_of_norms(network: ConstraintNetwork) -> Constants:
+    """The product ‖u_y − u_j‖·Π σ(W)·slope: for comparison, and an upper limit of what the methods here return."""
     gain = torch.ones((), dtype=torch.float64)
     for weight, constraint in network.stages:
         slope = (constraint.keep.coefficient[:, 0].abs() + constraint.write.coefficient[:, 0].abs()).amax()
-        # Elementwise: one coefficient a row, m + r. Sorting and reflecting mix rows and keep ℓ2.
+        # Elementwise activations have one coefficient m + r per row. Sorting and reflecting layers mix rows and keep ℓ2 norms.
         factor = slope if constraint.keep.index.shape[1] == 1 else torch.ones_like(slope)
         radius = 0.0 if weight.rad is None else torch.linalg.matrix_norm(weight.rad) * (1 + 1e-9)
         gain = up(gain * (spectral_norm_bound(weight.mid) + radius) * factor)
@@ -66,10 +66,10 @@ def product_of_norms(network: Network) -> Constants:
 def constant_radii(
     constants: Constants, model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context
 ) -> tuple[Tensor, Tensor]:
-    """(radius (N,), ℓ2 constant of the rival that binds (N,)), float64 on the CPU; radius 0 and NaN where the margin or the rounding forbids.
+    """(radius (N,), ℓ2 Lipschitz constant of the binding rival (N,)), float64 on the CPU. Radius 0 and NaN where the margin is too small.
 
-    Rival j cannot win while pairs[y, j]·‖δ‖₂ < m_j − 2‖u_y − u_j‖·rounding − 4·single: the executed logits, clean and perturbed, are each off by
-    the rounding before the head and by that of a single logit, both at the radius in question. ‖δ‖₂ ≤ √n‖δ‖_∞ and ‖δ‖₂ ≤ ‖δ‖₁.
+    Rival j cannot win while pairs[y, j]·‖δ‖₂ < m_j − 2‖u_y − u_j‖·rounding − 4·single. The executed clean and perturbed logits each have the rounding
+    error before the head and that of a single logit, both bounded at the radius in question. ‖δ‖₂ ≤ √n‖δ‖_∞ and ‖δ‖₂ ≤ ‖δ‖₁.
     """
     from robustlip.domains.search import largest_radius
 
@@ -85,11 +85,11 @@ def constant_radii(
     bound = GlobalBound(model, layers, inside, norm, threat, y, context)
     margin = margins(logits.detach().cpu(), y) - context.final_error
     table, heads = constants.pairs[y], bound.pairs("l2")
-    # Rows that are equal up to rounding would divide by 0; a larger constant is still a bound.
+    # Equal rows would give a division by 0; a larger constant is still a bound.
     table = table.clamp_min(max(1e-9 * float(constants.pairs[torch.isfinite(constants.pairs)].amax()), 1e-300))
 
     def allowed(radius: Tensor) -> Tensor:
-        """(N, C): by how much ‖δ‖₂ could grow before rival j might win, if it were the only one."""
+        """(N, C): the largest ‖δ‖₂ at which rival j cannot win, rounding errors taken at `radius`."""
         state, _, single = bound.at(radius)
         lost = up(2 * heads * state.rounding[:, None] + 4 * single[:, None])
         return ((margin * (1 - 1e-12) - lost) / table * (1 - 1e-15)).scatter(1, y[:, None], torch.inf)

@@ -1,22 +1,22 @@
-"""Quadratic constraints of activations: what is true of the difference of any two outputs, given the difference of the two inputs.
+"""Quadratic constraints of activations: the set of output differences for a given input difference of any two points.
 
-An activation φ on ℝⁿ is described by matrices D (n, n), E (p, n), R (n, p) and groups of the p coordinates. For any two points with v the
-difference of inputs and δ the difference of outputs there is a w ∈ ℝᵖ with
+An activation φ on ℝⁿ is described by matrices D (n, n), E (p, n), R (n, p) and groups of the p coordinates. For any two points, with v the difference
+of inputs and δ the difference of outputs, there is a w ∈ ℝᵖ with
 
     δ = Dv + Rw,     ‖w_g‖ ≤ ‖(Ev)_g‖ for every group g.                                                                        (QC)
 
-So Σ_g λ_g(‖(Ev)_g‖² − ‖w_g‖²) ≥ 0 for all multipliers λ ≥ 0: one multiplier a group, and no coupling between groups. (The coupling of
-LipSDP-Network in Fazlyab et al. 2019 is false for slope-restricted activations, Pauli et al. 2021; nothing here can express it.) Proofs:
+So Σ_g λ_g(‖(Ev)_g‖² − ‖w_g‖²) ≥ 0 for all multipliers λ ≥ 0: one multiplier per group, without coupling between groups. (The coupling of
+LipSDP-Network in Fazlyab et al. 2019 is false for slope-restricted activations, Pauli et al. 2021; (QC) cannot express it.) Proofs:
 
 - Elementwise with slopes in [α, β]: δ_i/v_i ∈ [α, β], so |δ_i − m v_i| ≤ r|v_i| with m = (α + β)/2, r = (β − α)/2; D = m, E = 1, R = r.
-- MaxMin and GroupSort(2) on a pair (a, b): max + min = a + b, and max − min = |a − b| moves by no more than a − b does. So with z = v_a − v_b and w
-  the difference of |a − b| at the two points: outputs (v_a + v_b)/2 ± w/2, |w| ≤ |z|.
-- GroupSort(g): the sum of a group is kept, and sorting moves no two vectors apart in ℓ2 (rearrangement inequality). With P = I − 11ᵀ/g:
+- MaxMin and GroupSort(2) on a pair (a, b): max + min = a + b, and max − min = |a − b| changes by at most the change of a − b. With z = v_a − v_b and
+  w the change of |a − b|, the outputs are (v_a + v_b)/2 ± w/2 with |w| ≤ |z|.
+- GroupSort(g): the sum of a group is kept, and sorting is 1-Lipschitz in ℓ2 (rearrangement inequality). With P = I − 11ᵀ/g:
   ‖Pδ‖² = ‖δ‖² − (1ᵀδ)²/g ≤ ‖v‖² − (1ᵀv)²/g = ‖Pv‖²; D = 11ᵀ/g, E = R = P, w = Pδ, one group for each sorted group.
 - Householder on a pair z with unit vector u: ⟨u, z⟩ becomes |⟨u, z⟩| and the rest stays; D = I − uuᵀ, E = uᵀ, R = u.
 
-In substance these are the constraints of Pauli et al. 2024 (sum kept, slope of the difference in [−1, 1]); MaxMin needs no more, as max − min
-is an elementwise |·|.
+These are in essence the constraints of Pauli et al. 2024 (sum kept, slope of the difference in [−1, 1]). MaxMin needs no more, because max − min is
+an elementwise |·|.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from robustlip.ops import elementwise_of, is_elementwise
 
 
 @dataclass(frozen=True)
-class Quadratic:
+class QuadraticConstraint:
     """(QC) of the module's docstring. keep: D, read: E, write: R. group: int64 (p,), the multiplier of each coordinate.
 
-    fast: with λ_g = fast·γ for all groups and γ ≥ the largest eigenvalue of G (differences v with vvᵀ ⪯ sG), outputs have δδᵀ ⪯ s·slope²·γI,
-    up to a relative 1e-6: the closed form of ECLipsE-Fast.
+    fast: if λ_g = fast·γ for all groups and γ ≥ λ_max(G) (input differences v with vvᵀ ⪯ sG), outputs satisfy δδᵀ ⪯ s·slope²·γI up to a relative
+    1e-6: the closed form of ECLipsE-Fast.
     """
 
     keep: SparseRows
@@ -55,7 +55,7 @@ class Quadratic:
         return int(self.group.max()) + 1
 
 
-# Sorting and reflecting keep ℓ2 norms only in the limit λ → γ, where Λ − EGEᵀ is singular.
+# For sorting and reflecting layers the closed form holds only in the limit λ → γ, where Λ − EGEᵀ is singular.
 _ABOVE = 1 + 1e-6
 
 
@@ -76,15 +76,15 @@ def _rows(index: Tensor, coefficient: Tensor, width: int, error: float = 0.0) ->
     return SparseRows(index, coefficient, torch.full_like(coefficient, error), width)
 
 
-def elementwise(middle: float, reach: float, width: int) -> Quadratic:
+def elementwise(middle: float, reach: float, width: int) -> QuadraticConstraint:
     """Slopes in [middle − reach, middle + reach], reach > 0, on ℝ^width."""
     each = torch.arange(width)[:, None]
     keep, read, write = (_rows(each, torch.tensor(value), width) for value in (middle, 1.0, reach))
-    return Quadratic(keep, read, write, torch.arange(width), max(1 + abs(middle) / reach, _ABOVE))
+    return QuadraticConstraint(keep, read, write, torch.arange(width), max(1 + abs(middle) / reach, _ABOVE))
 
 
-def _pairs(first: Tensor, second: Tensor) -> Quadratic:
-    """Outputs (mean ± half the size of the difference) at the places of a pair: MaxMin and GroupSort(2)."""
+def _pairs(first: Tensor, second: Tensor) -> QuadraticConstraint:
+    """Outputs mean ± half the absolute difference of a pair: MaxMin and GroupSort(2)."""
     count = len(first)
     width = 2 * count
     place = torch.empty(width, dtype=torch.int64)
@@ -94,19 +94,19 @@ def _pairs(first: Tensor, second: Tensor) -> Quadratic:
     both = torch.stack([first, second], 1)
     keep = _rows(both[place], torch.tensor(0.5), width)
     read = _rows(both, torch.tensor([1.0, -1.0]), width)
-    return Quadratic(keep, read, _rows(place[:, None], sign[:, None], count), torch.arange(count), 2 * _ABOVE)
+    return QuadraticConstraint(keep, read, _rows(place[:, None], sign[:, None], count), torch.arange(count), 2 * _ABOVE)
 
 
-def _sorted(size: int, width: int) -> Quadratic:
+def _sorted(size: int, width: int) -> QuadraticConstraint:
     group = torch.arange(width) // size
     members = group[:, None] * size + torch.arange(size)
     mean = torch.full((width, size), 1.0 / size, dtype=torch.float64)
     centred = (members == torch.arange(width)[:, None]).double() - mean
     keep, centre = _rows(members, mean, width, 2 * U64), _rows(members, centred, width, 4 * U64)
-    return Quadratic(keep, centre, centre, group, _ABOVE)
+    return QuadraticConstraint(keep, centre, centre, group, _ABOVE)
 
 
-def _reflected(angle: Tensor) -> Quadratic:
+def _reflected(angle: Tensor) -> QuadraticConstraint:
     half = angle.detach().double().cpu() / 2
     sin, cos = half.sin(), half.cos()
     count = len(half)
@@ -115,18 +115,18 @@ def _reflected(angle: Tensor) -> Quadratic:
     both = torch.stack([torch.arange(count), torch.arange(count) + count], 1)
     unit = torch.stack([sin, -cos], 1)
     rest = torch.cat([torch.stack([cos * cos, sin * cos], 1), torch.stack([sin * cos, sin * sin], 1)])
-    # Sine and cosine are off by less than 2 ulp, their products by less than 8.
+    # The error of sine and cosine is below 2 ulp, that of their products below 8.
     keep, read = _rows(both[place], rest, width, 16 * U64), _rows(both, unit, width, 4 * U64)
     write = _rows(place[:, None], unit.mT.reshape(-1, 1), count, 4 * U64)
-    return Quadratic(keep, read, write, torch.arange(count), _ABOVE)
+    return QuadraticConstraint(keep, read, write, torch.arange(count), _ABOVE)
 
 
-def known(layer: nn.Module) -> bool:
+def has_constraint(layer: nn.Module) -> bool:
     """Whether `constraint_of` has a proof for this layer."""
     return slopes(layer) is not None or type(layer) in (MaxMin, GroupSort, Householder)
 
 
-def constraint_of(layer: Any, width: int) -> Quadratic | None:
+def constraint_of(layer: Any, width: int) -> QuadraticConstraint | None:
     """The constraint of an activation on ℝ^width; None where it is the identity. Raises UnsupportedLayer for layers without one."""
     slope = slopes(layer)
     if slope is not None:

@@ -1,23 +1,24 @@
-"""method='sdp': the Lagrange dual of the exact ReLU network on a ball, all layers and the ball's own norm in one quadratic form.
+"""method='sdp': the Lagrange dual of the exact ReLU network on a ball, with all layers and the norm of the ball in one quadratic form.
 
-Variables v = (δ, h of the neurons that can cross 0, except in the last hidden layer); every pre-activation is affine in v, z = Zv + z°. The margin is
-linear in the last layer's activations. For any numbers c, κ, q (of any sign) and λ ≥ 0, with [l, u] ∋ z proved for every neuron:
+The variables are v = (δ, h of the neurons that can cross 0, except in the last hidden layer). Every pre-activation is affine in v, z = Zv + z°, and
+the margin is linear in the activations of the last hidden layer. Let [l, u] ∋ z be proved for every neuron. For any numbers c, κ, q (of any sign) and
+λ ≥ 0,
 
     margin(x + δ) ≥ Σ_last [ c_n z_n + κ_n z_n² + min over [l, u] of (a_n relu(z) − c_n z − κ_n z²) ] + the neurons that cannot cross
                   − Σ_inner q_n(z_n, h_n) + Σ_inner min over z ∈ [l, u] of q_n(z, relu(z)) + λ(‖δ‖₂² − ε²)
 
-on the ball, q_n(z, h) = q₁z + q₂h + q₃z² + q₄h² + q₅zh: each bracket is at most what it replaces, on the graph of relu. The right side is a
-quadratic vᵀMv + 2bᵀv + c, and where M is positive definite its minimum over ALL v is c − bᵀM⁻¹b: the bound. This is the dual of the
-semidefinite relaxation (Raghunathan, Steinhardt & Liang 2018; Dathathri et al. 2020), cut to the neurons that can cross, with interval
-information in the minima. It keeps ‖δ‖₂ and the correlation of neurons, which boxes forget. ℓ∞: Σλ_i(δ_i² − ε²). ℓ1 (and any norm): a part s of
-b's first entries may go to the dual norm, −ε‖s‖_*. As a function of ε alone the bound is A − ε‖s‖_* − Λε², so one set of multipliers gives its radius
-in closed form. Any multipliers are sound. They start from a closed form that touches relu's graph where the neuron is: for a_n < 0 and any μ > 0,
-relu(z) ≤ (z + μ)²/(4μ), with μ = max(|z°|, its typical move); and are improved by Adam with a log-barrier, whose gradients cost no
-factorisation but that of the value: ∂(min f)/∂θ = ∂f(v*)/∂θ, and ∂logdet M/∂θ is estimated by quadratic forms at L⁻ᵀξ, ξ ~ N(0, I).
+on the ball, with q_n(z, h) = q₁z + q₂h + q₃z² + q₄h² + q₅zh: on the graph of ReLU each term is at most what it replaces. The right side is a
+quadratic vᵀMv + 2bᵀv + c. Where M is positive definite, its minimum over ALL v is c − bᵀM⁻¹b, which is the bound. This is the dual of the
+semidefinite relaxation (Raghunathan, Steinhardt & Liang 2018; Dathathri et al. 2020), restricted to the neurons that can cross, with interval
+information in the minima. Unlike interval methods it uses ‖δ‖₂ and the correlation of neurons. ℓ∞ has Σλ_i(δ_i² − ε²). For ℓ1 (and any norm) a part s
+of the first entries of b may be bounded by the dual norm, −ε‖s‖_*. As a function of ε the bound is A − ε‖s‖_* − Λε², so a set of multipliers gives
+its radius in closed form. Any multipliers are sound. They start from a closed form that touches the graph of ReLU: for a_n < 0 and any μ > 0, relu(z)
+≤ (z + μ)²/(4μ), with μ = max(|z°|, typical change of z). Adam with a log-barrier improves them. Its gradients need no factorisation beyond that of
+the value: ∂(min f)/∂θ = ∂f(v*)/∂θ, and ∂logdet M/∂θ is estimated by quadratic forms at L⁻ᵀξ, ξ ~ N(0, I).
 
-Rounding of the final value. For ANY matrix L and vector w, M = LLᵀ + E gives vᵀMv + 2bᵀv ≥ −‖w‖² − 2‖b − Lw‖‖v‖ − ‖E‖_F‖v‖²; with L, w
-from a Cholesky factorisation the last two are tiny, and ‖v‖ is bounded on the domain (‖δ‖₂ ≤ its reach, 0 ≤ h ≤ u). So neither the
-factorisation nor the solver is trusted. Coefficients are off by γ_K of the sum of the absolute values of the monomials that they belong to.
+Rounding of the final value. For ANY matrix L and vector w, M = LLᵀ + E gives vᵀMv + 2bᵀv ≥ −‖w‖² − 2‖b − Lw‖‖v‖ − ‖E‖_F‖v‖². With L and w from a
+Cholesky factorisation the last two terms are tiny, and ‖v‖ is bounded on the domain (‖δ‖₂ ≤ its ℓ2 radius, 0 ≤ h ≤ u). So neither the factorisation
+nor the solver is trusted. The error of the coefficients is γ_K times the sum of the absolute values of the monomials that they belong to.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _NUMBERS = ("valid", "rows", "clean", "low", "high", "size", "move")
 
 @dataclass(frozen=True)
 class Layer:
-    """The neurons of one hidden layer that can cross 0, padded to k per sample. z = rows·v + clean on [low, high]; all (N, k), rows (N, k, d)."""
+    """The neurons of one hidden layer that can cross 0, padded to k per sample: z = rows·v + clean in [low, high]; all (N, k), rows (N, k, d)."""
 
     index: Tensor
     valid: Tensor
@@ -45,9 +46,9 @@ class Layer:
     clean: Tensor
     low: Tensor
     high: Tensor
-    size: Tensor  # |z| term by term, for rounding
+    size: Tensor  # ≥ |z|, from absolute values of all terms, for rounding errors
     move: Tensor  # ε times the norm of the neuron's gradient at the clean point
-    block: slice  # where its h stand in v; empty for the last layer
+    block: slice  # the positions of its h in v; empty for the last layer
 
     def take(self, i: Tensor) -> Layer:
         return replace(self, index=self.index[i], **{name: getattr(self, name)[i] for name in _NUMBERS})
@@ -62,31 +63,31 @@ class Layer:
 
 @dataclass(frozen=True)
 class Form:
-    """What does not depend on multipliers, for samples (N,) and all rivals (N, C)."""
+    """The part of the Lagrangian that does not depend on the multipliers, for samples (N,) and all rivals (N, C)."""
 
     layers: tuple[Layer, ...]
-    weights: Tensor  # a (N, C, k) of the last layer's crossing neurons
+    weights: Tensor  # a (N, C, k) of the last layer's neurons that can cross
     fixed: Tensor  # coefficients of v from neurons that cannot cross (N, C, d)
     constant: Tensor  # (N, C)
     absolute: Tensor  # (N, C): the sum of absolute values in `fixed`·v + constant
     gradient: Tensor  # of the margins at the clean point (N, C, n)
-    reach: Tensor  # ‖v‖₂ ≤ this (N,)
+    norm_bound: Tensor  # ‖v‖₂ ≤ this (N,)
     operations: int
-    places: Tensor  # which of all inputs and inner neurons each entry of v is (N, d)
-    variables: int  # how many inputs and inner neurons there are
+    variable_of: Tensor  # the number of the input or inner neuron of each entry of v (N, d)
+    variables: int  # the number of inputs and inner neurons
 
     def to(self, dtype: torch.dtype) -> Form:
         layers = tuple(layer.to(dtype) for layer in self.layers)
-        names = ("weights", "fixed", "constant", "absolute", "gradient", "reach")
+        names = ("weights", "fixed", "constant", "absolute", "gradient", "norm_bound")
         return replace(self, layers=layers, **{name: getattr(self, name).to(dtype) for name in names})
 
 
-def _picked(t: Tensor, index: Tensor) -> Tensor:
+def _selected(t: Tensor, index: Tensor) -> Tensor:
     return t.gather(1, index) if t.dim() == 2 else t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))
 
 
 def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
-    """The network on the ball, whose neurons stay in the boxes."""
+    """The form of the network on the ball, with boxes of all neurons. Raises UnsupportedLayer for activations other than ReLU."""
     if not network.piecewise_linear:
         raise UnsupportedLayer("expected a network whose activations are all ReLU, or sort pairs, got another; use method 'crown'")
     n, inputs = ball.x.shape
@@ -98,19 +99,19 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
     jacobian = rows
     centre = clean[0]
     layers, edge, reach2 = [], inputs, ball.l2_radius.square()
-    places, variables = [torch.arange(inputs, device=x.device).expand(n, -1)], inputs
+    variable_of, variables = [torch.arange(inputs, device=x.device).expand(n, -1)], inputs
     for i, stage in enumerate(stages):
         low, high = boxes.low[i], boxes.high[i]
         size = torch.maximum(size @ stage.weight.abs().mT + stage.bias.abs(), torch.maximum(low.abs(), high.abs()))
         crossing = (low < 0) & (high > 0) & ~stage.linear
         active = ((low >= 0) | stage.linear) & ~crossing
         k = max(1, int(crossing.sum(-1).max()))
-        # By number of neuron, whatever else is in the batch.
+        # In the order of neurons, so that the result does not depend on the batch.
         index = crossing.int().argsort(dim=-1, descending=True, stable=True)[:, :k]
         valid = crossing.gather(1, index)
         last = i == len(stages) - 1
         move = torch.linalg.vector_norm(jacobian, dim=-1) * ball.l2_radius[:, None]
-        r, *numbers = (_picked(t, index) * (valid if t.dim() == 2 else valid[..., None]) for t in (rows, centre, low, high, size, move))
+        r, *numbers = (_selected(t, index) * (valid if t.dim() == 2 else valid[..., None]) for t in (rows, centre, low, high, size, move))
         block = slice(edge, edge if last else edge + k)
         layers.append(Layer(index, valid.double(), r, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], block))
         if last:
@@ -123,7 +124,7 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
         jacobian = following.weight @ (((clean[i] > 0) | stage.linear).double()[..., None] * jacobian)
         size = torch.where(active, size, high.clamp_min(0.0) * crossing)
         edge += k
-        places.append(variables + index)
+        variable_of.append(variables + index)
         variables += len(stage.bias)
     head = network.stages[-1]
     a = head.weight[y][:, None] - head.weight
@@ -134,15 +135,15 @@ def form_of(network: Network, ball: Ball, boxes: Boxes, y: Tensor) -> Form:
     slope = ((clean[-2] > 0) | stages[-1].linear).double()
     gradient = (a * slope[:, None]) @ jacobian
     operations = sum(sum(s.weight.shape) + 8 for s in network.stages) + edge + 64
-    weights = _picked(a.mT, layers[-1].index).mT * layers[-1].valid[:, None]
-    reach = up(reach2).sqrt() * (1 + 1e-12)
-    return Form(tuple(layers), weights, fixed, constant, absolute, gradient, reach, operations, torch.cat(places, 1), variables)
+    weights = _selected(a.mT, layers[-1].index).mT * layers[-1].valid[:, None]
+    norm_bound = up(reach2).sqrt() * (1 + 1e-12)
+    return Form(tuple(layers), weights, fixed, constant, absolute, gradient, norm_bound, operations, torch.cat(variable_of, 1), variables)
 
 
 
 @dataclass(frozen=True)
 class Instances:
-    """Pairs of a sample and a rival (B,), each with everything of `Form` that it needs."""
+    """Pairs (B,) of a sample and a rival, with the entries of `Form` that they need."""
 
     layers: tuple[Layer, ...]
     weights: Tensor  # (B, k)
@@ -150,16 +151,16 @@ class Instances:
     constant: Tensor
     absolute: Tensor
     gradient: Tensor  # (B, n)
-    reach: Tensor
-    radius: Tensor  # the boxes' ε (B,)
+    norm_bound: Tensor
+    radius: Tensor  # the ε of the boxes (B,)
     norm: str
     operations: int
-    hurts: Tensor  # (B, k') places of the last layer's neurons of negative weight, the only ones with a κ; and their rows (B, k', d)
-    bent: Tensor
+    negative_weights: Tensor  # (B, k'), indices of neurons of the last layer with negative weight; only these have a κ
+    negative_rows: Tensor  # their rows (B, k', d)
 
     @property
-    def moving(self) -> Tensor:
-        """How many entries of v stand for something (B,): the padding depends on the batch."""
+    def used_entries(self) -> Tensor:
+        """The number of entries of v that are not padding (B,)."""
         return self.gradient.shape[-1] + sum((layer.valid.sum(-1) for layer in self.layers[:-1]), start=torch.zeros_like(self.constant))
 
     @classmethod
@@ -167,19 +168,20 @@ class Instances:
         weights, fixed, constant, absolute, gradient = (
             t[sample, rival] for t in (form.weights, form.fixed, form.constant, form.absolute, form.gradient)
         )
-        radius = ball.radius[sample].to(form.reach.dtype)
+        radius = ball.radius[sample].to(form.norm_bound.dtype)
         layers = tuple(layer.take(sample) for layer in form.layers)
         negative = weights < 0
-        hurts = negative.to(torch.uint8).topk(max(1, int(negative.sum(-1).max())), dim=-1).indices
-        bent = _picked(layers[-1].rows, hurts)
+        negative_weights = negative.to(torch.uint8).topk(max(1, int(negative.sum(-1).max())), dim=-1).indices
+        negative_rows = _selected(layers[-1].rows, negative_weights)
         return cls(
-            layers, weights, fixed, constant, absolute, gradient, form.reach[sample], radius, ball.norm, form.operations, hurts, bent
+            layers, weights, fixed, constant, absolute, gradient, form.norm_bound[sample], radius, ball.norm, form.operations,
+            negative_weights, negative_rows,
         )  # fmt: skip
 
 
 @dataclass
 class Multipliers:
-    """Relative to the scale of their instance, all (B, …): last (2, k): c, κ; inner (5, k) per layer; log λ (1 or n); split (n)."""
+    """Multipliers relative to the scales of their instance, all (B, …): last (2, k): c, κ; inner (5, k) per layer; log λ (1 or n); split (n)."""
 
     last: Tensor
     inner: list[Tensor]
@@ -197,8 +199,8 @@ class Multipliers:
         return Multipliers.of([t[i] for t in self.tensors()])
 
 
-def lowest(linear: Tensor, square: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """min of linear·z + square·z² over z ∈ [low, high], up to rounding."""
+def box_minimum(linear: Tensor, square: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The minimum of linear·z + square·z² over z ∈ [low, high], up to rounding."""
     ends = torch.minimum(low * (linear + square * low), high * (linear + square * high))
     safe = torch.where(square > 0, square, torch.ones_like(square))
     vertex = -linear / (2 * safe)
@@ -206,16 +208,16 @@ def lowest(linear: Tensor, square: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(inside, torch.minimum(ends, -linear.square() / (4 * safe)), ends)
 
 
-def lowest_on_relu(q: Tensor, layer: Layer) -> Tensor:
-    """min over z ∈ [l, u] of q₁z + q₂h + q₃z² + q₄h² + q₅zh at h = relu(z); q (B, 5, k) → (B, k)."""
+def minimum_on_relu(q: Tensor, layer: Layer) -> Tensor:
+    """The minimum over z ∈ [l, u] of q₁z + q₂h + q₃z² + q₄h² + q₅zh at h = relu(z), for q (B, 5, k): (B, k)."""
     z, h, zz, hh, zh = q.unbind(1)
     zero = torch.zeros_like(z)
-    return torch.minimum(lowest(z, zz, layer.low, zero), lowest(z + h, zz + hh + zh, zero, layer.high))
+    return torch.minimum(box_minimum(z, zz, layer.low, zero), box_minimum(z + h, zz + hh + zh, zero, layer.high))
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What multipliers are relative to: |a| of the last layer, the pull on each inner neuron, the gradient."""
+    """The scales of multipliers: |a| of the last layer, the coefficient of each inner neuron, the gradient."""
 
     last: Tensor
     inner: list[Tensor]
@@ -226,7 +228,7 @@ class Scales:
 
 
 class Dual:
-    """The Lagrangian of instances at multipliers."""
+    """The Lagrangian of instances for given multipliers."""
 
     def __init__(self, it: Instances, m: Multipliers, scales: Scales) -> None:
         self.it = it
@@ -241,7 +243,7 @@ class Dual:
         self.split = m.split * scales.gradient
 
     def at(self, v: Tensor) -> Tensor:
-        """The quadratic part's value, without constants that do not depend on v, at points v (B, d, r) → (B, r): linear and quadratic terms."""
+        """The linear and quadratic terms, without constants that do not depend on v, at points v (B, d, r): (B, r)."""
         it, end = self.it, self.it.layers[-1]
         z = end.rows @ v + end.clean[..., None]
         value = ((self.c[..., None] + self.kappa[..., None] * z) * z).sum(1) + (it.fixed[..., None] * v).sum(1) + it.constant[:, None]
@@ -255,7 +257,7 @@ class Dual:
 
     def curvature(self, v: Tensor) -> Tensor:
         """vᵀMv for each column of v (B, d, r) → (B, r)."""
-        value = (self.kappa.gather(1, self.it.hurts)[..., None] * (self.it.bent @ v).square()).sum(1)
+        value = (self.kappa.gather(1, self.it.negative_weights)[..., None] * (self.it.negative_rows @ v).square()).sum(1)
         for layer, q in zip(self.it.layers, self.q, strict=False):
             z, h = layer.rows @ v[:, : layer.rows.shape[-1]], v[:, layer.block]
             zz, hh, zh = (t[..., None] for t in q.unbind(1)[2:])
@@ -263,16 +265,16 @@ class Dual:
         return value + (self.lam[..., None] * v[:, : self.split.shape[-1]].square()).sum(1)
 
     def minima(self) -> Tensor:
-        """The sum of the minima over boxes (B,)."""
+        """The sum of the minima over the boxes (B,)."""
         it, end = self.it, self.it.layers[-1]
         last = torch.stack([-self.c, it.weights, -self.kappa, torch.zeros_like(self.c), torch.zeros_like(self.c)], 1)
-        total = lowest_on_relu(last, end).sum(-1)
+        total = minimum_on_relu(last, end).sum(-1)
         for layer, q in zip(it.layers, self.q, strict=False):
-            total = total + lowest_on_relu(q, layer).sum(-1)
+            total = total + minimum_on_relu(q, layer).sum(-1)
         return total
 
     def total_lambda(self) -> Tensor:
-        """Λ: what ε² is multiplied by."""
+        """Λ (B,): the coefficient of −ε²."""
         return self.lam.sum(-1)
 
     def split_cost(self) -> Tensor:
@@ -284,7 +286,7 @@ class Dual:
         """(M (B, d, d), b (B, d), c (B,)): vᵀMv + 2bᵀv + c is `at`."""
         it, end = self.it, self.it.layers[-1]
         d, n = it.fixed.shape[-1], self.split.shape[-1]
-        matrix = it.bent.mT @ (self.kappa.gather(1, it.hurts)[..., None] * it.bent)
+        matrix = it.negative_rows.mT @ (self.kappa.gather(1, it.negative_weights)[..., None] * it.negative_rows)
         linear = it.fixed + ((self.c + 2 * self.kappa * end.clean)[:, None] @ end.rows)[:, 0]
         constant = it.constant + ((self.c + self.kappa * end.clean) * end.clean).sum(-1)
         diagonal = torch.zeros_like(linear)
@@ -323,7 +325,7 @@ def radius_of(offset: Tensor, cost: Tensor, total: Tensor, limit: Tensor) -> Ten
 
 
 def proved_offset(dual: Dual) -> Tensor:
-    """A (B,), rounded down: the margin is at least A − ε‖s‖_* − Λε² on the ball of each ε up to the boxes'; −inf where M is not definite."""
+    """A (B,), rounded down: the margin is at least A − ε‖s‖_* − Λε² on the ball of every ε up to that of the boxes; −inf where M is not definite."""
     it = dual.it
     matrix, linear, constant = dual.form()
     matrix = matrix.tril() + matrix.tril(-1).mT
@@ -337,6 +339,7 @@ def proved_offset(dual: Dual) -> Tensor:
     rest = torch.linalg.vector_norm(linear[..., None] - factor @ half, dim=(-2, -1)) * (1 + loss)
     length = torch.linalg.vector_norm(half, dim=(-2, -1)) * (1 + loss)
     rest = rest + 2 * loss * (torch.linalg.vector_norm(linear, dim=-1) + size2.sqrt() * length)
-    slack = 8 * gamma(it.operations, U64) * (dual.absolute() + constant.abs() + length.square()) + 2 * rest * it.reach + defect * it.reach.square()
+    slack = 8 * gamma(it.operations, U64) * (dual.absolute() + constant.abs() + length.square())
+    slack = slack + 2 * rest * it.norm_bound + defect * it.norm_bound.square()
     value = dual.minima() + constant - length.square() - slack * (1 + 1e-9)
     return torch.where((failed == 0) & value.isfinite(), value, torch.full_like(value, -torch.inf))

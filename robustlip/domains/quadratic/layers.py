@@ -1,4 +1,4 @@
-"""A chain of linear layers and activations as the certifiers of this package see it."""
+"""Chains of Linear layers and activations, as the methods of this package use them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from torch import Tensor, nn
 
 from robustlip.domains.norms import rule_for
 from robustlip.domains.norms.elementwise import DROPOUTS
-from robustlip.domains.quadratic.constraints import Quadratic, constraint_of, known
+from robustlip.domains.quadratic.constraints import QuadraticConstraint, constraint_of, has_constraint
 from robustlip.layers import Chain, Normalize
 from robustlip.numerics.enclosures import Enclosure, product
 from robustlip.numerics.rounding import U64
 from robustlip.threats import InputBall, Threat
 
-# Logits, of which all pairs have a constant.
+# The most logits of which all pairs get a constant.
 CLASSES = 512
 
 
 @dataclass(frozen=True)
-class Network:
-    """stages: (W, activation) in order: differences δ of the activations before become v = Wδ, then what the constraint allows. head: (C, n).
+class ConstraintNetwork:
+    """A network of Linear layers and activations with quadratic constraints.
 
-    Exact arithmetic of the model's weights; products of layers that follow each other directly, and divisions by a std, are enclosed.
+    stages: pairs (W, constraint) in order: a difference δ of the activations before becomes v = Wδ, then a difference that the constraint allows.
+    head: (C, n). The weights are exact; products of consecutive layers and divisions by a std are enclosed.
     """
 
-    stages: tuple[tuple[Enclosure, Quadratic], ...]
+    stages: tuple[tuple[Enclosure, QuadraticConstraint], ...]
     head: Enclosure
 
     @property
@@ -34,8 +35,9 @@ class Network:
         return int((self.stages[0][0] if self.stages else self.head).mid.shape[1])
 
 
-def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
-    """'' where `network_of` reads the model, or one sentence why not. what: the method's name, to begin the sentence with; largest: neurons."""
+def why_not_chain(model: Chain, threat: Threat, what: str, largest: int) -> str:
+    """'' where `network_of` supports the model, else one sentence with the reason, which begins with `what`, the method's name. largest: most
+    neurons."""
     if not isinstance(threat, InputBall):
         return f"{what} is for changes of the input (l1, l2, linf), this threat is {threat.name}"
     layers = list(model)
@@ -53,7 +55,7 @@ def refusal(model: Chain, threat: Threat, what: str, largest: int) -> str:
                 return f"{what} knows Normalize by channel before the first Linear layer only"
         elif not mixed and type(layer) not in DROPOUTS:
             return f"{what} needs a Linear layer before all others, this model begins with {type(layer).__name__}"
-        elif not known(layer) and type(layer) not in DROPOUTS:
+        elif not has_constraint(layer) and type(layer) not in DROPOUTS:
             return f"{what} is for chains of Linear layers and activations, this one has {type(layer).__name__}"
     if width > largest:
         return f"{what} is for at most {largest} neurons, this model has {width}"
@@ -66,12 +68,12 @@ def _exact(layer: nn.Linear) -> Enclosure:
     return Enclosure(layer.weight.detach().double().cpu())
 
 
-def network_of(model: Chain) -> Network:
-    """The network of a chain that `refusal` accepts. Normalize by channel is taken as its largest gain: ‖(x' − x)/std‖ ≤ ‖x' − x‖/min|std|."""
-    stages: list[tuple[Enclosure, Quadratic]] = []
+def network_of(model: Chain) -> ConstraintNetwork:
+    """The network of a chain that `why_not_chain` accepts. Normalize by channel is replaced by its gain: ‖(x' − x)/std‖ ≤ ‖x' − x‖/min|std|."""
+    stages: list[tuple[Enclosure, QuadraticConstraint]] = []
     linear: Enclosure | None = None
     width = 0
-    gain = 1.0  # of scalings before the next Linear layer
+    gain = 1.0  # the gain of scalings before the next Linear layer
     for layer in model:
         rule_for(layer)  # refuses hooks, which can change what a layer computes
         if type(layer) is Normalize:
@@ -90,9 +92,9 @@ def network_of(model: Chain) -> Network:
                 stages.append((linear, constraint))
                 linear = None
     assert linear is not None
-    if len(linear.mid) == 1:  # the logits are 0 and z
+    if len(linear.mid) == 1:  # the logits are (0, z)
         linear = Enclosure(torch.cat([torch.zeros_like(linear.mid), linear.mid]), torch.cat([torch.zeros_like(linear.mid), linear.radius()]))
-    return Network(tuple(stages), linear)
+    return ConstraintNetwork(tuple(stages), linear)
 
 
 def pair_rows(head: Enclosure) -> tuple[Enclosure, Tensor, Tensor]:

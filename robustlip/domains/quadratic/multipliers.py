@@ -1,4 +1,4 @@
-"""The search for multipliers of `quadratic`, and the radii of method 'sdp'."""
+"""The search for the multipliers of `lagrangian`, and the radii of method 'sdp'."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from robustlip.layers import Chain, GroupSort, MaxMin
 from robustlip.numerics.rounding import U64, down, norm_up, up
 from robustlip.threats import Threat
 
-# Rows of the largest form that is factorised: beyond, one factorisation takes a second.
+# The most rows of a form that is factorised; beyond, one factorisation takes a second.
 LARGEST_FORM = 1600
-# Numbers in the forms of the samples that are taken at a time, and pairs of sample and rival whose forms are factorised at a time.
+# The most entries of the forms of one batch of samples, and the most pairs of sample and rival whose forms are factorised at once.
 FORMS = 2**22
 PAIRS = 128
-# The search. First boxes at this share of the first-order radius, where attacks succeed; done within 0.5 % of the boxes; once more, with tighter
-# boxes, where less than this share of them was reached. Nothing of this bears on soundness.
+# The search. FIRST: radius of the first boxes as a fraction of the first-order radius, at which attacks succeed. ENOUGH: a search ends at this
+# fraction of the boxes' radius. RETRY: below this fraction a sample is searched again with tighter boxes. Soundness does not depend on these numbers.
 FIRST, ENOUGH, RETRY = 0.93, 0.995, 0.95
-# Random vectors by which the barrier's gradient is estimated, its weight in margins, how often a start is made stiffer.
-PROBES, BARRIER, STIFFENINGS = 8, 0.2, 8
-# Made of ReLU alone; all other layers of a network have to be affine.
-_KINKED = (nn.ReLU, MaxMin, GroupSort)
+# The number of random vectors that estimate the barrier's gradient, the barrier's weight relative to margins, the most strengthenings of a start.
+PROBES, BARRIER, STRENGTHENINGS = 8, 0.2, 8
+# Layers that consist of ReLU; all other layers of a network have to be affine.
+_RELU_LAYERS = (nn.ReLU, MaxMin, GroupSort)
 
 
 def start(it: Instances) -> tuple[Multipliers, Scales]:
-    """The closed form: relu(z) ≤ (z + μ)²/(4μ) where activity hurts, its clean slope where it helps, λ a little above what balances the gradient."""
+    """Closed-form multipliers: relu(z) ≤ (z + μ)²/(4μ) where activity lowers the margin, the clean slope elsewhere, λ slightly above the balanced
+    value."""
     end = it.layers[-1]
     a = it.weights
     tiny = 1e-9 * a.abs().amax(-1, keepdim=True).clamp_min(1e-30)
@@ -62,14 +63,14 @@ def start(it: Instances) -> tuple[Multipliers, Scales]:
         unit = torch.stack([torch.ones_like(p)] * 2 + [layer.width] * 3, 1) / scale[:, None]
         inner.insert(0, q * unit * layer.valid[:, None])
         scales.insert(0, scale)
-        # What these neurons pull on those in front: their pull times the slope of what replaces them.
+        # The coefficients of the layer before: those of these neurons times the slope of their relaxation.
         slope = torch.where(p < 0, ((layer.clean + mu) / (2 * mu)).clamp(0, 1), on)
         e = layer.rows.shape[-1]
         pull = pull[:, :e] + ((p * slope)[:, None] @ layer.rows)[:, 0]
-    return _entry(it, last, inner, Scales(end.valid * (a.abs() + tiny), scales, torch.zeros(0)))
+    return _with_input_multipliers(it, last, inner, Scales(end.valid * (a.abs() + tiny), scales, torch.zeros(0)))
 
 
-def _entry(it: Instances, last: Tensor, inner: list[Tensor], scales: Scales) -> tuple[Multipliers, Scales]:
+def _with_input_multipliers(it: Instances, last: Tensor, inner: list[Tensor], scales: Scales) -> tuple[Multipliers, Scales]:
     g = it.gradient
     size = torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(1e-30)
     per = size / (2 * it.radius[:, None].clamp_min(1e-30))
@@ -85,14 +86,14 @@ def _entry(it: Instances, last: Tensor, inner: list[Tensor], scales: Scales) -> 
     return Multipliers(last, inner, log_lambda, split), Scales(scales.last, scales.inner, scale)
 
 
-def stiffen(m: Multipliers) -> Multipliers:
-    """λ and h² a half larger: for instances whose form is not definite."""
+def strengthen(m: Multipliers) -> Multipliers:
+    """Larger λ and h² terms, for instances whose form is not definite."""
     inner = [torch.cat([q[:, :3], 1.6 * q[:, 3:]], 1) for q in m.inner]
     return Multipliers(m.last, inner, m.log_lambda + 0.4, m.split)
 
 
 def relative(absolute: Multipliers, it: Instances, scales: Scales) -> Multipliers:
-    """The inverse of what `Dual` makes of multipliers; absolute.log_lambda holds λ itself."""
+    """From absolute multipliers to relative ones, as `Dual` takes them; absolute.log_lambda holds λ itself."""
     end = it.layers[-1]
     last = absolute.last * torch.stack([torch.ones_like(end.width), end.width], 1) / scales.last.clamp_min(1e-30)[:, None]
     inner = []
@@ -102,7 +103,7 @@ def relative(absolute: Multipliers, it: Instances, scales: Scales) -> Multiplier
 
 
 def value(dual: Dual) -> tuple[Tensor, Tensor, Tensor]:
-    """(A (B,), −inf where M is not definite; the minimiser v* (B, d); the factor of M): unproved, for the search."""
+    """(A (B,), −inf where M is not definite; the minimiser v* (B, d); the Cholesky factor of M). Not proved, for the search."""
     matrix, linear, constant = dual.form()
     factor, failed = torch.linalg.cholesky_ex(matrix)
     half = torch.linalg.solve_triangular(factor, linear[..., None], upper=False)
@@ -112,9 +113,9 @@ def value(dual: Dual) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Search:
-    """Multipliers of pairs of a sample and a rival at the boxes of one ball, in float32, and the radii that they seem to prove.
+    """Multipliers of pairs of a sample and a rival for the boxes of one ball, in float32, and the radii that they appear to prove.
 
-    floor (N, C): radii that other bounds prove for each rival; the pairs are those whose floor is below the ball's radius.
+    floor (N, C): radii that other bounds prove for each rival. The pairs are those whose floor is below the radius of the ball.
     """
 
     def __init__(self, form: Form, ball: Ball, margin: Tensor, floor: Tensor) -> None:
@@ -130,7 +131,7 @@ class Search:
         return Instances.of(form or self.form, self.sample[pairs], self.rival[pairs], self.ball)
 
     def begin(self, known: tuple[Multipliers, Tensor] | None) -> None:
-        """Closed-form multipliers, or, of the pairs that `known` says, its own in absolute terms; made stiffer where the form is not definite."""
+        """Closed-form multipliers, or those in `known` (absolute) for the pairs that it has; strengthened where the form is not definite."""
         parts = []
         for pairs in torch.arange(len(self.sample), device=self.sample.device).split(PAIRS):
             it = self.instances(pairs)
@@ -142,11 +143,11 @@ class Search:
                 m = Multipliers.of([torch.where(there.view(-1, *[1] * (t.dim() - 1)), old, t) for old, t in chosen])
             dual = Dual(it, m, scale)
             offset = value(dual)[0]
-            for _ in range(STIFFENINGS):
+            for _ in range(STRENGTHENINGS):
                 bad = (offset == -torch.inf).nonzero()[:, 0]
                 if not len(bad):
                     break
-                stiffer = stiffen(m.take(bad))
+                stiffer = strengthen(m.take(bad))
                 for t, new in zip(m.tensors(), stiffer.tensors(), strict=True):
                     t[bad] = new
                 offset[bad] = value(Dual(self.instances(pairs[bad]), stiffer, scale.take(bad)))[0]
@@ -155,32 +156,32 @@ class Search:
             at = (self.sample[pairs], self.rival[pairs])
             self.radii[at] = torch.maximum(self.radii[at], found)
             parts.append((m.tensors(), [scale.last, *scale.inner, scale.gradient]))
-        self.known = [torch.cat(tensors) for tensors in zip(*(m for m, _ in parts), strict=True)]
+        self.multipliers = [torch.cat(tensors) for tensors in zip(*(m for m, _ in parts), strict=True)]
         scales = [torch.cat(tensors) for tensors in zip(*(s for _, s in parts), strict=True)]
         self.scales = Scales(scales[0], scales[1:-1], scales[-1])
 
     def absolute(self) -> Multipliers:
-        """The multipliers of all pairs in absolute terms, λ and not its logarithm among them."""
+        """The absolute multipliers of all pairs, with λ instead of its logarithm."""
         parts = []
         for pairs in torch.arange(len(self.sample), device=self.sample.device).split(PAIRS):
-            dual = Dual(self.instances(pairs), Multipliers.of([t[pairs] for t in self.known]), self.scales.take(pairs))
+            dual = Dual(self.instances(pairs), Multipliers.of([t[pairs] for t in self.multipliers]), self.scales.take(pairs))
             parts.append([torch.stack([dual.c, dual.kappa], 1), *dual.q, dual.lam, dual.split])
         return Multipliers.of([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
 
     def subset(self, samples: Tensor) -> Search:
-        """The same search for some of its samples (n,), numbered anew; its multipliers stay where they are."""
+        """The same search for some of its samples (n,), renumbered; the multipliers are shared."""
         part = copy.copy(self)
         part.pair, part.order = self.pair[samples], samples
         return part
 
-    def climb(self, steps: int, rate: float) -> None:
-        """Adam on the multipliers of each sample's binding rival; a step that leaves the cone is taken back and shortened."""
+    def ascend(self, steps: int, rate: float) -> None:
+        """Adam on the multipliers of each sample's binding rival. A step to an indefinite form is undone and shortened."""
         if not len(self.sample):
             return
-        now, sure = ([t.clone() for t in self.known] for _ in range(2))
-        first, second = ([torch.zeros_like(t) for t in self.known] for _ in range(2))
+        now, sure = ([t.clone() for t in self.multipliers] for _ in range(2))
+        first, second = ([torch.zeros_like(t) for t in self.multipliers] for _ in range(2))
         count, pace = torch.zeros_like(self.margin), torch.full_like(self.margin, rate)
-        # Probes belong to neurons, so that those of a pair do not depend on what else is in the batch.
+        # A probe has one entry per neuron, so that those of a pair do not depend on the batch.
         generator = torch.Generator(device=self.margin.device).manual_seed(0)
         for _ in range(steps):
             noise = torch.randn(self.form.variables, PROBES, generator=generator, dtype=self.margin.dtype, device=self.margin.device)
@@ -198,9 +199,9 @@ class Search:
                     good = offset > -torch.inf
                     found = radius_of(offset, dual.split_cost(), dual.total_lambda(), it.radius)
                     better = good & (found > self.radii[live, rival[live]])
-                    probe = torch.linalg.solve_triangular(factor.mT, noise[self.form.places[self.sample[p]]], upper=True)
+                    probe = torch.linalg.solve_triangular(factor.mT, noise[self.form.variable_of[self.sample[p]]], upper=True)
                     aim = torch.minimum(it.radius, torch.maximum(found, 0.5 * it.radius) * 1.03)
-                    barrier = self.margin[p] * BARRIER * 0.93 ** count[p] / it.moving
+                    barrier = self.margin[p] * BARRIER * 0.93 ** count[p] / it.used_entries
                 gain = dual.at(point[..., None])[:, 0] + dual.minima() - dual.split_cost() * aim - dual.total_lambda() * aim.square()
                 gain = gain + barrier * dual.curvature(probe).mean(-1)
                 gradients = torch.autograd.grad((torch.where(good, gain, torch.zeros_like(gain)) / self.margin[p]).sum(), leaves)
@@ -211,7 +212,7 @@ class Search:
             for k, (moved, gradient) in enumerate(zip(leaves, gradients, strict=True)):
                 shape = (-1, *[1] * (moved.dim() - 1))
                 ok, leaf, gradient = good.view(shape), moved.detach(), gradient.nan_to_num(0.0)
-                self.known[k][p] = torch.where(better.view(shape), leaf, self.known[k][p])
+                self.multipliers[k][p] = torch.where(better.view(shape), leaf, self.multipliers[k][p])
                 sure[k][p] = torch.where(ok, leaf, sure[k][p])
                 first[k][p] = torch.where(ok, 0.8 * first[k][p] + 0.2 * gradient, 0.3 * first[k][p])
                 second[k][p] = torch.where(ok, 0.95 * second[k][p] + 0.05 * gradient.square(), second[k][p])
@@ -221,7 +222,7 @@ class Search:
 
 
 def clean_gradients(network: Network, x: Tensor, y: Tensor) -> Tensor:
-    """Gradients of all margins at the clean points (N, C, n)."""
+    """The gradients of all margins at the clean points (N, C, n)."""
     clean = network.forward(x)
     head = network.stages[-1].weight
     rows = head[y][:, None] - head
@@ -235,7 +236,8 @@ def sdp_radii(
 ) -> tuple[Tensor, Tensor]:
     """(radius (N,), NaN (N,)), float64 on the CPU, from the Lagrange dual of the exact ReLU network.
 
-    steps: of the multipliers' search, for the binding rival of each sample, in each of `rounds` rounds; boxes are made anew for each round.
+    steps: of the search for multipliers of each sample's binding rival, in each of `rounds` rounds; each round computes new boxes. rate: step size.
+    Raises BadInput where the method does not apply or the form is too large.
     """
     problem = Problem(model, x, y, logits, threat, context)
     if why := sdp_why_not(model, threat) or _too_large(problem.network):
@@ -253,7 +255,7 @@ def sdp_radii(
 def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float) -> Tensor:
     network, device = problem.network, problem.x.device
     x, y = problem.x[part.to(device)], problem.y[part.to(device)]
-    # Of the float64 matrices: executed margins depend on the batch in their last bits, and the search magnifies what differs.
+    # The margins of the float64 matrices: the last bits of executed margins depend on the batch, and the search would amplify the difference.
     margin = margins(network.forward(x)[-1], y).clamp_min(1e-30)
     norm = problem.threat.norm  # type: ignore[union-attr]
     unit = Ball(x, torch.ones(len(x), dtype=torch.float64, device=device), norm)
@@ -266,14 +268,14 @@ def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float)
         ball = Ball(x[rows], limit[rows] * share, norm)
         boxes = linear_boxes(network, ball)
         form = form_of(network, ball, boxes, y[rows])
-        plain = _plain(problem, part[rows.cpu()], ball, boxes, y[rows])
+        plain = _simple_bounds(problem, part[rows.cpu()], ball, boxes, y[rows])
         search = Search(form, ball, margin[rows], plain.radius(ball))
         if len(search.sample):
-            search.begin(None if old is None else _moved(old, search))
-            search.climb(steps, rate)
+            search.begin(None if old is None else _transferred(old, search))
+            search.ascend(steps, rate)
         best[rows] = torch.maximum(best[rows], _proved(search, form, plain))
         reached = search.radii.amin(1).double() / limit[rows]
-        # Samples that stayed well inside their boxes try again with tighter ones, and those that filled them with wider ones.
+        # Samples far inside their boxes are searched again with tighter boxes, those that reached the boxes' radius with wider ones.
         filled = reached >= ENOUGH * share
         again = ((reached < RETRY * share) | filled).nonzero()[:, 0]
         if not len(again):
@@ -285,24 +287,27 @@ def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float)
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Bounds that need no multipliers, by rival (N, C): the margin is at least offset − cost·ε; `held` where CROWN holds up to the boxes' ε."""
+class SimpleBounds:
+    """Bounds without multipliers for each rival (N, C): the margin is at least offset − cost·ε. proved: whether CROWN proves it up to the boxes' ε.
+
+    error: the execution error of the margins at the boxes' ε.
+    """
 
     offset: Tensor
     cost: Tensor
-    held: Tensor
-    lost: Tensor
+    proved: Tensor
+    error: Tensor
 
     def radius(self, ball: Ball) -> Tensor:
         free = radius_of(self.offset, self.cost, torch.zeros_like(self.cost), ball.radius[:, None])
-        return torch.where(self.held, ball.radius[:, None], free)
+        return torch.where(self.proved, ball.radius[:, None], free)
 
 
-def _plain(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) -> Plain:
+def _simple_bounds(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) -> SimpleBounds:
     network = problem.network
     full = torch.zeros_like(problem.norm)
     full[part] = ball.radius.cpu()
-    # Rounding grows with the radius, and so does what a margin may lose: taken at the boxes' radius, it covers smaller ones.
+    # The rounding error at the boxes' radius also covers smaller radii.
     lost = problem.execution_error(full)[part].to(ball.x.device)
     logits = network.forward(ball.x)[-1]
     own = y[:, None]
@@ -313,11 +318,11 @@ def _plain(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) 
     rows = norm_up(head[y][:, None] - head) + 4 * U64 * network.stages[-1].magnitude
     cost = up(rows * math.prod(gain[:-1]) * math.prod(s.slope for s in network.hidden) * (1 + 1e-12))
     held = linear_margins(network, ball, boxes, y) - lost > 0
-    return Plain(margin.scatter(1, own, torch.inf), cost.scatter(1, own, 0.0), held.scatter(1, own, True), lost)
+    return SimpleBounds(margin.scatter(1, own, torch.inf), cost.scatter(1, own, 0.0), held.scatter(1, own, True), lost)
 
 
-def _moved(old: Search, new: Search) -> tuple[Multipliers, Tensor] | None:
-    """(absolute multipliers of the old pairs and crossing neurons on the new ones, 0 for new neurons; which pairs are old ones), None without any."""
+def _transferred(old: Search, new: Search) -> tuple[Multipliers, Tensor] | None:
+    """(absolute multipliers of the old pairs and neurons for the new ones, 0 for new neurons; which pairs are old), None without old pairs."""
     source = old.pair[new.sample, new.rival]
     if not bool((source >= 0).any()):
         return None
@@ -334,20 +339,20 @@ def _moved(old: Search, new: Search) -> tuple[Multipliers, Tensor] | None:
     return Multipliers(found[0], found[1:], absolute.log_lambda, absolute.split), source >= 0
 
 
-def _proved(search: Search, form: Form, plain: Plain) -> Tensor:
-    """The radii (N,) that hold for every rival, all rounding included, evaluated as feasible. In float64, the multipliers as they are."""
+def _proved(search: Search, form: Form, plain: SimpleBounds) -> Tensor:
+    """The radii (N,) proved for every rival, all rounding errors included, for the multipliers as they are, in float64."""
     ball = search.ball
     offset, cost = plain.offset.clone(), plain.cost.clone()
     total = torch.zeros_like(cost)
     radius = plain.radius(ball)
     pieces = torch.arange(len(search.sample), device=ball.x.device).split(PAIRS) if len(search.sample) else ()
     for pairs in pieces:
-        m = Multipliers.of([t[pairs].double() for t in search.known])
+        m = Multipliers.of([t[pairs].double() for t in search.multipliers])
         scales = search.scales.take(pairs)
         scales = Scales(scales.last.double(), [t.double() for t in scales.inner], scales.gradient.double())
         dual = Dual(search.instances(pairs, form), m, scales)
         at = (search.sample[pairs], search.rival[pairs])
-        parts = proved_offset(dual) - plain.lost[at], dual.split_cost() * (1 + 1e-12), dual.total_lambda() * (1 + 1e-12)
+        parts = proved_offset(dual) - plain.error[at], dual.split_cost() * (1 + 1e-12), dual.total_lambda() * (1 + 1e-12)
         found = radius_of(*parts, ball.radius[search.sample[pairs]])
         better = found > radius[at]
         radius[at] = torch.where(better, found, radius[at])
@@ -355,7 +360,7 @@ def _proved(search: Search, form: Form, plain: Plain) -> Tensor:
             whole[at] = torch.where(better, new, whole[at])
     smallest = down(radius.amin(1) * (1 - 1e-9))
     step = smallest[:, None]
-    feasible = plain.held | (offset - (cost + total * step) * step * (1 + 1e-12) > 0)
+    feasible = plain.proved | (offset - (cost + total * step) * step * (1 + 1e-12) > 0)
     return torch.where(feasible.all(1), smallest, torch.zeros_like(smallest))
 
 
@@ -368,13 +373,13 @@ def _too_large(network: Network) -> str:
 
 
 def sdp_why_not(model: nn.Module, threat: Threat) -> str:
-    """'' where 'sdp' applies (sizes apart), else why not, in one sentence."""
+    """'' where 'sdp' applies (sizes are checked later), else one sentence with the reason."""
     assert isinstance(model, Chain)
     if why := why_not(model, threat):
         return why
     layers = [m for layer in model for m in layer.modules()]
-    if names := [type(m).__name__ for m in layers if type(m) not in _KINKED and not is_affine(m)]:
+    if names := [type(m).__name__ for m in layers if type(m) not in _RELU_LAYERS and not is_affine(m)]:
         return f"{names[0]} is no ReLU and no sorting of pairs, which is all that this method bounds"
-    if not any(type(m) in _KINKED for m in layers):
+    if not any(type(m) in _RELU_LAYERS for m in layers):
         return "the model has no hidden layer"
     return ""

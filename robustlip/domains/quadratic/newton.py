@@ -1,9 +1,9 @@
-"""LipSDP without a solver of programs: a primal-dual interior-point method that knows how M(ρ, λ) is made. Nothing here is trusted.
+"""A primal-dual interior-point method for the program of LipSDP, which uses the structure of M(ρ, λ). Its result is not trusted.
 
-Minimise ρ over S = M(ρ, λ) ⪰ 0. The dual variable is a matrix P ⪰ 0 with tr(A_iP) = 0 for every multiplier and tr(P_cc) = 1; at the optimum
-PS = 0. One step solves PS = μI linearised (the HKM direction; Helmberg et al. 1996) with Mehrotra's corrector. Its Schur complement has the
-entries tr(A_i P A_j S⁻¹), and as A_i = Σ_{r in group i}(B_rᵀB_r − U_rᵀU_r) is of rank two a coordinate, each is a sum of four products of entries of
-BPBᵀ, BPUᵀ, UPUᵀ and the same for S⁻¹: a few matrix products in all, whatever the number of multipliers.
+Minimise ρ over S = M(ρ, λ) ⪰ 0. The dual variable is a matrix P ⪰ 0 with tr(A_iP) = 0 for every multiplier and tr(P_cc) = 1; at the optimum PS = 0.
+One step solves the linearised PS = μI (the HKM direction; Helmberg et al. 1996) with Mehrotra's corrector. The entries of its Schur complement are
+tr(A_i P A_j S⁻¹). Since A_i = Σ_{r in group i}(B_rᵀB_r − U_rᵀU_r) has rank two per coordinate, each entry is a sum of four products of entries of
+BPBᵀ, BPUᵀ, UPUᵀ and the same for S⁻¹: a few matrix products in all, for any number of multipliers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from robustlip.domains.quadratic.program import Program
 
 @dataclass(frozen=True)
 class Solution:
-    """multipliers: λ (groups,), strictly inside the program. value: the least ρ for it. gap: relative, between value and a lower bound of the
-    program's optimum when the dual residual is 0; infinite when the method got nowhere."""
+    """The result of `minimise`.
+
+    multipliers: λ (groups,), strictly inside the program. value: the least ρ for them. gap: relative difference between value and a lower bound of
+    the program's optimum (valid if the dual residual is 0); infinite if no step succeeded. steps: number of steps.
+    """
 
     multipliers: Tensor
     value: float
@@ -59,12 +62,12 @@ def _schur(program: Program, p: Tensor, z: Tensor) -> Tensor:
 
 
 def _direction(program: Program, step: Tensor) -> Tensor:
-    """Σ_i A_i·step_i: how M changes."""
+    """Σ_i A_i·step_i: the change of M."""
     return program.matrix(float(step[0]), step[1:]) + program.q.mid
 
 
-def _longest(at: Tensor, step: Tensor) -> float:
-    """A length ≤ 1 at which at + length·step is positive definite, nearly the largest; 0 where none was found."""
+def _step_length(at: Tensor, step: Tensor) -> float:
+    """A step length ≤ 1 at which at + length·step is positive definite, nearly the largest; 0 where none was found."""
     length = 1.0
     while length > 1e-7:
         if not bool(torch.linalg.cholesky_ex(at + length * step)[1]):
@@ -90,7 +93,7 @@ def minimise(program: Program, start: Tensor, *, gap: float = 5e-3, limit: int =
     while steps < limit:
         steps += 1
         mu = float((p * s).sum()) / size
-        # Relative to the multipliers: they span orders of magnitude.
+        # Scaled by the multipliers, which span orders of magnitude.
         scaled = _schur(program, p, z) * point[:, None] * point
         scaled = scaled.diagonal_scatter(scaled.diagonal() * (1 + 1e-11))
         lower, failed = torch.linalg.cholesky_ex(scaled)
@@ -105,13 +108,13 @@ def minimise(program: Program, start: Tensor, *, gap: float = 5e-3, limit: int =
 
         ds = _direction(program, solve(-goal))
         dp = -p - symmetric(p @ ds @ z)
-        ahead = float(((p + _longest(p, dp) * dp) * (s + _longest(s, ds) * ds)).sum()) / size
+        ahead = float(((p + _step_length(p, dp) * dp) * (s + _step_length(s, ds) * ds)).sum()) / size
         target = mu * min(max(ahead / mu, 0.0) ** 2, 1.0)
         second = symmetric(dp @ ds @ z)
         dy = solve(target * _traces(program, z) - goal - _traces(program, second))
         ds = _direction(program, dy)
         dp = target * z - p - symmetric(p @ ds @ z) - second
-        dual, primal = _longest(p, dp), _longest(s, ds)
+        dual, primal = _step_length(p, dp), _step_length(s, ds)
         if primal == 0.0:
             break
         p, point = p + dual * dp, point + primal * dy

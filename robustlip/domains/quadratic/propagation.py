@@ -1,20 +1,20 @@
-"""From multipliers to constants: layer by layer, each step a matrix inequality that is proved before it is used.
+"""From multipliers to constants, layer by layer; each step is a matrix inequality that is proved before it is used.
 
-What is carried is a symmetric X with δδᵀ ⪯ ‖x' − x‖²·X for the difference δ of the activations at any two inputs; at the input X = I.
+The propagated quantity is a symmetric X with δδᵀ ⪯ ‖x' − x‖²·X for the difference δ of the activations at any two inputs; at the input X = I.
 
 - Linear, v = Wδ: vvᵀ ⪯ ‖x' − x‖²·G for any G ⪰ WXWᵀ.
-- Activation with the constraint δ = Dv + Rw, ‖w_g‖ ≤ ‖(Ev)_g‖ (quadratic.py), multipliers λ > 0 and Λ = diag(λ_g): any X with
+- Activation with the constraint δ = Dv + Rw, ‖w_g‖ ≤ ‖(Ev)_g‖ (constraints.py), multipliers λ > 0 and Λ = diag(λ_g): any X with
 
       N = [ Λ − EGEᵀ      EGDᵀ             ]
-          [ DGEᵀ          X − DGDᵀ − RΛRᵀ  ]  ⪰ 0                                                                                    (LMI)
+          [ DGEᵀ          X − DGDᵀ − RΛRᵀ  ]  ⪰ 0.                                                                                   (LMI)
 
-  will do. Proof. Let s = ‖x' − x‖². N falls when G grows and sG ⪰ vvᵀ, so for all b, a: s·bᵀΛb + s·aᵀ(X − RΛRᵀ)a ≥ (bᵀEv − aᵀDv)². There are matrices
+  Proof. Let s = ‖x' − x‖². N decreases when G grows, and sG ⪰ vvᵀ, so for all b, a: s·bᵀΛb + s·aᵀ(X − RΛRᵀ)a ≥ (bᵀEv − aᵀDv)². There are matrices
   Φ_g with w_g = Φ_g(Ev)_g and ‖Φ_g‖ ≤ 1; take b_g = −Φ_gᵀ(Rᵀa)_g. Then bᵀEv = −aᵀRw and bᵀΛb ≤ aᵀRΛRᵀa, hence s·aᵀXa ≥ (aᵀRw + aᵀDv)² = (aᵀδ)².
 - A row c of the head: (cᵀδ)² ≤ s·cᵀXc; for all logits together ‖Cδ‖² ≤ s·λ_max(CXCᵀ).
 
-With the smallest such X, X = RΛRᵀ + D(G + GEᵀ(Λ − EGEᵀ)⁻¹EG)Dᵀ, minimising cᵀXc over the multipliers is LipSDP (its dual, Λ the inverse of the
-multipliers there); fixed multipliers chosen layer by layer are ECLipsE. Either way only the inequality above is trusted: X is what it is
-computed to be, raised a little, and a guess that fails is raised until it holds.
+The smallest such X is X = RΛRᵀ + D(G + GEᵀ(Λ − EGEᵀ)⁻¹EG)Dᵀ. Minimising cᵀXc over the multipliers gives LipSDP (its dual, where Λ is the inverse of
+the multipliers); multipliers that are fixed layer by layer give ECLipsE. In both cases only the inequality is trusted: the computed X is raised
+slightly until the inequality is proved.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlip.domains.quadratic.constraints import Quadratic
+from robustlip.domains.quadratic.constraints import QuadraticConstraint
 from robustlip.numerics.enclosures import Enclosure, dominating, product, proved_positive, sandwich
 from robustlip.numerics.rounding import TINY, U64, gamma, up
 from robustlip.numerics.spectral import spectral_norm_bound
 
-# By how much of its diagonal X is raised, one after the other, until the inequality is proved.
+# Increases of X relative to its diagonal, tried in order until the inequality is proved.
 _SLACKS = (1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def through_linear(weight: Enclosure, x: Tensor | None) -> Tensor:
-    """G ⪰ WXWᵀ, symmetric float64; x None: X = I."""
+    """G ⪰ WXWᵀ, symmetric float64; x = None means X = I."""
     left = weight if x is None else product(weight, Enclosure(x))
     return dominating(product(left, weight.mT))
 
 
-def through_activation(constraint: Quadratic, g: Tensor, multipliers: Tensor) -> Tensor | None:
-    """An X for which (LMI) is proved, nearly the smallest; None where none was. g: (n, n) exact; multipliers: λ (groups,), a guess."""
+def through_activation(constraint: QuadraticConstraint, g: Tensor, multipliers: Tensor) -> Tensor | None:
+    """An X for which (LMI) is proved, nearly the smallest; None where none is proved. g: (n, n), exact. multipliers: λ (groups,), any positive
+    values."""
     if not bool((multipliers > 0).all() & torch.isfinite(multipliers).all()):
         return None
     keep, read, write = constraint.keep, constraint.read, constraint.write
@@ -84,6 +85,6 @@ def row_gains(rows: Enclosure, x: Tensor | None) -> Tensor:
 
 
 def whole_gain(head: Enclosure, x: Tensor | None) -> float:
-    """√λ_max(CXCᵀ), rounded up: how far all logits together move in ℓ2 per unit of the input in ℓ2."""
+    """√λ_max(CXCᵀ), rounded up: the ℓ2 Lipschitz constant of all logits together."""
     y = through_linear(head, x)
     return float(up(up(spectral_norm_bound(y)).sqrt())) if bool(torch.isfinite(y).all()) else float("inf")
