@@ -1,4 +1,4 @@
-"""Attacks: what is observed. Every one returns an Observation whose points were projected, measured and judged again."""
+"""Attacks. Each returns an Observation whose points were projected, measured again and classified again."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NAMES = tuple(_TABLE)
 
 
 def attacks() -> dict[str, Callable[..., Attack]]:
-    """What makes an attack, by its name: ours, and those of other packages (`robustlip.plugins`)."""
-    return {**_TABLE, **added("robustlip.attacks", _TABLE, callable, "a callable that gives an Attack")}
+    """The constructors of attacks by name: our own, and those of other packages (`robustlip.plugins`)."""
+    return {**_TABLE, **added("robustlip.attacks", _TABLE, callable, "a callable that returns an Attack")}
 
 
 def by_name(name: str, **options: Any) -> Attack:
-    """The attack of that name with its options. 'pgd' and 'min' take every threat; 'weights' only weight threats.
+    """The attack of that name with its options. 'pgd' and 'min' accept every threat; 'weights' accepts only weight threats.
 
     Raises BadInput for an unknown name or option.
     """
@@ -42,7 +42,7 @@ def by_name(name: str, **options: Any) -> Attack:
         attack = table[name](**options)
     except TypeError as error:
         raise BadInput(f"expected options that the attack {name!r} has, got {options}; see its docstring ({error})") from None
-    if not isinstance(attack, Attack):  # whose final call projects, measures and judges again
+    if not isinstance(attack, Attack):  # its __call__ projects, measures and classifies again
         raise BadInput(f"expected the entry point {name!r} to return a robustlip.attacks.base.Attack, got {type(attack).__name__}; correct it")
     return attack
 

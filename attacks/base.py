@@ -1,6 +1,6 @@
-"""The contract of every attack: whatever it returns is projected, cast, measured again and judged again.
+"""The contract of every attack: what it returns is projected, cast, measured again and classified again.
 
-In the spirit of foolbox (Rauber et al. 2017): `Attack.__call__` is final, subclasses only propose perturbations in `_run`.
+As in foolbox (Rauber et al. 2017), `Attack.__call__` is final; subclasses only propose perturbations in `_run`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from robustlip.samples import as_request
 from robustlip.target import Target
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
-# How far the rounding of inputs to the model's dtype may move them, in radii: an attack loses this much of its ball.
+# How far the rounding of inputs to the model's dtype may move them, relative to the radius: the attack loses this part of its ball.
 MOVED = 0.01
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What an attack found, sample by sample: an upper bound on each robust radius.
+    """The result of an attack for each sample: an upper bound of each robust radius.
 
     index, label, prediction (clean), adversarial_prediction: int64 (N,).
-    success: bool (N,), the model as executed predicts another class than the label at the adversarial point (True with
-    distance 0 where the clean point is misclassified already).
+    success: bool (N,), whether the model as executed predicts another class than the label at the adversarial point (True with
+    distance 0 if the clean point is already misclassified).
     distance: float64 (N,), the norm of the returned perturbation in the threat's norm and units, measured in float64 on the
-    point cast to the model's dtype, from the point that was given (0 where nothing was changed but by that cast). radius:
-    float64 (N,), the smallest distance at which this attack succeeded: inf where it never did, 0 where the clean point is misclassified.
+    point cast to the model's dtype, from the given point (0 if only that cast changed the point). radius:
+    float64 (N,), the smallest distance at which this attack succeeded: inf if it never did, 0 if the clean point is misclassified.
     adversarial: inputs or embeddings (N, …) in the model's dtype; for weight threats a dict, name → float64 changes (G, …) of
     that matrix. group: int64 (N,), the row of `adversarial` that belongs to each sample.
-    failure: one sentence for each sample whose logits, at the clean point or at the point found, or whose perturbation are not finite; '' for the
-    others. Such a sample is neither broken nor robust: no success, radius inf, and prediction −1 where the logits are not finite.
-    settings: everything that the attack was told, its defaults too (steps, restarts, losses, …), as plain JSON types; the box is the threat's.
+    failure: one sentence per sample whose logits (at the clean point or at the point found) or whose perturbation are not finite; '' otherwise.
+    Such a sample counts neither as broken nor as robust: no success, radius inf, and prediction −1 if the logits are not finite.
+    settings: all options of the attack, defaults included (steps, restarts, losses, …), as plain JSON types; and the box of the threat.
     dtype: the arithmetic that was attacked. seed: of the generator. weights_sha256: as passed in.
     """
 
@@ -82,15 +82,15 @@ class Observation:
 
     @property
     def failed(self) -> np.ndarray:
-        """bool (N,): the samples that have a failure."""
+        """bool (N,): the samples with a failure."""
         return np.array([bool(why) for why in self.failure], dtype=bool)
 
     def robust_accuracy(self) -> float:
-        """The fraction of samples that are classified correctly and withstood the attack."""
+        """The fraction of samples that are classified correctly and on which the attack did not succeed."""
         return float(np.mean(~self.success & ~self.failed)) if len(self) else float("nan")
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON types only; an infinite radius is null."""
+        """Plain JSON types; an infinite radius is null."""
         rows = zip(self.index, self.label, self.prediction, self.radius, self.status, self.failure, strict=True)
         return {
             "threat": self.threat.name,
@@ -110,7 +110,7 @@ class Observation:
 
 
 def box_of(threat: Threat) -> list[float] | None:
-    """[low, high] of an input threat with a box, for JSON."""
+    """[low, high] of an input threat with a box, for JSON; else None."""
     return None if threat.box is None else list(threat.box)
 
 
@@ -129,7 +129,7 @@ class Attack(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that this attack was told, its defaults too, as plain JSON types."""
+        """All options of this attack, defaults included, as plain JSON types."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()} if is_dataclass(self) else {}
 
     @property
@@ -139,7 +139,7 @@ class Attack(ABC):
         return f"{self.name} ({said})" if said else self.name
 
     def check_threat(self, threat: Threat) -> None:  # noqa: B027  (most attacks take every threat)
-        """Raises BadInput for a threat that this attack cannot take, whatever the model."""
+        """Raises BadInput for a threat that this attack does not support for any model."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -150,8 +150,8 @@ class Attack(ABC):
     def _run(self, space: Space, labels: torch.Tensor, radius: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor | Proposal:
         """Propose perturbations for correctly classified samples.
 
-        space: N samples. labels: int64 (N,). radius: (N,) in space.work, or None for attacks that search one.
-        Returns delta (N, …) like space.clean, or a Proposal of shared ones. Nothing it returns is trusted.
+        space: N samples. labels: int64 (N,). radius: (N,) in space.work, or None for attacks that search the radius.
+        Returns delta (N, …) like space.clean, or a Proposal of shared ones. The result is checked by the caller.
         """
 
     @final
@@ -168,20 +168,20 @@ class Attack(ABC):
     ) -> Observation:
         """Attack the model at x (N, …) with labels y (N,).
 
-        model: any nn.Module; what is attacked is the module as it is called, in eval mode (see `Target`). One in which samples change each other
-        is evaluated sample by sample. It runs by the kernels that certificates speak of (`robustlip.execution`).
-        x, y, threat: see `robustlip.samples`; a loader stands for both, a name for a threat.
-        Inputs that the model's dtype cannot hold are rounded to it, and distances and radii count from the points that were given.
+        model: any nn.Module; the attacked function is the module as it is called, in eval mode (see `Target`). If samples influence each other, the
+        model is evaluated sample by sample. It runs with the kernels that certificates cover (`robustlip.execution`).
+        x, y, threat: see `robustlip.samples`; a loader may take the place of x and y, a name the place of a threat.
+        Inputs are rounded to the model's dtype; distances and radii are measured from the given points.
         generator: source of all randomness (default: a new one with seed 0). index: N sample ids (default 0 … N − 1).
-        The model's mode, weights, gradient flags and the global random states come back as they were, also after an error.
-        Raises BadInput for models, labels, inputs, weights or radii that cannot be used, RobustlipError when the model answers no clean point with
-        finite logits. A single sample whose logits or perturbation are not finite is its own failure (see `Observation`).
+        The model's mode, weights, gradient flags and the global random states are restored, also after an error.
+        Raises BadInput for models, labels, inputs, weights or radii that cannot be used, RobustlipError if the logits of all clean points are
+        not finite. A single sample whose logits or perturbation are not finite is marked as a failure (see `Observation`).
         """
         x, y, threat = as_request(x, y, threat)
         if self.needs_radius and threat.radius is None:
             raise BadInput(
                 f"expected a threat with a radius for the attack {self.name!r}, got radius=None; "
-                f"give one ({threat.units}) or use the attack 'min', which searches it"
+                f"give one ({threat.units}) or use the attack 'min', which searches for it"
             )
         self.check_threat(threat)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -197,7 +197,7 @@ class Attack(ABC):
     def _at(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: Threat, generator: torch.Generator, index: Any, weights_sha256: str
     ) -> Observation:
-        """`__call__` of samples of one shape."""
+        """`__call__` for samples of one shape."""
         target = Target(model)
         with preserved(model), in_eval_mode(model), covered_kernels(target.kind):
             check_finite_weights(model)
@@ -225,7 +225,7 @@ class Attack(ABC):
                 _check_gradient(space)
                 delta, group = self._propose(space, y, prediction == y, threat.radius, generator)
             delta, proposed = _without_failures(delta, group)
-            point, distance, adversarial_logits, group = self._land(space, delta, group, threat.radius)
+            point, distance, adversarial_logits, group = self._evaluate(space, delta, group, threat.radius)
             landed = _finite(adversarial_logits)
             found = torch.where(landed, adversarial_logits.argmax(1), -1)
             success = (found != y) & answered & proposed & landed
@@ -254,32 +254,32 @@ class Attack(ABC):
         )
 
     def _failures(self, answered: np.ndarray, proposed: np.ndarray, landed: np.ndarray, distance: np.ndarray) -> tuple[str, ...]:
-        """One sentence for each sample that has something not finite, '' for the others."""
+        """One sentence for each sample with a value that is not finite, '' for the others."""
 
         def sentence(clean: bool, change: bool, there: bool, far: float) -> str:
             if not clean:
                 return "expected finite logits at the clean point, got NaN or infinity; find the layer that overflows"
             if not change:
-                return f"expected a finite perturbation from the attack {self.name!r}, got NaN or infinity; look for a gradient that is not finite"
+                return f"expected a finite perturbation from the attack {self.name!r}, got NaN or infinity; find the gradient that is not finite"
             if not there:
                 return f"expected finite logits at the point found by the attack {self.name!r}, got NaN or infinity at distance {far:.6g}; " + (
-                    "this is no success: find the layer that overflows"
+                    "this is not a success: find the layer that overflows"
                 )
             return ""
 
         return tuple(sentence(*row) for row in zip(answered, proposed, landed, distance, strict=True))
 
     def _chunk(self, space: Space) -> int:
-        """How many samples `_run` gets at once."""
+        """The number of samples per call of `_run`."""
         return space.chunk
 
     def _propose(
         self, space: Space, y: torch.Tensor, correct: torch.Tensor, radius: float | None, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs `_run` on the correctly classified samples, in chunks that fit in memory → delta (G, …), group (N,)."""
+        """Runs `_run` on the correctly classified samples, in chunks that fit into memory → delta (G, …), group (N,)."""
         todo = correct.nonzero().flatten()
         deltas, groups = [space.zeros(1)], torch.zeros(len(y), dtype=torch.int64, device=y.device)
-        rows = 1  # row 0: the clean point, for the samples that are misclassified there
+        rows = 1  # row 0: the clean point, for misclassified samples
         for part in todo.split(self._chunk(space)) if len(todo) else ():
             limit = None if radius is None else torch.full((len(part),), round_down(radius, space.work), dtype=space.work, device=y.device)
             result = self._run(space.take(part), y[part], limit, generator)
@@ -290,16 +290,16 @@ class Attack(ABC):
             rows += len(result.delta)
         return torch.cat(deltas), groups
 
-    def _land(
+    def _evaluate(
         self, space: Space, delta: torch.Tensor, group: torch.Tensor, radius: float | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Lands inside the ball, measures and judges again (see `Space.judged`)."""
+        """Moves the points into the ball, measures and classifies them again (see `Space.assess`)."""
         with torch.no_grad():
-            return space.judged(delta, group, radius)
+            return space.assess(delta, group, radius)
 
 
 def _together(parts: list[Observation], order: np.ndarray) -> Observation:
-    """Observations of texts of several lengths as one, sample i number order[i] of them. Embeddings are 0 behind the end of a text."""
+    """Concatenates observations of texts of several lengths; sample i is sample order[i] of them. Embeddings are 0 after the end of a text."""
     first = parts[0]
     arrays = ("index", "label", "prediction", "success", "distance", "radius", "adversarial_prediction")
     joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts])[order] for name in arrays}
@@ -329,17 +329,17 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def _without_failures(delta: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """delta (G, …) with 0 for the perturbations that are not finite, and whether that of each sample (N,) is."""
+    """(delta (G, …) with 0 in place of perturbations that are not finite, whether the perturbation of each sample is finite (N,))."""
     finite = _finite(delta)
     return torch.where(finite.reshape(-1, *[1] * (delta.dim() - 1)), delta, 0.0), finite[group]
 
 
-# ---- what comes back as it was
+# ---- restoring the state
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restores parameters and buffers (bitwise, and written only where they differ: who has a graph through them can still go back through it),
+    """Restores parameters and buffers (bit by bit, and written only if they differ, so that graphs through them stay valid),
     their requires_grad flags and gradients, and the global random states."""
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     tensors = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
@@ -359,23 +359,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.is_floating_point():  # as integers: NaN equals itself, and 0 is not -0
+    if a.is_floating_point():  # as integers: NaN equals itself, and 0 differs from -0
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         a, b = a.reshape(-1).view(whole), b.reshape(-1).view(whole)
     return torch.equal(a, b)
 
 
-# ---- what is refused
+# ---- checks
 
 
 def _check_samples(x: torch.Tensor, y: torch.Tensor, threat: Threat, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of x, as it was given, and of y."""
+    """Copies of x, in its given precision, and of y."""
     x, y = x.clone(), y.to(x.device, copy=True)
     if not x.is_floating_point():
         return x, y
     finite = torch.isfinite(x.flatten(1)).all(1)
     if not bool(finite.all()):
-        raise BadInput(f"expected finite inputs, got NaN or infinity in sample {int((~finite).nonzero()[0])}; drop or repair it")
+        raise BadInput(f"expected finite inputs, got NaN or infinity in sample {int((~finite).nonzero()[0])}; drop or correct it")
     if not isinstance(threat, InputBall):
         return x, y
     seen = x.to(dtype)
@@ -401,14 +401,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_gradient(space: Space) -> None:
-    """Raises BadInput where no gradient comes back to what is perturbed: a search along gradients would find nothing, and say so of the model."""
+    """Raises BadInput if no gradient reaches the perturbed values: a gradient attack would find nothing, and the model would look robust."""
     first = space.take(torch.zeros(1, dtype=torch.int64, device=space.clean.device))
     point = first.clean.detach().clone().requires_grad_()
     logits = first.logits(point)
     grad = torch.autograd.grad(logits.sum(), point, allow_unused=True)[0] if logits.requires_grad else None
     if grad is None:
         raise BadInput(
-            "expected logits with a gradient to what is perturbed, got none: the forward is cut off from it; "
+            "expected logits with a gradient to the perturbed values, got none: the forward is detached from them; "
             "remove no_grad, detach, argmax or conversion to numpy from the forward"
         )
 
@@ -427,7 +427,7 @@ def _check_labels(y: torch.Tensor, classes: int) -> None:
 
 
 def space_of(model: Target, x: torch.Tensor, threat: Threat) -> Space:
-    """The space of a threat around the inputs x (N, …). Raises BadInput when the model cannot suffer this threat."""
+    """The space of a threat around the inputs x (N, …). Raises BadInput if the threat does not apply to the model."""
     if isinstance(threat, InputBall):
         if not x.is_floating_point():
             raise BadInput(

@@ -1,8 +1,8 @@
-"""Claims that can be audited: formulas from a model to a Lipschitz constant, with the norm and the domain in which it is meant.
+"""Claims that can be audited: formulas that compute a Lipschitz constant of a model, with its norm and its domain.
 
-A claim says ‖f(x') − f(x)‖ ≤ value·‖x' − x‖ for all x, x' of its domain. For transformers x is the embedding (T, D), its norm the largest
-token norm, and every output token is meant; for other models x is the input as one vector. Only `ours` is proved. The others are here
-so that `robustlip.attacks.audit` can try to break them: nothing that certifies may import this file.
+A claim states ‖f(x') − f(x)‖ ≤ value·‖x' − x‖ for all x, x' in its domain. For transformers x is the embedding (T, D), with the largest
+token norm, and the claim is about every output token; for other models x is the input as one vector. Only `ours` is proved. The others exist
+so that `robustlip.attacks.audit` can try to refute them; code that certifies must not import this file.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.ops import elementwise_of
 
 UNITS = ("l2", "rms")
-GELU_DIVISOR = 1.1289  # of the published code
+GELU_DIVISOR = 1.1289  # in the published code
 
-# The seven mistakes of the published formula, docs/theory.md, section 5; the seventh is of models with these options.
+# The seven mistakes of the published formula, docs/theory.md, section 5. The seventh concerns models with certain options.
 MISTAKES = {
-    1: "it takes norms of the whole W_q, W_k and W_v, where one head's slice can hold all of the norm and each head can read another token",
-    2: "it divides the MLP's constant by 1.1289 although the forward pass has divided already",
+    1: "it takes norms of the whole W_q, W_k and W_v, although one head can have all of the norm and each head can attend to a different token",
+    2: "it divides the MLP's constant by 1.1289 although the forward pass divides by it already",
     3: "1.1289 is below the largest slope of GELU (1.1289041 for erf, 1.1289931 for tanh)",
     4: "the attention scale multiplies the value term too, which is too small for scales below 1",
-    5: "it takes the domain of clean embeddings, which a perturbation leaves",
+    5: "it takes the domain of clean embeddings, although a perturbed embedding can lie outside",
     6: "its norms come from logs of training or power iteration instead of the weights in use",
-    7: "it sees neither final_scale, the factor on the logits, nor what stands in the place of LayerNorm",
+    7: "it ignores final_scale, the factor on the logits, and the substitutes for LayerNorm",
 }
 
 
@@ -54,9 +54,9 @@ MISTAKES = {
 class Claim:
     """A claimed Lipschitz constant.
 
-    value: in `units`, 'l2' (per-token ℓ2 in, ℓ2 out) or 'rms' (∞-RMS in, RMS out; the paper's). domain: the largest token norm ‖x_t‖₂ (ℓ2,
-    whatever the units) for which it is claimed, None for all inputs. fan_in, fan_out: numbers per input and output token, for conversion.
-    layers: (name, constant of the layer alone, in the same units).
+    value: in `units`, 'l2' (per-token ℓ2 in, ℓ2 out) or 'rms' (∞-RMS in, RMS out; the paper's). domain: the largest token norm ‖x_t‖₂ (in ℓ2,
+    for all units) for which it is claimed, None for all inputs. fan_in, fan_out: numbers per input and output token, for conversion.
+    layers: (name, constant of that layer, in the same units).
     """
 
     formula: str
@@ -76,11 +76,11 @@ class Claim:
             raise BadInput(f"expected a domain (largest token norm) above 0, got {self.domain}; give a positive number")
 
     def unit(self, units: str | None = None) -> float:
-        """How much of `units` (the claim's own unless given) one ℓ2 unit is: √(fan_in/fan_out) for rms, 1 for l2."""
+        """The factor from ℓ2 to `units` (the claim's own by default): √(fan_in/fan_out) for rms, 1 for l2."""
         return math.sqrt(self.fan_in / self.fan_out) if (units or self.units) == "rms" else 1.0
 
     def in_units(self, units: str) -> Claim:
-        """The same claim in other units."""
+        """The same claim converted to other units."""
         if units == self.units or units not in UNITS:
             return replace(self, units=units)
         factor = self.unit(units) / self.unit()
@@ -88,7 +88,7 @@ class Claim:
 
 
 def widths(chain: Chain) -> tuple[int, int]:
-    """(numbers per token behind the embedding, or of the whole input; numbers per output token), read off the Linear layers."""
+    """(numbers per token after the embedding, or of the whole input; numbers per output token), from the Linear layers."""
     linear = [m for layer in list(chain)[chain.embedding_depth :] for m in layer.modules() if type(m) is nn.Linear]
     if not linear:
         raise BadInput("expected a model with at least one Linear layer, got none; there is nothing to audit")
@@ -100,7 +100,7 @@ def _sigma(weight: Tensor) -> float:
 
 
 def _check_papers(layer: Attention, formula: str) -> None:
-    """Raises BadInput for an attention that the formula does not speak of."""
+    """Raises BadInput for an attention layer to which the formula does not apply."""
     if not layer.is_papers:
         raise BadInput(f"expected attention in the paper's form for the formula {formula}, got {layer.extra_repr()}; audit with --formula ours")
 
@@ -113,7 +113,7 @@ def _mlp_of(layer: nn.Module) -> tuple[nn.Linear, ScaledGELU, nn.Linear] | None:
 
 
 def _in_place_of_norm(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """(substitute for LayerNorm, what is behind it) of a branch of the published code's, or None. Substitutes learn nothing."""
+    """(substitute for LayerNorm, the module after it) in a branch of the published code, or None. Substitutes have no trained parameters."""
     if type(layer) is not nn.Sequential or len(layer) < 2:
         return None
     front, rest = layer[0], layer[1:]
@@ -124,7 +124,7 @@ def _in_place_of_norm(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def _behind_substitute(front: nn.Module, norm: float) -> tuple[float, float]:
-    """(Lipschitz constant in RMS, RMS norm behind it) of a substitute for LayerNorm on tokens of RMS norm ≤ norm: it divides by √(mean x² + eps)."""
+    """(Lipschitz constant in RMS, RMS norm of the output) of a norm substitute on tokens of RMS norm ≤ norm; it divides by √(mean x² + eps)."""
     if type(front) is nn.Tanh:
         return 1.0, min(norm, 1.0)
     eps = float(front.eps)  # type: ignore[arg-type]
@@ -132,9 +132,9 @@ def _behind_substitute(front: nn.Module, norm: float) -> tuple[float, float]:
 
 
 def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) -> tuple[float, float]:
-    """(constant, growth of the norm) of one attention or MLP layer or residual of one, both in RMS, for token RMS norms ≤ `norm` in front.
+    """(constant, factor of growth of the norm) of an attention or MLP layer, or a residual of one, both in RMS, for tokens of RMS norm ≤ `norm`.
 
-    repair: numbers of MISTAKES to leave out (1, 2, 4 and 7 change the value); with none this is the published formula.
+    repair: numbers of MISTAKES to correct (1, 2, 4 and 7 change the value); by default this is the published formula.
     Raises BadInput for any other layer.
     """
     if type(layer) is Residual and type(layer.branch) is nn.Identity:  # final_scale
@@ -183,14 +183,14 @@ def newhouse2025(model: nn.Module, repair: Collection[int] = ()) -> Claim:
     Newhouse et al. 2025), in ∞-RMS, on embeddings of RMS norm ≤ 1: L ← L(|skip| + |weight|Λ) over the residuals with
     Λ_att = s·σ_o σ_v(1 + 2σ_q σ_k a²)/3 and Λ_mlp = σ_out σ_in/1.1289, a ← a(|skip| + |weight|·growth), then the head.
 
-    Of its mistakes (MISTAKES) it reproduces 1, 2, 3, 4, 5 and 7. Not 6: norms are taken from the weights in use, which is kinder to it, as
-    is that the residuals' own weights are used: the published code takes 1/(2·blocks), whatever its option residual_scale makes of them.
-    The published product starts with the norm of the embedding, for one-hot inputs; as every claim here is about embeddings, it starts with 1.
-    Raises BadInput for a model that it does not speak of: no embedding, a learned LayerNorm, another activation, layers of other kinds.
+    Of its mistakes (MISTAKES) it reproduces 1, 2, 3, 4, 5 and 7, but not 6: norms are computed from the weights in use. It also uses the residuals'
+    own weights, while the published code uses 1/(2·blocks) for every value of its option residual_scale. Both favour the formula.
+    The published product starts with the norm of the embedding, for one-hot inputs; claims here are about embeddings, so it starts with 1.
+    Raises BadInput for a model to which it does not apply: no embedding, a learned LayerNorm, another activation, other kinds of layers.
     """
     chain = as_chain(model)
     if chain.embedding_depth == 0:
-        raise BadInput("expected a transformer with an embedding for newhouse2025, got a model without; audit it with --formula product or ours")
+        raise BadInput("expected a transformer with an embedding for newhouse2025, got a model without one; audit it with --formula product or ours")
     constant, norm, rows = 1.0, 1.0, []
     body = list(chain.named_children())[chain.embedding_depth :]
     for i, (name, layer) in enumerate(body):
@@ -215,7 +215,7 @@ _TAKEN_AS_ONE = (
 
 
 def _product(layer: nn.Module) -> float:
-    """What folk wisdom gives one layer, in ℓ2."""
+    """The factor of one layer in a product of norms, in ℓ2."""
     if type(layer) is Residual:
         return abs(layer.skip) + abs(layer.weight) * _product(layer.branch)
     if type(layer) is nn.Sequential:
@@ -236,14 +236,14 @@ def _product(layer: nn.Module) -> float:
         return elementwise_of(layer).steepest
     if type(layer) in _TAKEN_AS_ONE:
         return 1.0
-    raise BadInput(f"expected layers that the formula product speaks of, got {type(layer).__name__}; audit with --formula ours or --claim")
+    raise BadInput(f"expected layers to which the formula product applies, got {type(layer).__name__}; audit with --formula ours or --claim")
 
 
 def product(model: nn.Module) -> Claim:
-    """The product of the spectral norms of the Linear layers, in ℓ2, as it is often quoted for any network.
+    """The product of the spectral norms of the Linear layers, in ℓ2, as it is often stated for any network.
 
-    It assumes that activations (GELU and LayerNorm's division too) have slope at most 1, that residuals add |skip| + |weight|·branch (true), and
-    that attention only averages: σ(W_o)σ(W_v) with attention weights that do not move. Right for ReLU and tanh MLPs on all inputs; wrong for GELU
+    It assumes that activations, also GELU, and LayerNorm's division have slope at most 1, that residuals add |skip| + |weight|·branch (true), and
+    that attention only averages: σ(W_o)σ(W_v) with constant attention weights. True for ReLU and tanh MLPs on all inputs; false for GELU
     (1.1289), LayerNorm and attention. For transformers the domain is that of their own embeddings.
     """
     chain = as_chain(model)
@@ -252,7 +252,7 @@ def product(model: nn.Module) -> Claim:
 
 
 def published(model: Chain) -> tuple[float | None, str]:
-    """What the published formula makes of the weights in use, ∞-RMS, from embeddings (transformers) or inputs (MLPs); or None, and why."""
+    """The published formula for the weights in use, ∞-RMS, from embeddings (transformers) or inputs (MLPs); or None and the reason."""
     config = model.config or {}
     try:
         if model.embedding_depth:
@@ -261,18 +261,18 @@ def published(model: Chain) -> tuple[float | None, str]:
             return product(model).in_units("rms").value, ""
     except BadInput as error:
         return None, str(error)
-    return None, "the published formula speaks of transformers and of MLPs with ReLU"
+    return None, "the published formula applies to transformers and to MLPs with ReLU"
 
 
 def ours(model: nn.Module) -> Claim:
-    """`robustlip.certifiers.lipschitz_bound`: guaranteed, in ℓ2, on the domain of the model's own embeddings."""
+    """`robustlip.certifiers.lipschitz_bound`: proved, in ℓ2, on the domain of the model's own embeddings."""
     bound = lipschitz_bound(model)
     domain = bound["domain"]
     return Claim("ours", float(bound["l2"]), "l2", None if isinstance(domain, str) else domain, *widths(as_chain(model)))
 
 
 def own_domain(chain: Chain) -> float | None:
-    """The largest token norm of the model's own embeddings, None for a model without."""
+    """The largest token norm of the model's own embeddings, None for a model without embeddings."""
     if chain.embedding_depth == 0:
         return None
     domain = lipschitz_bound(chain)["domain"]
@@ -280,7 +280,7 @@ def own_domain(chain: Chain) -> float | None:
 
 
 def stated(model: nn.Module, value: float, units: str = "l2", domain: float | None = None) -> Claim:
-    """Somebody's number. domain: the largest token norm (ℓ2) for which it is claimed; for transformers that of their own embeddings unless given."""
+    """A number given by the user. domain: the largest token norm (ℓ2) for which it is claimed; default for transformers: that of their embeddings."""
     chain = as_chain(model)
     return Claim("claim", value, units, own_domain(chain) if domain is None else domain, *widths(chain))
 
@@ -289,14 +289,14 @@ FORMULAS: dict[str, Callable[[nn.Module], Claim]] = {"newhouse2025": newhouse202
 
 
 def claim_of(model: nn.Module, formula: str) -> Claim:
-    """The claim of a formula by its name. Raises BadInput for an unknown name and for a model that the formula does not speak of."""
+    """The claim of a formula by name. Raises BadInput for an unknown name and for a model to which the formula does not apply."""
     if formula not in FORMULAS:
         raise BadInput(f"expected a formula among {', '.join(FORMULAS)}, got {formula!r}; name one of them or give --claim")
     return FORMULAS[formula](model)
 
 
 def layer_claim(layer: nn.Module, formula: str, domain: float) -> Claim:
-    """What a formula says of one attention or MLP layer (N, T, D) → (N, T, D) on tokens of ℓ2 norm ≤ domain, in RMS."""
+    """The claim of a formula for one attention or MLP layer (N, T, D) → (N, T, D) on tokens of ℓ2 norm ≤ domain, in RMS."""
     linear = [m for m in layer.modules() if type(m) is nn.Linear]
     width = linear[0].in_features
     if formula == "newhouse2025":
@@ -309,12 +309,12 @@ def layer_claim(layer: nn.Module, formula: str, domain: float) -> Claim:
         state = run_rules([layer], State(norm, step, torch.zeros_like(step), "l2", 1, width), Context(dtype=torch.float64, store={}))
         value = float(state.change / step) * (1 + 1e-15)
     else:
-        raise BadInput(f"expected a formula among {', '.join(FORMULAS)} for single layers, got {formula!r}; a number speaks of the whole model only")
+        raise BadInput(f"expected a formula among {', '.join(FORMULAS)} for single layers, got {formula!r}; a number is for the whole model only")
     return Claim(formula, value, "rms", domain, width, linear[-1].out_features)
 
 
 def norms_in_front(chain: Chain, formula: str) -> Iterable[tuple[str, nn.Module, float]]:
-    """(name, attention or MLP layer without its residual, largest token norm in ℓ2 in front of it) of a transformer, as the formula sees them."""
+    """(name, attention or MLP layer without its residual, largest ℓ2 norm of its input tokens) for the layers of a transformer, as in the formula."""
     width = widths(chain)[0]
     root = math.sqrt(width)
     norm = root if formula == "newhouse2025" else own_domain(chain)
@@ -333,22 +333,22 @@ def norms_in_front(chain: Chain, formula: str) -> Iterable[tuple[str, nn.Module,
 
 
 def explain(model: nn.Module, claim: Claim) -> str:
-    """One sentence: which assumption of the formula a violation most likely comes from."""
+    """One sentence: the assumption of the formula that most likely causes a violation."""
     if claim.formula == "newhouse2025":
         repaired = {i: newhouse2025(model, {i}).value for i in (1, 2, 4, 7)}
         worst = max(repaired, key=lambda i: repaired[i])
         said = newhouse2025(model).value
         if repaired[worst] <= said * (1 + 1e-9):
-            return f"No single one of its mistakes lowers this value (docs/theory.md, section 5): {MISTAKES[5]}."
-        instead = f"without it the formula says {repaired[worst]:.4g} instead of {said:.4g} (RMS)"
+            return f"None of its mistakes alone lowers this value (docs/theory.md, section 5): {MISTAKES[5]}."
+        instead = f"corrected, the formula gives {repaired[worst]:.4g} instead of {said:.4g} (RMS)"
         return f"Mistake {worst} of the published formula: {MISTAKES[worst]}; {instead}."
     if claim.formula == "product":
         kinds = {type(m) for m in model.modules()}
         if Attention in kinds:
-            return "A product of spectral norms takes attention weights as fixed; they move with the input."
+            return "A product of spectral norms assumes constant attention weights; they depend on the input."
         if nn.LayerNorm in kinds:
-            return "A product of spectral norms takes LayerNorm as 1-Lipschitz; it divides by a standard deviation that can be small."
-        return "A product of spectral norms takes activations as 1-Lipschitz; GELU has slope up to 1.1289."
+            return "A product of spectral norms assumes that LayerNorm is 1-Lipschitz; it divides by a standard deviation that can be small."
+        return "A product of spectral norms assumes that activations are 1-Lipschitz; GELU has slope up to 1.1289."
     if claim.formula == "ours":
         return "This bound is proved: a violation is a bug in robustlip; please report it with the witness."
-    return "The claim is refuted by the pair of inputs in the witness, whatever it was derived from."
+    return "The pair of inputs in the witness refutes the claim."

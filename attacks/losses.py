@@ -1,4 +1,4 @@
-"""What an attack climbs, and when a sample counts as broken during the search. Logits (N, C), labels (N,) → (N,)."""
+"""Losses of attacks, and the criterion of success during a search. Logits (N, C), labels (N,) → (N,)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from robustlip.attacks.spaces import HALVES
 
 
 def wide(logits: torch.Tensor) -> torch.Tensor:
-    """Logits of a model in half precision as float32, which holds them and (nearly all) their differences exactly."""
+    """Logits of a model in half precision as float32, which represents them and nearly all of their differences exactly."""
     return logits.float() if logits.dtype in HALVES else logits
 
 
@@ -22,15 +22,15 @@ def violation(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def excess(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The violation beyond the rounding of the logits.
+    """The violation minus an allowance for the rounding of the logits.
 
-    Above 0 the sample is broken with room to spare: another batch size or another machine sums in another order, and the evidence should
-    survive that. In float32 and float64 sums of hundreds of terms then differ by a few eps of the largest logit: 8 of them. In half precision
-    products are summed in float32 and rounded once, so that another order moves a logit by an ulp at most, and rarely: one eps, which is an ulp
-    or two, and still asks for two ulps between the logits where they are near the largest one.
+    Above 0 the sample is broken by more than rounding: another batch size or another machine sums in another order, and the success should
+    be reproducible there. In float32 and float64, sums of hundreds of terms then differ by a few eps of the largest logit: the allowance is 8 eps.
+    In half precision, products are summed in float32 and rounded once, so that another order rarely changes a logit, by at most one ulp: the
+    allowance is one eps, which is one or two ulps, and still requires two ulps between logits near the largest one.
     """
-    room = 1 if logits.dtype in HALVES else 8
-    return violation(logits, labels) - room * torch.finfo(logits.dtype).eps * wide(logits).abs().amax(1)
+    slack = 1 if logits.dtype in HALVES else 8
+    return violation(logits, labels) - slack * torch.finfo(logits.dtype).eps * wide(logits).abs().amax(1)
 
 
 def targeted(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -40,9 +40,9 @@ def targeted(logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) 
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross entropy of the logits brought to a spread of 8 per sample.
+    """The cross entropy of the logits, scaled to a spread of 8 per sample.
 
-    Its gradient direction then does not depend on the scale of the logits, and never underflows in a saturated softmax.
+    So the direction of its gradient does not depend on the scale of the logits, and the gradient does not underflow in a saturated softmax.
     """
     logits = wide(logits)
     spread = (logits.amax(1) - logits.amin(1)).detach().clamp_min(torch.finfo(logits.dtype).tiny)
@@ -50,6 +50,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def rivals_by_logit(logits: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` strongest rivals of each label, strongest first: (N, min(count, C − 1)) int64."""
+    """The `count` largest logits other than the label's, the largest first: class numbers (N, min(count, C − 1)) int64."""
     count = min(count, logits.shape[1] - 1)
     return logits.scatter(1, labels[:, None], -torch.inf).topk(count, dim=1).indices

@@ -1,4 +1,4 @@
-"""The smallest radius at which an attack succeeds, per sample: what certified radii are compared with."""
+"""Searches the smallest radius at which an attack succeeds, per sample, for comparison with certified radii."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from robustlip.attacks.weights import group_count, shared_ladder
 from robustlip.errors import BadInput
 from robustlip.geometry import per_sample
 
-BELOW = 0.985  # of the best radius: where the last attacks are run
+BELOW = 0.985  # fraction of the best radius at which the last attacks run
 
 
 @dataclass(frozen=True)
 class MinimumRadius(Attack):
-    """The best of a direct minimum-norm attack and a search of radii with `attack`, each success shortened along its line.
+    """A direct minimum-norm attack, then a search over radii with `attack`; every success is shortened along its line.
 
-    attack: the PGD that is run at each radius. steps: radii tried per sample by bisection (all samples at once, each with
-    a radius of its own). descent: steps of the direct attack, 0 to leave it out. rivals: how many of the strongest rivals are
-    ranked by their first-order distance, of which the nearest `targets` are attacked by name. groups: for weight threats, the number
-    of shared perturbations (see WeightAttack); shared ones are tried on a ladder of radii instead.
-    polish: steps along the boundary from the best point, at the end, 0 to leave them out.
-    rounds: at the very end, how often `last`, of many random starts, is run a little below the best radius, while it succeeds; 0 leaves it out.
-    A threat with a radius limits the search to it; without one it is unlimited.
+    attack: the PGD that runs at each radius. steps: number of radii per sample in the bisection (all samples in one batch, each with
+    its own radius). descent: steps of the direct attack; 0 disables it. rivals: how many classes with the largest logits are
+    ranked by first-order distance; the nearest `targets` of them are attacked as targets. groups: for weight threats, the number
+    of shared perturbations (see WeightAttack), which are tried at a sequence of radii instead.
+    polish: steps along the decision boundary from the best point, at the end; 0 disables them.
+    rounds: at the very end, how many times `last`, with many random starts, runs slightly below the best radius while it succeeds; 0 disables it.
+    A threat with a radius limits the search to that radius; without one it is unlimited.
     Sources: Pintor et al. 2021 (FMN: a radius that follows the boundary) and Rony et al. 2019 (DDN) for the direct attack.
     """
 
@@ -54,9 +54,9 @@ class MinimumRadius(Attack):
                 f"got {self.steps}, {self.descent}, {self.rivals}, {self.targets}; raise them"
             )
         if self.polish < 0:
-            raise BadInput(f"expected polish of at least 0, got {self.polish}; 0 leaves it out")
+            raise BadInput(f"expected polish of at least 0, got {self.polish}; 0 disables it")
         if self.rounds < 0:
-            raise BadInput(f"expected rounds of at least 0, got {self.rounds}; 0 leaves the last attacks out")
+            raise BadInput(f"expected rounds of at least 0, got {self.rounds}; 0 disables the last attacks")
         if self.groups is not None and self.groups < 1:
             raise BadInput(f"expected at least 1 group, got {self.groups}; leave it out for one per sample")
 
@@ -71,7 +71,7 @@ class MinimumRadius(Attack):
 
         guess, targets = self._nearest_rivals(space, labels)
         guess = torch.minimum(guess, cap)
-        best = space.zeros().double()  # exactly the changes of the points that were judged
+        best = space.zeros().double()  # exactly the changes of the points that were classified
         high = torch.full_like(cap, torch.inf)
         if self.descent and not isinstance(space, WeightSpace):
             best, high = self._descend_to(space, labels, targets, guess)
@@ -84,14 +84,14 @@ class MinimumRadius(Attack):
                 break
             before = high
             best, high = self._try(space, labels, rows, BELOW * high, best, high, generator, warm=True, attack=self.last)
-            rows = rows[high[rows] < before[rows]]  # who was moved may be moved again, from where it is now
+            rows = rows[high[rows] < before[rows]]  # samples that improved may improve again
             best, high = self._polish(space, labels, rows, best, high)
         return best
 
     def _polish(
         self, space: Space, labels: torch.Tensor, rows: torch.Tensor, best: torch.Tensor, high: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps along the boundary from the best points of `rows`, kept where they are shorter."""
+        """Steps along the decision boundary from the best points of `rows`; a result is kept if it is shorter."""
         if not self.polish or len(rows) == 0 or isinstance(space, WeightSpace):
             return best, high
         part = space.take(rows)
@@ -101,10 +101,10 @@ class MinimumRadius(Attack):
         best[rows], high[rows] = shorter, length
         return best, high
 
-    # ---- where to begin
+    # ---- starting radii
 
     def _nearest_rivals(self, space: Space, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The smallest first-order distance of each sample (N,) and the `targets` rivals that are nearest by it (N, t)."""
+        """The smallest first-order distance of each sample (N,), and the `targets` classes that are nearest by it (N, t)."""
         with torch.no_grad():
             rivals = rivals_by_logit(space.logits(space.clean), labels, self.rivals)
         count = rivals.shape[1]
@@ -112,7 +112,7 @@ class MinimumRadius(Attack):
         distance = first_order(space.take(pairs), labels[pairs], rivals.flatten()).view(-1, count)
         order = distance.argsort(1)
         nearest = distance.amin(1)
-        # A gradient that vanishes says nothing about the distance: begin with the size of the clean point.
+        # A vanishing gradient gives no distance: start with the size of the clean point.
         fallback = space.measure(space.clean.to(space.work)).clamp_min(1e-3)
         return torch.where(torch.isfinite(nearest), nearest, fallback), rivals.gather(1, order[:, : self.targets])
 
@@ -136,7 +136,7 @@ class MinimumRadius(Attack):
         high: torch.Tensor,
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Doubles the radius of the samples that no attack has broken, from 1.1 times the first-order guess up to the cap."""
+        """Doubles the radius of samples that are not broken yet, from 1.1 times the first-order guess up to the cap."""
         radius = torch.minimum(1.1 * guess, cap)
         for _ in range(12):
             todo = ((high == torch.inf) & (radius <= cap)).nonzero().flatten()
@@ -149,7 +149,7 @@ class MinimumRadius(Attack):
     def _bisect(
         self, space: Space, labels: torch.Tensor, best: torch.Tensor, high: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Radii below the best so far: first a little (the direct attack is near the truth), then halving what is open."""
+        """Tries radii below the best so far: first slightly below (the direct attack is near the optimum), then bisection."""
         low = torch.zeros_like(high)
         for step in range(self.steps):
             todo = ((high < torch.inf) & (high > 1.002 * low)).nonzero().flatten()
@@ -175,7 +175,7 @@ class MinimumRadius(Attack):
         warm: bool = False,
         attack: PGD | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attacks the samples `todo` at their radii and keeps what is shorter. warm: from the best so far, not from the clean point."""
+        """Attacks the samples `todo` at their radii and keeps shorter results. warm: start from the best so far, not from the clean point."""
         part = space.take(todo)
         start = best[todo] if warm else None
         delta, value = (attack or self.attack).search(part, labels[todo], radius[todo], generator, start)
@@ -206,7 +206,7 @@ class MinimumRadius(Attack):
 
 
 def first_order(space: Space, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """margin/‖gradient‖_dual toward each target (N,): where the linearised model would break, in units of the radius."""
+    """margin/‖gradient‖_dual for each target (N,): the distance at which the linearised model changes its prediction, in units of the radius."""
     point = space.clean.detach().clone().requires_grad_()
     gap = -targeted(space.logits(point), labels, targets)
     size = space.dual(torch.nan_to_num(space.gradient(gap, point)))
@@ -214,7 +214,7 @@ def first_order(space: Space, labels: torch.Tensor, targets: torch.Tensor) -> to
 
 
 def _shared_guess(space: WeightSpace, labels: torch.Tensor) -> torch.Tensor:
-    """A first-order guess of the radius (N,) that needs no copy of the weights per sample: the batch's mean gradient."""
+    """A first-order guess of the radius (N,) that needs no copy of the weights per sample: from the mean gradient of the batch."""
     point = space.clean[:1].detach().clone().requires_grad_()
     gap = -violation(space.shared_logits(point[0], space.x), labels)
     size = space.dual(space.gradient(gap / len(gap), point))
@@ -222,10 +222,10 @@ def _shared_guess(space: WeightSpace, labels: torch.Tensor) -> torch.Tensor:
 
 
 def descend(space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A direct minimum-norm attack: ascend the loss while a radius per sample follows the decision boundary.
+    """A direct minimum-norm attack: ascent of the loss with a radius per sample that follows the decision boundary.
 
-    labels, targets (−1: the largest rival of the moment), guess (N,) → the shortest successful perturbation and its norm (N,), inf
-    where none was found. Steps shrink from one guess to a hundredth of it, so that the scale of the inputs does not matter.
+    labels, targets (−1: the class with the largest other logit at each step), guess (N,) → the shortest successful perturbation and its norm (N,),
+    inf if none was found. Step lengths decrease from the guess to a hundredth of it, so that the scale of the inputs does not matter.
     Source: Pintor et al. 2021, algorithm 1.
     """
     delta, best = space.zeros(), space.zeros()
@@ -244,7 +244,7 @@ def descend(space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: to
             best = torch.where(per_sample(shorter, delta), delta, best)
             reach = torch.where(shorter, norm, reach)
             shrink = 0.002 + 0.1 * cosine
-            # Never broken: the linearised distance that is left, and a little more. Broken: inside the best. Else: a little outside.
+            # Never broken: slightly more than the remaining linearised distance. Broken: inside the best radius. Otherwise: slightly outside.
             left = loss.abs() / space.dual(grad).clamp_min(torch.finfo(grad.dtype).tiny)
             ahead = torch.where(reach < torch.inf, radius, norm + left.clamp(max=1e3 * guess.amax())) * (1 + shrink)
             radius = torch.where(broken, torch.minimum(radius, norm) * (1 - shrink), torch.minimum(ahead, reach))
@@ -256,7 +256,7 @@ def descend(space: Space, labels: torch.Tensor, targets: torch.Tensor, guess: to
 def along_the_boundary(
     space: Space, labels: torch.Tensor, delta: torch.Tensor, reach: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From broken points near the boundary toward the nearest point of its linearisation, again and again → the shortest broken one and its norm.
+    """Repeated steps from broken points to the nearest point of the linearised decision boundary → the shortest broken point and its norm.
 
     Source: Croce & Hein 2020 (FAB), the step without its bias toward the clean point.
     """
@@ -282,17 +282,17 @@ def along_the_boundary(
 
 @torch.no_grad()
 def shorten(space: Space, labels: torch.Tensor, delta: torch.Tensor, steps: int = 18) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shortest broken point on the line from the clean point to each delta (N, …), by bisection, forward passes only.
+    """The shortest broken point on the line from the clean point to each delta (N, …), by bisection with forward passes.
 
-    Judged on the points as the model's dtype holds them → their change (float64), and its norm (N,), inf where delta itself fails there.
+    Points are classified as the model's dtype represents them → their change (float64), and its norm (N,), inf if delta itself does not succeed.
     """
     outer = torch.ones(len(space), dtype=torch.float64, device=labels.device)
     inner = torch.zeros_like(outer)
-    shortest = space.place(delta)
+    shortest = space.cast_point(delta)
     holds = excess(space.logits(shortest), labels) > 0
     for _ in range(steps):
         middle = (inner + outer) / 2
-        point = space.place(delta.double() * per_sample(middle, delta))
+        point = space.cast_point(delta.double() * per_sample(middle, delta))
         broken = excess(space.logits(point), labels) > 0
         shortest = torch.where(per_sample(broken, point), point, shortest)
         outer, inner = torch.where(broken, middle, outer), torch.where(broken, inner, middle)

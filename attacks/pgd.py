@@ -16,7 +16,7 @@ from robustlip.geometry import per_sample, safe_divide
 
 LOSSES = ("margin", "targeted", "ce")
 SCHEDULES = ("cosine", "linear", "constant")
-# Samples that are broken leave the batch at every PRUNE-th step: often enough to save work, seldom enough not to stall a GPU.
+# Broken samples are removed from the batch at every PRUNE-th step: often enough to save work, rarely enough not to synchronise a GPU.
 PRUNE = 8
 
 
@@ -24,11 +24,11 @@ PRUNE = 8
 class PGD(Attack):
     """Steepest ascent of a loss inside the ball of the threat.
 
-    steps ≥ 1 per restart; restarts ≥ 1: the first starts at the clean point, where its first step goes along the gradient to
-    the border, the others start at random inside the ball. size: first step length in radii; schedule: how it decays to 0.
-    momentum in [0, 1): heavy ball on gradients normalised in the dual norm. losses: one per restart, in turn: 'margin'
-    (largest rival), 'targeted' (the k-th strongest rival at the clean point, another one each turn), 'ce'.
-    Samples that are broken leave the search. Raises BadInput for options outside these ranges.
+    steps ≥ 1 per restart; restarts ≥ 1: the first starts at the clean point, with a first step along the gradient to
+    the boundary; the others start at random points of the ball. size: first step length in radii; schedule: its decay to 0.
+    momentum in [0, 1): heavy ball on gradients normalised in the dual norm. losses: the losses of the restarts, in turn: 'margin'
+    (largest other logit), 'targeted' (the class with the k-th largest logit at the clean point, another one in each turn), 'ce'.
+    Broken samples leave the search. Raises BadInput for options outside these ranges.
     """
 
     steps: int = 40
@@ -62,9 +62,9 @@ class PGD(Attack):
         generator: torch.Generator,
         start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best perturbation within radius (N,) of each sample, and its excess (N,): above 0 where the sample is broken.
+        """The best perturbation within radius (N,) of each sample, and its excess (N,), which is above 0 if the sample is broken.
 
-        start (N, …): where the first restart begins instead of the clean point; it then takes smaller steps.
+        start (N, …): starting point of the first restart instead of the clean point; that restart then takes smaller steps.
         """
         best = space.zeros()
         value = torch.full((len(space),), -torch.inf, dtype=space.work, device=labels.device)
@@ -83,7 +83,7 @@ class PGD(Attack):
             else:
                 delta = part.zeros() if first else part.random(limit, generator)
             turn, loss = restart // len(self.losses), self.losses[restart % len(self.losses)]
-            # With several losses in turn, 'targeted' first meets the runner-up's follower: 'margin' had the runner-up itself.
+            # With several losses in turn, 'targeted' begins with the third class, because 'margin' attacked the second one.
             rank = min(turn + ("margin" in self.losses), rivals.shape[1] - 1)
             size = self.size * (0.3 if first and start is not None else 1.0)
             found, reached = self._climb(part, labels[active], limit, delta, loss, rivals[active, rank], size)
@@ -108,10 +108,10 @@ class PGD(Attack):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One restart from delta (N, …) → the best perturbation and its excess, per sample.
 
-        A gradient that is not finite makes its sample's later points NaN, which are never better: what was found before stays.
+        A gradient that is not finite makes the later points of its sample NaN, which are never better, so earlier results are kept.
         """
         kept, worth = delta.clone(), torch.full_like(radius, -torch.inf)
-        alive = torch.arange(len(space), device=labels.device)  # the rows that are still climbed
+        alive = torch.arange(len(space), device=labels.device)  # rows that are still attacked
         best, value = delta, worth.clone()
         inertia = torch.zeros_like(delta) if self.momentum else None
         for step in range(self.steps + 1):
@@ -144,7 +144,7 @@ class PGD(Attack):
 
 
 def objective(loss: str, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The named loss per sample (N,), to be raised."""
+    """The named loss per sample (N,), to be maximised."""
     if loss == "margin":
         return violation(logits, labels)
     return targeted(logits, labels, targets) if loss == "targeted" else cross_entropy(logits, labels)

@@ -1,4 +1,4 @@
-"""A point of a box at which given linear functions of the outputs are all at most 0: signed gradient steps from many starts (Madry et al. 2018)."""
+"""Searches a point of a box at which given linear functions of the outputs are all ≤ 0: PGD with signed gradients (Madry et al. 2018)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def starts(low: Tensor, high: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, n) points of the box: what it was a ball around before it was clipped, its middle, two corners, then random corners and points."""
+    """(count, n) points: the centre of the ball that was clipped to the box, the centre of the box, two corners, random corners and points."""
     place = torch.rand(count, len(low), generator=generator, dtype=torch.float64)
     place[::2] = place[::2].round()
     place[1:4] = torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64)[: max(0, count - 1)]
@@ -25,10 +25,10 @@ def search(
     outputs: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, groups: Sequence[tuple[Tensor, Tensor]], *,
     generator: torch.Generator, until: float, restarts: int = 8, steps: int = 60,
 ) -> Tensor | None:  # fmt: skip
-    """x (n,) in [low, high] with rows·y ≤ offsets in every row of some group, as `outputs` computes in its own dtype; None where none was found.
+    """x (n,) in [low, high] with rows·y ≤ offsets in every row of some group, as `outputs` computes it in its own dtype; None if none was found.
 
-    outputs: points (N, n) → y (N, C). low, high (n,), rows (r, C), offsets (r,), all in the dtype of the points. until: by time.monotonic().
-    What is returned was computed once; the caller judges it again.
+    outputs: points (N, n) → y (N, C). low, high (n,), rows (r, C), offsets (r,), all in the dtype of the points. until: a time.monotonic() deadline.
+    The caller has to check the result again.
     """
     x = starts(low, high, restarts, generator)
     half = (high - low) / 2

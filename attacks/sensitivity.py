@@ -1,4 +1,4 @@
-"""Observed sensitivity: how much the logits have been seen to move per unit of a threat. A lower estimate of a Lipschitz constant."""
+"""Observed sensitivity: the largest observed change of the logits per unit of a threat. A lower estimate of a Lipschitz constant."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from robustlip.threats import Threat
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The largest ratio ‖f(x + δ) − f(x)‖₂/‖δ‖ that was found around each sample; f: the logits that decide.
+    """The largest ratio ‖f(x + δ) − f(x)‖₂/‖δ‖ found around each sample; f: the logits of the prediction.
 
     ratio: float64 (N,), per unit of the threat (per-token balls: of max_t‖δ_t‖; relative weight balls: per unit of σ(W)).
     change: float64 (N,), ‖f(x + δ) − f(x)‖₂. distance: float64 (N,), ‖δ‖ in the norm of the threat, ≤ its radius.
     witness: the δ themselves, float64 (N, …) (rows of flattened weight changes for weight threats).
-    Everything is measured in float64 on a float64 copy of the model, so float32 noise cannot inflate it. True constants are ≥ ratio.
+    Everything is measured in float64 on a float64 copy of the model, so float32 rounding cannot inflate it. The true constants are ≥ ratio.
     """
 
     threat: Threat
@@ -56,11 +56,11 @@ def observed_sensitivity(
 ) -> Sensitivity:
     """Searches the most sensitive direction at each x (N, …), first at the point, then over finite steps within the radius.
 
-    starts: random directions to begin from. power_steps: of the nonlinear power iteration v ← steepest(Jᵀ J v) (Boyd 1974,
-    for the threat's norm). ascent_steps: of ascent on the finite difference, at the threat's radius and at a tenth of it;
-    with radius=None only infinitesimal steps (10⁻⁴ of the size of x, or of σ(W)) are taken.
-    model: any nn.Module (see `robustlip.target`); it is copied, so nothing of it changes. x, threat: as in `robustlip.samples`.
-    Raises BadInput for starts < 1 and whatever the threat's space refuses.
+    starts: number of random initial directions. power_steps: steps of the nonlinear power iteration v ← steepest(Jᵀ J v) (Boyd 1974,
+    for the threat's norm). ascent_steps: steps of ascent on the finite difference, at the threat's radius and at a tenth of it;
+    with radius=None only small steps (10⁻⁴ of the size of x, or of σ(W)) are used.
+    model: any nn.Module (see `robustlip.target`); it is copied and not changed. x, threat: as in `robustlip.samples`.
+    Raises BadInput for starts < 1 and for inputs that the threat's space refuses.
     """
     if starts < 1 or power_steps < 1 or ascent_steps < 0:
         raise BadInput(
@@ -90,13 +90,13 @@ def observed_sensitivity(
 def _double(model: nn.Module) -> nn.Module:
     """A copy of the model in float64, without gradients for its weights."""
     try:
-        with torch.no_grad():  # else the parameters of a copied or cast scripted module are no leaves
+        with torch.no_grad():  # otherwise parameters of a copied or cast scripted module are not leaves
             copied = copy.deepcopy(model).double()
         for parameter in copied.parameters():
             parameter.requires_grad_(False)
         return copied
-    except Exception as error:  # of somebody else's module
-        raise BadInput(f"expected a model that can be copied into float64, got {first_line(error)}; leave out what cannot be copied") from None
+    except Exception as error:  # a user's module may raise anything
+        raise BadInput(f"expected a model that can be copied into float64, got {first_line(error)}; remove the part that cannot be copied") from None
 
 
 def _search(
@@ -112,7 +112,7 @@ def _search(
 
     def consider(best: tuple[torch.Tensor, ...], delta: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            point, distance = space.land(delta, None if radius is None else one * radius)
+            point, distance = space.finalize(delta, None if radius is None else one * radius)
             change = torch.linalg.vector_norm(space.logits(point) - base, dim=1)
             ratio = safe_divide(change, distance)
             better = ~(ratio <= best[0])  # NaN is kept, and reported by the caller
@@ -144,7 +144,7 @@ def _search(
 
 
 def _pull(space: Space, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Jᵀ J v per sample; J v by a central difference in float64, which every layer has (forward mode is not for all of them)."""
+    """Jᵀ J v per sample; J v by a central difference in float64, because not every layer supports forward mode."""
     step = per_sample(length, v) * v
     with torch.no_grad():
         jv = space.logits(space.clean + step) - space.logits(space.clean - step)
@@ -153,5 +153,5 @@ def _pull(space: Space, v: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
 
 
 def _size(space: Space) -> float:
-    """A typical size of what is perturbed: of a weight in units of the threat it is 1."""
+    """A typical size of the perturbed values; for weights, in units of the threat, it is 1."""
     return 1.0 if isinstance(space, WeightSpace) else max(float(space.measure(space.clean).median()), 1e-3)

@@ -1,7 +1,7 @@
-"""Where an attack moves: one small geometry per threat, so that one PGD serves them all.
+"""Spaces of perturbations: norm, steepest directions and projection of each threat, so that one PGD serves all threats.
 
-A space knows the clean point of every sample, the norm of the threat, its steepest directions and its projection. All methods
-are batched over the N samples of the space; radii are tensors (N,), so that a search for the smallest radius is one batch.
+A space contains the clean points of all samples, the norm of the threat, its steepest directions and its projection. All methods
+are batched over the N samples of the space; radii are tensors (N,), so that a search for smallest radii is one batch.
 Norms and radii are in the units of the threat (see `robustlip.threats`).
 """
 
@@ -17,7 +17,7 @@ from robustlip.geometry import dual_length, length, per_sample, project, safe_di
 from robustlip.target import Target
 from robustlip.threats import EmbeddingBall, InputBall
 
-# Landing aims this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
+# Points are moved this far inside the ball (relative), so that a norm summed in any order in float64 stays within it.
 INSIDE = 1e-12
 
 
@@ -25,23 +25,23 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def next_toward(point: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """The neighbour of each `point` on the side of `goal`, in their dtype (finite or infinite, not NaN); the point itself where they are equal.
+    """The neighbour of each `point` in the direction of `goal`, in their dtype (finite or infinite, not NaN); the point itself if they are equal.
 
-    Half precisions have no torch.nextafter on every device. Their bits, read as sign and magnitude, are ordered as the numbers are, with ±0 at 0,
-    subnormals between it and the normal numbers, and infinity after the largest.
+    Not every device has torch.nextafter for half precision. The bits of such numbers, read as sign and magnitude, are ordered like the numbers: ±0,
+    then subnormals, normal numbers, and infinity after the largest.
     """
     if point.dtype not in HALVES:
         return torch.nextafter(point, goal)
     bits = point.view(torch.int16).to(torch.int32)
     order = torch.where(bits < 0, -(bits & 0x7FFF), bits)
     order = order + (goal > point).to(torch.int32) - (goal < point).to(torch.int32)
-    bits = torch.where(order < 0, 0x8000 - order, order)  # the sign bit and the modulus
+    bits = torch.where(order < 0, 0x8000 - order, order)  # sign bit and magnitude
     moved = torch.where(bits > 0x7FFF, bits - 0x10000, bits).to(torch.int16).view(point.dtype)
     return torch.where(goal == point, point, moved)
 
 
 def _beyond(clean: torch.Tensor, point: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Whether |point − clean| > limit ≥ 0, exactly, for clean and point of one dtype and a float64 limit."""
+    """Whether |point − clean| > limit ≥ 0, exactly, for clean and point of the same dtype and a float64 limit."""
     a, b = point.double(), -clean.double()
     change = a + b
     part = change - a
@@ -51,7 +51,7 @@ def _beyond(clean: torch.Tensor, point: torch.Tensor, limit: torch.Tensor) -> to
 
 
 def round_nearest(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """clean + delta in clean's dtype, rounded to nearest; a finite number also where that is beyond the largest one."""
+    """clean + delta in clean's dtype, rounded to nearest; the largest finite number instead of infinity."""
     point = (clean.double() + delta).to(clean.dtype)
     return torch.where(torch.isinf(point), next_toward(point, clean), point)
 
@@ -59,15 +59,15 @@ def round_nearest(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 def round_toward(clean: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """clean + delta in clean's dtype, each coordinate rounded toward `clean`: no |coordinate change| exceeds |delta|.
 
-    clean (N, …) in the model's dtype, delta (N, …) float64. Every norm used here is monotone in the moduli of the coordinates,
-    so a delta inside the ball lands inside the ball, whatever the dtype. No coordinate loses more than an ulp.
+    clean (N, …) in the model's dtype, delta (N, …) float64. Every norm used here is monotone in the absolute values of the coordinates,
+    so a delta inside the ball gives a point inside the ball in every dtype. No coordinate loses more than an ulp.
     """
     point = round_nearest(clean, delta)
     return torch.where(_beyond(clean, point, delta.abs()), next_toward(point, clean), point)
 
 
 def round_down(number: float, dtype: torch.dtype) -> float:
-    """The largest number of that dtype that is not above this one."""
+    """The largest number of that dtype that does not exceed this one."""
     value = torch.tensor(number, dtype=torch.float64).to(dtype)
     return float(value if float(value) <= number else next_toward(value, torch.full_like(value, -torch.inf)))
 
@@ -75,9 +75,9 @@ def round_down(number: float, dtype: torch.dtype) -> float:
 class Space(ABC):
     """The geometry of one threat around N samples.
 
-    model: what is attacked, in eval mode. clean: (N, …), the unperturbed points in the model's dtype. chunk: samples to attack at once.
-    work: the dtype of perturbations, norms and radii during a search: the model's, but float32 for a model in half precision, whose own
-    numbers are too coarse to step and to measure with.
+    model: the attacked model, in eval mode. clean: (N, …), the unperturbed points in the model's dtype. chunk: samples to attack at once.
+    work: the dtype of perturbations, norms and radii during a search: the model's, but float32 for a model in half precision, which is
+    too coarse for steps and norms.
     """
 
     chunk: int = 1 << 30
@@ -91,32 +91,32 @@ class Space(ABC):
 
     @abstractmethod
     def take(self, index: torch.Tensor) -> Space:
-        """The space of the samples `index` (int64; repeats are allowed)."""
+        """The space of the samples `index` (int64; repetitions are allowed)."""
 
     @abstractmethod
     def executed(self, point: torch.Tensor) -> torch.Tensor:
-        """points (N, …) → logits (N, C), in the dtype in which the model gives them."""
+        """Points (N, …) → logits (N, C), in the dtype that the model returns."""
 
     def logits(self, point: torch.Tensor) -> torch.Tensor:
-        """points (N, …) → logits (N, C), in the dtype of the points, for a search."""
+        """Points (N, …) → logits (N, C), in the dtype of the points, for a search."""
         return self.executed(point).to(point.dtype)
 
     def zeros(self, count: int | None = None) -> torch.Tensor:
-        """No perturbation: (N, …) or (count, …) in the dtype of the search."""
+        """Zero perturbations: (N, …) or (count, …) in the dtype of the search."""
         return torch.zeros(len(self) if count is None else count, *self.clean.shape[1:], dtype=self.work, device=self.clean.device)
 
     def at(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> torch.Tensor:
-        """The point that a search looks at, in the model's dtype. In half precision it is the one that will be landed on: there rounding decides."""
+        """The point that a search evaluates, in the model's dtype. In half precision it is the final, rounded point: there rounding matters."""
         if self.work == self.clean.dtype:
             return (self.clean + delta).to(self.work)
-        return self.place(delta) if radius is None else self.land(delta, radius)[0]
+        return self.cast_point(delta) if radius is None else self.finalize(delta, radius)[0]
 
     def gradient(self, values: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
         """The gradient (N, …) of the sum of values (N,) at the points that they were computed from, in the dtype of the search."""
         return torch.autograd.grad(values.sum(), point)[0].to(self.work)
 
     def moved(self, point: torch.Tensor) -> torch.Tensor:
-        """How far points (N, …) are from the clean ones, in the threat's norm: (N,) in the dtype of the search."""
+        """The distance of points (N, …) from the clean ones, in the threat's norm: (N,) in the dtype of the search."""
         return self.measure(point.to(self.work) - self.clean.to(self.work))
 
     @abstractmethod
@@ -140,51 +140,51 @@ class Space(ABC):
         return self.project(delta + per_sample(rate * radius, delta) * self.direction(grad), radius)
 
     def random(self, radius: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A random perturbation inside the ball. Drawn on the generator's device, so that CPU and GPU get the same one."""
+        """A random perturbation inside the ball. It is drawn on the generator's device, so that CPU and GPU get the same one."""
         noise = torch.randn(self.clean.shape, generator=generator, device=generator.device, dtype=torch.float32)
         noise = noise.to(self.clean.device, self.work)
         return self.project(per_sample(safe_divide(radius, self.measure(noise)), noise) * noise, radius)
 
-    def place(self, delta: torch.Tensor) -> torch.Tensor:
-        """The point that the model will see: the nearest of its dtype within the box. Rounding may take it further away than delta is long."""
+    def cast_point(self, delta: torch.Tensor) -> torch.Tensor:
+        """The point in the model's dtype: rounded to nearest within the box. Rounding may make the distance larger than the norm of delta."""
         return self._back_into_box(round_nearest(self.clean, self._within_box(delta.double())))
 
-    def land(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project, place and measure again: delta (N, …), radius (N,) or None → point (N, …), distance (N,) float64.
+    def finalize(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project, round and measure again: delta (N, …), radius (N,) or None → point (N, …), distance (N,) float64.
 
-        The distance is that of the *cast* point, and never above the radius: where the nearest point of the dtype is outside the ball,
-        coordinates are rounded toward the clean point, but those that there is room for.
+        The distance is that of the rounded point and never exceeds the radius: if the nearest point of the dtype is outside the ball,
+        coordinates are rounded toward the clean point, except those that fit into the ball.
         """
         delta = delta.double()
         if radius is not None:
-            room = safe_divide(radius.double() * (1 - INSIDE), self.measure(delta)).clamp(max=1.0)
-            delta = delta * per_sample(room, delta)
-        point = self.place(delta)
+            slack = safe_divide(radius.double() * (1 - INSIDE), self.measure(delta)).clamp(max=1.0)
+            delta = delta * per_sample(slack, delta)
+        point = self.cast_point(delta)
         distance = self.measure(point.double() - self.clean.double())
         if radius is None or not bool((distance > radius).any()):
             return point, distance
         inward = self._back_into_box(round_toward(self.clean, self._within_box(delta)))
-        for choice in (self._with_room(inward, point, delta, radius.double()), inward, self.clean):
+        for choice in (self._nearest_in_ball(inward, point, delta, radius.double()), inward, self.clean):
             outside = distance > radius
             point = torch.where(per_sample(outside, point), choice, point)
             distance = torch.where(outside, self.measure(choice.double() - self.clean.double()), distance)
         return point, distance
 
-    def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-        """The points `inward`, with the coordinates of `nearest` that the radius has room for (the caller measures again)."""
+    def _nearest_in_ball(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        """The points `inward`, with those coordinates of `nearest` that fit into the ball (the caller measures again)."""
         return inward
 
-    def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Land the perturbations delta (G, …), of which sample i suffers number group[i], and run the model once more.
+    def assess(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Finalize the perturbations delta (G, …), where sample i gets number group[i], and run the model again.
 
         Returns the points, their distances (N,) float64, the logits (N, C) there, and the row of each sample's point.
         """
         limit = None if radius is None else torch.full(group.shape, radius, dtype=torch.float64, device=group.device)
-        point, distance = self.land(delta[group], limit)
+        point, distance = self.finalize(delta[group], limit)
         return point, distance, self.executed(point), torch.arange(len(group), device=group.device)
 
     def describe(self, point: torch.Tensor, model: nn.Module) -> Any:
-        """The points as an Observation keeps them."""
+        """The points in the form that an Observation stores."""
         return point
 
     def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,7 @@ class Space(ABC):
 
 
 class InputSpace(Space):
-    """Raw inputs x (N, …) in an l1, l2 or linf ball, within threat.clip where it is set."""
+    """Raw inputs x (N, …) in an l1, l2 or linf ball, within threat.clip if it is set."""
 
     given: torch.Tensor | None = None  # float64 (N, …), see `around`
 
@@ -204,16 +204,16 @@ class InputSpace(Space):
         self.threat, self.norm, self.clip = threat, threat.norm, threat.clip
 
     def around(self, given: torch.Tensor) -> InputSpace:
-        """The same space, whose final distances count from the points that were given (N, …), of which `clean` are the roundings."""
+        """The same space, with final distances measured from the given points (N, …), of which `clean` are the roundings."""
         self.given = given.double()
         return self
 
-    def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def assess(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.given is None:
-            return super().judged(delta, group, radius)
+            return super().assess(delta, group, radius)
         moved = self.measure(self.clean.double() - self.given)
-        # Within the smaller ball around the rounded point, hence within the ball around the given one.
-        point, _ = self.land(delta[group], None if radius is None else (radius - moved * (1 + INSIDE)).clamp_min(0))
+        # Inside the smaller ball around the rounded point, so also inside the ball around the given one.
+        point, _ = self.finalize(delta[group], None if radius is None else (radius - moved * (1 + INSIDE)).clamp_min(0))
         distance = self.measure(point.double() - self.given)
         unchanged = (point == self.clean).flatten(1).all(1)
         if radius is not None:
@@ -245,21 +245,21 @@ class InputSpace(Space):
             return self.project(torch.addcmul(delta, per_sample(step, delta), grad), radius)
         if self.norm == "linf":
             return self.project(torch.addcmul(delta, per_sample(rate * radius, delta), grad.sign()), radius)
-        # A Frank-Wolfe step (Jaggi 2013): the steepest l1 direction is one coordinate, and with a box one has to fill several.
+        # A Frank-Wolfe step (Jaggi 2013): the steepest l1 direction is one coordinate, but with a box several have to be used.
         rate = min(rate, 1.0)
         return (1 - rate) * delta + rate * self._fill(grad, radius)
 
     def _fill(self, grad: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-        """The maximiser of ⟨grad, ·⟩ over the l1 ball and the box: spend the radius on the steepest coordinates first."""
+        """The maximiser of ⟨grad, ·⟩ over the l1 ball and the box: the radius is used for the steepest coordinates first."""
         if self.clip is None:
             return per_sample(radius, grad) * self.direction(grad)
         low, high = self.clip
         slope, order = grad.flatten(1).abs().sort(dim=1, descending=True)
         sign = grad.flatten(1).sign().gather(1, order)
         clean = self.clean.flatten(1).gather(1, order)
-        room = torch.where(sign > 0, high - clean, clean - low) * (slope > 0)
-        spent = torch.cumsum(room, 1) - room
-        step = torch.minimum(room, (radius[:, None] - spent).clamp_min(0)) * sign
+        slack = torch.where(sign > 0, high - clean, clean - low) * (slope > 0)
+        spent = torch.cumsum(slack, 1) - slack
+        step = torch.minimum(slack, (radius[:, None] - spent).clamp_min(0)) * sign
         return torch.zeros_like(step).scatter(1, order, step).view_as(grad)
 
     def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
@@ -268,18 +268,18 @@ class InputSpace(Space):
     def _back_into_box(self, point: torch.Tensor) -> torch.Tensor:
         if self.clip is None:
             return point
-        # Of a border that the dtype cannot hold, the nearest number may be outside: the last one inside is the border.
+        # If the dtype cannot represent the boundary, the nearest number may be outside: the last number inside is used.
         low, high = (-round_down(-self.clip[0], point.dtype), round_down(self.clip[1], point.dtype))
         return point.clamp(low, high)
 
-    def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    def _nearest_in_ball(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         if self.norm == "linf":
             return torch.where(_beyond(self.clean, nearest, per_sample(radius, delta)), inward, nearest)
-        return spend_room(self.clean, inward, nearest, delta, radius, 1 if self.norm == "l1" else 2)
+        return nearest_in_ball(self.clean, inward, nearest, delta, radius, 1 if self.norm == "l1" else 2)
 
 
 class EmbeddingSpace(Space):
-    """Embeddings (N, T, D) of a transformer: the named tokens in l2 balls of their own, or all together in one (joint)."""
+    """Embeddings (N, T, D) of a transformer: each named token in its own l2 ball, or all together in one (joint)."""
 
     def __init__(self, model: Target, clean: torch.Tensor, threat: EmbeddingBall) -> None:
         super().__init__(model, clean)
@@ -294,7 +294,7 @@ class EmbeddingSpace(Space):
         return self.model.scores_from_embeddings(point)
 
     def _tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, T, D) → l2 norms (N, T, 1), per token; or (N, 1, 1), of the whole, when joint."""
+        """(N, T, D) → l2 norms (N, T, 1) per token; if joint, (N, 1, 1) of all tokens."""
         dims = (-2, -1) if self.joint else -1
         return torch.linalg.vector_norm(values, dim=dims, keepdim=True)
 
@@ -315,25 +315,25 @@ class EmbeddingSpace(Space):
     def _within_box(self, delta: torch.Tensor) -> torch.Tensor:
         return delta * self.mask
 
-    def _with_room(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    def _nearest_in_ball(self, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         if self.joint:
-            return spend_room(self.clean, inward, nearest, delta, radius, 2)
+            return nearest_in_ball(self.clean, inward, nearest, delta, radius, 2)
         clean, low, near, target = (t.flatten(0, 1) for t in (self.clean, inward, nearest, delta))
-        return spend_room(clean, low, near, target, radius.repeat_interleave(delta.shape[1]), 2).view_as(inward)
+        return nearest_in_ball(clean, low, near, target, radius.repeat_interleave(delta.shape[1]), 2).view_as(inward)
 
 
-def spend_room(
+def nearest_in_ball(
     clean: torch.Tensor, inward: torch.Tensor, nearest: torch.Tensor, delta: torch.Tensor, radius: torch.Tensor, power: int
 ) -> torch.Tensor:
-    """inward (N, …), with as many coordinates of `nearest` as the ball Σ|x − clean|^power ≤ radius^power has room for, radius float64 (N,).
+    """inward (N, …), with as many coordinates of `nearest` as fit into the ball Σ|x − clean|^power ≤ radius^power, radius float64 (N,).
 
-    Those that overshoot delta by the smallest part of their step come first: what is spent on them misses least of the direction.
+    Coordinates that exceed delta by the smallest fraction of their rounding step come first: they change the direction least.
     """
     clean, target = clean.double().flatten(1), delta.double().abs().flatten(1)
     near, low = (nearest.double().flatten(1) - clean).abs(), (inward.double().flatten(1) - clean).abs()
     cost = near**power - low**power
     order = safe_divide(near - target, near - low).argsort(1)
-    room = (radius * (1 - INSIDE)) ** power - (low**power).sum(1)
-    fits = cost.gather(1, order).clamp_min(0).cumsum(1) <= room[:, None]
+    slack = (radius * (1 - INSIDE)) ** power - (low**power).sum(1)
+    fits = cost.gather(1, order).clamp_min(0).cumsum(1) <= slack[:, None]
     taken = torch.zeros_like(fits).scatter(1, order, fits).view_as(inward)
     return torch.where(taken, nearest, inward)

@@ -1,7 +1,7 @@
-"""Attacks of the torchattacks library (Kim 2020) behind the contract of `Attack`. Image models, l2 and linf balls.
+"""Adapter for attacks of the torchattacks library (Kim 2020), with the contract of `Attack`. Image models, l2 and linf balls.
 
-What 3.5.1 needs is given by wrapping, not by patching: it seeds the global random state (the contract restores it), assumes
-images in [0, 1] and float32 (FAB casts to it), reads the device from the first parameter, and lets Square write into the logits.
+Version 3.5.1 is wrapped, not patched: it seeds the global random state (the contract restores it), assumes
+images in [0, 1] and float32 (FAB casts to it), reads the device from the first parameter, and Square writes into the logits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ KINDS = ("PGD", "PGDL2", "AutoAttack")
 class TorchAttack(Attack):
     """torchattacks.PGD (linf), PGDL2 (l2) or AutoAttack (either), with eps = the radius of the threat.
 
-    options are torchattacks' own (steps, alpha, random_start, version …), but eps, norm, seed and n_classes, which the threat, the
-    generator and the model decide. Default step length: 2.5·radius/steps. Its points stay in [0, 1], so it takes threats with that box only.
-    Raises BadInput when torchattacks is absent, the inputs are not images (N, C, H, W) in [0, 1], or the threat is another one or has another box.
+    options are torchattacks' own (steps, alpha, random_start, version …), except eps, norm, seed and n_classes, which the threat, the
+    generator and the model determine. Default step length: 2.5·radius/steps. Its points stay in [0, 1], so it accepts only threats with that box.
+    Raises BadInput without torchattacks, for inputs that are not images (N, C, H, W) in [0, 1], and for other threats or boxes.
     """
 
     name: ClassVar[str] = "torchattacks"
@@ -107,7 +107,7 @@ class _Images(nn.Module):
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
         super().__init__()
-        self.target, self.dtype = target, dtype  # no part of this module: torchattacks would set its modes
+        self.target, self.dtype = target, dtype  # not a submodule, because torchattacks would change its modes
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ class _Images(nn.Module):
 
 
 def _set_device(attack: Any, device: torch.device) -> None:
-    """torchattacks reads it from the first parameter, and has none for a model without; set it for the attack and its parts."""
+    """torchattacks reads the device from the first parameter, which may not exist; set it for the attack and its parts."""
     attack.set_device(device)
     for part in getattr(getattr(attack, "_autoattack", None), "attacks", ()):
         part.set_device(device)

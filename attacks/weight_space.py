@@ -1,4 +1,4 @@
-"""The space of a threat on the weights: the changes of all matrices, W + E with ‖E‖ ≤ radius (times σ(W) when relative)."""
+"""The space of a weight threat: changes of all matrices, W + E with ‖E‖ ≤ radius (times σ(W) if relative)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.target import Target
 from robustlip.threats import WeightBall
 
-BUDGET = 1 << 26  # numbers that the per-sample copies of the weights may take at once (float32: 256 MiB)
+BUDGET = 1 << 26  # numbers that copies of the weights per sample may have at once (float32: 256 MiB)
 
-# Tables that are added, and multiplied with nothing.
+# Tables that are added, not multiplied.
 _NO_MATRIX = ((AddPositions, "positions"), (Attention, "distance_bias"))
-# Layers whose weight is a matrix; a convolution's counts as (out, in·kernel).
+# Layers whose weight is a matrix; a convolution's weight is treated as (out, in·kernel).
 MATRICES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight matrices that a WeightBall perturbs, by parameter name; tied ones once.
 
-    Those of MATRICES (each attention projection is one). Raises UnsupportedLayer for a parameter of two or more dimensions anywhere else,
-    except tables of positions and attention's biases by distance, which are no matrices; and for scripted modules, whose weights cannot be
-    exchanged. Raises BadInput where there is none.
+    These are the matrices of MATRICES (each attention projection is one). Raises UnsupportedLayer for a parameter with two or more dimensions
+    elsewhere, except tables of positions and attention's biases by distance, which are not matrices; and for scripted modules, whose weights cannot be
+    replaced. Raises BadInput if there are none.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedLayer(
-            f"expected a module whose weights can be exchanged for a call, got a scripted or traced one ({type(model).__name__}); "
+            f"expected a module whose weights can be replaced in a call, got a scripted or traced one ({type(model).__name__}); "
             f"give the module that it was made from"
         )
     found: dict[str, nn.Parameter] = {}
@@ -59,9 +59,9 @@ def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
 class WeightSpace(Space):
     """The changes of all weight matrices, flattened and concatenated into rows (N, P), one row per sample.
 
-    A radius r relative means ‖E‖ ≤ r·σ(W) for each matrix, with σ(W) from a float64 SVD, rounded down; the measure of a row is the
-    largest ‖E‖/σ(W) (or ‖E‖) over its matrices. A matrix that is zero admits no relative change. Of a compiled model or DataParallel the module
-    inside is run, for its weights are exchanged from call to call. batched: whether its forward can be batched over weights; None: not tried yet.
+    A relative radius r means ‖E‖ ≤ r·σ(W) for each matrix, with σ(W) from a float64 SVD, rounded down; the norm of a row is the
+    largest ‖E‖/σ(W) (or ‖E‖) over its matrices. A zero matrix cannot be changed relatively. For a compiled model or DataParallel the inner
+    module is run, because its weights are replaced in each call. batched: whether its forward can be batched over weights; None: not tried yet.
     """
 
     batched: bool | None = None
@@ -107,7 +107,7 @@ class WeightSpace(Space):
             return torch.stack([one(row, x) for row, x in zip(point, self.x, strict=True)])
 
     def _takes_vmap(self, one: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], point: torch.Tensor) -> bool:
-        """Whether the forward can be batched over weights: one that looks at values, or that is compiled, cannot."""
+        """Whether the forward can be batched over weights: not if it depends on values or is compiled."""
         try:
             with torch.no_grad():
                 vmap(one, randomness="different")(point[:1], self.x[:1])
@@ -150,40 +150,40 @@ class WeightSpace(Space):
     def at(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> torch.Tensor:
         return (self.clean[:1] + delta).to(self.clean.dtype)
 
-    def place(self, delta: torch.Tensor) -> torch.Tensor:
+    def cast_point(self, delta: torch.Tensor) -> torch.Tensor:
         return (self.clean[:1].double() + delta.double()).to(self.clean.dtype)
 
-    def land(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def finalize(self, delta: torch.Tensor, radius: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """As in Space; the norm of each stored change (W + E as cast) − W is bounded from above by `spectral_norm_bound`."""
         delta, clean = delta.double(), self.clean[:1].double()
-        point = self.place(delta)
+        point = self.cast_point(delta)
         distance = self._bound(point.double() - clean)
         if radius is None:
             return point, distance
         limit = radius.double() * (1 - INSIDE)
-        for attempt in range(40):  # casting moves every entry by half an ulp of W, so one rescaling may not be enough
+        for attempt in range(40):  # casting changes every entry by up to half an ulp of W, so one rescaling may not be enough
             outside = distance > limit
             if not bool(outside.any()):
                 return point, distance
             factor = safe_divide(limit, distance) * (1 - 1e-9 * 2.0 ** min(attempt, 25))
             delta = torch.where(outside[:, None], delta * factor[:, None], delta)
-            point = self.place(delta)
+            point = self.cast_point(delta)
             distance = self._bound(point.double() - clean)
         outside = distance > limit
         return torch.where(outside[:, None], self.clean[:1], point), torch.where(outside, 0.0, distance)
 
     def _bound(self, change: torch.Tensor) -> torch.Tensor:
-        """The measure of float64 changes (G, P), never below the true one by more than float64 rounding."""
+        """An upper bound of the norm of float64 changes (G, P), up to float64 rounding."""
         norms = []
         for part, scale in self.split(change):
             size = spectral_norm_bound(part) if self.norm == "spectral" else torch.linalg.matrix_norm(part)
             norms.append(relative(size, scale))
         return torch.stack(norms).amax(0)
 
-    def judged(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def assess(self, delta: torch.Tensor, group: torch.Tensor, radius: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         limit = None if radius is None else torch.full((len(delta),), radius, dtype=torch.float64, device=delta.device)
-        point, distance = self.land(delta, limit)
-        # Each group is a model of its own, and is run as it would be deployed: by a plain forward pass, without vmap.
+        point, distance = self.finalize(delta, limit)
+        # Each group is a separate model and is run as it would be deployed: by a plain forward pass, without vmap.
         answers = [(g, (group == g).nonzero().flatten()) for g in group.unique()]
         logits = torch.cat([self.shared_logits(point[g], self.x[rows]) for g, rows in answers])
         logits = logits[torch.cat([rows for _, rows in answers]).argsort()]
@@ -192,7 +192,7 @@ class WeightSpace(Space):
     def describe(self, point: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
         """The changes (G, …) in float64, by the parameter names of the caller's model.
 
-        (W.double() + change).to(W.dtype) are the weights that were judged.
+        (W.double() + change).to(W.dtype) are the weights that were evaluated.
         """
         change = point.double() - self.clean[:1].double()
         own, theirs = dict(self.model.source.named_parameters()), {id(p): name for name, p in model.named_parameters()}
@@ -202,15 +202,15 @@ class WeightSpace(Space):
 
 
 def relative(norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """norm (N,) in units of scale; against a scale of 0 only a norm of 0 is finite."""
+    """norm (N,) in units of scale; infinite for a scale of 0, except for a norm of 0."""
     return torch.where(norm > 0, norm / scale, 0.0)
 
 
 def polar(grad: torch.Tensor) -> torch.Tensor:
     """U Vᵀ of the SVD of each matrix (N, m, n), zero on its null space: the maximiser of ⟨grad, E⟩ over ‖E‖₂ ≤ 1.
 
-    The gradient of one sample of T tokens has rank ≤ T, so a sketch of a few columns often holds all of it: the range finder of
-    Halko, Martinsson & Tropp 2011, algorithm 4.1, is then exact, and the SVD that remains is small.
+    The gradient of one sample of T tokens has rank ≤ T, so a sketch of a few columns often spans it: the range finder of
+    Halko, Martinsson & Tropp 2011, algorithm 4.1, is then exact, and the remaining SVD is small.
     """
     rows, columns = grad.shape[-2:]
     total = grad.square().sum((-2, -1))

@@ -1,4 +1,4 @@
-"""Attacks on the weights: every matrix W becomes W + E with ‖E‖ ≤ radius (times σ(W) when relative), all matrices at once.
+"""Attacks on the weights: every matrix W becomes W + E with ‖E‖ ≤ radius (times σ(W) if relative), all matrices at once.
 
 The spectral and the Frobenius ball have cheap linear maximisers (ε·UVᵀ of the gradient's SVD, ε·G/‖G‖), so the ascent is
 Frank-Wolfe (Jaggi 2013): iterates are averages of points of the ball, and no projection is needed.
@@ -18,16 +18,16 @@ from robustlip.attacks.spaces import Space
 from robustlip.attacks.weight_space import WeightSpace
 from robustlip.errors import BadInput
 
-# The model size above which a copy of the weights per sample is given up for one per SHARE samples.
+# The model size above which there is one perturbation per SHARE samples instead of one per sample.
 LARGE, SHARE = 1 << 22, 32
 
 
 @dataclass(frozen=True)
 class WeightAttack(Attack):
-    """Frank-Wolfe ascent on the weights within a WeightBall of given radius.
+    """Frank-Wolfe ascent on the weights within a WeightBall of a given radius.
 
-    steps, restarts: as in PGD. groups: how many perturbations share out the samples (in order); None for one per sample, or one
-    per 32 samples when the model has more than four million weights. A shared change that breaks a sample is evidence for it.
+    steps, restarts: as in PGD. groups: the number of perturbations among which the samples are divided, in order; None for one per sample, or one
+    per 32 samples if the model has more than four million weights. A shared change counts for every sample that it breaks.
     Raises BadInput for other threats and for groups < 1.
     """
 
@@ -40,7 +40,7 @@ class WeightAttack(Attack):
     def __post_init__(self) -> None:
         if self.groups is not None and self.groups < 1:
             raise BadInput(f"expected at least 1 group, got {self.groups}; leave it out for one per sample")
-        PGD(self.steps, self.restarts)  # its checks
+        PGD(self.steps, self.restarts)  # checks these options
 
     def _chunk(self, space: Space) -> int:
         return space.chunk if group_count(space, self.groups) is None else len(space)
@@ -65,26 +65,26 @@ def group_count(space: Space, groups: int | None) -> int | None:
 
 
 def shares(count: int, groups: int, device: torch.device) -> torch.Tensor:
-    """The group of each of `count` samples: equal shares, in order."""
+    """The group of each of `count` samples: groups of equal size, in order."""
     return torch.arange(count, device=device) * groups // count
 
 
 def members(group: torch.Tensor) -> list[torch.Tensor]:
-    """The samples of each group that has any."""
+    """The samples of each group that is not empty."""
     return [(group == g).nonzero().flatten() for g in group.unique()]
 
 
 def shared_ascent(space: WeightSpace, labels: torch.Tensor, radius: torch.Tensor, steps: int) -> torch.Tensor:
-    """One change (P,) for all samples of the space that breaks as many as it can.
+    """One change (P,) for all samples of the space that breaks as many as possible.
 
-    Climbs the margins of the samples that still hold, each in units of its clean margin, so that the easy ones are won first.
+    Increases the violations of samples that are not broken, each relative to its clean margin, so that easy samples are broken first.
     """
     row = space.zeros(1)
     best, most = row[0], -1
     with torch.no_grad():
         unit = violation(space.shared_logits(space.clean[0], space.x), labels).abs().clamp_min(1e-12)
     for step in range(steps + 1):
-        point = space.place(row).requires_grad_()
+        point = space.cast_point(row).requires_grad_()
         logits = space.shared_logits(point[0], space.x)
         holds = excess(logits.detach(), labels) <= 0
         broken = int((~holds).sum())
@@ -99,7 +99,7 @@ def shared_ascent(space: WeightSpace, labels: torch.Tensor, radius: torch.Tensor
 
 
 def shared_ladder(space: WeightSpace, labels: torch.Tensor, groups: int, guess: torch.Tensor, cap: float, steps: int, rungs: int = 12) -> Proposal:
-    """Shared changes at `rungs` radii around the first-order guesses (N,); each sample is given the smallest that breaks it."""
+    """Shared changes at `rungs` radii around the first-order guesses (N,); each sample gets the smallest one that breaks it."""
     low, high = float(guess.min()) / 2, min(4 * float(guess.max()), cap)
     radii = torch.logspace(0, 1, rungs, base=max(high / low, 1.0), device=labels.device, dtype=torch.float64) * min(low, high)
     share = shares(len(labels), groups, labels.device)
@@ -112,7 +112,7 @@ def shared_ladder(space: WeightSpace, labels: torch.Tensor, groups: int, guess: 
                 continue
             row = shared_ascent(space.take(todo), labels[todo], radius, steps)
             with torch.no_grad():
-                logits = space.shared_logits(space.place(row[None])[0], space.x[todo])
+                logits = space.shared_logits(space.cast_point(row[None])[0], space.x[todo])
             group[todo[excess(logits, labels[todo]) > 0]] = len(rows)
             rows.append(row)
     group[group < 0] = len(rows) - 1

@@ -1,6 +1,6 @@
-"""Weights chosen by an adversary: how sensitive can an architecture be made under its own constraint? Breaks formulas, not models.
+"""Adversarial weights: searches weights within an architecture's constraint that maximise its sensitivity. They refute formulas, not models.
 
-Random weights hide unsound bounds: their heads share the norm evenly and their logits hardly move. docs/theory.md, section 5.
+Random weights do not reveal false bounds: their heads have similar norms and their logits hardly change. docs/theory.md, section 5.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from robustlip.errors import BadInput
 from robustlip.layers import Attention, Chain, NextTokenChain, Normalize, Residual, ScaledGELU
 from robustlip.numerics.spectral import spectral_norm_bound
 
-# Above this width a step normalises by warm-started power iteration; the weights that are returned are always normalised by an exact SVD.
+# Above this width a step normalises by warm-started power iteration; returned weights are always normalised by an exact SVD.
 _EXACT_WIDTH = 128
 _NAMES = ("query", "key", "value", "output")
 
@@ -27,7 +27,7 @@ class WorstAttention:
     """An attention layer (float64), tokens x (1, T, D) in the domain, and the sensitivity found at x.
 
     sensitivity: ‖Jδ‖ at one output token for the best δ with ‖δ_t‖₂ ≤ 1 for all t, so a lower estimate of the layer's Lipschitz constant in
-    the per-token ℓ2 norm (the same number in ∞-RMS, as input and output are equally wide). direction: that δ (1, T, D).
+    the per-token ℓ2 norm (the same in ∞-RMS, because input and output have the same width). direction: that δ (1, T, D).
     """
 
     layer: Attention
@@ -37,7 +37,7 @@ class WorstAttention:
 
 
 class _Capped:
-    """A stack of raw matrices (B, m, n), scaled differentiably to spectral norms `cap` (B,) each."""
+    """A stack of raw matrices (B, m, n), differentiably scaled to spectral norms `cap` (B,)."""
 
     def __init__(self, raw: Tensor, cap: Tensor) -> None:
         self.raw, self.cap = raw, cap
@@ -51,7 +51,7 @@ class _Capped:
             with torch.no_grad():
                 for _ in range(10):
                     self.right = nn.functional.normalize(self.raw.mT @ (self.raw @ self.right), dim=-2)
-            # With the right singular vector held fixed, the gradient of ‖Wv‖ is uvᵀ: that of σ(W).
+            # With the right singular vector constant, the gradient of ‖Wv‖ is uvᵀ, which is that of σ(W).
             sigma = (self.raw @ self.right).norm(dim=(-2, -1))
         return (self.raw * (self.cap / sigma)[:, None, None]).flatten(0, 1)
 
@@ -70,10 +70,10 @@ def worst_attention(
     starts: int = 1,
     seed: int = 0,
 ) -> WorstAttention:
-    """Gradient ascent on all four matrices and the tokens together, each matrix held at spectral norm `caps` (with per_head, the slices of
-    query, key and value at caps/√H each), each token at ‖x_t‖₂ ≤ domain (√width unless given: RMS norm 1).
+    """Gradient ascent on all four matrices and the tokens together. Each matrix has spectral norm `caps` (with per_head, the slices of
+    query, key and value have caps/√H), each token ‖x_t‖₂ ≤ domain (default √width: RMS norm 1).
 
-    The objective is Σ_t ‖J_{i,t}ᵀu‖₂ for an output direction u at the last token i: exactly ‖Jδ‖ along u for the best per-token unit δ.
+    The objective is Σ_t ‖J_{i,t}ᵀu‖₂ for an output direction u at the last token i: exactly ‖Jδ‖ along u for the best δ with tokens of norm 1.
     """
     layer = Attention(width, heads, scale=scale, causal=causal)
     norms = {name: torch.full((1,), caps, dtype=torch.float64) for name in _NAMES}
@@ -85,8 +85,8 @@ def worst_attention(
 def worst_attention_like(
     layer: Attention, *, domain: float, tokens: int = 3, per_head: bool = False, steps: int = 300, starts: int = 1, seed: int = 0
 ) -> WorstAttention:
-    """The worst weights for a given layer: its shape, scale, mask and positions, and for each matrix the spectral norm that it has now
-    (with per_head, for each head's slice of query, key and value). Tokens at ‖x_t‖₂ ≤ domain.
+    """The worst weights for a given layer: with its shape, scale, mask and positions, and the present spectral norm of each matrix
+    (with per_head, of each head's slice of query, key and value). Tokens have ‖x_t‖₂ ≤ domain.
     """
     if not layer.is_papers:
         raise BadInput(f"expected attention in the paper's form for its worst weights, got {layer.extra_repr()}; audit the weights as they are")
@@ -123,7 +123,7 @@ def _ascend(template: Attention, norms: dict[str, Tensor], tokens: int, domain: 
             return x, g
 
         optimizer = torch.optim.Adam([*(capped.raw for capped in raw.values()), tokens_raw, u_raw], lr=0.05)
-        # The flash kernels have no second derivative; the plain one does.
+        # The flash kernels have no second derivative; the plain kernel has.
         with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             for step in range(steps):
                 for group in optimizer.param_groups:
@@ -143,7 +143,7 @@ def _ascend(template: Attention, norms: dict[str, Tensor], tokens: int, domain: 
 
 
 def steepest_gelu(approximate: str) -> float:
-    """Where GELU's slope is largest: √2 for the erf form (gelu'' = φ(z)(2 − z²)), by bisection for the tanh form."""
+    """The point at which GELU's slope is largest: √2 for the erf form (gelu'' = φ(z)(2 − z²)), by bisection for the tanh form."""
     if approximate == "none":
         return math.sqrt(2.0)
     low, high = 1.0, 2.0
@@ -157,8 +157,8 @@ def steepest_gelu(approximate: str) -> float:
 
 def worst_mlp(layers: nn.Sequential, domain: float | None = None) -> tuple[nn.Sequential, Tensor]:
     """The most sensitive weights of a chain of Linear and elementwise layers in which each matrix keeps its spectral norm, and the input (n,)
-    where they are: W = σ·e₁e₁ᵀ all the way, so that no norm is lost between layers, and biases (free, where there are any) that put every
-    activation where it is steepest. float64. domain: ‖x‖₂ ≤ domain, None for all inputs; without a bias the first activation is reached by x.
+    at which they are: W = σ·e₁e₁ᵀ in every layer, so that no norm is lost between layers, and biases (free, if there are any) that put every
+    activation at its steepest point. float64. domain: ‖x‖₂ ≤ domain, None for all inputs; without a bias, x does this for the first one.
 
     Raises BadInput for layers of other kinds.
     """
@@ -166,7 +166,7 @@ def worst_mlp(layers: nn.Sequential, domain: float | None = None) -> tuple[nn.Se
     linear = [m for m in worst if type(m) is nn.Linear]
     if not linear:
         raise BadInput("expected at least one Linear layer, got none; there are no weights to choose")
-    value: float | None = None  # the one coordinate that is not 0, as it stands behind each layer
+    value: float | None = None  # the only nonzero coordinate, after each layer
     x = torch.zeros(linear[0].in_features, dtype=torch.float64)
     for i, layer in enumerate(worst):
         if type(layer) is nn.Linear:
@@ -189,7 +189,7 @@ def worst_mlp(layers: nn.Sequential, domain: float | None = None) -> tuple[nn.Se
         elif type(layer) not in (nn.Flatten, nn.Identity, Normalize) or value is not None:
             raise BadInput(f"expected Linear and elementwise layers in an MLP, got {type(layer).__name__}; its worst weights are not known")
         elif type(layer) is Normalize:
-            raise BadInput("expected an MLP without Normalize in front, got one with; audit it without --worst-weights")
+            raise BadInput("expected an MLP without a Normalize layer, got one with it; audit it without --worst-weights")
     return worst, x
 
 
@@ -204,19 +204,19 @@ def _steepest(layer: nn.Module) -> float:
 
 
 def newhouse_counterexample(*, width: int = 16, heads: int = 4, tokens: int = 3, steps: int = 250, seed: int = 0) -> Chain:
-    """A one-block transformer on which the published constant (formula newhouse2025) is too small by more than 2.5 times. docs/theory.md, section 5.
+    """A one-block transformer for which the published constant (formula newhouse2025) is too small by more than 2.5 times. docs/theory.md, section 5.
 
     Embedding (width tokens of RMS norm ≤ 1) → paper's attention, all four matrices of spectral norm 1, as a residual with skip 0 and weight 1
-    (α = 1) → head. The head is orthogonal, so logits move exactly as the attention's output does, and the whole model's published constant
-    is the layer's: (1/3)(1 + 2) = 1.00. The weights are not stored anywhere: this runs the ascent of `worst_attention` (a few seconds, the same
-    result each time). The first `tokens` rows of the embedding are the tokens that it found, so token ids 0, 1, 2 … are the place to look.
+    (α = 1) → head. The head is orthogonal, so logits change exactly as the attention's output does, and the published constant of the whole model
+    is that of the layer: (1/3)(1 + 2) = 1.00. The weights are not stored: this function runs the ascent of `worst_attention` (a few seconds, the same
+    result each time). The first `tokens` rows of the embedding are the tokens found, so token ids 0, 1, 2 … show the violation.
     float32, as models are. `robustlip audit robustlip.attacks.worst_weights:newhouse_counterexample --formula newhouse2025` exits with 3.
     """
     worst = worst_attention(width, heads, tokens, steps=steps, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(width, width, generator=generator, dtype=torch.float64)
     table = table * (0.9 * width**0.5 / table.norm(dim=-1, keepdim=True))
-    table[:tokens] = worst.x[0] * (1 - 1e-6)  # float32 must not round a token out of the domain
+    table[:tokens] = worst.x[0] * (1 - 1e-6)  # so that float32 does not round a token out of the domain
     rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
     embedding, head = nn.Embedding(width, width), nn.Linear(width, width, bias=False)
     attention = Attention(width, heads)

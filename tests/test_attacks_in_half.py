@@ -120,7 +120,7 @@ def test_landing_fills_the_ball_and_stays_in_it(dtype: torch.dtype, norm: str, b
     for radius in (0.05, 0.4, 3.0):
         limit = torch.full((len(clean),), radius, dtype=torch.float64)
         wanted = space.project(delta * 10, limit)
-        point, distance = space.land(wanted, limit)
+        point, distance = space.finalize(wanted, limit)
         change = point.double() - clean.double()
         assert bool((distance <= radius).all()) and torch.equal(space.measure(change), distance)
         if box is not None:

@@ -1,10 +1,10 @@
-"""Audit: try to break a claimed Lipschitz constant, and keep the pair of inputs that comes closest.
+"""Audit: try to refute a claimed Lipschitz constant, and keep the pair of inputs with the largest ratio.
 
-    audit(model, newhouse2025(model)).verdict        # 'violated', or 'not refuted': nothing found that contradicts the claim
+    audit(model, newhouse2025(model)).verdict        # 'violated' or 'not refuted'
 
-Everything is computed in float64 on a float64 copy of the model, in the norm of the claim: the largest token norm in and out (one token
-for models without tokens). What is reported is never a derivative: it is ‖f(x') − f(x)‖/‖x' − x‖ of an actual pair inside the domain,
-less what rounding can have added.
+Everything is computed in float64 on a float64 copy of the model, in the norm of the claim: the largest token norm of inputs and outputs (one token
+for models without tokens). The reported value is never a derivative: it is ‖f(x') − f(x)‖/‖x' − x‖ for two inputs in the domain,
+minus a bound of the rounding error.
 """
 
 from robustlip.attacks.audit.result import HOLDS, VIOLATED, Audit, WorstLayer

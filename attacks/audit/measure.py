@@ -1,4 +1,4 @@
-"""What is measured: the change of a float64 copy of the layers between two inputs of the domain, less what rounding can have added."""
+"""Measures the change of a float64 copy of the layers between two inputs of the domain, minus the rounding error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from robustlip.geometry import safe_divide
 from robustlip.layers import Chain, as_chain
 from robustlip.numerics.rounding import U64, gamma, norm_up
 
-INSIDE = 1e-12  # relative margin to the border of the domain, so that norms summed in any order stay within it
+INSIDE = 1e-12  # relative margin to the boundary of the domain, so that norms summed in any order stay within it
 
 
 class Map:
-    """A float64 map of batches of inputs (S, T, D) → (S, U, V), with its domain; vectors and images are one token, T = 1.
+    """A float64 map of batches of inputs (S, T, D) → (S, U, V), and its domain; vectors and images are one token, T = 1.
 
-    shape: of one input as the layers want it. domain: ‖x_t‖₂ ≤ domain, None for everything; box: low ≤ every coordinate ≤ high, or None.
+    shape: of one input of the layers. domain: ‖x_t‖₂ ≤ domain, None for all inputs; box: low ≤ every coordinate ≤ high, or None.
     """
 
     def __init__(
@@ -34,17 +34,17 @@ class Map:
         y = self.layers(x.reshape(-1, *self.shape) if not self.tokens else x)
         return y if y.dim() == 3 and self.tokens else y.reshape(len(y), 1, -1)
 
-    def project(self, x: Tensor, room: Tensor | float = 0.0) -> Tensor:
-        """x (S, T, D) moved into the domain, `room` (S, 1, 1) away from its border."""
+    def project(self, x: Tensor, slack: Tensor | float = 0.0) -> Tensor:
+        """Projects x (S, T, D) into the domain, at least `slack` (S, 1, 1) away from its boundary."""
         if self.box is not None:
             x = x.clamp(*self.box)
         if self.domain is not None:
-            limit = torch.as_tensor((self.domain - room) * (1 - INSIDE), dtype=x.dtype, device=x.device).clamp_min(0.0)
+            limit = torch.as_tensor((self.domain - slack) * (1 - INSIDE), dtype=x.dtype, device=x.device).clamp_min(0.0)
             x = x * safe_divide(limit, x.norm(dim=-1, keepdim=True)).clamp_max(1.0)
         return x
 
     def inside(self, x: Tensor) -> Tensor:
-        """(S,) whether all of x (S, T, D) is in the domain, rounding of the norm included."""
+        """(S,) whether all tokens of x (S, T, D) lie in the domain, with the rounding error of the norm."""
         good = torch.isfinite(x).flatten(1).all(1)
         if self.box is not None:
             good &= ((x >= self.box[0]) & (x <= self.box[1])).flatten(1).all(1)
@@ -53,7 +53,7 @@ class Map:
         return good
 
     def proved_rounding(self, norm: Tensor) -> Tensor | None:
-        """‖executed − exact‖₂ (S,) of each output token for token norms ≤ norm (S,), by the rules; None where a layer has no rule."""
+        """‖executed − exact‖₂ (S,) of each output token for token norms ≤ norm (S,), from the rules; None if a layer has no rule."""
         layers = [m for m in self.layers]
         rows, width = (self.shape[0], self.shape[1]) if self.tokens else (1, math.prod(self.shape))
         zero = torch.zeros_like(norm)
@@ -64,7 +64,7 @@ class Map:
             return None
 
     def estimated_rounding(self, x: Tensor) -> Tensor:
-        """(S,) an estimate: the error of a float32 run, scaled to float64 and multiplied by 64."""
+        """(S,) an estimate of the rounding error: the error of a float32 run, scaled to float64 and multiplied by 64."""
         if self.single is None:
             self.single = copy.deepcopy(self.layers).float()
         exact = self(x.float().double())
@@ -72,7 +72,7 @@ class Map:
         return 64 * 2.0**-29 * (y - exact).norm(dim=-1).amax(-1)
 
     def ratios(self, a: Tensor, b: Tensor, *, estimate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pairs (S, T, D) → (found, change, distance, rounding), each (S,), ℓ2: found = (change − rounding)/distance, 0 outside the domain."""
+        """Pairs (S, T, D) → (found, change, distance, rounding), each (S,), in ℓ2: found = (change − rounding)/distance, 0 outside the domain."""
         difference = self(b) - self(a)
         change = difference.norm(dim=-1).amax(-1)
         distance = (b - a).norm(dim=-1).amax(-1) * (1 + gamma(a.shape[-1] + 8, U64))
@@ -89,7 +89,7 @@ class Map:
 
 def map_of(chain: Chain, domain: float | None, shape: tuple[int, ...], box: tuple[float, float] | None) -> Map:
     double = as_chain(copy.deepcopy(chain))
-    for module in double.modules():  # of the copy: its inputs are measured, and differentiated
+    for module in double.modules():  # of the copy: its inputs are measured and differentiated
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     layers = nn.Sequential(*list(double)[chain.embedding_depth :])
@@ -97,14 +97,14 @@ def map_of(chain: Chain, domain: float | None, shape: tuple[int, ...], box: tupl
 
 
 def measure(f: Map, a: Tensor, b: Tensor) -> tuple[int, float, float, float, float, str]:
-    """(which pair, found, change, distance, rounding, its kind) of the best of the pairs, all in ℓ2."""
+    """(index, found, change, distance, rounding, kind of rounding) of the best pair, all in ℓ2."""
     with torch.no_grad():
         results = {"proved": f.ratios(a, b, estimate=False)}
         top = int(results["proved"][0].argmax())
         found, change, distance, rounding = (float(column[top]) for column in results["proved"])
         if rounding <= 1e-6 * change:
             return top, found, change, distance, rounding, "proved"
-        # A guaranteed allowance of many layers can be larger than what it is subtracted from; then it says nothing.
+        # The proved rounding error of many layers can be larger than the change; then the estimate is used.
         estimated = f.ratios(a, b, estimate=True)
         other = int(estimated[0].argmax())
         if float(estimated[0][other]) <= found:

@@ -1,4 +1,4 @@
-"""What an audit found, of the whole model and of single layers."""
+"""Results of an audit, for the whole model and for single layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ VIOLATED, HOLDS = "violated", "not refuted"
 
 
 class _Compared:
-    """A constant that was found, beside the one that is claimed."""
+    """A constant that was found, and the claimed one."""
 
     claimed: float
     found: float
 
     @property
     def ratio(self) -> float:
-        """found/claimed: above 1 the claim is false."""
+        """found/claimed; the claim is false above 1."""
         return self.found / self.claimed if self.claimed > 0 else math.inf if self.found > 0 else 0.0
 
     @property
@@ -29,12 +29,12 @@ class _Compared:
 
 @dataclass(frozen=True)
 class Audit(_Compared):
-    """The pair of inputs that contradicts a claim most, or comes closest to it.
+    """The pair of inputs with the largest ratio of found to claimed constant.
 
-    claimed, found: Lipschitz constants in `units`; found is a lower bound of the true one, rounding subtracted. domain: largest token norm
+    claimed, found: Lipschitz constants in `units`; found is a lower bound of the true one, with rounding subtracted. domain: largest token norm
     (ℓ2) of the claim, None for all inputs. x, x_prime: float64, embeddings (T, D) or one raw input. distance, change: ‖x' − x‖ and
-    ‖f(x') − f(x)‖ in ℓ2. rounding: what was subtracted from `change`; 'proved' if the layers' rules prove it, else 'estimated' from float32.
-    layers: (name, the claim's constant of that layer alone). why: one sentence on the formula's mistake, empty where the claim holds.
+    ‖f(x') − f(x)‖ in ℓ2. rounding: subtracted from `change`; 'proved' if all layers have rules, else 'estimated' from float32.
+    layers: (name, the claim's constant for that layer). why: one sentence about the formula's mistake, empty if the claim was not refuted.
     """
 
     formula: str
@@ -60,7 +60,7 @@ class Audit(_Compared):
 
     @property
     def violated(self) -> bool:
-        """Whether these weights, or the worst weights of the same norms, contradict the formula."""
+        """Whether these weights, or the worst weights with the same norms, refute the formula."""
         return self.verdict == VIOLATED or any(w.verdict == VIOLATED for w in self.worst)
 
     @property
@@ -71,7 +71,7 @@ class Audit(_Compared):
         return "largest token ℓ2 norm in and out" if tokens else "ℓ2 in and out"
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Everything but the inputs, which the witness file holds."""
+        """Everything except the inputs, which are in the witness file."""
         hidden = ("x", "x_prime", "worst", "layers")
         plain = {k: v for k, v in self.__dict__.items() if k not in hidden}
         plain |= {"ratio": self.ratio, "verdict": self.verdict, "norm": self.norm, "layers": [{"layer": n, "constant": c} for n, c in self.layers]}
@@ -80,7 +80,7 @@ class Audit(_Compared):
 
 @dataclass(frozen=True)
 class WorstLayer(_Compared):
-    """One layer with the weights that an adversary would choose under the layer's own norms (kept: which), against the same formula."""
+    """One layer with adversarial weights under the layer's own norms (kept: which norms), and the claim of the same formula."""
 
     formula: str
     layer: str

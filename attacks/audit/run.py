@@ -1,4 +1,4 @@
-"""An audit from its start points to its verdict."""
+"""Runs an audit: starting points, search, result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustlip.attacks import formulas
 from robustlip.attacks.audit.measure import map_of
 from robustlip.attacks.audit.result import Audit
-from robustlip.attacks.audit.search import Steps, hunt, unit_tokens
+from robustlip.attacks.audit.search import Steps, find_pair, unit_tokens
 from robustlip.attacks.audit.worst import worst_layers
 from robustlip.attacks.formulas import Claim
 from robustlip.errors import BadInput
@@ -22,7 +22,7 @@ from robustlip.hashing import architecture_sha256, weights_sha256
 from robustlip.layers import Chain, as_chain
 from robustlip.samples import as_samples
 
-MOST_STARTS = 2**20  # in one batch
+MOST_STARTS = 2**20  # per batch
 
 
 def audit(
@@ -39,15 +39,15 @@ def audit(
     seed: int = 0,
     advance: Callable[[str, int, int], None] | None = None,
 ) -> Audit:
-    """Looks for two inputs in the claim's domain between which the model moves by more than the claim allows.
+    """Searches for two inputs in the claim's domain whose outputs are further apart than the claim allows.
 
-    claim: of `robustlip.attacks.formulas`. x: raw inputs (N, …), in the forms of `robustlip.samples`, to start from besides random ones; without it
+    claim: from `robustlip.attacks.formulas`. x: raw inputs (N, …), in the forms of `robustlip.samples`, as additional starting points; without it
     sequences have `tokens` tokens.
-    starts: searched in one batch. power_steps: of the iteration v ← steepest(Jᵀ steepest(J v)) by forward and reverse products. ascent_steps:
-    of gradient ascent on the input, first of the Jacobian's norm and then of the finite difference. box: (low, high) for every coordinate
-    of models without an embedding; None lets inputs range over everything, as claims without a domain do.
-    worst_weights: also try the formula on weights of the same shapes and norms that an adversary chooses, layer by layer.
-    advance(what, done, total) is called as it goes. The model is copied. Raises BadInput.
+    starts: number of starting points, searched in one batch. power_steps: steps of the iteration v ← steepest(Jᵀ steepest(J v)) by forward and
+    reverse products. ascent_steps: steps of gradient ascent on the input, first of the Jacobian's norm and then of the finite difference.
+    box: (low, high) for every coordinate of models without an embedding; None allows all inputs, as claims without a domain do.
+    worst_weights: also test the formula on adversarial weights of the same shapes and norms, layer by layer.
+    advance(what, done, total) reports progress. The model is copied. Raises BadInput.
     """
     began = time.perf_counter()
     if starts < 1 or tokens < 1 or power_steps < 1 or ascent_steps < 0:
@@ -70,7 +70,7 @@ def audit(
         reason = str(error).splitlines()[0]
         raise BadInput(f"expected inputs of the shape that the model takes, got {shape} ({reason}); give samples (--data)") from None
     steps = Steps(power_steps, ascent_steps, advance or (lambda what, done, total: None))
-    a, b, found, change, distance, rounding, kind = hunt(f, points, size, steps, generator)
+    a, b, found, change, distance, rounding, kind = find_pair(f, points, size, steps, generator)
     tokens_in = chain.embedding_depth > 0
     result = Audit(
         formula=claim.formula, claimed=claim.value, found=found * claim.unit(), units=claim.units, domain=claim.domain,
@@ -98,7 +98,7 @@ def _input_shape(chain: Chain, x: Tensor | None) -> tuple[int, ...]:
 def _starts(
     chain: Chain, x: Tensor | None, domain: float | None, box: tuple[float, float] | None, starts: int, tokens: int, generator: torch.Generator
 ) -> tuple[Tensor, tuple[int, ...], float]:
-    """(starting points (S, T, D) float64, shape of one input, size of an input). Half from the model's own inputs, half random, of several sizes."""
+    """(starting points (S, T, D) float64, shape of one input, size of an input). Half come from the model's own inputs, half are random."""
     device = next(chain.parameters()).device
 
     def noise(*shape: int) -> Tensor:

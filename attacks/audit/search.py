@@ -16,7 +16,7 @@ from robustlip.geometry import safe_divide
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a search is, and whom it tells: advance(what, done, total)."""
+    """Lengths of the search, and a progress callback advance(what, done, total)."""
 
     power: int
     ascent: int
@@ -24,7 +24,7 @@ class Steps:
 
 
 def unit_tokens(x: Tensor) -> Tensor:
-    """Every token scaled to ℓ2 norm 1 (0 stays 0): the steepest per-token direction along x."""
+    """Scales every token to ℓ2 norm 1 (0 stays 0): the steepest direction of norm 1 along x."""
     return safe_divide(x, x.norm(dim=-1, keepdim=True))
 
 
@@ -36,7 +36,7 @@ def _best_output(y: Tensor) -> Tensor:
 
 
 def _pull(f: Map, x: Tensor, u: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-    """(x with a gradient, Jᵀu)."""
+    """(x with gradients enabled, Jᵀu)."""
     x = x.detach().requires_grad_()
     (g,) = torch.autograd.grad((f(x) * u).sum(), x, create_graph=create_graph, allow_unused=True)
     return x, torch.zeros_like(x) if g is None else g
@@ -47,15 +47,15 @@ def _push(f: Map, x: Tensor, v: Tensor) -> Tensor:
     return torch.func.jvp(f, (x.detach(),), (v,))[1].detach()
 
 
-class _Keeper:
-    """The best pair of every start so far."""
+class _BestPairs:
+    """The best pair of every starting point so far."""
 
     def __init__(self, f: Map, starts: Tensor) -> None:
         self.f, self.best = f, torch.full((len(starts),), -1.0, dtype=torch.float64, device=starts.device)
         self.a, self.b = starts.clone(), starts.clone()
 
     def offer(self, a: Tensor, b: Tensor, *, floor: float) -> None:
-        """a, b (S, T, D). floor: relative rounding that is assumed of the change, so that tiny steps do not win by noise."""
+        """Keeps the better pairs among a, b (S, T, D). floor: assumed relative rounding error of the change, against noise of tiny steps."""
         with torch.no_grad():
             change = (self.f(b) - self.f(a)).norm(dim=-1).amax(-1)
             distance = (b - a).norm(dim=-1).amax(-1)
@@ -67,15 +67,15 @@ class _Keeper:
 
 
 def _pair(f: Map, x: Tensor, v: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """x ± length·v/2 around an x that was moved away from the border by as much; v: tokens of norm ≤ 1, length (S, 1, 1)."""
+    """x ± length·v/2, with x first moved away from the boundary by that length; v: tokens of norm ≤ 1, length (S, 1, 1)."""
     middle = f.project(x, length / 2)
     return f.project(middle - length / 2 * v), f.project(middle + length / 2 * v)
 
 
 def _search(
     f: Map, starts: Tensor, size: float, steps: Steps, generator: torch.Generator, direction: Tensor | None = None
-) -> _Keeper:
-    """Power iteration at every start (S, T, D), ascent of the Jacobian's norm on x, then ascent of finite differences. size: of an input."""
+) -> _BestPairs:
+    """Power iteration at every starting point (S, T, D), ascent of the Jacobian's norm over x, then of finite differences. size: of an input."""
 
     power_steps, ascent_steps = steps.power, steps.ascent
 
@@ -84,7 +84,7 @@ def _search(
 
     x = f.project(starts)
     v = unit_tokens(random_like(x) if direction is None else direction)
-    keeper = _Keeper(f, x)
+    best_pairs = _BestPairs(f, x)
     with torch.no_grad():
         floor = 1e-14 * float(f(x).norm(dim=-1).amax(-1).median())
 
@@ -93,7 +93,7 @@ def _search(
 
     def offer(x: Tensor, v: Tensor) -> None:
         for length in lengths(1e-5, 1e-4, 1e-2, 0.3):
-            keeper.offer(*_pair(f, x, v, length), floor=floor)
+            best_pairs.offer(*_pair(f, x, v, length), floor=floor)
 
     def iterate(x: Tensor, v: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
@@ -102,7 +102,7 @@ def _search(
 
     v = iterate(x, v, power_steps)
     offer(x, v)
-    # Ascent on x: φ(x) = Σ_t ‖(Jᵀu)_t‖ = max_v ⟨u, Jv⟩ over tokens of norm 1, u the best output for the best v so far.
+    # Ascent over x: φ(x) = Σ_t ‖(Jᵀu)_t‖ = max_v ⟨u, Jv⟩ over tokens of norm 1; u is the best output for the best v so far.
     rate = 0.1 * size / math.sqrt(x.shape[-1])
     moving = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([moving], lr=rate)
@@ -120,14 +120,14 @@ def _search(
         best_v = torch.where(better[:, None, None], v, best_v)
         slope = torch.autograd.grad(value.sum(), inner, allow_unused=True)[0] if g.requires_grad else None
         if slope is None or not bool((slope != 0).any()):
-            break  # piecewise linear: the Jacobian does not feel x, the finite differences below do
+            break  # piecewise linear: the Jacobian does not depend on x locally; the finite differences below do
         moving.grad = -torch.nan_to_num(slope)
         optimizer.step()
         with torch.no_grad():
             moving.copy_(f.project(moving))
     best_v = iterate(best_x, best_v, power_steps)
     offer(best_x, best_v)
-    # Ascent of ‖f(x + hw/2) − f(x − hw/2)‖ over x and w (‖w_t‖ ≤ 1), at a length h of each start's own.
+    # Ascent of ‖f(x + hw/2) − f(x − hw/2)‖ over x and w (‖w_t‖ ≤ 1), with a length h per starting point.
     spread = torch.tensor([1e-2, 0.1, 0.5, 1.0], dtype=torch.float64, device=x.device)
     h = (size * spread[torch.arange(len(x), device=x.device) % len(spread)])[:, None, None]
     points = [best_x.clone().requires_grad_(), best_v.clone().requires_grad_()]
@@ -138,26 +138,26 @@ def _search(
         change = (f(b) - f(a)).norm(dim=-1).amax(-1)
         gradients = torch.autograd.grad(change.sum(), points, allow_unused=True)
         if step % 5 == 0 or step == ascent_steps - 1:
-            keeper.offer(a.detach(), b.detach(), floor=floor)
+            best_pairs.offer(a.detach(), b.detach(), floor=floor)
         for point, gradient in zip(points, gradients, strict=True):
             point.grad = torch.zeros_like(point) if gradient is None else -torch.nan_to_num(gradient)
         optimizer.step()
         with torch.no_grad():
             points[0].copy_(f.project(points[0]))
             points[1].copy_(points[1] / points[1].norm(dim=-1, keepdim=True).clamp_min(1.0))
-    middle = (keeper.a + keeper.b) / 2
-    offer(middle, iterate(middle, unit_tokens(keeper.b - keeper.a), power_steps))
-    return keeper
+    middle = (best_pairs.a + best_pairs.b) / 2
+    offer(middle, iterate(middle, unit_tokens(best_pairs.b - best_pairs.a), power_steps))
+    return best_pairs
 
 
-def hunt(
+def find_pair(
     f: Map, starts: Tensor, size: float, steps: Steps, generator: torch.Generator, direction: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float, float, float, float, str]:
-    """(x, x', found, change, distance, rounding, its kind) of the best pair that `_search` finds."""
-    # Neither the flash kernels' second derivative nor their forward mode exists; the plain kernel has both.
+    """(x, x', found, change, distance, rounding, kind of rounding) of the best pair that `_search` finds."""
+    # The flash kernels have neither a second derivative nor a forward mode; the plain kernel has both.
     with torch.inference_mode(False), torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        keeper = _search(f, starts, size, steps, generator, direction)
-        which, found, change, distance, rounding, kind = measure(f, keeper.a, keeper.b)
+        best_pairs = _search(f, starts, size, steps, generator, direction)
+        which, found, change, distance, rounding, kind = measure(f, best_pairs.a, best_pairs.b)
     if not math.isfinite(change):
         raise RobustlipError("expected finite outputs, got NaN or infinity inside the domain; find the layer that overflows")
-    return keeper.a[which].cpu(), keeper.b[which].cpu(), found, change, distance, rounding, kind
+    return best_pairs.a[which].cpu(), best_pairs.b[which].cpu(), found, change, distance, rounding, kind

@@ -1,4 +1,4 @@
-"""Files of what an audit found: written, and measured again by whoever doubts it."""
+"""Files with the results of an audit, and functions that measure them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from robustlip.layers import Attention, ScaledGELU, as_chain
 
 
 def save_witness(path: Path, result: Audit, box: tuple[float, float] | None = None) -> None:
-    """The pair of inputs and what it is said to show, to a safetensors file that `recheck` reads."""
+    """Write the pair of inputs and its claimed result to a safetensors file that `recheck` reads."""
     header = {
         "kind": "audit-witness", "formula": result.formula, "claimed": result.claimed, "found": result.found, "units": result.units,
         "domain": result.domain, "space": result.space, "box": box, "weights_sha256": result.weights_sha256,
@@ -31,9 +31,9 @@ def save_witness(path: Path, result: Audit, box: tuple[float, float] | None = No
 
 
 def recheck(path: Path, model: nn.Module) -> Audit:
-    """Measures the pair in a witness file again, on this model, against the claim computed anew.
+    """Measures the pair in a witness file again, on this model, with the claim computed again.
 
-    Raises BadInput when the file is not a witness, is of other weights, leaves its domain, or does not show what its header says.
+    Raises BadInput if the file is not a witness, belongs to other weights, leaves its domain, or does not show what its header states.
     """
     tensors, header = load_tensors(path)
     chain = as_chain(model)
@@ -44,12 +44,12 @@ def recheck(path: Path, model: nn.Module) -> Audit:
     for what, value in mine.items():
         if header.get(what) != value:
             word = "weights" if what == "weights_sha256" else "architecture"
-            raise BadInput(f"expected the witness's {word} {str(header.get(what))[:12]}…, got a model with {value[:12]}…; audit this model anew")
+            raise BadInput(f"expected the witness's {word} {str(header.get(what))[:12]}…, got a model with {value[:12]}…; audit this model again")
     try:
         formula, claimed, found = str(header["formula"]), float(header["claimed"]), float(header["found"])
         units, domain, box = str(header["units"]), header["domain"], header["box"]
         if not (formula.isprintable() and units.isprintable()):
-            raise ValueError("formula: it holds control characters")
+            raise ValueError("formula: it contains control characters")
         domain = None if domain is None else float(domain)
         box = None if box is None else (float(box[0]), float(box[1]))
         starts, seed = int(header["starts"]), int(header["seed"])
@@ -79,7 +79,7 @@ def recheck(path: Path, model: nn.Module) -> Audit:
         raise BadInput(f"expected inputs of the model's shape in {name}, got {shape} ({str(error).splitlines()[0]}); the file was altered") from None
     again *= claim.unit()
     if not math.isclose(again, found, rel_tol=1e-6):
-        raise BadInput(f"expected a pair that shows {found:.6g}, got one that shows {again:.6g} in {name}; the file was altered")
+        raise BadInput(f"expected a pair with the ratio {found:.6g}, got one with {again:.6g} in {name}; the file was altered")
     result = Audit(
         formula=formula, claimed=claim.value, found=again, units=units, domain=domain, space="embedding" if tokens else "input",
         x=tensors["x"], x_prime=tensors["x_prime"], distance=distance, change=change, rounding=rounding, rounding_kind=kind,
@@ -90,8 +90,8 @@ def recheck(path: Path, model: nn.Module) -> Audit:
 
 
 def save_worst(path: Path, worst: WorstLayer) -> None:
-    """The weights that an adversary chose for one layer, with the pair of inputs, to a safetensors file that `recheck_worst` reads."""
-    # By number, as `recheck_worst` builds the layers again without the names they had in the model.
+    """Write the adversarial weights of one layer, with the pair of inputs, to a safetensors file that `recheck_worst` reads."""
+    # Tensors are numbered, because `recheck_worst` builds the layers without their names in the model.
     weights = {f"module.{name}": value for name, value in nn.Sequential(*worst.module).state_dict().items()}
     header = {"kind": "audit-worst-weights", **worst.to_json_dict(), "tokens": worst.tokens, "layers": [_describe(layer) for layer in worst.module]}
     save_tensors(path, {"x": worst.x, "x_prime": worst.x_prime, **weights}, header)
@@ -122,9 +122,9 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def recheck_worst(path: Path) -> WorstLayer:
-    """Builds the layers of a worst-weights file, asks the formula about them again and measures the pair again.
+    """Builds the layers of a worst-weights file, computes the formula for them again and measures the pair again.
 
-    Raises BadInput when the file is not one, leaves its domain, or does not show what its header says.
+    Raises BadInput if the file is not one, leaves its domain, or does not show what its header states.
     """
     tensors, header = load_tensors(path)
     name = path.name
@@ -148,6 +148,6 @@ def recheck_worst(path: Path) -> WorstLayer:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise BadInput(f"expected a worst-weights file of `robustlip audit`, got {name} ({error}); name the file that audit saved") from None
     if not (math.isclose(claim.value, claimed, rel_tol=1e-9) and math.isclose(again, found, rel_tol=1e-6)):
-        shown = f"{again:.6g} against a claim of {claim.value:.6g}"
-        raise BadInput(f"expected a file that shows {found:.6g} against a claim of {claimed:.6g}, got {shown} in {name}; the file was altered")
+        shown = f"{again:.6g} for a claim of {claim.value:.6g}"
+        raise BadInput(f"expected a file with the ratio {found:.6g} for a claim of {claimed:.6g}, got {shown} in {name}; the file was altered")
     return WorstLayer(formula, layer, part, kept, claim.value, again, units, domain, tokens, module, a, b)

@@ -1,4 +1,4 @@
-"""The layers of a model, each with the weights that an adversary would choose under the same norms."""
+"""The layers of a model, each with adversarial weights of the same norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustlip.attacks import formulas
 from robustlip.attacks.audit.measure import Map
 from robustlip.attacks.audit.result import WorstLayer
-from robustlip.attacks.audit.search import Steps, hunt
+from robustlip.attacks.audit.search import Steps, find_pair
 from robustlip.attacks.formulas import Claim
 from robustlip.attacks.worst_weights import worst_attention_like, worst_mlp
 from robustlip.errors import BadInput
@@ -20,9 +20,9 @@ from robustlip.layers import Attention, Chain, as_chain
 
 
 def worst_layers(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[WorstLayer, ...]:
-    """Every different attention and MLP layer of a transformer, or the whole of an MLP, with its worst weights."""
+    """Every distinct attention and MLP layer of a transformer, or a whole MLP, with its worst weights."""
     if claim.formula not in formulas.FORMULAS:
-        raise BadInput("expected a formula with --worst-weights, got a number, which says nothing of other weights; give --formula")
+        raise BadInput("expected a formula with --worst-weights, got a number, which holds for these weights only; give --formula")
     out: list[WorstLayer] = []
     if chain.embedding_depth == 0:
         module, x = worst_mlp(chain)
@@ -32,7 +32,7 @@ def worst_layers(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[W
         return tuple(out)
     seen: set[tuple[Any, ...]] = set()
     for name, layer, domain in formulas.norms_in_front(chain, claim.formula):
-        # Layers of one shape with the same norms have the same worst weights.
+        # Layers of the same shape with the same norms have the same worst weights.
         key = (repr(layer), *(round(float(torch.linalg.matrix_norm(p.detach().double(), 2)), 3) for p in layer.parameters() if p.dim() == 2))
         if key in seen:
             continue
@@ -55,7 +55,7 @@ def worst_layers(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[W
                 _worst_layer(name, "mlp", "every matrix's spectral norm", module, said, x[None, None], (1, len(x)), seed, steps)
             )
     if not out:
-        raise BadInput("expected attention or MLP layers as the paper has them for --worst-weights, got none; audit the weights as they are")
+        raise BadInput("expected attention or MLP layers in the paper's form for --worst-weights, got none; audit the weights as they are")
     return tuple(out)
 
 
@@ -70,5 +70,5 @@ def _worst_layer(
     if direction is None:
         direction = torch.zeros_like(x)
         direction[..., 0] = 1.0
-    a, b, found, *_ = hunt(f, x.double(), size, replace(steps, ascent=min(steps.ascent, 20)), generator, direction)
+    a, b, found, *_ = find_pair(f, x.double(), size, replace(steps, ascent=min(steps.ascent, 20)), generator, direction)
     return WorstLayer(said.formula, name, part, kept, said.value, found * said.unit(), said.units, said.domain, tokens, module, a, b)
