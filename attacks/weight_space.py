@@ -30,8 +30,8 @@ def matrices_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight matrices that a WeightBall perturbs, by parameter name; tied ones once.
 
     These are the matrices of MATRICES (each attention projection is one). Raises UnsupportedLayer for a parameter with two or more dimensions
-    elsewhere, except tables of positions and attention's biases by distance, which are not matrices; and for scripted modules, whose weights cannot be
-    replaced. Raises BadInput if there are none.
+    elsewhere, except tables of positions and attention's biases by distance, which are not matrices; and for scripted modules, whose weights cannot
+    be replaced. Raises BadInput if there are none.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedLayer(
