@@ -85,7 +85,7 @@ if shutil.which(os.environ.get("CXX", "g++")):
     RUNS["compiled"] = ("fsdp",)
 # What two processes refuse: (changes of the MLP, mode, words of the sentence).
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "batch": ({"run": {"steps": 1, "batch": 7}}, "ddp", "2 processes can share equally, got 7"),
+    "batch": ({"run": {"steps": 1, "batch": 7}}, "ddp", "2 processes can divide equally, got 7"),
     "mode": ({}, "tensor", "among ddp, fsdp"),
     "ibp": ({"loss": {"kind": "ibp", "epsilon": 0.05}, "constraint": {"method": "none"}}, "ddp", "regularizer = 0"),
     "scalars": ({"reparametrization": "sigma-reparam", "constraint": {"method": "none"}}, "fsdp", "use ddp"),

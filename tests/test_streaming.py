@@ -404,8 +404,8 @@ def test_a_killed_run_goes_on_at_its_place_in_the_data(source: str, tmp_path: Pa
     ("change", "message"),
     [
         ({"data": {"name": "x/y", "streaming": True}}, "needs a tokenizer"),
-        ({"data": {"name": "x/y", "tokenizer": "bytes"}}, "belong to streaming"),
-        ({"data": {"name": "x/y", "split": "z"}}, "belong to streaming"),
+        ({"data": {"name": "x/y", "tokenizer": "bytes"}}, "need streaming"),
+        ({"data": {"name": "x/y", "split": "z"}}, "need streaming"),
         ({"data": {"name": "x/y", "streaming": True, "tokenizer": "bytes", "tokenizer_file": "f"}}, "tokenizer_file"),
         ({"data": {"name": "x/y", "streaming": True, "tokenizer": "gpt2"}}, "at least 50257"),
         ({"model": {"kind": "lipschitz-gpt", "vocabulary": "abc"}}, "at least 257"),

@@ -177,7 +177,7 @@ def test_a_run_replaces_no_other_runs_weights(tmp_path) -> None:
         train(recipe(seed=4, run=short), tmp_path, resume=False)
     state.unlink()
     for resume in (True, False):
-        with pytest.raises(BadInput, match="without a state to go on from"):
+        with pytest.raises(BadInput, match="without a state to resume from"):
             train(recipe(run=short), tmp_path, resume=resume)
     assert path.read_bytes() == before[0]
     # Over its own it begins again, and over a state that nobody can read.
@@ -542,9 +542,9 @@ def test_a_run_with_rates_by_layer_resumes(tmp_path) -> None:
         ({"optimizer": {"name": "sgd", "lr": 1}}, "optimizer.name"),
         ({"constraint": {"method": "soft-cap", "w_max": -1}}, "constraint.w_max"),
         ({"constraint": {"method": "soft-cap", "strength": 0.1}}, "no strength"),
-        ({"optimizer": {"name": "adamw", "lr": 0.1, "embedding_inflation": 16.0}}, "belong to muon"),
+        ({"optimizer": {"name": "adamw", "lr": 0.1, "embedding_inflation": 16.0}}, "need muon"),
         ({"optimizer": {"name": "muon", "lr": 0.1, "embedding_lr": 0.1}}, "embedding_lr needs embedding_inflation"),
-        ({"optimizer": {"name": "adamw", "lr": 0.1, "unembedding_inflation": 16.0}}, "belong to muon"),
+        ({"optimizer": {"name": "adamw", "lr": 0.1, "unembedding_inflation": 16.0}}, "need muon"),
         ({"optimizer": {"name": "muon", "lr": 0.1, "unembedding_lr": 0.1}}, "unembedding_lr needs unembedding_inflation"),
         ({"loss": {"kind": "ibp"}}, "epsilon"),
         ({"loss": {"epsilon": 0.1}}, "epsilon"),

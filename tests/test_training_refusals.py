@@ -96,7 +96,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         train(spec, tmp_path / "run", progress=stop)
     text.write_text("to be or nor to be. " * 60, encoding="utf-8")
-    with pytest.raises(BadInput, match="training data that the run began with"):
+    with pytest.raises(BadInput, match="training data of the saved run"):
         train(spec, tmp_path / "run")
 
 
@@ -153,9 +153,9 @@ def test_sizes_that_do_not_fit_are_one_sentence(tmp_path: Path, change: dict[str
         ({"seed": 2**70}, "less than"),
         ({"seed": -1}, "greater than or equal"),
         ({"run": {"steps": 1, "batch": 10**12}}, "less than or equal"),
-        ({"loss": {"start": 5}}, "belong to kinds"),
-        ({"loss": {"kind": "margin", "norm": "l2", "epsilon": 0.1, "tolerance": 0.1}}, "belong to kind 'ibp'"),
-        ({"loss": {"kind": "margin", "norm": "l2", "epsilon": 0.1, "start": 4}}, "there are 4 steps"),
+        ({"loss": {"start": 5}}, "need kind"),
+        ({"loss": {"kind": "margin", "norm": "l2", "epsilon": 0.1, "tolerance": 0.1}}, "need kind 'ibp'"),
+        ({"loss": {"kind": "margin", "norm": "l2", "epsilon": 0.1, "start": 4}}, "there are only 4 steps"),
         ({"model": GPT, "loss": {"input_noise": 0.1}}, "not token ids"),
     ],
 )
@@ -179,8 +179,8 @@ def test_a_run_starts_from_a_model(tmp_path: Path) -> None:
     assert identity(recipe(run={**steps, "start_from": "a"})) != identity(recipe(run=steps))
     for change, message in (
         ({"run": {**steps, "start_from": str(first), "start_sha256": "0" * 64}}, "run.start_sha256"),
-        ({"run": {**steps, "start_from": str(first)}, "model": {"kind": "mlp", "widths": [64, 13, 10]}}, "which is another"),
-        ({"run": {**steps, "start_from": str(first)}, "model": {"kind": "mlp", "widths": [64, 12, 10], "activation": "tanh"}}, "which is another"),
+        ({"run": {**steps, "start_from": str(first)}, "model": {"kind": "mlp", "widths": [64, 13, 10]}}, "which has another"),
+        ({"run": {**steps, "start_from": str(first)}, "model": {"kind": "mlp", "widths": [64, 12, 10], "activation": "tanh"}}, "which has another"),
         ({"run": {**steps, "start_from": "no-such-model"}}, "expected"),
         ({"run": {**steps, "start_from": "math:sqrt"}}, "save the model first"),
     ):

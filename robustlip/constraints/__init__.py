@@ -4,9 +4,9 @@
     constraint.project()
     constraint.attach(optimizer)
 
-Each method maps the singular values of the RMS-scaled matrix M = W·sqrt(fan_in/fan_out). Heads of attention are constrained
-one by one (`per_head`): the published cap of the stacked matrix lets one head hold all of the norm (docs/theory.md, section 5).
-What a method promises is its `guarantee`; a certificate never trusts it and measures the weights it is given.
+Each method maps the singular values of the RMS-scaled matrix M = W·sqrt(fan_in/fan_out). Attention heads are constrained
+separately (`per_head`): under the published cap of the stacked matrix one head can have all of the norm (docs/theory.md, section 5).
+The `guarantee` of a method says what holds in exact arithmetic; certificates never rely on it and measure the weights.
 """
 
 from robustlip.constraints.constraint import METHODS, Constraint, ConstraintViolation, make_method

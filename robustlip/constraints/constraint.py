@@ -1,4 +1,4 @@
-"""A method and the weights it holds, attached to an optimiser; and the check that it holds."""
+"""A constraint: a method and its weights, attached to an optimiser, and checks of the guarantee."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _LARGEST_STACK = 2**25
 
 
 class ConstraintViolation(RobustlipError):
-    """A weight is outside what its constraint guarantees: the method's premise was broken, or the method is wrong. Training stops."""
+    """A weight exceeds the guarantee of its constraint: an assumption of the method was violated, or the method is wrong. Training stops."""
 
 
 def make_method(name: str, *, strength: float | None = None, polynomial: str | None = None) -> Method | None:
     """The method of that name (METHODS), None for 'none'.
 
-    strength: λ of the two decays, 0.1 unless given. polynomial: Stiefel's, see there. Raises BadInput for other names and for
+    strength: λ of the two decays, default 0.1. polynomial: for stiefel, see there. Raises BadInput for other names and for
     an option that the method does not have.
     """
     if name not in METHODS:
@@ -45,7 +45,7 @@ def make_method(name: str, *, strength: float | None = None, polynomial: str | N
     if polynomial is not None and name != "stiefel":
         raise BadInput(f"expected no polynomial for {name}, got {polynomial!r}; only stiefel has one")
     if name == "spectral-weight-decay" and strength is not None and not 0 < strength < 1:
-        raise BadInput(f"expected a strength in (0, 1) for spectral-weight-decay, got {strength}; it is the part taken away at each step")
+        raise BadInput(f"expected a strength in (0, 1) for spectral-weight-decay, got {strength}; it is the fraction removed at each step")
     decay = 0.1 if strength is None else strength
     table = {
         "none": lambda: None,
@@ -63,9 +63,9 @@ def make_method(name: str, *, strength: float | None = None, polynomial: str | N
 
 @dataclass
 class _Group:
-    """Targets of one slice shape, dtype and device; those of one owner are mapped as one stack.
+    """Targets with the same slice shape, dtype and device; those of one owner are mapped as one stack.
 
-    numbers: of their parameter groups. caps: (K, 1, 1), of the K slices that this process owns. block: of those too, see `probe`.
+    numbers: of their parameter groups. caps: (K, 1, 1), for the K slices that this process owns. block: for these slices, see `probe`.
     """
 
     targets: list[Target]
@@ -79,14 +79,14 @@ class _Group:
 
 
 class Constraint:
-    """A method and the weights it holds; `attach` makes an optimiser apply it after each of its steps.
+    """A method and the weights that it constrains; after `attach` an optimiser applies it after each of its steps.
 
-    method: a name of METHODS or a Method. `guarantee` says what then holds of every target after every step, if it held before the first
-    (`project`); rows are always divided down to RMS norm ≤ w_max, whatever the method. A sure violation after a step raises
-    ConstraintViolation: found with a lower bound of the norm, so there is no false alarm, and what it misses `check` finds with a guaranteed bound.
+    method: a name of METHODS or a Method. `guarantee` says what holds for every target after every step if it held before the first
+    (`project`); rows are always divided to RMS norm ≤ w_max, with every method. A certain violation after a step raises
+    ConstraintViolation: it is found with a lower bound of the norm, so there are no false alarms; `check` uses guaranteed upper bounds.
 
-    world: the processes that share the work, each mapping and measuring its own matrices; weights may be DTensors that are sharded by rows. Every
-    process then has to make the same calls, and what is wrong in one raises in all.
+    world: the processes that share the work, each of which maps and measures its own matrices; weights may be DTensors sharded by rows. All
+    processes then have to make the same calls, and an error in one is raised in all.
     """
 
     def __init__(self, targets: Iterable[Target], method: str | Method, world: World = ALONE) -> None:
@@ -96,19 +96,19 @@ class Constraint:
 
     @property
     def guarantee(self) -> Guarantee:
-        """What the method promises of matrices. Rows are held hard by every method but 'none'."""
+        """The method's guarantee for matrices. For rows every method except 'none' is hard."""
         return Guarantee(math.inf) if self.method is None else self.method.guarantee
 
     def limit(self, target: Target) -> float:
-        """The largest norm (RMS units) that this target may have after a step, rounding included; inf where nothing is promised."""
+        """The largest norm (RMS units) that this target may have after a step, with rounding; inf without a guarantee."""
         factor = math.inf if self.method is None else 1.0 if target.rows else self.guarantee.factor
         return target.w_max * factor * (1 + target.rounding())
 
     def attach(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Apply the constraint to these optimisers' weights after each of their steps. Any torch optimiser will do.
+        """Apply the constraint to these optimisers' weights after each of their steps. Any torch optimiser can be used.
 
-        An optimiser with `update_norm(lr)` states how large its steps are (robustlip.muon.Muon); for others the methods that need it measure.
-        Raises BadInput where a target belongs to none of them: it would move without its constraint.
+        An optimiser with `update_norm(lr)` states a bound of its steps (robustlip.muon.Muon); with others, methods that need it measure the step.
+        Raises BadInput if a target belongs to none of the optimisers, because it would change without the constraint.
         """
         if self.method is None:
             return
@@ -116,13 +116,13 @@ class Constraint:
         if astray := [target.name for target in self.targets if id(target.weight) not in owned]:
             raise BadInput(
                 f"expected optimisers that own every constrained weight, got none with {', '.join(astray[:3])}"
-                f"{f' and {len(astray) - 3} more' if len(astray) > 3 else ''}; attach all optimisers in one call, parameter groups added before"
+                f"{f' and {len(astray) - 3} more' if len(astray) > 3 else ''}; attach all optimisers in one call, after adding parameter groups"
             )
         for optimizer in optimizers:
             self._attach(optimizer)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        # The number of the group, not the group: load_state_dict puts new dictionaries in their place.
+        # The index of the group, not the group, because load_state_dict replaces the dictionaries.
         owned = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         mine = [(t, owned[id(t.weight)]) for t in self.targets if id(t.weight) in owned]
         if not mine:
@@ -134,7 +134,7 @@ class Constraint:
 
         @torch.no_grad()
         def after_step(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-            # A step inside of torch.autocast would map in 16 bits.
+            # A step inside torch.autocast would map in 16 bits.
             with torch.autocast(kind, enabled=False):
                 for target in rows:
                     _cap_rows(target)
@@ -145,7 +145,7 @@ class Constraint:
         optimizer.register_step_post_hook(after_step)
 
     def _grouped(self, pairs: list[tuple[Target, int]], apart: bool = False) -> list[_Group]:
-        """Targets whose slices can be mapped together, in stacks of bounded size, with their owners. apart: each by itself."""
+        """Targets whose slices can be mapped together, in stacks of bounded size, with their owners. apart: one group per target."""
         parts: dict[tuple[object, ...], list[list[tuple[Target, int]]]] = {}
         for i, (target, number) in enumerate(pairs):
             key = (target.shape(), target.weight.dtype, target.weight.device, i if apart else None)
@@ -165,7 +165,7 @@ class Constraint:
         return groups
 
     def _map(self, groups: list[_Group], steps: list[StepTaken]) -> list[Tensor]:
-        """Map the weights of groups in place; returns lower bounds of the norms (RMS units) that they then have: one a target, 0 for others'."""
+        """Map the weights of groups in place; returns lower bounds of their new norms (RMS units), one per target, 0 for those of other processes."""
         parts = [[local(t.weight) for t in group.targets] for group in groups]
         whole = [group.assignment.collect(weights) for group, weights in zip(groups, parts, strict=True)]
         norms = self.world.on_all(lambda: [self._map_mine(*each) for each in zip(groups, whole, steps, strict=True)])
@@ -176,7 +176,7 @@ class Constraint:
         return norms
 
     def _map_mine(self, group: _Group, whole: dict[int, Tensor], step: StepTaken) -> Tensor:
-        """The same for the matrices of a group that this process owns, which are all in `whole`."""
+        """The same for the matrices of a group that this process owns, all of which are in `whole`."""
         assert self.method is not None
         out = group.caps.new_zeros(len(group.targets))
         if not whole:
@@ -186,7 +186,7 @@ class Constraint:
         stacks = [target.split(weight) for target, weight in zip(mine, whole.values(), strict=True)]
         dtype = stacks[0].dtype
         stack = stacks[0] * scale if len(stacks) == 1 else torch.cat(stacks).mul_(scale)
-        # Polynomials of matrices need more digits than the 16-bit dtypes have.
+        # Polynomials of matrices need a higher precision than 16 bits.
         stack = map_stack(self.method, stack.float() if dtype.itemsize < 4 else stack, group.caps, step)
         if group.block is None:
             group.block = fixed_vectors(2, stack)
@@ -212,12 +212,12 @@ class Constraint:
             )
         return ConstraintViolation(
             f"expected {target.name} within its cap {target.w_max:.6g} ({name}, guarantee: {promise}), got a norm of {how} {norm:.6g} in RMS units; "
-            f"weights that were outside before the step need Constraint.project() first, and an optimiser must not move further than it states"
+            f"call Constraint.project() if weights exceeded the cap before the step, and check the optimiser's update_norm"
         )
 
     @torch.no_grad()
     def apply(self, target: Target, update_norm: float | None = None, decay: float = 0.0, rate: float = 0.0) -> None:
-        """Map one weight in place. update_norm: RMS→RMS norm of the step just taken, of the whole matrix, None if unknown; decay: λη; rate: η."""
+        """Map one weight in place. update_norm: RMS→RMS norm of the last step, of the whole matrix, None if unknown; decay: λη; rate: η."""
         if self.method is None:
             return
         if target.rows:
@@ -229,7 +229,7 @@ class Constraint:
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring every target inside once, by normalisation: for the initial weights, from which all guarantees start."""
+        """Bring every target within its cap once, by normalisation: for the initial weights, because guarantees assume it."""
         if self.method is None:
             return
         for target in self.targets:
@@ -240,7 +240,7 @@ class Constraint:
         inside._map(groups, [_unknown_step(group) for group in groups])
 
     def measured(self) -> dict[str, float]:
-        """Guaranteed upper bounds of all constrained norms, RMS units."""
+        """Guaranteed upper bounds of all constrained norms, in RMS units."""
         found = torch.zeros(len(self.targets), dtype=torch.float64)
         if not self.targets:
             return {}
@@ -255,7 +255,7 @@ class Constraint:
         return dict(zip((t.name for t in self.targets), self.world.largest(found).tolist(), strict=True))
 
     def check(self) -> dict[str, float]:
-        """`measured`, compared with what the method guarantees. Raises ConstraintViolation."""
+        """`measured`, compared with the guarantee of the method. Raises ConstraintViolation."""
         measured = self.measured()
         for target in self.targets:
             if not measured[target.name] <= self.limit(target):
@@ -264,7 +264,7 @@ class Constraint:
 
 
 def _of_slice(target: Target, update_norm: float) -> float:
-    """A bound of the whole matrix's update bounds each slice's, in the slice's own RMS units."""
+    """A bound of the whole matrix's update, which bounds each slice's update too, in RMS units of the slice."""
     fan_out, fan_in = target.weight.shape
     return update_norm * math.sqrt(fan_out / fan_in) * target.rms_scale()
 
@@ -293,7 +293,7 @@ def _step_of(group: _Group, optimizer: torch.optim.Optimizer) -> StepTaken:
 
 
 def _largest_row(target: Target) -> Tensor:
-    """(1,) the largest RMS norm of the rows that this process has, 0 if it has none."""
+    """(1,) the largest RMS norm among the rows of this process, 0 if it has none."""
     norms = torch.linalg.vector_norm(local(target.weight), dim=-1) * target.rms_scale()
     return norms.amax(0, keepdim=True) if len(norms) else norms.new_zeros(1)
 

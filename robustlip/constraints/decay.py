@@ -1,4 +1,4 @@
-"""Decay: of all singular values, or of the largest."""
+"""Decay of all singular values, or of the largest one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from robustlip.constraints.norms import top_singular
 class WeightDecay(Method):
     """σ → (1 − λη)σ, all singular values, η the learning rate in use. strength: λ.
 
-    Guarantees nothing by itself. Under an optimiser whose step has norm at most pη (Muon: p the peak of its polynomial) all norms
-    stay at most max(initial, p/λ), at every schedule: (1 − λη)(p/λ + pη) < p/λ. A head of H can have √H times that. w_max plays no part.
+    Guarantees nothing by itself. With an optimiser whose step has norm at most pη (Muon: p is the peak of its polynomial) all norms
+    stay at most max(initial, p/λ), with every schedule: (1 − λη)(p/λ + pη) < p/λ. For one of H heads the bound is √H times that. w_max is not used.
     """
 
     name = "weight-decay"
@@ -28,7 +28,7 @@ class WeightDecay(Method):
 
 
 class SpectralWeightDecay(Method):
-    """σ₁ → (1 − λ)σ₁, the largest singular value alone. strength: λ, at each step. No guarantee: w_max plays no part.
+    """σ₁ → (1 − λ)σ₁ at each step, only the largest singular value. strength: λ. No guarantee; w_max is not used.
 
     Source: Newhouse et al. 2025, section 3. Power iteration finds the direction.
     """

@@ -1,4 +1,4 @@
-"""The spectral hammer: the largest singular value set, nothing else touched."""
+"""The spectral hammer: sets the largest singular value and changes no other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from robustlip.constraints.norms import top_singular
 
 
 class SpectralHammer(Method):
-    """σ₁ → w_max, one direction a step. No guarantee: a step may push several singular values over w_max, and all but one stay there.
+    """σ₁ → w_max, one direction per step. No guarantee: a step may push several singular values above w_max, and only one is reduced.
 
     Source: Newhouse et al. 2025, section 3, who use it with AdamW, whose steps have low rank. Power iteration finds the direction.
     """

@@ -1,4 +1,4 @@
-"""Hard cap: min(w_max, σ), by the published polynomials or exactly through the matrix sign."""
+"""Hard cap: min(w_max, σ), by the published polynomials, or exactly by the matrix sign function."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _QUINTICS = (
 )
 _QUINTIC_DOMAIN, _QUINTIC_PEAK = 3.0, 1.0109
 
-# Cubic steps t(3 − t²)/2: after Muon's six they take a sign from [0.9955, 0.9994] to 1 within 10⁻¹⁶, with slope enough near 0 for an overshoot
-# of 1.2·10⁻⁵; five take t from [√½, 1] to 1 within 10⁻¹².
+# Cubic steps t(3 − t²)/2. After Muon's six steps they map signs from [0.9955, 0.9994] to 1 within 10⁻¹⁶, and their slope near 0 is large enough for
+# an overshoot of 1.2·10⁻⁵; five steps map t from [√½, 1] to 1 within 10⁻¹².
 _POLISH, _FROM_ROOT_HALF = 4, 5
 _MSIGN_OVERSHOOT = 2e-5
 
@@ -38,9 +38,9 @@ def hard_cap_polynomial(matrix: Tensor, cap: Tensor | float = 1.0) -> Tensor:
 
 
 def _even_factor(gram: Tensor) -> Tensor:
-    """P of P·X = the quintics of X, from G = XXᵀ (..., m, m): all are polynomials of G, which commute, and X enters twice instead of eight times.
+    """P with P·X = the quintics of X, from G = XXᵀ (..., m, m): all are polynomials of G and commute, so X is used twice, not eight times.
 
-    Their slopes are below 2, so what squaring loses of small singular values (a unit of the dtype, absolutely) stays that small: 10⁻⁶ in float32.
+    Their slopes are below 2, so the loss by squaring small singular values (an absolute unit of the dtype) stays that small: 10⁻⁶ in float32.
     """
     square = gram.reshape(-1, *gram.shape[-2:])
     factors = list[Tensor]()
@@ -55,10 +55,10 @@ def _even_factor(gram: Tensor) -> Tensor:
 def hard_cap_msign(matrix: Tensor, cap: Tensor) -> Tensor:
     """min(w, σ) = ½[(w + σ) − |w − σ|] on the singular values of (K, m, n); cap: w, (K, 1, 1). Source: Su 2025; Cesista 2025.
 
-    In units of w, with s = sign(1 − σ) = sign(1 − σ²), it is ½[(1 − s)·1 + (1 + s)σ]: the sign is that of the symmetric matrix I − MMᵀ, and 1
-    stands for t = the singular values of msign(M), which are needed only where σ > 1. Signs and t are polynomials with values in [0, 1]: below
-    the cap the result is a mean of σ and at most 1, never above 1; above the cap it exceeds it by at most ½(1 − |s|)(σ − 1), under 2·10⁻⁵ for
-    σ ≤ √2. Matrices further out are capped again until they are not; each round takes away at least a third of what is above.
+    In units of w, with s = sign(1 − σ) = sign(1 − σ²), it is ½[(1 − s)·1 + (1 + s)σ]. The sign is that of the symmetric matrix I − MMᵀ, and 1
+    is replaced by t = the singular values of msign(M), which matter only if σ > 1. Signs and t are polynomials with values in [0, 1]: below
+    the cap the result is a mean of σ and at most 1, so never above 1; above the cap it exceeds 1 by at most ½(1 − |s|)(σ − 1), below 2·10⁻⁵ for
+    σ ≤ √2. Matrices with larger σ are capped repeatedly; each round removes at least a third of the excess.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = (matrix.mT if tall else matrix) / cap
@@ -79,7 +79,7 @@ def _spectrum(matrix: Tensor, cap: Tensor) -> tuple[Tensor, Tensor]:
     """(λ = σ²/w² (K, k), ascending; singular vectors (K, k, k) on the side of gram_of) of matrices (K, m, n). cap: w, (K, 1, 1).
 
     One decomposition in place of a dozen products or more: faster on a CPU, slower on a GPU. An eigenvalue is known to a unit of the largest.
-    What is not finite gives NaN, where eigh would raise an error that names no weight.
+    Values that are not finite give NaN, because eigh would raise an error without the name of the weight.
     """
     gram = gram_of(matrix).div_(cap * cap)
     if not bool(torch.isfinite(gram).all()):
@@ -89,11 +89,11 @@ def _spectrum(matrix: Tensor, cap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hard_cap_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
-    """The same through eigenvalues. Matrices far out are mapped again, when all their eigenvalues are as small as the cap's."""
+    """The same by eigenvalues. Matrices far above the cap are mapped again once their eigenvalues are near the cap's size."""
     far = True
     while far:
         values, vectors = _spectrum(matrix, cap)
-        # Only what is above the cap is taken off, so that values below it do not even round. NaN counts as above.
+        # Only the excess above the cap is subtracted, so that values below it are not even rounded. NaN counts as above.
         above = int((~(values <= 1)).sum(-1).max())
         below = values.shape[-1] - above
         top, values = vectors[..., below:], values[..., below:]
@@ -104,7 +104,7 @@ def hard_cap_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
 
 
 def hard_cap_polynomial_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
-    """hard_cap_polynomial through eigenvalues."""
+    """hard_cap_polynomial by eigenvalues."""
     values, vectors = _spectrum(matrix, cap)
     x = root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
     for a, b, c in _QUINTICS:
@@ -113,9 +113,9 @@ def hard_cap_polynomial_eigh(matrix: Tensor, cap: Tensor) -> Tensor:
 
 
 def _inverse_roots(gram: Tensor) -> Tensor:
-    """t/σ for the eigenvalues σ² ≤ 2 of gram (K, m, m), t from σ/√2 by cubic steps: msign(M) is this times M where σ ≥ 1.
+    """t/σ for the eigenvalues σ² ≤ 2 of gram (K, m, m), with t from σ/√2 by cubic steps: msign(M) is this matrix times M for σ ≥ 1.
 
-    On m×m matrices, where msign takes its products with M. Noise far below 1 grows by 2.25 a step, so not for matrices further out.
+    It uses m×m matrices, where msign uses products with M. Rounding noise far below 1 grows by 2.25 per step, so σ must not be larger.
     """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     roots, squares = eye / math.sqrt(2), gram / 2  # t/σ and t²
@@ -132,19 +132,19 @@ def _polished(x: Tensor) -> Tensor:
 
 
 def _sign(symmetric: Tensor) -> Tensor:
-    """The matrix sign of symmetric (K, m, m) with eigenvalues in [−1, 1]. Odd polynomials, so eigenvalues stay in [−1, 1] and signs are right."""
-    # Not orthogonalize, which divides by the Frobenius norm, up to √m times more than needed: too little slope would be left near 0.
+    """The matrix sign of symmetric (K, m, m) with eigenvalues in [−1, 1]. Odd polynomials keep eigenvalues in [−1, 1] and their signs."""
+    # Not orthogonalize, which divides by the Frobenius norm, up to √m times more than needed; the slope near 0 would be too small.
     x = odd_quintics(symmetric, POLYNOMIALS["six-step"].steps)
     return _polished((x + x.mT) / 2)
 
 
 class HardCap(Method):
-    """≈ min(w_max, σ) by the published quintics. Hard up to overshoot 0.0109; values under w_max move by up to 5 %.
+    """≈ min(w_max, σ) by the published quintics. Hard up to an overshoot of 0.0109; values below w_max change by up to 5 %.
 
-    The slope at 0 is 0.951, so values far below the cap lose 4.9 % at every step, like a weight decay: a cap that the steps cannot reach (about
-    20 times their length) lets the weights collapse. HardCapMsign leaves such values alone.
+    The slope at 0 is 0.951, so values far below the cap lose 4.9 % at every step, as with a weight decay: with a cap that the steps cannot reach
+    (about 20 step lengths) the weights collapse. HardCapMsign does not change such values.
 
-    The polynomials hold on [0, 3 w_max]. What an optimiser leaves further out is divided down to there first.
+    The polynomials are valid on [0, 3 w_max]. Matrices with larger norms are first divided down to that.
     """
 
     name = "hard-cap"
@@ -157,9 +157,9 @@ class HardCap(Method):
 
 
 class HardCapMsign(Method):
-    """min(w_max, σ) through the matrix sign: values under the cap stay what they are. Hard up to overshoot 2·10⁻⁵, after any step.
+    """min(w_max, σ) by the matrix sign function: values below the cap do not change. Hard up to an overshoot of 2·10⁻⁵, after any step.
 
-    On a CPU by eigenvalues instead, which take a quarter of the time there; on a GPU it is the other way round.
+    On a CPU by eigenvalues, which take a quarter of the time there; on a GPU the matrix sign is faster.
     """
 
     name = "hard-cap-msign"

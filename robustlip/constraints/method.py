@@ -1,4 +1,4 @@
-"""What a constraint method is: a map of stacked matrices, and what it guarantees."""
+"""The interface of constraint methods: a map of stacked matrices, and its guarantee."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What holds after every step, in exact arithmetic: largest singular value ≤ factor·w_max. inf: nothing is promised.
+    """What holds after every step, in exact arithmetic: largest singular value ≤ factor·w_max. inf: no guarantee.
 
-    factor − 1 is the overshoot. Rounding comes on top (`Target.rounding`), and `Constraint.measured` is what anyone should believe.
+    factor − 1 is the overshoot. Rounding comes in addition (`Target.rounding`); `Constraint.measured` gives proved bounds.
     """
 
     factor: float
@@ -30,11 +30,11 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class StepTaken:
-    """What is known of the optimiser step that the map follows, for each of the K matrices of a stack.
+    """Facts about the optimiser step before the map, for each of the K matrices of a stack.
 
-    w_max: the caps, as numbers with all their digits. update: RMS→RMS norms that the optimiser states as bounds of what it added, None where
-    it states nothing.
-    decay: λη of the optimiser's own decoupled weight decay. rate: the learning rates in use.
+    w_max: the caps in full precision. update: RMS→RMS norms that the optimiser states as bounds of its update, None if
+    it states none.
+    decay: λη of the optimiser's own decoupled weight decay. rate: the learning rates.
     """
 
     w_max: tuple[float, ...]
@@ -46,8 +46,8 @@ class StepTaken:
 class Method(ABC):
     """A map of RMS-scaled matrices (K, m, n) → (K, m, n), run after each optimiser step (by `map_stack`).
 
-    cap: (K, 1, 1), the w_max of each in the dtype of the stack. A subclass states in its docstring and in `guarantee` what holds when
-    the matrices were inside before the step; `Constraint.project` brings the initial ones inside.
+    cap: (K, 1, 1), the w_max of each matrix in the dtype of the stack. A subclass states in its docstring and in `guarantee` what holds if
+    the matrices were within their caps before the step; `Constraint.project` brings the initial ones within.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Method(ABC):
 
 
 def map_stack(method: Method, stack: Tensor, cap: Tensor, step: StepTaken) -> Tensor:
-    """What the method makes of the stack. Under caps so far from 1 that squares of weights vanish or overflow in float32, in units of the caps."""
+    """The method applied to the stack; in units of the caps if these are so far from 1 that squares of weights underflow or overflow in float32."""
     if all(1e-9 <= w <= 1e9 for w in step.w_max):
         return method(stack, cap, step)
     update = None if step.update is None else tuple(u / w for u, w in zip(step.update, step.w_max, strict=True))

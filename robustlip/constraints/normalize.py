@@ -1,4 +1,4 @@
-"""Spectral normalisation: the whole matrix divided by what it exceeds its cap by."""
+"""Spectral normalisation: division of the whole matrix by max(1, σ/w_max)."""
 
 from __future__ import annotations
 

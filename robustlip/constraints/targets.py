@@ -1,4 +1,4 @@
-"""Which weights are held, in which units: whole matrices, heads of attention, rows of embeddings."""
+"""The constrained weights and their units: whole matrices, attention heads, rows of embeddings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from robustlip.numerics.spectral import spectral_norm_bound
 
 @dataclass(frozen=True)
 class Target:
-    """One weight under a constraint, seen as a stack of `slices` matrices (or as rows that each have their own norm).
+    """One constrained weight, seen as a stack of `slices` matrices (or as rows with separate norms).
 
     axis: 0 stacks rows (query, key, value by head), 1 stacks columns (output by head). rows: True caps each row's RMS norm
-    (an embedding's tokens). w_max: the largest RMS→RMS norm of a slice (RMS norm of a row).
+    (the tokens of an embedding). w_max: the cap of the RMS→RMS norm of a slice (RMS norm of a row).
     """
 
     name: str
@@ -33,7 +33,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2:
-            raise BadInput(f"expected a matrix under a constraint, got {self.name} of shape {tuple(self.weight.shape)}; convolutions are not held")
+            raise BadInput(f"expected a matrix under a constraint, got {self.name} of shape {tuple(self.weight.shape)}; leave convolutions free")
         if not 0 < self.w_max < math.inf:
             raise BadInput(f"expected w_max above 0, got {self.w_max} for {self.name}; give a positive cap")
         if self.axis not in (0, 1) or self.slices < 1 or self.weight.shape[self.axis] % self.slices:
@@ -62,20 +62,20 @@ class Target:
         return 1 / math.sqrt(n) if self.rows else math.sqrt(n / m)
 
     def rounding(self) -> float:
-        """The relative excess over a guaranteed cap that the rounding of a step is allowed: 10⁻⁴, and 2 + √min(m, n) units of the dtype.
+        """The tolerated relative excess over a guaranteed cap by rounding of a step: 10⁻⁴ plus 2 + √min(m, n) units of the dtype.
 
-        A margin, not a proof. Storing alone moves each entry by up to u, the norm by up to u times the Frobenius norm.
+        A margin, not a proof. Storing alone changes each entry by up to u, and the norm by up to u times the Frobenius norm.
         """
         return 1e-4 + UNIT[self.weight.dtype] * (2 + math.sqrt(min(self.shape())))
 
     def cost(self) -> float:
-        """Multiplications of one product WWᵀ by slice: what its map and its measurement take, up to a factor."""
+        """Multiplications of one product WWᵀ per slice: proportional to the cost of its map and its measurement."""
         m, n = self.shape()
         return float(self.slices * m * n * min(m, n))
 
     @torch.no_grad()
     def measured(self, whole: Tensor | None = None) -> float:
-        """A guaranteed upper bound of the largest constrained norm, in RMS units. whole: the weight (fan_out, fan_in), where `weight` is a shard."""
+        """A guaranteed upper bound of the largest constrained norm, in RMS units. whole: the weight (fan_out, fan_in), if `weight` is a shard."""
         weight = self.weight if whole is None else whole
         if self.rows:
             return float(torch.linalg.vector_norm(weight.double(), dim=-1).max()) * self.rms_scale() * (1 + 1e-12)
@@ -91,14 +91,14 @@ def targets_of(
     rows: Iterable[str] = (),
     free: Iterable[str] = (),
 ) -> list[Target]:
-    """Every weight matrix of a model as a Target: attention by head, embeddings and position tables by row, Linear and the rest whole.
+    """Every weight matrix of a model as a Target: attention per head, embeddings and position tables per row, Linear and others as whole matrices.
 
-    overrides: {pattern: w_max}; the last pattern that matches a weight's name wins ('head.weight', 'attn*.query.weight').
-    rows: patterns of matrices whose rows are capped instead of the whole, for an unembedding ('head.weight'): a margin
-    moves by ‖u_y − u_j‖, at most twice the longest row.
-    free: patterns of weights that stay without a constraint. Weights of other layers (convolutions, torch's own attention, reparametrised ones) are
-    held by nothing here, so they have to be named there.
-    Raises BadInput for a pattern that matches nothing, a w_max ≤ 0, a weight that two kinds of layers share, and one that would be left out unsaid.
+    overrides: {pattern: w_max}; the last pattern that matches a weight's name is used ('head.weight', 'attn*.query.weight').
+    rows: patterns of matrices whose rows are capped instead of the whole matrix, for an unembedding ('head.weight'): a margin
+    changes by ‖u_y − u_j‖, at most twice the longest row.
+    free: patterns of weights without a constraint. Weights of other layers (convolutions, torch's own attention, reparametrised ones) cannot be
+    constrained here, so they have to be listed there.
+    Raises BadInput for a pattern without a match, a w_max ≤ 0, a weight shared by two kinds of layers, and one that would be left unconstrained.
     """
     overrides = overrides or {}
     by_row, left = tuple(rows), tuple(free)
@@ -113,18 +113,18 @@ def targets_of(
                 if name != "output":
                     by_head[id(linear.weight)] = (linear.out_features // module.head_width, 0)
     linears = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
-    # Added to scores, multiplied with nothing.
+    # Tables that are added to scores, not multiplied.
     added = {id(m.distance_bias) for m in model.modules() if type(m) is Attention}
     for name, parameter in model.named_parameters():
         if spared := {pattern for pattern in left if fnmatch.fnmatch(name, pattern)}:
             used |= spared
             continue
         if id(parameter) in row_tables & linears:
-            raise BadInput(f"expected weights of one layer each, got {name}, a table of rows that a Linear layer shares; untie them")
+            raise BadInput(f"expected weights that belong to one layer each, got {name}, an embedding table shared with a Linear layer; untie them")
         if id(parameter) not in row_tables | linears:
             if parameter.dim() > 1 and id(parameter) not in added:
                 raise BadInput(
-                    f"expected matrices of Linear and Embedding layers, got {name} of shape {tuple(parameter.shape)}, which nothing would hold; "
+                    f"expected matrices of Linear and Embedding layers, got {name} of shape {tuple(parameter.shape)}, which would be unconstrained; "
                     f"replace its layer, or name it in free"
                 )
             continue

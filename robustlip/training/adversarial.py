@@ -1,11 +1,11 @@
-"""Adversarial training of transformers in embedding space: the loss at the embeddings that one gradient step found worst.
+"""Adversarial training of transformers in embedding space: the loss after one gradient step on the embeddings.
 
 Every token moves by ε·(largest norm of the embedding table) along its own gradient, all at once: the fast gradient method of Goodfellow et
-al. 2015 in ℓ2, on embeddings as Miyato et al. 2017 did, the whole training loss being that of the moved point (Madry et al. 2018 with one step).
-The radius is relative because a longer table has longer radii for nothing.
+al. 2015 in ℓ2, on embeddings as in Miyato et al. 2017; the training loss is only that of the perturbed point (Madry et al. 2018 with one step).
+The radius is relative, because scaling the table scales all radii.
 
-A certified radius is about the margin over the gradient's norm, less what the bounds lose (docs/tightness.md); caps bound the gradient from above
-for all inputs, this lowers it where the data is. It promises nothing: certificates come from robustlip.certify.
+A certified radius is roughly the margin divided by the norm of its gradient, minus the looseness of the bounds (docs/tightness.md). Caps bound the
+gradient for all inputs; this loss reduces it on the data. It guarantees nothing: certificates come from robustlip.certify.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from robustlip.training.recipe import LossPart
 
 
 def worst_embeddings(model: Chain, embeddings: Tensor, y: Tensor, radius: Tensor | float, loss: LossPart) -> Tensor:
-    """Embeddings (N, T, D), each token at most `radius` (ℓ2) away, to first order those of the largest loss for labels y; without gradient.
+    """Embeddings (N, T, D) with each token moved by at most `radius` (ℓ2) to maximise the linearised loss for labels y; without gradient.
 
-    A token whose gradient is 0 stays where it is.
+    A token whose gradient is 0 does not move.
     """
     point = embeddings.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(cross_entropy(model.from_embeddings(point), y, loss), point)
-    # Whatever its scale: squares of what a saturated softmax leaves vanish in float32, and a norm of 0 would make a step without end.
+    # Scale-free: in a saturated softmax squares of gradients underflow in float32, and a norm of 0 would give an infinite step.
     return (point + radius * unit(gradient)).detach()
 
 
 def adversarial_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> Tensor:
-    """The training loss of a step: token ids x (N, T), labels y (N, T). Plain for `start` steps, then with a radius that grows over `ramp`."""
+    """The training loss of a step: token ids x (N, T), labels y (N, T). Plain for `start` steps; then the radius grows over `ramp` steps."""
     if step < loss.start:
         return cross_entropy(model(x), y, loss)
     embeddings = model.embed(x)
-    # The layers as a list: a slice of a model makes another model.
+    # The layers as a list, because a slice of the model would be another model.
     table = next(layer.weight for layer in list(model)[: model.embedding_depth] if isinstance(layer, nn.Embedding))
     radius = radius_at(loss, step) * torch.linalg.vector_norm(table.detach(), dim=-1).amax()
-    # The step is a constant, so gradients reach the table through the embeddings that it is added to.
+    # The step is a constant; gradients reach the table through the embeddings to which it is added.
     change = worst_embeddings(model, embeddings, y, radius, loss) - embeddings.detach()
     return cross_entropy(model.from_embeddings(embeddings + change), y, loss)

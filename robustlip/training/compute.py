@@ -1,5 +1,5 @@
-"""How the training forward pass is computed: in bfloat16 with float32 weights, compiled or not. Nothing else is: evaluation, constraints and
-certificates see the model itself, in float32 and layer by layer."""
+"""The training forward pass: in bfloat16 with float32 weights, compiled or not. Evaluation, constraints and certificates always use the model
+itself, in float32 and uncompiled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from robustlip.training.recipe import Recipe
 
 
 def _compile_in_place(block: nn.Module) -> None:
-    """Training passes of `block` become one graph; evaluation stays as it was.
+    """Compile the training passes of `block` as one graph; evaluation is not changed.
 
-    Its forward alone: what gathers a block's weights hangs on the module's call, and would be a break in the graph.
+    Only its forward is compiled: gathering a block's weights happens in hooks of the module's call, which would break the graph.
     """
     plain = block.forward
     fast = torch.compile(plain, fullgraph=True, dynamic=False)
@@ -27,13 +27,12 @@ def _compile_in_place(block: nn.Module) -> None:
 
 
 class Forward:
-    """x → the logits of `model`, float32, with its gradients: autocast to bfloat16 and compiled where the recipe's [run] says so.
+    """x → the logits of `model`, float32, with gradients: with autocast to bfloat16 and compiled if the recipe's [run] says so.
 
     Weights, gradients and optimisers stay in float32; autocast rounds inputs and weights of each product to bfloat16 and back, and the
-    loss is of float32 logits. example: inputs like those of every step, on the device; with compile = true one forward and backward pass
-    of them is compiled now: as one graph, or, where `blocks` of the model are given, each of them as one graph and the rest not at all, for
-    weights that are there only while their block runs (fsdp). Raises BadInput when that fails: nothing falls back to the pass that was not
-    asked for.
+    loss is computed from float32 logits. example: inputs like those of every step, on the device. With compile = true one forward and backward pass
+    on them is compiled now: as one graph, or, if `blocks` of the model are given, each of them as one graph and nothing else (for fsdp, where weights
+    exist only while their block runs). Raises BadInput if that fails; there is no silent fallback to the uncompiled pass.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, example: Tensor, blocks: Sequence[nn.Module] = ()) -> None:
@@ -47,11 +46,11 @@ class Forward:
             if not blocks:
                 self._run = torch.compile(model, fullgraph=True, dynamic=False)
             self(example).sum().backward()
-        except Exception as error:  # each stage of the compiler has its own, and so has the C++ compiler that it calls
+        except Exception as error:  # each stage of the compiler, and the C++ compiler, raises its own exceptions
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:160]
             raise BadInput(
                 f"expected a forward pass that torch.compile can compile here, got {type(error).__name__} ({reason}); "
-                f"install the C++ compiler that it needs, or leave out run.compile"
+                f"install a C++ compiler, or leave out run.compile"
             ) from error
         finally:
             model.zero_grad(set_to_none=True)

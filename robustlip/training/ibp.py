@@ -1,14 +1,14 @@
-"""Training on interval bounds for MLPs: the certified rival of a Lipschitz constraint. Gowal et al. 2018; Shi et al. 2021.
+"""Training of MLPs with interval bounds, the certified alternative to Lipschitz constraints. Gowal et al. 2018; Shi et al. 2021.
 
 An interval around a point is (centre c, radius r ≥ 0) per coordinate. Linear: c ← Wc + b, r ← |W|r, and from the input ball r_j = ε‖w_j‖₁ (linf)
 or ε‖w_j‖₂ (l2), the dual norm. A monotone activation maps the two ends. The last layer is merged with the difference of two logits, so
 the worst margin is m_j = (w_y − w_j)·c + b_y − b_j − |w_y − w_j|·r. The loss is the cross entropy of logits −m_j (own label: 0).
 
-Shi et al. make a short ramp of ε enough by three means: weights of standard deviation √(2π)/fan_in at first, which keep the mean radius
-from growing (a linear layer and a ReLU have mean gain 1); a penalty when the mean radius still grows by more than 1/τ; and a penalty
-when most ReLUs are all active or all inactive. Their third, batch normalisation, is left out: MLPs here have none.
+Shi et al. make a short ramp of ε sufficient by three measures: initial weights with standard deviation √(2π)/fan_in, which keep the mean radius
+constant (a linear layer and a ReLU have mean gain 1); a penalty if the mean radius still grows by more than 1/τ; and a penalty
+if most ReLUs are all active or all inactive. Batch normalisation, which they add, is not used: MLPs here have none.
 
-Bounds here are in the arithmetic of training. Certificates come from robustlip.certify, never from this file.
+Bounds in this file use the arithmetic of training. Certificates come from robustlip.certify, never from this file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MONOTONE = (nn.ReLU, nn.Tanh, nn.Identity)
 
 @torch.no_grad()
 def ibp_initialize(model: Chain) -> None:
-    """Weights of standard deviation √(2π)/fan_in and biases 0: E|w| = 2/fan_in, and a ReLU halves what 2/fan_in·fan_in doubles."""
+    """Weights with standard deviation √(2π)/fan_in and biases 0: E|w| = 2/fan_in, so a linear layer doubles the radius and a ReLU halves it."""
     for linear in linears_of(model):
         nn.init.normal_(linear.weight, std=math.sqrt(2 * math.pi) / linear.in_features)
         if linear.bias is not None:
@@ -40,8 +40,8 @@ def ibp_initialize(model: Chain) -> None:
 def interval_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float, norm: str) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """(margins, pre-activations) of an MLP over the balls around x (N, …) of labels y (N,), in raw input units.
 
-    margins (N, C): below f_y − f_j for every point of the ball, 0 at j = y. pre-activations: (centre, radius), each (N, n), in front of
-    every activation. norm: 'linf' or 'l2'. Raises BadInput for a layer that is no Flatten, Normalize, Linear, ReLU or Tanh.
+    margins (N, C): a lower bound of f_y − f_j on the ball, 0 at j = y. pre-activations: (centre, radius), each (N, n), before
+    every activation. norm: 'linf' or 'l2'. Raises BadInput for a layer other than Flatten, Normalize, Linear, ReLU and Tanh.
     """
     layers = list(model)
     head = layers[-1]
@@ -72,7 +72,7 @@ def interval_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float, norm: s
 
 
 def _spread(weight: Tensor, scale: Tensor, radius: Tensor | None, epsilon: float, norm: str) -> Tensor:
-    """(N, m): how far Wx moves. radius None: x is still in the ball, its coordinates stretched by scale (N, n)."""
+    """(N, m): the radius of Wx. radius None: x is the input, in the ball, with coordinates scaled by scale (N, n)."""
     if radius is not None:
         return radius @ weight.abs().mT
     if norm == "linf":
@@ -81,7 +81,7 @@ def _spread(weight: Tensor, scale: Tensor, radius: Tensor | None, epsilon: float
 
 
 def _spread_each(rows: Tensor, scale: Tensor, radius: Tensor | None, epsilon: float, norm: str) -> Tensor:
-    """The same for rows (N, C, n) of each sample's own: (N, C)."""
+    """The same for separate rows (N, C, n) per sample: (N, C)."""
     if radius is not None:
         return (rows.abs() @ radius[:, :, None])[..., 0]
     if norm == "linf":
@@ -90,12 +90,12 @@ def _spread_each(rows: Tensor, scale: Tensor, radius: Tensor | None, epsilon: fl
 
 
 def _root(x: Tensor) -> Tensor:
-    """√x with a finite gradient at 0 (the row of the own label), moved up by at most 10⁻¹⁰."""
+    """√x with a finite gradient at 0 (the row of the label itself), increased by at most 10⁻¹⁰."""
     return (x + 1e-20).sqrt()
 
 
 def _regularizer(seen: list[tuple[Tensor, Tensor]], first: float, tolerance: float) -> Tensor:
-    """Shi et al. 2021, section 3: tightness and ReLU balance, means over the layers. first: mean radius of the input."""
+    """Shi et al. 2021, section 3: tightness and ReLU balance, averaged over the layers. first: mean radius of the input."""
     total = seen[0][0].new_zeros(())
     for centre, radius in seen:
         total = total + F.relu(tolerance - first / radius.mean().clamp_min(1e-12)) / tolerance
@@ -103,7 +103,7 @@ def _regularizer(seen: list[tuple[Tensor, Tensor]], first: float, tolerance: flo
         spread = (centre - centre.mean()).square()
         pairs = (((centre * active).mean(), -(centre * inactive).mean()), ((spread * active).sum(), (spread * inactive).sum()))
         for a, b in pairs:
-            # No active or no inactive neuron at all: there is no ratio, and its gradient would be no number.
+            # Without active or without inactive neurons the ratio is undefined, and its gradient would be NaN.
             if float(a.detach()) > 0 and float(b.detach()) > 0:
                 ratio = torch.minimum(a / b, b / a)
                 total = total + F.relu(tolerance - ratio) / tolerance
@@ -119,14 +119,14 @@ def ibp_loss(model: Chain, x: Tensor, y: Tensor, loss: LossPart, step: int) -> T
     weight = loss.regularizer * (1 - epsilon / loss.epsilon)
     if weight == 0 or not seen:
         return robust
-    # The half-width of the box that the first layer spreads as far, at the initialisation: E|w|·n·h = ε·√(E w²·n) gives h = ε·√(π/(2n)).
+    # The half-width of the box that the first layer maps to the same mean radius, at initialisation: E|w|·n·h = ε·√(E w²·n) gives h = ε·√(π/(2n)).
     first = epsilon if loss.norm == "linf" else epsilon * math.sqrt(math.pi / (2 * x[0].numel()))
     return robust + weight * _regularizer(seen, first, loss.tolerance)
 
 
 @torch.no_grad()
 def verified_accuracy(model: Chain, x: Tensor, y: Tensor, loss: LossPart) -> Tensor:
-    """(N,) booleans: interval bounds in training arithmetic keep the label over the whole ball. A figure of progress, not a certificate."""
+    """(N,) booleans: whether interval bounds in training arithmetic keep the label on the whole ball. For progress output, not a certificate."""
     assert loss.epsilon is not None
     margins, _ = interval_margins(model, x, y, loss.epsilon, loss.norm)
     others = torch.ones_like(margins, dtype=torch.bool).scatter(1, y[:, None], False)

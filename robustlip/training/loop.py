@@ -1,4 +1,4 @@
-"""The loop: step, evaluate, save, and stop with the last good state kept when anything goes wrong."""
+"""The training loop: step, evaluate, save; after an error it stops and the last good state is kept."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _loss(recipe: Recipe, model: Chain, forward: Forward, x: Tensor, y: Tensor, 
 
 @torch.no_grad()
 def _sums(recipe: Recipe, model: Chain, x: Tensor, y: Tensor) -> Tensor:
-    """Sums over the predictions for x: right ones, cross entropy of the plain logits, proved by intervals, and their number. (4,) float64."""
+    """Sums over the predictions for x: number correct, cross entropy of the plain logits, number verified by intervals, count. (4,) float64."""
     logits, target = model(x).flatten(0, -2), y.flatten()
     right, loss = (logits.argmax(-1) == target).sum(), F.cross_entropy(logits, target, reduction="sum")
     verified = verified_accuracy(model, x, target, recipe.loss).sum() if recipe.loss.kind == "ibp" else torch.zeros_like(right)
@@ -68,7 +68,7 @@ def _sums(recipe: Recipe, model: Chain, x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Pass(nn.Module):
-    """Whatever runs the model, as one module: what gathers weights and averages gradients over processes acts when a module is called.
+    """All uses of the model as one module, because gathering weights and averaging gradients over processes happens when a module is called.
 
     A batch and its step → the loss; a batch and None → the sums of an evaluation.
     """
@@ -85,15 +85,15 @@ class _Pass(nn.Module):
 
 @torch.no_grad()
 def _evaluate(run: nn.Module, source: Source, constraint: Constraint, world: World, limit: int | None = None) -> Figures:
-    """accuracy and mean cross entropy of the plain logits on the test split; the constrained norms, measured, as a fraction of their caps.
+    """Accuracy and mean cross entropy of the plain logits on the test split; and the measured constrained norms, as fractions of their caps.
 
-    run: a _Pass. Each process takes its rows of every batch. Raises ConstraintViolation when the method guarantees something that does not hold.
+    run: a _Pass. Each process evaluates its rows of every batch. Raises ConstraintViolation if a guarantee of the method does not hold.
     """
     run.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for x, y in source.evaluation(limit):
         rows = world.rows(len(x))
-        # A forward pass is collective: a process without rows runs one that does not count.
+        # A forward pass is collective: a process without rows runs one whose result is not used.
         counts = rows.start < rows.stop
         part = run(*(t[rows if counts else slice(1)].to(world.device) for t in (x, y)), None)
         sums += part if counts else torch.zeros_like(part)
@@ -109,10 +109,10 @@ def _evaluate(run: nn.Module, source: Source, constraint: Constraint, world: Wor
 
 
 def _check_parallel(recipe: Recipe, world: World) -> None:
-    """Raises BadInput for a recipe that several processes cannot run as one would."""
+    """Raises BadInput for a recipe whose result would depend on the number of processes."""
     if recipe.run.batch % world.size:
         raise BadInput(
-            f"expected a batch that {world.size} processes can share equally, got {recipe.run.batch}; change run.batch or the number of processes"
+            f"expected a batch that {world.size} processes can divide equally, got {recipe.run.batch}; change one of them"
         )
     if world.size > 1 and recipe.loss.kind == "ibp" and recipe.loss.regularizer > 0:
         raise BadInput(
@@ -135,17 +135,16 @@ def train(
     resume: bool = True,
     parallel: str = "ddp",
 ) -> Path:
-    """Train a recipe in the folder `out`; returns the model file out/NAME.safetensors, with its card out/NAME.toml beside it.
+    """Train a recipe in the folder `out`; returns the model file out/NAME.safetensors, with its card out/NAME.toml in the same folder.
 
-    Interrupted runs, killed ones included, continue from out/NAME.state.safetensors when `resume`, and end with the same weights on the same machine;
-    a state of another recipe is refused, and so is to write over one or over a model without a state. One run at a time in a folder:
-    a second is refused.
-    Started by torchrun, all processes make one run: each takes its rows of every batch, the matrix work is shared, rank 0 writes. parallel: 'ddp',
-    whole weights in each process, or 'fsdp', shards (robustlip.parallel). Weights are those of one process up to rounding, and states can be
-    resumed by another number of processes; `out` must be a folder that all of them see.
-    progress(step, steps, figures) is called after every step; figures hold the evaluation's at those steps that have one.
-    Raises BadInput for a bad recipe or a state that does not fit; TrainingStopped when the loss or the weights are not finite or a file cannot
-    be written; ConstraintViolation when a guaranteed cap does not hold. The last good state is kept in each case.
+    With `resume`, interrupted or killed runs continue from out/NAME.state.safetensors, and end with the same weights on the same machine.
+    A state of another recipe is refused, and so is overwriting it, or overwriting a model without a state. Only one run at a time may use a folder.
+    Under torchrun all processes train one model: each computes its rows of every batch, matrix operations are distributed, rank 0 writes. parallel:
+    'ddp', whole weights in each process, or 'fsdp', shards (robustlip.parallel). Weights are those of one process up to rounding, and states can be
+    resumed with another number of processes; all of them must have access to `out`.
+    progress(step, steps, figures) is called after every step; figures contain evaluation results at the steps that have an evaluation.
+    Raises BadInput for an invalid recipe or state; TrainingStopped if the loss or the weights are not finite or a file cannot
+    be written; ConstraintViolation if a guaranteed cap does not hold. The last good state is kept in each case.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with joined(device, parallel) as world:
@@ -159,7 +158,7 @@ def _run(
 ) -> Path:  # fmt: skip
     source = world.on_all(lambda: Source(recipe, data_dir))
     world.on_all(lambda: make_folder(out))
-    world.on_first(lambda: held.enter_context(sole_writer(out, "training")))  # by the process that writes, until the run ends
+    world.on_first(lambda: held.enter_context(sole_writer(out, "training")))  # held by the process that writes, until the run ends
     world.on_all(lambda: refuse_to_replace(recipe, out, resume=resume))
     torch.manual_seed(recipe.seed)
     from robustlip.models.build import build
@@ -167,7 +166,7 @@ def _run(
     config = dict(recipe.model)
     if source.text:
         config.setdefault("vocabulary", source.vocabulary)
-    planned(build, config)  # too large a model is said before it takes the memory
+    planned(build, config)  # raises BadInput before memory is allocated for a model that is too large
     model = build(config)
     world.on_all(lambda: source.check(model))
     if recipe.loss.kind == "ibp":
@@ -191,9 +190,9 @@ def _run(
         x, y = (t[world.rows(recipe.run.batch)].to(world.device) for t in source.batch(step))
         return x, y
 
-    # Other losses read weights outside of the layers' own forward passes: then there is one block, the whole model.
+    # Other losses read weights outside of the layers' forward passes; for them the only block is the whole model.
     blocks = [] if recipe.loss.kind != "cross-entropy" else [m for m in model.modules() if isinstance(m, Residual)]
-    # Compiled before hooks of processes are on the model, and before the optimisers see its parameters.
+    # Compiled before the hooks of processes are added, and before the optimisers get its parameters.
     forward = world.on_all(lambda: Forward(recipe, model, batch(first)[0], blocks if world.sharded else ()))
     run = world.wrap(_Pass(recipe, model, forward), blocks)
     optimizers = make_optimizers(recipe, model, world)
@@ -203,7 +202,7 @@ def _run(
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if saved is not None:
         restore(model, optimizers, saved, world)
-        saved = None  # as large as all that is trained
+        saved = None  # free memory: it is as large as all trained tensors
 
     def save(step: int) -> None:
         tensors = world.gathered(state_tensors(model, optimizers))
@@ -241,7 +240,7 @@ def _run(
         if progress is not None:
             progress(step + 1, recipe.run.steps, figures)
 
-    # A run that was killed after its last state has its last line already.
+    # A run that was killed after its last state already has this line.
     history = [line for line in history if line["step"] < recipe.run.steps]
     history.append({"step": recipe.run.steps, **_evaluate(run, source, constraint, world), "seconds": seconds})
     save(recipe.run.steps)
@@ -268,7 +267,7 @@ def _run(
 
 
 def _card(recipe: Recipe, model: Chain, source: Source, history: list[Figures]) -> dict[str, Any]:
-    """Of the plain model, as it was saved: by one process."""
+    """The card of the saved model, computed by one process."""
     from robustlip import __version__
     from robustlip.certifiers import lipschitz_bound
 

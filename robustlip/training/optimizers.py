@@ -1,4 +1,4 @@
-"""The optimisers and the constraint of a recipe, learning rates by layer, and the optimisers' state as tensors."""
+"""The optimisers and the constraint of a recipe, learning rates per layer, and the state of optimisers as tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robustlip.training.reparametrize import trained_weight
 
 
 def _groups(parameters: Iterable[Tensor], lr: float, model: nn.Module, factor: float) -> list[dict[str, Any]]:
-    """Parameter groups: one, or one for each learning rate when `factor` scales those of earlier residual layers."""
+    """One parameter group, or one per learning rate if `factor` scales the rates of earlier residual layers."""
     residuals = [m for m in model.modules() if isinstance(m, Residual)]
     later = {id(p): len(residuals) - 1 - i for i, m in enumerate(residuals) for p in m.parameters()}
     by_rate: dict[float, list[Tensor]] = {}
@@ -28,7 +28,7 @@ def _groups(parameters: Iterable[Tensor], lr: float, model: nn.Module, factor: f
 
 
 def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, RowMomentum for tables of tokens where the recipe inflates their gradients, AdamW for the rest or for all."""
+    """Muon for matrices, RowMomentum for embedding tables if the recipe inflates their gradients, AdamW for the rest or for everything."""
     spec = recipe.optimizer
 
     def groups(parameters: Iterable[Tensor], lr: float) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def make_optimizers(recipe: Recipe, model: nn.Module, world: World = ALONE) -> l
 
 
 def make_constraint(recipe: Recipe, model: nn.Module, world: World = ALONE) -> Constraint:
-    """The recipe's method and the weights that it holds; neither projected nor attached yet."""
+    """The recipe's constraint and its weights; neither projected nor attached yet."""
     part = recipe.constraint
     if part.method == "none":
         return Constraint([], "none", world)
@@ -82,7 +82,7 @@ def schedule(recipe: Recipe, step: int) -> float:
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Everything that a run carries from step to step, as named tensors; those of a sharded model are DTensors (`World.gathered`)."""
+    """Everything that a run keeps from step to step, as named tensors; those of a sharded model are DTensors (`World.gathered`)."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for o, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
@@ -91,7 +91,7 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 
 def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], world: World = ALONE) -> None:
-    """The reverse of `state_tensors`, from whole tensors, which every process has. Raises BadInput where they are not of these."""
+    """The inverse of `state_tensors`, from whole tensors, which every process has. Raises BadInput if they do not belong to this model."""
     try:
         _restore(model, optimizers, tensors, world)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors:
         for name, tensor in tensors.items():
             if name.startswith(f"optimizer.{o}."):
                 _, _, i, key = name.split(".", 3)
-                # Momenta are laid out as their weights; counts of steps are the same everywhere.
+                # Momenta have the layout of their weights; step counts are equal everywhere.
                 like = parameters[int(i)]
                 if tensor.dim() and tensor.shape != like.shape:
                     raise ValueError(f"{name} of shape {tuple(tensor.shape)} for a weight of {tuple(like.shape)}")

@@ -1,4 +1,4 @@
-"""The recipe file: what is trained, on what, how. Unknown keys are errors, defaults never change what an older recipe does."""
+"""The recipe file. Unknown keys are errors; defaults never change the meaning of an older recipe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from robustlip.errors import BadInput
 from robustlip.files import read_toml, strictly
 from robustlip.limits import BATCH, CONTEXT, ROWS, STEPS
 
-# A key that was added after the first release: left out of a recipe's identity while it has its default, so old states stay valid.
+# Keys added after the first release: they are not part of a recipe's identity while they have their default, so old states stay valid.
 _LATER: Any = {"later": True}
 
 
 Steps = Annotated[int, Field(gt=0, le=STEPS)]
 Some = Annotated[int, Field(ge=0, le=STEPS)]
-# Numbers that torch takes: larger ones overflow on their way.
+# Numbers that torch accepts: larger ones overflow.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1e30)]
 
@@ -31,13 +31,13 @@ class _Strict(BaseModel):
 
 
 class DataPart(_Strict):
-    """name: what load_data takes, without a split. context: tokens of a training window (text only). subset: the hub's configuration, or
-    a folder in the folder; text_column, image_column, label_column: as in load_data.
+    """name: as in load_data, without a split. context: tokens of a training window (text only). subset: the hub's configuration, or
+    a subfolder; text_column, image_column, label_column: as in load_data.
 
-    streaming: text that is read as it is needed (robustlip.data.stream): a hub name, a folder or file of .parquet or .jsonl documents, or
-    a name that --data-dir or ROBUSTLIP_DATA has a folder for. Then also: split of it; held_out, how many documents at its start are kept for
-    evaluation; tokenizer, 'bytes' or 'gpt2', and
-    tokenizer_file, its vocabulary where it is not to be fetched (see robustlip.data.tokenizers). The model says its vocabulary_size.
+    streaming: text that is read while it is needed (robustlip.data.stream): a hub name, a folder or file of .parquet or .jsonl documents, or
+    the name of a folder in --data-dir or ROBUSTLIP_DATA. Then also: split; held_out, the number of documents at its start that are kept for
+    evaluation; tokenizer, 'bytes' or 'gpt2'; and
+    tokenizer_file, its vocabulary if it should not be downloaded (see robustlip.data.tokenizers). The model needs a vocabulary_size.
     """
 
     name: str
@@ -57,24 +57,24 @@ class DataPart(_Strict):
         if self.streaming and self.tokenizer is None:
             raise ValueError("streaming needs a tokenizer, 'bytes' or 'gpt2'")
         if self.streaming and (self.image_column is not None or self.label_column is not None):
-            raise ValueError("image_column and label_column belong to data that is not streamed")
+            raise ValueError("image_column and label_column are only for data that is not streamed")
         given = [key for key in ("split", "held_out", "tokenizer", "tokenizer_file") if key in self.model_fields_set]
         if not self.streaming and any(getattr(self, key) != type(self).model_fields[key].default for key in given):
-            raise ValueError(f"{', '.join(given)} belong to streaming = true")
+            raise ValueError(f"{', '.join(given)} need streaming = true")
         if self.tokenizer_file is not None and self.tokenizer != "gpt2":
-            raise ValueError("tokenizer_file belongs to tokenizer = 'gpt2'")
+            raise ValueError("tokenizer_file needs tokenizer = 'gpt2'")
         return self
 
 
 class OptimizerPart(_Strict):
-    """muon: matrices by Muon, all else by AdamW at adamw_lr; adamw: everything by AdamW at lr. All rates decay linearly to final·rate.
+    """muon: matrices by Muon, everything else by AdamW at adamw_lr; adamw: everything by AdamW at lr. All rates decay linearly to final·rate.
 
     lr of Muon is the RMS→RMS norm of an update (times the peak of its polynomial). warmup: steps of linear increase. clip_gradient:
-    largest ℓ2 norm of the whole gradient. polynomial: of Muon, a key of robustlip.muon.POLYNOMIALS.
-    momentum, adamw_lr: of muon alone, without effect under adamw, so that a grid can try both on one base.
-    earlier_layers: factor of the learning rate inside a residual layer for each residual layer after it; the paper halves (0.5).
-    embedding_inflation: embeddings by robustlip.muon.RowMomentum at embedding_lr (lr unless given); the paper inflates at most 16 times.
-    unembedding_inflation, unembedding_lr: the last Linear layer likewise, as the paper does by default; constraint.rows holds it by row.
+    largest ℓ2 norm of the whole gradient. polynomial: for Muon, a key of robustlip.muon.POLYNOMIALS.
+    momentum, adamw_lr: for muon only, ignored by adamw, so that a grid can use both with the same base recipe.
+    earlier_layers: factor of the learning rate inside a residual layer per residual layer after it; the paper halves it (0.5).
+    embedding_inflation: embeddings by robustlip.muon.RowMomentum at embedding_lr (default lr); the paper uses a factor of at most 16.
+    unembedding_inflation, unembedding_lr: the same for the last Linear layer, as the paper does by default; constraint.rows caps its rows.
     """
 
     name: Literal["muon", "adamw"] = "adamw"
@@ -97,7 +97,7 @@ class OptimizerPart(_Strict):
     def _fits(self) -> Self:
         tables = {"embedding": (self.embedding_inflation, self.embedding_lr), "unembedding": (self.unembedding_inflation, self.unembedding_lr)}
         if self.name == "adamw" and (self.polynomial != "six-step" or any(inflation is not None for inflation, _ in tables.values())):
-            raise ValueError("polynomial, embedding_inflation and unembedding_inflation belong to muon")
+            raise ValueError("polynomial, embedding_inflation and unembedding_inflation need muon")
         for name, (inflation, lr) in tables.items():
             if lr is not None and inflation is None:
                 raise ValueError(f"{name}_lr needs {name}_inflation")
@@ -105,9 +105,9 @@ class OptimizerPart(_Strict):
 
 
 class ConstraintPart(_Strict):
-    """See robustlip.constraints: method, cap in RMS units, per head or whole, caps of single weights by pattern.
+    """See robustlip.constraints: method, cap in RMS units, per head or per matrix, caps of single weights by pattern.
 
-    rows: patterns of matrices capped row by row instead (an unembedding). strength: λ of the two decays. polynomial: Stiefel's.
+    rows: patterns of matrices whose rows are capped instead (an unembedding). strength: λ of the two decays. polynomial: for stiefel.
     """
 
     method: Literal[
@@ -129,14 +129,14 @@ class ConstraintPart(_Strict):
 
 
 class LossPart(_Strict):
-    """Cross entropy of logit_scale·logits: a bounded model cannot grow its logits, so the loss has to say how sharp they should count.
+    """Cross entropy of logit_scale·logits: a model with bounded weights cannot scale its logits, so the loss has to.
 
-    kind 'ibp': cross entropy of the worst logits that interval bounds allow in the ball of radius epsilon (raw input units) of `norm`, for MLPs
-    (Gowal et al. 2018), trained as Shi et al. 2021: their initialisation, epsilon grown over `ramp` steps after `start` steps near 0,
+    kind 'ibp': cross entropy of the worst logits by interval bounds in the ball of radius epsilon (raw input units) of `norm`, for MLPs
+    (Gowal et al. 2018), trained as in Shi et al. 2021: their initialisation, epsilon grown over `ramp` steps after `start` steps near 0,
     their two regularisers with weight `regularizer` until then. See robustlip.training.ibp.
-    kind 'adversarial': cross entropy at embeddings that one gradient step made worse, for gpts; epsilon is a fraction of the largest norm of the
-    embedding table, norm = "l2", of every token. See robustlip.training.adversarial.
-    kind 'margin': cross entropy of the worst margins that the layers' Lipschitz constants allow in the l2 ball of radius epsilon, for MLPs; norm
+    kind 'adversarial': cross entropy at embeddings after one gradient step, for gpts; epsilon is a fraction of the largest norm of the
+    embedding table, norm = "l2", for every token. See robustlip.training.adversarial.
+    kind 'margin': cross entropy of the worst margins by the layers' Lipschitz constants in the l2 ball of radius epsilon, for MLPs; norm
     = "l2", start and ramp as for 'ibp'. See robustlip.training.losses.
     """
 
@@ -156,20 +156,20 @@ class LossPart(_Strict):
         if (self.kind != "cross-entropy") != (self.epsilon is not None):
             raise ValueError("kinds 'ibp', 'margin' and 'adversarial' need an epsilon, and nothing else has one")
         if self.kind == "cross-entropy" and (self.start or self.ramp):
-            raise ValueError("start and ramp belong to kinds 'ibp', 'margin' and 'adversarial'")
+            raise ValueError("start and ramp need kind 'ibp', 'margin' or 'adversarial'")
         if self.kind != "ibp" and (self.regularizer, self.tolerance) != (0.5, 0.5):
-            raise ValueError("regularizer and tolerance belong to kind 'ibp'")
+            raise ValueError("regularizer and tolerance need kind 'ibp'")
         if self.kind in ("margin", "adversarial") and self.norm != "l2":
             raise ValueError(f"kind '{self.kind}' needs norm = 'l2'")
         return self
 
 
 class RunPart(_Strict):
-    """batch: of one step, over all machines. dtype: of the products of the training forward pass; weights stay float32. compile: that pass, by
-    torch.compile. Neither touches evaluation and certificates. See robustlip.training.compute.
+    """batch: of one step, over all machines. dtype: of the matrix products of the training forward pass; weights stay float32. compile: compile that
+    pass with torch.compile. Neither changes evaluation and certificates. See robustlip.training.compute.
 
-    start_from: the zoo model or .safetensors file whose weights the run starts from, instead of fresh ones; momenta and rates start anew.
-    start_sha256: what its weights' hash has to be. The card records it in any case.
+    start_from: the zoo model or .safetensors file whose weights the run starts from; momenta and learning rates start from the beginning.
+    start_sha256: the required hash of these weights. The card records it in any case.
     """
 
     steps: Steps
@@ -192,7 +192,7 @@ class Recipe(_Strict):
     """A recipe file. Unknown keys are errors.
 
     reparametrization: 'spectral-norm' (Miyato et al. 2018) or 'sigma-reparam' (Zhai et al. 2023) of every Linear layer, folded into plain
-    weights at the end; without a constraint, which would act on something else.
+    weights at the end; not together with a constraint.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=100)
@@ -214,19 +214,19 @@ class Recipe(_Strict):
             raise ValueError("a reparametrization and a constraint exclude each other")
         text = "gpt" in str(self.model.get("kind"))
         if self.loss.start >= self.run.steps:
-            raise ValueError(f"loss.start is the step that epsilon grows from, and there are {self.run.steps} steps")
+            raise ValueError(f"loss.start is the step at which epsilon begins to grow, but there are only {self.run.steps} steps")
         if text and self.loss.input_noise:
             raise ValueError("input_noise is for models whose inputs are numbers, not token ids")
         if self.loss.kind in ("ibp", "margin") and self.model.get("kind") != "mlp":
             raise ValueError(f"loss kind '{self.loss.kind}' is for models of kind 'mlp'")
         if self.loss.kind == "adversarial" and not text:
-            raise ValueError("loss kind 'adversarial' is for gpts, whose embeddings it moves")
+            raise ValueError("loss kind 'adversarial' is for gpts, whose embeddings it perturbs")
         if self.loss.kind != "cross-entropy" and (self.run.compile or self.run.dtype != "float32"):
             raise ValueError(f"loss kind '{self.loss.kind}' trains in float32 and is not compiled")
         if self.run.start_from is not None and self.loss.kind == "ibp":
-            raise ValueError("loss kind 'ibp' has an initialisation of its own, and starts from no other weights")
+            raise ValueError("loss kind 'ibp' has its own initialisation and cannot be used with start_from")
         if self.reparametrization != "none" and self.run.compile:
-            raise ValueError("a reparametrization has state of its own and is not compiled")
+            raise ValueError("a reparametrization has its own state and cannot be compiled")
         if self.data.tokenizer is not None:
             least, size = TOKENIZERS[self.data.tokenizer], self.model.get("vocabulary_size")
             if not text or type(size) is not int or size < least:
@@ -240,14 +240,14 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         return strictly(Recipe, read_toml(path, "a recipe"))
     except ValidationError as error:
-        # A key that is not known first: another one that is missing is often the same, misspelt.
+        # Unknown keys first: a missing key is often a misspelt one.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         raise BadInput(f"expected a valid recipe in {path.name}, got '{where}': {first['msg']}; correct or remove that key") from None
 
 
 def identity(recipe: Recipe) -> str:
-    """SHA-256 of everything that a recipe says. Keys that older versions did not have count only when they differ from their default."""
+    """SHA-256 of the contents of a recipe. Keys that older versions did not have count only if they differ from their default."""
 
     def plain(part: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}

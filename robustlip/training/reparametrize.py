@@ -1,6 +1,6 @@
-"""Reparametrised weights, the usual rivals of a constraint: trained through, then folded into plain weights for the certifiers.
+"""Reparametrised weights, the usual alternative to constraints: used in training, then folded into plain weights for the certifiers.
 
-Neither is a guarantee: both divide by a power iteration's estimate of σ, which is below the truth. The certifier measures what comes out.
+Neither gives a guarantee: both divide by an estimate of σ from power iteration, which is a lower bound. The certifier measures the folded weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn.utils import parametrizations, parametrize
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import AddPositions, Attention
 
-# Rows that are read, and numbers that are added to tokens and scores: no matrices.
+# Embedding tables, and tables that are added to tokens and scores: they are not matrices.
 _LEFT = (nn.Embedding, AddPositions, Attention)
 
 
 class SigmaReparam(nn.Module):
-    """W → (γ/σ(W))·W with one learned γ a matrix, 1 at first; σ = uᵀWv by one power iteration a training step. Source: Zhai et al. 2023."""
+    """W → (γ/σ(W))·W with one learned γ per matrix, initially 1; σ = uᵀWv by one power iteration per training step. Source: Zhai et al. 2023."""
 
     u: Tensor
     v: Tensor
@@ -41,29 +41,29 @@ class SigmaReparam(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self.training:
             self._iterate(weight)
-        # Clones: the next iteration writes into the buffers, and backward needs them as they were.
+        # Clones, because the next iteration writes into the buffers, and backward needs their present values.
         return self.gamma / (self.u.clone() @ weight @ self.v.clone()) * weight
 
 
 def plain_type(layer: nn.Module) -> type:
-    """The class of a layer, without what a parametrisation of its weight made of it. A subclass is another layer."""
+    """The class of a layer without the subclass that torch's parametrisation creates. Other subclasses count as other layers."""
     return parametrize.type_before_parametrizations(layer)
 
 
 def linears_of(model: nn.Module) -> list[nn.Linear]:
-    """The Linear layers. Raises UnsupportedLayer for a layer with another kind of matrix, which would be left out unsaid."""
+    """The Linear layers. Raises UnsupportedLayer for a layer with another kind of matrix, which would not be reparametrised."""
     found = []
     for module in model.modules():
         kind = plain_type(module)
         if isinstance(module, nn.Linear) and kind is nn.Linear:
             found.append(module)
         elif kind not in _LEFT and any(p.dim() > 1 for p in module.parameters(recurse=False)) and kind is not parametrize.ParametrizationList:
-            raise UnsupportedLayer(f"expected matrices in Linear layers alone, got {kind.__name__} with one; leave it out, or train it as it is")
+            raise UnsupportedLayer(f"expected matrices in Linear layers only, got {kind.__name__} with one; remove that layer")
     return found
 
 
 def reparametrize(model: nn.Module, kind: str) -> None:
-    """Put every Linear weight of a model behind 'spectral-norm' (Miyato et al. 2018, as torch has it) or 'sigma-reparam'; 'none' does nothing."""
+    """Reparametrise every Linear weight by 'spectral-norm' (Miyato et al. 2018, as in torch) or 'sigma-reparam'; 'none' does nothing."""
     for linear in linears_of(model):
         if kind == "spectral-norm":
             parametrizations.spectral_norm(linear)
@@ -72,7 +72,7 @@ def reparametrize(model: nn.Module, kind: str) -> None:
 
 
 def fold(model: nn.Module) -> None:
-    """Plain weights again, with the values that the reparametrised model has in eval mode."""
+    """Replace the reparametrised weights by plain weights with the values that they have in eval mode."""
     model.eval()
     for linear in linears_of(model):
         if parametrize.is_parametrized(linear, "weight"):
@@ -80,7 +80,7 @@ def fold(model: nn.Module) -> None:
 
 
 def trained_weight(linear: nn.Linear) -> Tensor:
-    """The parameter that an optimiser moves: the weight, or what is behind its parametrisation."""
+    """The trained parameter: the weight, or the original of its parametrisation."""
     if parametrize.is_parametrized(linear, "weight"):
         parametrized: Any = linear.parametrizations["weight"]  # type: ignore[index]
         return parametrized.original

@@ -25,7 +25,7 @@ def _step_generator(seed: int, step: int) -> torch.Generator:
 
 def _open(recipe: Recipe, data_dir: str | None) -> TokenStream:
     data = recipe.data
-    assert data.tokenizer is not None  # the recipe's own check
+    assert data.tokenizer is not None  # checked by the recipe
     tokenizer = make_tokenizer(data.tokenizer, data.tokenizer_file)
     return TokenStream(
         lambda: Documents(data.name, data.subset, split=data.split, column=data.text_column, data_dir=data_dir), tokenizer, data.held_out
@@ -35,8 +35,8 @@ def _open(recipe: Recipe, data_dir: str | None) -> TokenStream:
 class Source:
     """Batches by step number, and a fixed evaluation set as an iterator of batches.
 
-    A batch is the whole one of its step: of the recipe's size, the same wherever it is asked for; machines that share a step take rows of it.
-    text: token ids of characters, whose vocabulary the model takes from here. stream: documents that are read as they are needed.
+    The batch of a step has the recipe's size and does not depend on the caller; processes that share a step each use some of its rows.
+    text: token ids of characters; the model gets its vocabulary from here. stream: documents that are read while they are needed.
     """
 
     def __init__(self, recipe: Recipe, data_dir: str | None) -> None:
@@ -67,13 +67,13 @@ class Source:
             train, test = (load_data(f"{recipe.data.name}:{split}", data_dir=data_dir, **columns) for split in ("train", "test"))
             if train.names != test.names:
                 raise BadInput(
-                    f"expected classes of one set of names in both splits of {recipe.data.name}, got {len(train.names or ())} and "
+                    f"expected the same class names in both splits of {recipe.data.name}, got {len(train.names or ())} and "
                     f"{len(test.names or ())} that differ; declare them as the hub does, or store labels as integers"
                 )
             self.x, self.y, self.test_x, self.test_y, self.note = train.x, train.y, test.x, test.y, train.note
 
     def check(self, model: Chain) -> None:
-        """Raises BadInput where the model cannot take this data."""
+        """Raises BadInput if the model does not accept this data."""
         if self.text and (shortest := min(len(self.train), len(self.test))) <= self.context + 1:
             raise BadInput(f"expected a text of more than {self.context + 1} characters in each split, got {shortest}; shorten data.context")
         x, y = (t[:1] for t in next(iter(self.evaluation(1))))
@@ -89,7 +89,7 @@ class Source:
         generator = _step_generator(self.recipe.seed, step)
         size = self.recipe.run.batch
         if self.stream is not None:
-            # One window after the other: row r of step t begins at token (t·size + r)·context, the one that the row before predicts last.
+            # Consecutive windows: row r of step t begins at token (t·size + r)·context, which is the last token that the row before predicts.
             tokens = torch.from_numpy(self._tokens(step)).long()
             return tokens[:-1].view(size, self.context), tokens[1:].view(size, self.context)
         if self.text:
@@ -103,7 +103,7 @@ class Source:
         return x, self.y[pick]
 
     def _tokens(self, step: int) -> np.ndarray:
-        """The tokens of a step; those of the next one are read and tokenised while this one trains, by a thread that has the stream to itself."""
+        """The tokens of a step. Those of the next step are read and tokenised while this one trains, by a thread that owns the stream."""
         assert self.stream is not None
         count = self.recipe.run.batch * self.context
 
@@ -119,18 +119,18 @@ class Source:
         return tokens
 
     def state(self, step: int) -> dict[str, Any] | None:
-        """Where the data of `step`, the next one, begins, in plain numbers and strings; for data that is held whole, what it is."""
+        """The position at which the data of `step`, the next one, begins, as plain numbers and strings; for data in memory, its hash."""
         if self.stream is None:
             return {"train_sha256": self._sha256()}
         if self._ahead is not None:
-            self._ahead[1].result()  # the stream is the other thread's until then
+            self._ahead[1].result()  # until then the other thread uses the stream
         return self.stream.state_at(step * self.recipe.run.batch * self.context)
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a `state`; without one, the data before the next step is read again. Raises BadInput when the data is not as it was."""
+        """Continue from a `state`; without one, earlier data is read again. Raises BadInput if the data has changed."""
         if self.stream is None:
             if (state or {}).get("train_sha256", "") not in ("", self._sha256()):
-                raise BadInput(f"expected the training data that the run began with, got another {self.recipe.data.name}; restore it, or start again")
+                raise BadInput(f"expected the training data of the saved run, got other data as {self.recipe.data.name}; restore it, or start again")
         elif state is not None:
             if self._ahead is not None:
                 wait([self._ahead[1]])
@@ -138,13 +138,13 @@ class Source:
             self.stream.restore(state)
 
     def _sha256(self) -> str:
-        """Of the whole training split; the same data all along, so it is taken once."""
+        """The hash of the whole training split; the data does not change, so it is computed once."""
         if self._hash is None:
             self._hash = tensors_sha256({"tokens": self.train} if self.text else {"x": self.x, "y": self.y})
         return self._hash
 
     def evaluation(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the test split: images all; text as consecutive windows, every position predicted. limit: windows."""
+        """Batches of the test split: all images; text as consecutive windows, with a prediction at every position. limit: number of windows."""
         if self.text or self.stream is not None:
             count = (len(self.test) - 1) // self.context
             kept = range(count) if limit is None else range(0, count, max(1, count // limit))

@@ -1,4 +1,4 @@
-"""The files of a run: its state, which replaces the last one whole or not at all, and what may not be written over."""
+"""The files of a run: its state, which is replaced atomically, and the protection against overwriting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robustlip.training.recipe import Recipe, identity
 
 
 class TrainingStopped(RobustlipError, RuntimeError):
-    """A run that cannot go on: a loss or weights that are not finite, or a state that cannot be written. The last good state is kept."""
+    """A run that cannot continue: a loss or weights that are not finite, or a state that cannot be written. The last good state is kept."""
 
 
 def state_file(out: Path, name: str) -> Path:
@@ -31,22 +31,22 @@ def make_folder(out: Path) -> None:
 
 
 def remove_leftovers(out: Path, name: str) -> None:
-    """Temporary files of a run that was killed while it wrote."""
+    """Remove temporary files of a run that was killed while it wrote them."""
     for kind in ("state.safetensors", "safetensors", "toml"):
         for path in out.glob(f".{name}.{kind}.*"):
             path.unlink(missing_ok=True)
 
 
 def refuse_to_replace(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    """Raises BadInput where the run would write over weights of another: without `resume` a recipe begins again, but only over its own.
+    """Raises BadInput if the run would overwrite weights of another recipe; without `resume` a recipe starts again, but only over its own files.
 
-    A state that cannot be read is no reason: to begin again is what can be done about it. One to go on from is checked by load_state.
+    A state that cannot be read is not a reason to refuse, because starting again is the remedy. `load_state` checks a state to resume from.
     """
     state, model = state_file(out, recipe.name), out / f"{recipe.name}.safetensors"
     if not state.exists():
         if model.exists():
             raise BadInput(
-                f"expected no model where this one will be written, got {model} without a state to go on from; choose another folder, or remove it"
+                f"expected no model at the path of the new one, got {model} without a state to resume from; choose another folder, or remove it"
             )
     elif not resume:
         try:
@@ -62,7 +62,7 @@ def _check_recipe(recipe: Recipe, header: dict[str, Any], path: Path) -> None:
 
 
 def load_state(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a state to go on from. Raises BadInput for one of another recipe, damaged or with another header."""
+    """Tensors and header of a state to resume from. Raises BadInput for a state of another recipe, a damaged one, or one with an invalid header."""
     tensors, header = load_tensors(path)
     _check_recipe(recipe, header, path)
     step = header.get("step")
@@ -79,12 +79,12 @@ def load_state(recipe: Recipe, path: Path) -> tuple[dict[str, Tensor], dict[str,
 
 
 def kept(path: Path) -> str:
-    """What a message says of the state that is there."""
+    """The part of an error message that says which state is kept."""
     return f"the last state is kept in {path}" if path.is_file() else "there is no state yet"
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Replace the state by one of header['step']. Raises TrainingStopped, and the last one stays, for tensors that are not finite or a full disk."""
+    """Replace the state by that of step header['step']. Raises TrainingStopped, and keeps the last one, for NaN, infinity or a full disk."""
     step = header["step"]
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise TrainingStopped(
@@ -94,12 +94,12 @@ def save_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
 
 
 def write(writing: Callable[[], None], path: Path, step: int) -> None:
-    """Run `writing`, which replaces a file whole or not at all. Raises TrainingStopped when the place is full or cannot be written."""
+    """Run `writing`, which replaces a file atomically. Raises TrainingStopped if the disk is full or the path cannot be written."""
     from safetensors import SafetensorError
 
     try:
         writing()
     except (OSError, SafetensorError) as error:
         raise TrainingStopped(
-            f"expected room to write {path} at step {step}, got an error ({error}); make room and start again, it goes on from the last state, if any"
+            f"expected to write {path} at step {step}, got an error ({error}); free some space and run again, which resumes from the last state"
         ) from error
