@@ -57,7 +57,7 @@ def outputs_hold(
             _, clean = scores_and_norms(chain, points)
             if source is not None:
                 check_outputs(chain, model, points)
-            return ExecutedNetwork.of(chain, points, replace(Context(dtype=dtype, store=store), clean=clean))
+            return ExecutedNetwork.of(chain, shape, replace(Context(dtype=dtype, store=store), clean=clean))
 
         if len(low) <= MOST_HALVED and time.monotonic() < until:
             return _halve(executed, low, high, groups, until)

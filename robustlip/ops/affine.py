@@ -70,7 +70,7 @@ def shift_error(norm: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
     return arithmetic.unit * norm + 2 * math.sqrt(width) * arithmetic.flushed
 
 
-def standardize_error(size: Tensor, gain: float, width: int, arithmetic: RoundingModel) -> Tensor:
+def standardize_error(size: Tensor, gain: Tensor | float, width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(y) − y‖₂ of y = (x − mean)/std by channel, gain = 1/min|std|, ‖x‖₂ + ‖mean‖₂ ≤ size/gain, of `width` numbers.
 
     Each number is off by 4u of its own size. x, mean and their difference may all be subnormal, and are divided.

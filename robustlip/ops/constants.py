@@ -35,7 +35,7 @@ def scale_gain(layer: Scale) -> tuple[float, float]:
     return 1 / smallest * (1 + 1e-15), smallest
 
 
-def scale_error(norm: Tensor, gain: float, width: int, arithmetic: RoundingModel) -> Tensor:
+def scale_error(norm: Tensor, gain: Tensor | float, width: int, arithmetic: RoundingModel) -> Tensor:
     """‖fl(x·c) − x·c‖₂ for ‖x‖₂ ≤ norm, |c| ≤ gain (or 1/|c|): one rounding a number; products vanish, and x and c may be subnormal."""
     root = math.sqrt(width)
     return 2 * arithmetic.unit * gain * norm + root * (arithmetic.tiny * (1 + gain) + 2 * gain * arithmetic.flushed) + 2 * norm * arithmetic.flushed
@@ -50,7 +50,7 @@ def shift_size(layer: Shift, shape: tuple[int, ...], by_token: bool) -> float:
     return float(norm_up(table).amax() if by_token else norm_up(table.flatten(), 0))
 
 
-def shifted(norm: Tensor, size: float, width: int, arithmetic: RoundingModel) -> tuple[Tensor, Tensor]:
+def shifted(norm: Tensor, size: Tensor | float, width: int, arithmetic: RoundingModel) -> tuple[Tensor, Tensor]:
     """(‖fl(x + c) − (x + c)‖₂, ‖x + c‖₂) at most, for ‖x‖₂ ≤ norm and ‖c‖₂ ≤ size, of `width` numbers."""
     reach = norm + size
     return shift_error(reach, width, arithmetic), reach

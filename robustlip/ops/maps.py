@@ -107,6 +107,11 @@ class LinearMap:
         y = self.apply(x)
         return y if self.bias is None else y + self.bias
 
+    def sizes(self, x: Tensor) -> Tensor:
+        """≥ |Ax' + b| for |x'| ≤ x, number by number."""
+        y = self.apply(x, absolute=True)
+        return (y if self.bias is None else y + self.bias.abs()) * (1 + self.loss + 1e-12)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixMap(LinearMap):
@@ -372,6 +377,9 @@ class OnPart(LinearMap):
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
         return torch.cat([g[..., : self.held], self.inner.adjoint(g[..., self.held :], absolute)], -1)
+
+    def sizes(self, x: Tensor) -> Tensor:
+        return torch.cat([x[..., : self.held], self.inner.sizes(x[..., self.held :])], -1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.layers.formulas import WrittenNorm
-from robustlip.numerics.arithmetic import RoundingModel
+from robustlip.numerics.arithmetic import Arithmetic, RoundingModel
 from robustlip.numerics.rounding import TINY, U64, gamma, norm_up, up
 from robustlip.ops.convolution import image_shape
 from robustlip.ops.elementwise import FUNCTION_ULPS
@@ -242,6 +242,31 @@ def _written_error(
     return (moved + (relative + 4 * arithmetic.unit * (1 + relative)) * behind + lost).nan_to_num(math.inf, math.inf)
 
 
+def _batch_error(norm: Tensor, reach: Tensor, gain: Tensor, mean: Tensor, variance: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
+    """‖fl(y) − y‖₂ of batch norm for ‖x‖₂ ≤ norm, ‖g∘x‖₂ + ‖β‖₂ + ‖g·mean‖₂ ≤ reach, x of `width` numbers.
+
+    A handful of roundings each of γ/sqrt(var + eps), g·x, g·mean and the sums, in any order; a tiny var + eps may itself be rounded by `tiny`.
+    """
+    relative = arithmetic.gamma(16) + 2 * arithmetic.tiny / variance
+    relative = torch.where(relative < 1, relative, torch.full_like(relative, math.inf))
+    fresh = relative * reach + 4 * math.sqrt(width) * arithmetic.tiny * (1 + gain) * (1 + mean + norm)
+    fresh = fresh + math.sqrt(width) * (norm + mean) / variance.sqrt() * arithmetic.flushed  # a subnormal γ
+    return torch.where(fresh.isnan(), torch.full_like(fresh, math.inf), fresh)
+
+
+def batch_errors(layer: BatchNorm, read: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """|fl(y) − y| (N, C, …), number by number, for |x| ≤ read (N, C, …), float64; infinite where nothing is known or execution may overflow."""
+    check_batch(layer)
+    assert layer.running_mean is not None and layer.running_var is not None
+    view = (-1, *[1] * (read.dim() - 2))
+    mean, variance = (t.to(read.device).double().view(view) for t in (layer.running_mean.abs(), layer.running_var.double() + layer.eps))
+    gain = up(1 / variance.sqrt())
+    gain = gain if layer.weight is None else gain * layer.weight.detach().double().abs().view(view)
+    beta = 0.0 if layer.bias is None else layer.bias.detach().double().abs().view(view)
+    fresh = _batch_error(read, gain * (read + mean) + beta, gain, mean, variance, 1, arithmetic)
+    return arithmetic.infinite_if_overflow(fresh, (read + mean) * (1 + gain) / variance.clamp_max(1.0).sqrt() + beta)
+
+
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -294,15 +319,9 @@ class BatchScale:
         return self.gain * norm + self.shift * math.sqrt(positions) * (1 + 1e-12)
 
     def error(self, norm: Tensor, positions: int, width: int, arithmetic: RoundingModel) -> Tensor:
-        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, x of `width` numbers, `positions` a channel; infinite where nothing is known.
-
-        A handful of roundings each of γ/sqrt(var + eps), g·x, g·mean and the sums, in any order; a tiny var + eps may itself be rounded by `tiny`.
-        """
-        relative = arithmetic.gamma(16) + 2 * arithmetic.tiny / self.variance
-        relative = relative if relative < 1 else math.inf
-        fresh = relative * self.reach(norm, positions) + 4 * math.sqrt(width) * arithmetic.tiny * (1 + self.gain) * (1 + self.mean + norm)
-        fresh = fresh + math.sqrt(width) * (norm + self.mean) / math.sqrt(self.variance) * arithmetic.flushed  # a subnormal γ
-        return torch.where(fresh.isnan(), torch.full_like(fresh, math.inf), fresh)
+        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, x of `width` numbers, `positions` a channel; infinite where nothing is known."""
+        gain, mean, variance = (torch.tensor(n, dtype=torch.float64, device=norm.device) for n in (self.gain, self.mean, self.variance))
+        return _batch_error(norm, self.reach(norm, positions), gain, mean, variance, width, arithmetic)
 
     def largest(self, norm: Tensor) -> Tensor:
         """≥ every number on the way."""

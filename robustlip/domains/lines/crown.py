@@ -21,6 +21,7 @@ from torch import Tensor
 from robustlip.domains.lines.dense import Network
 from robustlip.domains.lines.relaxations import Relu
 from robustlip.domains.lines.stages import DenseStage, Stage
+from robustlip.domains.norms import Context
 from robustlip.geometry import dual_length
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.threats import l2_factor
@@ -180,15 +181,44 @@ def activation_range(stage: Stage, low: Tensor, high: Tensor) -> tuple[Tensor, T
     return torch.where(stage.linear, low, below), torch.where(stage.linear, high, above)
 
 
-def interval_boxes(network: Network, ball: InputSet) -> Boxes:
-    """Boxes by interval bound propagation; the first stage uses the norm of the ball."""
+def _executed(network: Network, ball: InputSet, lows: list[Tensor], highs: list[Tensor], context: Context) -> Tensor:
+    """`Boxes.error` of the stage that follows those with the given boxes."""
+    i = len(lows)
+    if i == 0:
+        return network.stages[0].executed_errors(ball.magnitudes, 0.0, context)
+    previous = network.stages[i - 1]
+    z = torch.maximum(lows[-1].abs(), highs[-1].abs())
+    h = torch.maximum(*(t.abs() for t in activation_range(previous, lows[-1], highs[-1])))
+    return network.stages[i].executed_errors(h, 0.0 if previous.executed is None else previous.executed(z, context), context)
+
+
+def interval_boxes(network: Network, ball: InputSet, context: Context | None = None) -> Boxes:
+    """Boxes by interval bound propagation; the first stage uses the norm of the ball. context: as in `linear_boxes`."""
+    return _boxes(network, ball, context, lambda i, boxes, low, high: (low, high))
+
+
+def _boxes(
+    network: Network, ball: InputSet, context: Context | None, tighten: Callable[[int, Boxes, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Boxes:
+    """Interval bounds stage by stage; `tighten` improves those of each stage: (stage, boxes of the stages before, low, high) → (low, high)."""
     lows: list[Tensor] = []
     highs: list[Tensor] = []
+    errors: list[Tensor] = []
     for i, stage in enumerate(network.hidden):
-        low, high = first_box(stage, ball) if i == 0 else interval_step(stage, *activation_range(network.stages[i - 1], lows[-1], highs[-1]))
+        if i == 0:
+            low, high = first_box(stage, ball)
+        else:
+            low, high = interval_step(stage, *activation_range(network.stages[i - 1], lows[-1], highs[-1]))
+        if context is not None:
+            errors.append(_executed(network, ball, lows, highs, context))
+            low, high = low - errors[-1] * (1 + 1e-9), high + errors[-1] * (1 + 1e-9)
+        if i:
+            low, high = tighten(i, Boxes(tuple(lows), tuple(highs), tuple(errors)), low, high)
         lows.append(low)
         highs.append(high)
-    return Boxes(tuple(lows), tuple(highs))
+    if context is not None:
+        errors.append(_executed(network, ball, lows, highs, context))
+    return Boxes(tuple(lows), tuple(highs), tuple(errors))
 
 
 def backward(network: Network, ball: InputSet, boxes: Boxes, stage: int, rows: Tensor) -> Tensor:
@@ -264,41 +294,29 @@ def _tighten_by_rows(network: Network, ball: InputSet, boxes: Boxes, i: int, low
     return low, high
 
 
-def linear_boxes(network: Network, ball: InputSet, error: Callable[[int, Tensor], Tensor] | None = None) -> Boxes:
+def linear_boxes(network: Network, ball: InputSet, context: Context | None = None) -> Boxes:
     """Boxes by CROWN for every hidden stage, intersected with interval bounds from the stage before.
 
-    error: a function from a stage and an upper bound (N, n) of the absolute values of its inputs to the bound of `Boxes.error`, also for the last
-    stage.
+    context: of the executed program, whose errors the bounds cover (`Boxes.error`); None for bounds of exact arithmetic.
     """
-    lows: list[Tensor] = []
-    highs: list[Tensor] = []
-    errors: list[Tensor] = []
 
-    def lost(i: int) -> None:
-        if error is not None:
-            size = torch.maximum(*(t.abs() for t in activation_range(network.stages[i - 1], lows[-1], highs[-1]))) if i else ball.magnitudes
-            errors.append(error(i, size))
+    def tighten(i: int, boxes: Boxes, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if not network.dense:
+            return _tighten_by_rows(network, ball, boxes, i, low, high)
+        eye = torch.eye(network.stages[i].outputs, dtype=torch.float64, device=ball.x.device)[None]
+        return torch.maximum(low, backward(network, ball, boxes, i, eye)), torch.minimum(high, -backward(network, ball, boxes, i, -eye))
 
-    for i, stage in enumerate(network.hidden):
-        lost(i)
-        if i == 0:
-            low, high = first_box(stage, ball)
-        else:
-            low, high = interval_step(stage, *activation_range(network.stages[i - 1], lows[-1], highs[-1]))
-        if errors:
-            low, high = low - errors[-1] * (1 + 1e-9), high + errors[-1] * (1 + 1e-9)
-        if i:
-            boxes = Boxes(tuple(lows), tuple(highs), tuple(errors))
-            if network.dense:
-                eye = torch.eye(len(stage.bias), dtype=torch.float64, device=ball.x.device)[None]
-                low = torch.maximum(low, backward(network, ball, boxes, i, eye))
-                high = torch.minimum(high, -backward(network, ball, boxes, i, -eye))
-            else:
-                low, high = _tighten_by_rows(network, ball, boxes, i, low, high)
-        lows.append(low)
-        highs.append(high)
-    lost(len(network.hidden))
-    return Boxes(tuple(lows), tuple(highs), tuple(errors))
+    return _boxes(network, ball, context, tighten)
+
+
+def vanished(network: Network, ball: InputSet, boxes: Boxes) -> Tensor:
+    """(N,): what underflow in float64 can take from a bound of the last stage.
+
+    It loses 2⁻¹⁰²² a product, times what follows: far less than 1e-120 while no bound of any size exceeds 1e60; infinite beyond.
+    """
+    known = [norm_up(torch.maximum(low.abs(), high.abs())) for low, high in zip(boxes.low, boxes.high, strict=True)]
+    largest = torch.stack(network.norm_bounds(ball.l2_norm, known, boxes.error)).amax(0)
+    return torch.where(largest < 1e60, torch.full_like(largest, 1e-120), torch.full_like(largest, torch.inf))
 
 
 def rival_rows(y: Tensor, classes: int, which: Tensor | None = None) -> Tensor:
@@ -340,8 +358,10 @@ def _interval_margins(network: Network, ball: InputSet, boxes: Boxes, y: Tensor,
     middle, half = (low + high) / 2, (high - low) / 2
     # The difference of two rows that were rounded once; twice |W| bounds both.
     loss = 8 * gamma((head.terms if isinstance(head, DenseStage) else head.roundings) + 16, U64)
-    size = head.absolute(middle.abs() + half) + head.bias.abs()
-    slack = loss * (size.gather(1, y[:, None]) + (size if which is None else size[:, which]))
+    size = loss * (head.absolute(middle.abs() + half) + head.bias.abs())
+    if boxes.error:
+        size = size + boxes.error[-1] * (1 + 1e-9)
+    slack = size.gather(1, y[:, None]) + (size if which is None else size[:, which])
     return torch.einsum("ncm,nm->nc", weight, middle) + bias - torch.einsum("ncm,nm->nc", weight.abs(), half) - slack
 
 

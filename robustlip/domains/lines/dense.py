@@ -1,8 +1,8 @@
 """A chain as affine stages and activations: z_l = W_l h_{l−1} + b_l, h_l = φ_l(z_l), where h_0 is the input as one vector and z_{L+1} the logits.
 
 The layers between two activations form one stage (robustlip.domains.lines.stages). Its matrix may have rounding errors (a product of matrices, a
-division by std); `weight_error` and `bias_error` bound them, and `Network.conversion_error` bounds their effect on the logits. Methods prove bounds
-for the network of stages and subtract the conversion error, which gives bounds for the layers.
+division by std); `weight_error` and `bias_error` bound them. `Stage.executed_errors` bounds the difference between the executed entries and those of
+the stage; bounds of the executed model take it as one more perturbation.
 
 Entries that bypass an activation (the skip connection of a Residual, the pairs of MaxMin) are neurons with φ = identity. MaxMin and GroupSort(2) use
 max(a, b) = b + relu(a − b) and min(a, b) = a − relu(a − b).
@@ -13,21 +13,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlip.domains.lines.relaxations import RELU, Activation, Products, Relu, activation_of
-from robustlip.domains.lines.stages import DenseStage, Plan, Stage, stage_of
-from robustlip.domains.norms import Context
+from robustlip.domains.lines.stages import DenseStage, Errors, Plan, Stage, Step, stage_of
+from robustlip.domains.norms import Context, State
 from robustlip.domains.norms.elementwise import DROPOUTS
+from robustlip.domains.norms.state import apply_rule
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import Chain, Channels, Concatenate, GroupSort, Maximum, MaxMin, Minimum, Product, Residual, Sum
 from robustlip.layers.joins import Branching
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
-from robustlip.ops import is_elementwise
+from robustlip.ops import elementwise_of, is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
+from robustlip.ops.executed import constant_errors, elementwise_errors, errors_of, is_bounded, product_errors, sorting_errors, sum_errors
 from robustlip.ops.joins import spread_over
 from robustlip.ops.maps import (
     AverageMap,
@@ -96,31 +100,21 @@ class Network:
             found.append(torch.minimum(crude, from_boxes[i]) if i < len(from_boxes) else crude)
         return found
 
-    def conversion_error(self, norm: Tensor, from_boxes: Sequence[Tensor] = ()) -> Tensor:
-        """‖logits of the layers − logits of these matrices‖₂ ≤ this (N,) at every input of ‖x‖₂ ≤ norm (N,), in exact arithmetic.
+    def forward_errors(self, norm: Tensor, from_boxes: Sequence[Tensor] = ()) -> list[Tensor]:
+        """‖z_l computed by `forward` − exact z_l of these matrices‖₂ ≤ these (N,), one for each stage, at inputs of ‖x‖₂ ≤ norm (N,).
 
         from_boxes: as in `norm_bounds`.
         """
-        return self._difference_bounds(norm, 0.0, from_boxes)[-1]
-
-    def forward_errors(self, norm: Tensor, from_boxes: Sequence[Tensor] = ()) -> list[Tensor]:
-        """‖z_l computed by `forward` − exact z_l of these matrices‖₂ ≤ these (N,), one for each stage, at inputs of ‖x‖₂ ≤ norm (N,)."""
-        return self._difference_bounds(norm, U64, from_boxes)
-
-    def _difference_bounds(self, norm: Tensor, unit: float, from_boxes: Sequence[Tensor]) -> list[Tensor]:
-        """A bound (N,) of the difference in z for each stage: between layers and matrices (unit = 0), or exact and rounded evaluation."""
         sizes, gap, found = self.norm_bounds(norm, from_boxes), torch.zeros_like(norm), []
         for i, stage in enumerate(self.stages):
             before = sizes[0]
             if i:
                 previous = self.stages[i - 1]
                 assert previous.activation is not None
-                # Norms from boxes are those of these matrices; the other program differs by `gap`.
+                # Norms from boxes are those of the exact pass; the computed one differs by `gap`.
                 before = previous.activation.output_norm(sizes[i] + gap if from_boxes else sizes[i], len(previous.bias))
-                gap = previous.activation.output_change(gap, sizes[i]) + (2 * FUNCTION_ULPS + 16) * unit * (before + sizes[i])
-            fresh = stage.weight_error * before + stage.bias_error
-            if unit:
-                fresh = gamma(stage.terms + 2, unit) * (stage.magnitude * before + stage.shift)
+                gap = previous.activation.output_change(gap, sizes[i]) + (2 * FUNCTION_ULPS + 16) * U64 * (before + sizes[i])
+            fresh = gamma(stage.terms + 2, U64) * (stage.magnitude * before + stage.shift)
             gap = up((stage.magnitude + stage.weight_error) * gap + fresh)
             found.append(gap)
         return found
@@ -137,35 +131,43 @@ class _Builder:
 
     def _start_stage(self, n: int) -> None:
         self.inputs = self.rows = n
-        self.steps: list[LinearMap] = []
+        self.steps: list[Step] = []
         self.of_images = False
 
-    def linear(self, layer: nn.Module) -> None:
+    def linear(self, layer: nn.Module, exact: bool = False) -> None:
+        """exact: a map of ours that the model does not execute."""
         op = map_of(layer, self.shape)
-        self.steps.append(OnPart.of(op, self.saved))
+        self.steps.append(Step(OnPart.of(op, self.saved), None if exact else self._of_all_rows(_errors_of(layer, op))))
         self.of_images = self.of_images or isinstance(op, (ConvolutionMap, TransposedMap, AverageMap, ResamplingMap))
         self.shape, self.rows = op.out, self.saved + op.outputs
 
-    def combine(self, *terms: tuple[Tensor, float | Tensor]) -> None:
-        """Replaces all rows by sums of a few rows each, as in `Mixing.of`."""
+    def _of_all_rows(self, errors: Errors | None) -> Errors | None:
+        """The errors of all rows; those of saved rows are 0."""
+        saved = self.saved
+        if errors is None or not saved:
+            return errors
+        return lambda sizes, context: F.pad(errors(sizes[:, saved:], context), (saved, 0))
+
+    def combine(self, *terms: tuple[Tensor, float | Tensor], errors: Errors | None = None) -> None:
+        """Replaces all rows by sums of a few rows each, as in `Mixing.of`. errors: (N, rows) → (N, new rows), if the model executes such sums."""
         mixing = Mixing.of(self.rows, *terms)
-        self.steps.append(mixing)
+        self.steps.append(Step(mixing, errors))
         self.of_images = self.of_images or len(self.shape) == 3
         self.rows = mixing.outputs
 
     def _indices(self, *bounds: int) -> Tensor:
         return torch.arange(*bounds, device=self.device)
 
-    def activation(self, activation: Activation, current: Tensor | None = None) -> None:
+    def activation(self, activation: Activation, current: Tensor | None = None, executed: Errors | None = None) -> None:
         """Ends the stage with an activation. current: bool, the rows of the present value to which it is applied (default all); others pass
-        unchanged."""
+        unchanged. executed: the errors of its execution."""
         linear = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         linear[self.saved :] = False if current is None else ~current
-        self._end_stage(activation, linear)
+        self._end_stage(activation, linear, executed)
         self._start_stage(self.rows)
 
-    def _end_stage(self, activation: Activation | None, linear: Tensor) -> None:
-        self.plans.append(Plan(self.inputs, self.rows, tuple(self.steps), activation, linear, self.of_images))
+    def _end_stage(self, activation: Activation | None, linear: Tensor, executed: Errors | None = None) -> None:
+        self.plans.append(Plan(self.inputs, self.rows, tuple(self.steps), activation, linear, self.of_images, executed))
 
     def sort(self, layer: nn.Module) -> None:
         """Pairs (a, b) → (max, min) in the layer's order, by a stage with ReLU on a − b and the identity on a and b."""
@@ -196,7 +198,7 @@ class _Builder:
         first[h + high], first[h + low] = h + half + b, h + half + a
         second[h + high] = second[h + low] = h + self._indices(half)
         sign[h + high], sign[h + low] = 1.0, -1.0
-        self.combine((first, 1.0), (second, sign))
+        self.combine((first, 1.0), (second, sign), errors=self._of_all_rows(lambda rows, context: sorting_errors(rows[:, -n:], context)))
 
     def residual(self, layer: Residual) -> None:
         h, n, shape = self.saved, self.rows - self.saved, self.shape
@@ -207,8 +209,14 @@ class _Builder:
             raise UnsupportedLayer(f"expected a residual branch that keeps the shape {shape}, got {self.shape}; match the widths")
         own, other = torch.ones(h + n, dtype=torch.float64, device=self.device), torch.zeros(h + n, dtype=torch.float64, device=self.device)
         own[h:], other[h:] = layer.skip, layer.weight
-        self.combine((self._indices(h + n), own), (torch.cat([self._indices(h), self._indices(h + n, h + 2 * n)]), other))
-        self.saved = h
+        parts, self.saved = (self._indices(h, h + n), self._indices(h + n, h + 2 * n)), h
+        errors = self._sum_errors(parts, [layer.skip, layer.weight])
+        self.combine((self._indices(h + n), own), (torch.cat([self._indices(h), parts[1]]), other), errors=errors)
+
+    def _sum_errors(self, parts: Sequence[Tensor], weights: Sequence[float]) -> Errors:
+        """Of Σ weight·part, parts by their rows."""
+        saved, scalars = self.saved, [abs(w) for w in weights]
+        return lambda rows, context: F.pad(sum_errors(scalars, [rows[:, part] for part in parts], context), (saved, 0))
 
     def _apply_branches(self, layer: Branching) -> tuple[list[tuple[int, ...]], tuple[Tensor, ...]]:
         """(the output shape of each branch, the rows of each output). On return `saved` is as before; all outputs are rows of the present value.
@@ -246,7 +254,8 @@ class _Builder:
                 return torch.cat([self._indices(h), out]), factor
 
             self.shape = shapes[0]
-            self.combine(*(term(i, w, out) for i, (w, out) in enumerate(zip(layer.weights, outs, strict=True))))
+            terms = [term(i, w, out) for i, (w, out) in enumerate(zip(layer.weights, outs, strict=True))]
+            self.combine(*terms, errors=self._sum_errors(outs, list(layer.weights)))
         else:
             if len({s[1:] for s in shapes}) > 1 or any(len(s) not in (1, 3) for s in shapes):
                 raise UnsupportedLayer(f"expected images or vectors that differ in channels alone, got {shapes}; match the other dimensions")
@@ -263,7 +272,13 @@ class _Builder:
         partner = self._indices(self.rows)
         if not square:
             partner[h : h + n] = self._indices(h + n, h + 2 * n)
-        self.activation(Products(1.0, 0.0, partner), self._indices(self.rows - h) < n)
+
+        def executed(sizes: Tensor, context: Context) -> Tensor:
+            errors = torch.zeros_like(sizes)
+            errors[:, h : h + n] = product_errors(sizes[:, h : h + n], sizes[:, partner[h : h + n]], context)
+            return errors
+
+        self.activation(Products(1.0, 0.0, partner), self._indices(self.rows - h) < n, executed)
         self.combine((self._indices(h + n), 1.0))
         self.shape = shapes[0]
 
@@ -289,7 +304,9 @@ class _Builder:
         self.combine((torch.cat([self._indices(h), h + source.clamp_min(0)]), torch.cat([kept, moved])))
         if moves.size:
             m, fixed = moves.outputs, moves.fixed.to(self.device)
-            self.steps.append(OnPart.of(ScaleMap((m,), (m,), 2, 2, bias=fixed, weight=torch.ones_like(fixed)), h))
+            constants = OnPart.of(ScaleMap((m,), (m,), 2, 2, bias=fixed, weight=torch.ones_like(fixed)), h)
+            rounds = (lambda sizes, context: constant_errors(fixed, context).expand(len(sizes), -1)) if moves.rounds else None
+            self.steps.append(Step(constants, self._of_all_rows(rounds)))
         self.shape = moves.out
 
     def layers(self, layers: Iterable[nn.Module]) -> None:
@@ -299,7 +316,7 @@ class _Builder:
             elif is_move(layer):
                 self.move(layer)
             elif is_elementwise(layer):
-                self.activation(activation_of(layer))
+                self.activation(activation_of(layer), executed=self._of_all_rows(partial(elementwise_errors, elementwise_of(layer))))
             elif type(layer) in _STEPS:
                 _STEPS[type(layer)](self, layer)
             else:
@@ -314,6 +331,21 @@ class _Builder:
     def network(self, dense: bool) -> Network:
         self._end_stage(None, torch.ones(self.rows, dtype=torch.bool, device=self.device))
         return Network(tuple(stage_of(plan, self.device, dense) for plan in self.plans))
+
+
+def _errors_of(layer: nn.Module, op: LinearMap) -> Errors | None:
+    """Number by number where robustlip.ops.executed knows the class; of others every number is bounded by what the layer's rule says of norms."""
+    if is_bounded(layer):
+        return errors_of(layer, op)
+    shape = op.shape
+
+    def by_norm(sizes: Tensor, context: Context) -> Tensor:
+        norm = norm_up(sizes)
+        zero = torch.zeros_like(norm)
+        state = State(norm, zero, zero, "l2", 1, op.inputs, shape if len(shape) > 1 else None)
+        return apply_rule(layer, state, context).rounding[:, None].expand(-1, op.outputs)
+
+    return by_norm
 
 
 _SORTS, _JOINS, _PAIRS = (MaxMin, GroupSort), (Residual, Sum, Concatenate), (Product, Maximum, Minimum)
@@ -371,7 +403,7 @@ def network_of(model: Chain, shape: tuple[int, ...], context: Context, *, dense:
         if math.prod(builder.shape) == 1:
             both = nn.Linear(1, 2, bias=False, device=builder.device, dtype=torch.float64).requires_grad_(False)
             both.weight.copy_(torch.tensor([[0.0], [1.0]]))
-            builder.linear(both)  # the logits are (0, z)
+            builder.linear(both, exact=True)  # the logits are (0, z)
         return builder.network(dense)
 
     return context.constant(model, f"network-{shape}-{dense}", compute)

@@ -1,8 +1,7 @@
 """Bounds of the outputs on a box of inputs: lower bounds of linear functions of the executed logits, and branch and bound where these are too low.
 
-A box has a half-width for each input. The bounds are CROWN bounds (`crown`) of the executed values: the execution error of each layer is bounded
-entry by entry, from the range of its inputs, and added to the boxes (`Boxes.error`). For layers without such a bound, CROWN is applied to exact
-arithmetic and a norm bound of the execution error is subtracted at the end (`ExecutedNetwork.execution_error`).
+A box has a half-width for each input. The bounds are CROWN bounds (`crown`) of the executed values: the execution error of each stage is bounded
+entry by entry, from the range of its inputs, and added to the boxes (`Boxes.error`).
 
 Branch and bound (Bunel et al. 2018; Wang et al. 2021): a ReLU that crosses 0 is split into two subproblems, z ≥ 0 and z ≤ 0, in each of which it is
 linear. A property is proved if it is proved for all subproblems. In each, gradient ascent tightens the bound over the slopes α of the lower lines and
@@ -12,24 +11,19 @@ Source: docs/theory.md, section 9.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustlip.domains.lines.crown import Boxes, InputBox, Tunable, _backward, interval_boxes, linear_boxes, norms_from_boxes
+from robustlip.domains.lines.crown import Boxes, InputBox, Tunable, _backward, linear_boxes, vanished
 from robustlip.domains.lines.dense import Network, network_of, why_not
 from robustlip.domains.lines.relaxations import Relu
 from robustlip.domains.norms import Context
-from robustlip.domains.norms.bound import GlobalBound, layers_after_threat
-from robustlip.domains.norms.elementwise import DROPOUTS
 from robustlip.errors import UnsupportedLayer
-from robustlip.geometry import length
-from robustlip.layers import Chain, Scale, Shift
-from robustlip.numerics.rounding import U64, norm_up, up
-from robustlip.ops.maps import LinearMap, map_of
+from robustlip.layers import Chain
+from robustlip.numerics.rounding import U64
 from robustlip.threats import InputBall
 
 # Subproblems bounded at once, and the most subproblems that may be left.
@@ -46,102 +40,29 @@ def input_box(low: Tensor, high: Tensor) -> InputBox:
     return InputBox(middle, half * (1 + 4 * U64) + 2 * U64 * torch.maximum(low.abs(), high.abs()))
 
 
-def maps_by_stage(model: Chain, shape: tuple[int, ...]) -> list[list[tuple[LinearMap, int]]] | None:
-    """The layers of each stage as linear maps, each with the number of products summed in one executed output.
-
-    None for a chain with other layers, whose execution error is bounded by norms. The only activation is ReLU, which has no rounding error.
-    """
-    stages: list[list[tuple[LinearMap, int]]] = [[]]
-    waiting = list(model)
-    while waiting:
-        layer = waiting.pop(0)
-        if type(layer) is nn.Sequential:
-            waiting[:0] = list(layer)
-        elif type(layer) is nn.ReLU:
-            stages.append([])
-        elif type(layer) is nn.Flatten:
-            shape = (math.prod(shape),)
-        elif type(layer) in (nn.Linear, nn.Conv2d, Shift) or (type(layer) is Scale and not layer.divide):
-            op = map_of(layer, shape)
-            terms = layer.weight[0].numel() if isinstance(layer, nn.Linear | nn.Conv2d) else 1
-            stages[-1].append((op, terms))
-            shape = op.out
-        elif type(layer) not in (nn.Identity, *DROPOUTS):
-            return None
-    return stages
-
-
 @dataclass
 class ExecutedNetwork:
-    """The network of stages of a model on samples of one shape, and bounds of its execution error.
+    """The network of stages of a model on samples of one shape, in the arithmetic of the context."""
 
-    model: a checked chain in the certified dtype. points: midpoints of the boxes in the model's dtype (N, …). maps: as from `maps_by_stage`.
-    """
-
-    model: Chain
     network: Network
-    points: Tensor
     context: Context
-    maps: list[list[tuple[LinearMap, int]]] | None
 
     @staticmethod
-    def of(model: Chain, points: Tensor, context: Context) -> ExecutedNetwork:
+    def of(model: Chain, shape: tuple[int, ...], context: Context) -> ExecutedNetwork:
         if why := why_not(model, InputBall("l2")):
             raise UnsupportedLayer(f"expected a model that linear relaxations are proved for, but {why}; attack it")
-        network = network_of(model, tuple(points.shape[1:]), context)
-        maps = maps_by_stage(model, tuple(points.shape[1:]))
-        return ExecutedNetwork(model, network, points, context, maps if maps is not None and len(maps) == len(network.stages) else None)
+        return ExecutedNetwork(network_of(model, shape, context), context)
 
     def boxes(self, box: InputBox) -> Boxes:
-        """Boxes of all stages, with bounds of the execution error of each entry where these are available."""
-        return linear_boxes(self.network, box, None if self.maps is None else self._error)
-
-    def _error(self, i: int, size: Tensor) -> Tensor:
-        """A bound (N, m) of |executed z − (Wh + b)| in stage i, for executed h with |h| ≤ size (N, n).
-
-        A sum of n products and a bias has an error of at most γ_{n+3} times the sum of the absolute values, in any order. Products and subnormal
-        operands may underflow.
-        """
-        assert self.maps is not None
-        stage, context = self.network.stages[i], self.context
-        error = torch.zeros_like(size)
-        own = stage.weight_error * norm_up(size)[:, None] + stage.bias_error
-        for op, terms in self.maps[i]:
-            read = size + error
-            ones = op.apply(torch.ones_like(size[:1]), absolute=True)
-            size = (op.apply(read, absolute=True) + (0.0 if op.bias is None else op.bias.abs())) * (1 + 1e-9)
-            small = (terms + 2) * context.tiny + context.flushed * (ones + read.sum(-1, keepdim=True) + 1)
-            error = (op.apply(error, absolute=True) + context.gamma(terms + 3) * size + small) * (1 + 1e-9)
-            error = torch.where(size + error < context.largest / 4, error, torch.full_like(error, torch.inf))
-        return error + own * (1 + 1e-9)
-
-    def execution_error(self, box: InputBox, rows: Tensor) -> Tensor:
-        """A norm bound (N, r) of the difference in rows·logits between executed model and network on the box; 0 if `boxes` includes it."""
-        if self.maps is not None:
-            return torch.zeros(len(box.x), rows.shape[-2], dtype=torch.float64)
-        threat = InputBall("l2")
-        layers, inside, norm = layers_after_threat(self.model, self.points, threat)
-        bound = GlobalBound(self.model, layers, inside, norm, threat, torch.zeros(len(self.points), dtype=torch.int64), self.context)
-        apart = length(self.points.double().flatten(1) - box.x, "l2")
-        state, _, single = bound.at(up(up(apart) * (1 + 1e-9) + box.l2_radius).cpu())
-        size = norm_up(rows)
-        factor = size
-        if bound.head is not None:
-            weight = bound.head.weight.detach().double()
-            # 2⁻⁴⁰ covers the rounding of sums over the rows of the head.
-            factor = up(norm_up(rows @ weight) + norm_up(2.0**-40 * (rows.abs() @ weight.abs())))
-        known = norms_from_boxes(self.network, interval_boxes(self.network, box)) if self.network.has_products else []
-        conversion_error = self.network.conversion_error(box.l2_norm, known)
-        fine = torch.stack(self.network.norm_bounds(box.l2_norm, known)).amax(0) < 1e60
-        conversion_error = torch.where(fine, conversion_error + 1e-120, torch.full_like(conversion_error, torch.inf))
-        total = rows.abs().sum(-1) * (1 + 2.0**-40)
-        return up(factor * state.rounding[:, None] + total * single[:, None] + size * (1 + 1e-15) * conversion_error[:, None])
+        """Boxes of all stages, execution errors included."""
+        return linear_boxes(self.network, box, self.context)
 
 
 def crown_lower_bounds(executed: ExecutedNetwork, box: InputBox, rows: Tensor) -> Tensor:
     """Lower bounds (N, r) of rows·logits of the executed model on the boxes, by CROWN alone. rows (N or 1, r, C)."""
-    rows = rows.expand(len(box.x), -1, -1)
-    return _backward(executed.network, box, executed.boxes(box), len(executed.network.stages) - 1, rows) - executed.execution_error(box, rows)
+    network, boxes = executed.network, executed.boxes(box)
+    bound = _backward(network, box, boxes, len(network.stages) - 1, rows.expand(len(box.x), -1, -1))
+    return bound - vanished(network, box, boxes)[:, None]
 
 
 @dataclass
@@ -226,9 +147,9 @@ def holds(executed: ExecutedNetwork, box: InputBox, rows: Tensor, offsets: Tenso
     rows (r, C), offsets (r,), float64; the box is a single one. until: deadline by time.monotonic(). Stops at the first row that is not proved.
     """
     network = executed.network
-    lost = executed.execution_error(box, rows[None])[0]
-    targets = offsets + lost + 2.0**-45 * (offsets.abs() + lost)  # covers the rounding of the sum
     boxes = executed.boxes(box)
+    lost = vanished(network, box, boxes)
+    targets = offsets + lost + 2.0**-45 * (offsets.abs() + lost)  # more than the sum can lose
     last = len(network.stages) - 1
     first = _backward(network, box, boxes, last, rows[None])[0]
     proved = first > targets

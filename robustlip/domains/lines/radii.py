@@ -1,9 +1,8 @@
 """Certified radii of networks of affine stages and activations: methods 'ibp', 'crown' and 'local-lipschitz'.
 
-Each method gives a lower bound v_j of every margin on a ball, for the float64 matrices in exact arithmetic. The executed model then has a margin of
-at least v_j − √2·conversion_error − c_j·rounding − 2·single at every point of the ball. Here conversion_error bounds the difference between matrices
-and layers (`Network.conversion_error`), rounding is the error of the last hidden state, c_j the norm of u_y − u_j, and single the error of one logit
-in the head (`GlobalBound.at`). Only the perturbed pass has to be bounded; the clean margin is not used.
+Each method gives a lower bound of every margin of the executed model on a ball. The execution error of each stage is a perturbation of its
+pre-activations, bounded entry by entry (`Boxes.error`), and the bounds are those of the perturbed network; the difference between matrices and layers
+is part of it. Only the perturbed pass has to be bounded; the clean margin is not used. docs/theory.md, section 9.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.lines.crown import Ball, interval_boxes, interval_margins, linear_boxes, linear_margins, norms_from_boxes
+from robustlip.domains.lines.crown import Ball, interval_boxes, interval_margins, linear_boxes, linear_margins, vanished
 from robustlip.domains.lines.dense import Network, network_of, why_not
 from robustlip.domains.lines.secants import gains, lipschitz_margins
 from robustlip.domains.margins import margins
@@ -22,12 +21,11 @@ from robustlip.domains.norms.bound import GlobalBound, layers_after_threat
 from robustlip.domains.search import LARGEST
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
-from robustlip.numerics.rounding import up
 from robustlip.threats import InputBall, Threat
 
 
 class Problem:
-    """A batch: the network, the clean inputs in float64, and the bounds of rounding errors.
+    """A batch: the network and the clean inputs in float64.
 
     dense: whether the method needs a matrix for every stage. Raises BadInput where the method does not apply.
     """
@@ -40,7 +38,8 @@ class Problem:
         self.network: Network = network_of(model, tuple(x.shape[1:]), context, dense=dense)
         self.x, self.y = x.detach().double().flatten(1), y
         layers, inside, self.norm = layers_after_threat(model, x, threat)
-        self.bound = GlobalBound(model, layers, inside, self.norm, threat, y.cpu(), context)
+        # Raises what the rules of norms raise.
+        GlobalBound(model, layers, inside, self.norm, threat, y.cpu(), context).at(torch.zeros_like(self.norm))
         self.margin = margins(logits.detach().cpu(), y.cpu())
         self.correct = self.margin.amin(-1) > 0
 
@@ -50,26 +49,11 @@ class Problem:
     def ball(self, radius: Tensor) -> Ball:
         return Ball(self.x, radius.to(self.x.device), self.threat.norm)  # type: ignore[union-attr]
 
-    def execution_error(self, radius: Tensor) -> Tensor:
-        """The largest amount (N, C) by which margins of the executed model fall below those of the float64 matrices; radius (N,) on the CPU."""
-        state, _, single = self.bound.at(radius)
-        factor = torch.full_like(self.margin, 2**0.5 * (1 + 1e-15)) if self.bound.head is None else self.bound.pairs("l2")
-        ball = self.ball(radius)
-        size = ball.l2_norm
-        known = norms_from_boxes(self.network, interval_boxes(self.network, ball)) if self.network.has_products else []
-        conversion_error = self.network.conversion_error(size, known).cpu()
-        # An underflow has an error of 2⁻¹⁰²², times the gains that follow: far below 1e-120 while no bound exceeds 1e60.
-        small = torch.stack(self.network.norm_bounds(size, known)).amax(0).cpu() < 1e60
-        conversion_error = torch.where(small, conversion_error + 1e-120, torch.full_like(conversion_error, torch.inf))
-        error = up(factor * state.rounding[:, None] + 2 * single[:, None] + 2**0.5 * (1 + 1e-15) * conversion_error[:, None])
-        return error + self.context.final_error
-
-
 Margins = Callable[[Problem, Tensor], Tensor]
 
 
 def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float = 4e-3) -> tuple[Tensor, Tensor]:
-    """(radius (N,), NaN (N,)): the largest tried radius at which `lower` proves every margin positive, rounding errors included.
+    """(radius (N,), NaN (N,)): the largest tried radius at which `lower` proves every margin of the executed model positive.
 
     The used fraction of the margin grows like a power of the radius; the last two trials give the exponent. The next trial aims slightly below a
     fraction of 1, or bisects the bracket if that value is outside of it. The returned radius was tried and proved.
@@ -80,10 +64,11 @@ def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float =
     before: tuple[Tensor, Tensor] | None = None
     live = problem.correct.clone()
     for _ in range(steps):
-        value, lost = lower(problem, trial).cpu(), problem.execution_error(trial)
+        value = lower(problem, trial).cpu()
         # The row of the label itself is 0 and no rival.
-        feasible = ((value - lost).scatter(1, own, torch.inf) > 0).all(-1) & live
-        used = ((problem.margin - value) / (problem.margin - lost).clamp_min(1e-300)).scatter(1, own, 0.0).amax(-1).nan_to_num(1e6).clamp(1e-12, 1e6)
+        feasible = (value.scatter(1, own, torch.inf) > problem.context.final_error).all(-1) & live
+        used = ((problem.margin - value) / (problem.margin - problem.context.final_error).clamp_min(1e-300)).scatter(1, own, 0.0).amax(-1)
+        used = used.nan_to_num(1e6).clamp(1e-12, 1e6)
         best = torch.where(feasible, torch.maximum(best, trial), best)
         high = torch.where(live & ~feasible, torch.minimum(high, trial), high)
         live = live & ~(feasible & (used > 1 - tolerance)) & (best < high * (1 - tolerance)) & (trial < LARGEST)
@@ -104,18 +89,21 @@ def search(problem: Problem, lower: Margins, steps: int = 14, tolerance: float =
 
 def _ibp(problem: Problem, radius: Tensor) -> Tensor:
     ball = problem.ball(radius)
-    return interval_margins(problem.network, ball, interval_boxes(problem.network, ball), problem.y)
+    boxes = interval_boxes(problem.network, ball, problem.context)
+    return interval_margins(problem.network, ball, boxes, problem.y) - vanished(problem.network, ball, boxes)[:, None]
 
 
 def _crown(problem: Problem, radius: Tensor) -> Tensor:
     ball = problem.ball(radius)
-    return linear_margins(problem.network, ball, linear_boxes(problem.network, ball), problem.y)
+    boxes = linear_boxes(problem.network, ball, problem.context)
+    return linear_margins(problem.network, ball, boxes, problem.y) - vanished(problem.network, ball, boxes)[:, None]
 
 
 def _local_lipschitz(problem: Problem, radius: Tensor) -> Tensor:
     ball = problem.ball(radius)
     gain = gains(problem.network, ball.norm, problem.context, problem.model)
-    return lipschitz_margins(problem.network, ball, linear_boxes(problem.network, ball), problem.y, gain)[0]
+    boxes = linear_boxes(problem.network, ball, problem.context)
+    return lipschitz_margins(problem.network, ball, boxes, problem.y, gain)[0] - vanished(problem.network, ball, boxes)[:, None]
 
 
 def ibp_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:

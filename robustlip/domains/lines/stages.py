@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from robustlip.domains.lines.relaxations import Activation
+from robustlip.domains.norms import Context
 from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops.maps import LinearMap, MatrixMap, Mixing, OnPart, Series, dual_norms
+
+# (magnitudes (N, n), context) → bounds (N, m) of |executed − exact|, float64, as in robustlip.ops.executed.
+Errors = Callable[[Tensor, Context], Tensor]
 
 # The largest number of entries of a dense matrix (128 MiB).
 LARGEST_MATRIX = 2**24
@@ -21,15 +26,28 @@ SMALL_MATRIX = 2**15
 
 
 @dataclass(frozen=True)
+class Step:
+    """One linear map of a stage, and what its execution is off by, number by number: (|x| (N, n), context) → (N, m). None: nothing rounds."""
+
+    map: LinearMap
+    errors: Errors | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """The description of a stage: a sequence of linear maps, then an activation. of_images: whether one of the maps acts on images."""
 
     inputs: int
     outputs: int
-    steps: tuple[LinearMap, ...]
+    steps: tuple[Step, ...]
     activation: Activation | None
     linear: Tensor
     of_images: bool
+    executed: Errors | None
+
+    @property
+    def maps(self) -> tuple[LinearMap, ...]:
+        return tuple(step.map for step in self.steps)
 
 
 class Stage:
@@ -37,6 +55,7 @@ class Stage:
 
     weight: W (m, n), if the stage is a matrix. bias: (m,) float64. weight_error, bias_error: bounds of the ℓ2 norms of the errors with which W and b
     were computed. linear: (m,) bool, entries that the activation leaves unchanged. magnitude: ≥ the ℓ2 norm of |W|. shift: ≥ ‖b‖₂.
+    steps: the maps whose product is W, as they are executed. executed: the errors of executing the activation, (|z|, context) → (N, m).
     """
 
     weight: Tensor
@@ -47,6 +66,18 @@ class Stage:
     linear: Tensor
     magnitude: float
     shift: float
+    steps: tuple[Step, ...]
+    executed: Errors | None
+
+    def executed_errors(self, h: Tensor, off: Tensor | float, context: Context) -> Tensor:
+        """|z' − (Wh + b)| ≤ this (N, m), z' executed on h', for exact |h| ≤ `h` (N, n) and |h' − h| ≤ off: of all steps together."""
+        error = h.new_zeros(h.shape) + off
+        own = self.weight_error * norm_up(h)[:, None] + self.bias_error
+        for step in self.steps:
+            read = (h + error) * (1 + 1e-9)
+            h, error = step.map.sizes(h), step.map.apply(error, absolute=True)
+            error = (error if step.errors is None else error + step.errors(read, context)) * (1 + 1e-9)
+        return (error + own) * (1 + 1e-9)
 
     @property
     def slope(self) -> float:
@@ -107,6 +138,8 @@ class DenseStage(Stage):
     linear: Tensor
     magnitude: float
     shift: float
+    steps: tuple[Step, ...] = ()
+    executed: Errors | None = None
 
     @property
     def inputs(self) -> int:
@@ -148,6 +181,8 @@ class MapStage(Stage):
     linear: Tensor
     magnitude: float
     shift: float
+    steps: tuple[Step, ...]
+    executed: Errors | None
     map: Series
     exact: bool
     cache: dict[str, Tensor] = field(default_factory=dict)
@@ -222,7 +257,7 @@ def dense_stage(plan: Plan, device: torch.device) -> DenseStage:
     matrix = torch.eye(plan.inputs, dtype=torch.float64, device=device)
     vector = torch.zeros(plan.inputs, dtype=torch.float64, device=device)
     matrix_error, vector_error = torch.zeros_like(matrix), torch.zeros_like(vector)
-    for i, step in enumerate(plan.steps):
+    for i, step in enumerate(plan.maps):
         _check_size(step.outputs, plan.inputs)
         if isinstance(step, Mixing):
             mixing = step.dense()
@@ -251,7 +286,7 @@ def dense_stage(plan: Plan, device: torch.device) -> DenseStage:
         return float(norm_up(t.flatten(), 0)) if bool((t != 0).any()) else 0.0
 
     wrong, off = size_of(matrix_error), size_of(vector_error)
-    return DenseStage(matrix, vector, wrong, off, plan.activation, plan.linear, size_of(matrix), size_of(vector))
+    return DenseStage(matrix, vector, wrong, off, plan.activation, plan.linear, size_of(matrix), size_of(vector), plan.steps, plan.executed)
 
 
 def _apply_to_vector(op: LinearMap, vector: Tensor, error: Tensor, loss: float, rounds: bool) -> tuple[Tensor, Tensor]:
@@ -264,18 +299,18 @@ def _apply_to_vector(op: LinearMap, vector: Tensor, error: Tensor, loss: float, 
 
 def map_stage(plan: Plan, device: torch.device) -> MapStage:
     """The maps in series, matrix-free; only the bias is computed. Raises UnsupportedLayer where the matrix would have too many entries."""
-    for step in plan.steps:
+    for step in plan.maps:
         _check_size(step.outputs, plan.inputs, LARGEST_MAP)
     vector = torch.zeros(plan.inputs, dtype=torch.float64, device=device)
     error = torch.zeros_like(vector)
-    for step in plan.steps:
+    for step in plan.maps:
         op, h = (step.inner, step.held) if isinstance(step, OnPart) else (step, 0)
         moved, off = _apply_to_vector(op, vector[h:], error[h:], op.loss, True)
         vector, error = torch.cat([vector[:h], moved]), torch.cat([error[:h], off])
-    steps = Series.of(plan.steps)
+    steps = Series.of(plan.maps)
     magnitude = steps.magnitude()
-    mixed = sum(not isinstance(step, Mixing) for step in plan.steps)
+    mixed = sum(not isinstance(step, Mixing) for step in plan.maps)
     return MapStage(
         vector, magnitude * steps.relative * (1 + 1e-9), float(norm_up(error, 0)), plan.activation, plan.linear, magnitude, float(norm_up(vector, 0)),
-        steps, mixed <= 1 and all(step.terms <= 1 for step in plan.steps if isinstance(step, Mixing)),
+        plan.steps, plan.executed, steps, mixed <= 1 and all(step.terms <= 1 for step in plan.maps if isinstance(step, Mixing)),
     )  # fmt: skip

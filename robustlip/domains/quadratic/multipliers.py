@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustlip.domains.lines.crown import RIVAL_ENTRIES, Ball, Boxes, linear_boxes, linear_margins
+from robustlip.domains.lines.crown import RIVAL_ENTRIES, Ball, Boxes, linear_boxes, linear_margins, vanished
 from robustlip.domains.lines.dense import Network, is_affine, why_not
 from robustlip.domains.lines.radii import Problem
-from robustlip.domains.lines.secants import gains
+from robustlip.domains.lines.secants import executed_losses, gains
 from robustlip.domains.margins import margins
 from robustlip.domains.norms import Context
 from robustlip.domains.quadratic.lagrangian import Dual, Form, Instances, Multipliers, Scales, form_of, proved_offset, radius_of
@@ -266,9 +266,9 @@ def _radii(problem: Problem, part: Tensor, steps: int, rounds: int, rate: float)
     old: Search | None = None
     for turn in range(rounds):
         ball = Ball(x[rows], limit[rows] * share, norm)
-        boxes = linear_boxes(network, ball)
+        boxes = linear_boxes(network, ball, problem.context)
         form = form_of(network, ball, boxes, y[rows])
-        plain = _simple_bounds(problem, part[rows.cpu()], ball, boxes, y[rows])
+        plain = _simple_bounds(problem, ball, boxes, y[rows])
         search = Search(form, ball, margin[rows], plain.radius(ball))
         if len(search.sample):
             search.begin(None if old is None else _transferred(old, search))
@@ -303,12 +303,11 @@ class SimpleBounds:
         return torch.where(self.proved, ball.radius[:, None], free)
 
 
-def _simple_bounds(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: Tensor) -> SimpleBounds:
+def _simple_bounds(problem: Problem, ball: Ball, boxes: Boxes, y: Tensor) -> SimpleBounds:
     network = problem.network
-    full = torch.zeros_like(problem.norm)
-    full[part] = ball.radius.cpu()
-    # The rounding error at the boxes' radius also covers smaller radii.
-    lost = problem.execution_error(full)[part].to(ball.x.device)
+    # Errors of execution are bounded on the boxes: that covers all smaller balls.
+    behind = vanished(network, ball, boxes)[:, None] + problem.context.final_error
+    lost = up(executed_losses(network, ball, boxes, y) + behind)
     logits = network.forward(ball.x)[-1]
     own = y[:, None]
     error = 2 * network.forward_errors(ball.l2_norm)[-1][:, None] + 4 * U64 * logits.abs()
@@ -317,7 +316,7 @@ def _simple_bounds(problem: Problem, part: Tensor, ball: Ball, boxes: Boxes, y: 
     head = network.stages[-1].weight
     rows = norm_up(head[y][:, None] - head) + 4 * U64 * network.stages[-1].magnitude
     cost = up(rows * math.prod(gain[:-1]) * math.prod(s.slope for s in network.hidden) * (1 + 1e-12))
-    held = linear_margins(network, ball, boxes, y) - lost > 0
+    held = linear_margins(network, ball, boxes, y) - up(behind) > 0
     return SimpleBounds(margin.scatter(1, own, torch.inf), cost.scatter(1, own, 0.0), held.scatter(1, own, True), lost)
 
 
