@@ -7,16 +7,18 @@ import math
 
 import pytest
 import torch
-from test_mlp_certifiers import MODELS, context_of, make
+from test_mlp_certifiers import METHODS, MODELS, context_of, make
 from torch import Tensor, nn
 
 from robustlip.domains.lines.crown import Ball, Boxes, backward, interval_boxes, interval_margins, linear_boxes, linear_margins
 from robustlip.domains.lines.dense import Network, network_of
 from robustlip.domains.lines.secants import executed_losses, gains, lipschitz_margins
-from robustlip.layers import Chain, Normalize, Scale, Shift, as_chain
+from robustlip.domains.norms import Context
+from robustlip.layers import Chain, Normalize, Product, Residual, Scale, Shift, Sum, as_chain
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.ops.executed import errors_of, product_errors, sum_errors
 from robustlip.ops.maps import map_of
+from robustlip.threats import InputBall
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +42,38 @@ def test_executed_logits_lie_within_the_bounds_at_a_point(name: str, dtype: torc
     if dtype in (torch.float64, torch.float32):  # of float64 CROWN's own rounding is more
         share = 3e4 if dtype == torch.float32 else 1e8
         assert bool((high - low < share * torch.finfo(dtype).eps * (1 + executed.abs())).all())
+
+
+JOINS = {
+    "sum": lambda: Sum(nn.Identity(), nn.Identity(), nn.ReLU(), weights=(0.3, -5.1, 1.0)),
+    "residual": lambda: Residual(nn.Identity(), skip=0.7, weight=0.4),
+    "product": lambda: Product(nn.Identity(), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", JOINS)
+def test_joins_alone_lie_within_the_bounds_at_a_point(name: str, dtype: torch.dtype) -> None:
+    """No layer beside them rounds, so the bounds have nothing else to hide behind."""
+    torch.manual_seed(0)
+    model, x = as_chain(nn.Sequential(JOINS[name]())), torch.randn(400, 5).to(dtype)
+    model.register_parameter("device", nn.Parameter(torch.zeros(1)))  # says where the model is
+    context = Context(dtype, {})
+    network = network_of(model, (5,), context)
+    ball = Ball(x.double(), torch.zeros(len(x), dtype=torch.float64), "l2")
+    boxes, eye = linear_boxes(network, ball, context), torch.eye(5, dtype=torch.float64)[None]
+    low, high = (sign * backward(network, ball, boxes, len(network.stages) - 1, sign * eye) for sign in (1, -1))
+    executed = model(x).double()
+    assert bool(((low <= executed) & (executed <= high)).all())
+    assert float(((executed - (low + high) / 2).abs() / (high - low)).amax()) > 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_off_what_the_dtype_may_lose(method: str) -> None:
+    """The same model, covered in float16 and in float64."""
+    model, x, y, logits = make("relu", 1, 6)
+    wide, narrow = (METHODS[method](model, x, y, logits, InputBall("l2"), context_of(model, dtype))[0] for dtype in (torch.float64, torch.float16))
+    assert bool((wide > 0).all()) and bool((narrow < wide * 0.9995).all())
 
 
 def injected(network: Network, x: Tensor, errors: list[Tensor]) -> Tensor:

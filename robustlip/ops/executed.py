@@ -135,7 +135,8 @@ def _normalize(layer: Normalize, op: LinearMap) -> Errors:
     def standardized(read: Tensor, arithmetic: Arithmetic) -> Tensor:
         size = gain * read + offset
         # The difference is there before it is divided.
-        return arithmetic.infinite_if_flushed(arithmetic.infinite_if_overflow(standardize_error(size, gain, 1, arithmetic), size * (1 + 1 / gain)), smallest)
+        fresh = arithmetic.infinite_if_overflow(standardize_error(size, gain, 1, arithmetic), size * (1 + 1 / gain))
+        return arithmetic.infinite_if_flushed(fresh, smallest)
 
     return standardized
 
