@@ -48,7 +48,7 @@ from robustlip.threats import InputBall, Threat
 
 __all__ = ["METHODS", "certify", "lipschitz_bound", "methods", "weight_sensitivity_bound"]
 
-RULES_VERSION = "9"
+RULES_VERSION = "10"
 
 
 @torch.no_grad()
