@@ -77,6 +77,7 @@ def test_best_is_the_largest_radius_sample_by_sample_and_names_its_method(kind):
     assert set(single.methods) <= {tried[-1], ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_method_beats_best_that_best_leaves_out_as_dominated(kind):
     model, x, threat = MODELS[kind]()
@@ -242,6 +243,7 @@ def test_figures_of_a_comparison():
     json.dumps(done.to_json_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_comparison_has_the_radii_of_each_method_on_its_own(mlp):
     model, x, y, threat = mlp
     parts = [(x[:8], y[:8], np.arange(8)), (x[8:], y[8:], np.arange(8, 24))]
@@ -392,6 +394,7 @@ def test_refusals_of_smooth(place, capsys):
     assert run("smooth", "shakespeare-gpt-lipschitz", "--data", "page", "--limit", 2, "--sigma", 0.1) == 2 and "token ids" in sentence(capsys)
 
 
+@pytest.mark.slow
 def test_a_certificate_verifies_whatever_batches_it_was_made_in(place):
     arguments = ("certify", "digits-mlp-baseline", "--data", "digits:test", "--limit", 16, "--method", "sdp")
     assert run(*arguments, "--batch-size", 4, "--json", "cert.json") == 0

@@ -416,6 +416,7 @@ def test_any_multipliers_are_sound(norm) -> None:
     assert proved > 150
 
 
+@pytest.mark.slow
 def test_the_dual_is_nearly_exact_with_two_inputs() -> None:
     """Rays in 360 directions find the true radius, from above, to within their spacing."""
     for seed in (2,):
@@ -639,7 +640,7 @@ def test_minima_on_the_graph_of_relu() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_shortens_radii_and_they_hold_as_executed(method) -> None:
-    model, x, _, _ = make("relu-one", 0, 24)
+    model, x, _, _ = make("relu-one", 0, 10)
     exact = radii(method, copy.deepcopy(model).double(), x.double(), model.scores(x).argmax(-1), "l2", torch.float64)
     low = copy.deepcopy(model).half()
     inputs = x.half()

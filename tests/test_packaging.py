@@ -145,6 +145,7 @@ def test_import_is_cheap(installed: Path, tmp_path: Path) -> None:
     assert heavy.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_checkout_without_symbolic_links_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     (tmp_path / "wheel").mkdir()
     other = build_wheel(copy_tree(tmp_path / "tree", links=False), tmp_path / "wheel")

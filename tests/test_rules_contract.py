@@ -550,6 +550,7 @@ def test_capping_heads_one_by_one_repairs_it() -> None:
     assert 0.6 < capped.sensitivity <= lipschitz(capped.layer, 4.0, 3, 16) <= 1 + 1e-9
 
 
+@pytest.mark.slow
 def test_single_head_bound_is_nearly_attained() -> None:
     """With one head nothing is lost between heads: an adversary comes within a factor 2, so a missing factor (2, s, a²) would show."""
     for scale in (1.0, 4.0):
