@@ -1,1 +1,1 @@
-"""How models are compared: suite → runner → records → table, plots and report."""
+"""Evaluation of models: suite → runner → records → table, plots and report."""

@@ -1,4 +1,4 @@
-"""Accuracy against radius: what is certified and what survives attack, Lipschitz model and baseline on the same axes."""
+"""Plots of accuracy against radius: certified accuracy and accuracy under attack, for Lipschitz model and baseline on the same axes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-# Okabe and Ito's palette: told apart with any colour vision, and by line style in print.
+# The palette of Okabe and Ito: distinguishable with colour blindness, and by line style in black and white.
 _COLOURS = {"lipschitz": "#0072B2", "baseline": "#D55E00"}
-DECADES = 1e5  # at most this ratio between the ends of a logarithmic axis
+DECADES = 1e5  # largest ratio of the ends of a logarithmic axis
 _NAMES = {"lipschitz": "Lipschitz", "baseline": "Baseline"}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture on disk: PNG for slides, SVG for the report."""
+    """One plot on disk: PNG for slides, SVG for the report."""
 
     title: str
     description: str
@@ -34,7 +34,7 @@ class Plot:
 
 
 def draw(records: Sequence[Record], suite: Suite, folder: Path) -> list[Plot]:
-    """One plot for each pair and threat with radii, as PNG and SVG in `folder`."""
+    """One plot per pair and threat with radii, as PNG and SVG in `folder`."""
     import matplotlib
 
     matplotlib.use("Agg", force=True)
@@ -59,7 +59,7 @@ def _draw_one(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec, folder: Pa
     low, high = float(scales.min()), float(scales.max())
     # A baseline certified at 1e-9 would be invisible on a linear axis.
     logarithmic = high / float(np.quantile(scales, 0.02)) > 40
-    # … and with all of 1e-14 on the axis, everything else would be squeezed against its right end: curves left of it are named instead.
+    # … but an axis down to 1e-14 would squeeze everything else to its right end: curves left of the axis are named in the legend instead.
     left, right = (max(low / 2, high / DECADES), high * 2) if logarithmic else (0.0, high * 1.08)
     beyond: list[str] = []
 
@@ -107,7 +107,7 @@ def _curve(radius: np.ndarray, samples: int, left: float, right: float) -> tuple
 
     steps = np.sort(radius[(radius > left) & (radius < right)])
     x = np.concatenate([[left], steps, [right]])
-    # At a step itself the sample has just been lost, for the certified curve up to one point of measure zero.
+    # At a step itself the sample does not count any more; for the certified curve this differs at single points only.
     alive = np.array([np.sum(radius > at) for at in x[:-1]])
     return x, 100.0 * np.concatenate([alive, alive[-1:]]) / samples
 
@@ -117,8 +117,8 @@ def _units(threat: ThreatSpec) -> str:
 
 
 def _describe(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec) -> str:
-    """What a reader who cannot see the plot should know."""
-    said = []
+    """A description of the plot for readers who cannot see it."""
+    parts = []
     for role, model in pair.members():
         mine = part[part["model"] == model]
         if mine.empty:
@@ -128,5 +128,5 @@ def _describe(part: pd.DataFrame, pair: PairSpec, threat: ThreatSpec) -> str:
         certified = 100 * (correct & (mine["certified_radius"] >= at)).mean()
         attacked = 100 * (correct & (mine["attacked_radius"] > at)).mean()
         who = "the Lipschitz model" if role == LIPSCHITZ else "the baseline"
-        said.append(f"{who} ({model}) at radius {at:g}: {certified:.1f} % certified, {attacked:.1f} % under attack")
-    return "Accuracy against radius; " + "; ".join(said) + ". Dotted: the radii of the table."
+        parts.append(f"{who} ({model}) at radius {at:g}: {certified:.1f} % certified, {attacked:.1f} % under attack")
+    return "Accuracy against radius; " + "; ".join(parts) + ". Dotted: the radii of the table."

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: tables, plots, how to read them, and what they rest on."""
+"""The HTML report of an evaluation as one file: tables, plots, explanations, and facts about the run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def write_report(run: Run, path: Path | None = None) -> Path:
-    """Draw the plots of a run and write its page (default: report.html in the run's folder); returns where it lies."""
+    """Draw the plots of a run and write its report (default: report.html in the run's folder); returns its path."""
     path = Path(path) if path else run.folder / PAGE
     write_text(path, page(run, plotting.draw(run.records, run.suite, run.folder / PLOTS)))
     return path
 
 
 def page(run: Run, plots: list[plotting.Plot]) -> str:
-    """The page as HTML. Images are data URIs; nothing is loaded from anywhere."""
+    """The report as HTML. Images are data URIs; nothing is loaded from elsewhere."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
@@ -40,7 +40,7 @@ def page(run: Run, plots: list[plotting.Plot]) -> str:
         overview=_grid(overview),
         overview_notes=tables.notes(overview, run.partial),
         detail=_grid(summary),
-        detail_notes=tables.notes(summary, run.partial)[:-1],  # the legend stands under the first table
+        detail_notes=tables.notes(summary, run.partial)[:-1],  # the legend is below the first table
         plots=[{**asdict(plot), "source": _data_uri(plot.svg)} for plot in plots],
         models=_models(summary),
         caveats=_caveats(run),
@@ -67,7 +67,7 @@ def _grid(summary: pd.DataFrame) -> dict[str, Any]:
 
 def _warnings(run: Run) -> list[str]:
     warnings = [
-        f"CONTRADICTION: {record.contradiction()}. The certificate is wrong; do not use these numbers. Adversarial point: {record.adversarial}"
+        f"CONTRADICTION: {record.contradiction()}. The certificate is false; do not use these numbers. Adversarial point: {record.adversarial}"
         for record in run.records
         if record.contradiction()
     ][:5]

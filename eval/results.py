@@ -23,18 +23,18 @@ _ROWS = b"robustlip_rows_sha256"
 
 @dataclass(frozen=True)
 class Record:
-    """What was proved and what was observed for one sample of one model under one threat.
+    """The certificate and the observation for one sample of one model under one threat.
 
     certified_radius: proved lower bound of the robust radius (0: nothing proved), attacked_radius: distance of the nearest
-    misclassified point found (inf: none found, 0: misclassified without any change), both in the units of the threat; None
-    where that stage was not asked for. Weight threats only: certified_sensitivity, the bound of ‖f_{W+E}(x) − f_W(x)‖₂ over
-    ‖E‖ ≤ sensitivity_radius, divided by that radius; observed_sensitivity, the largest ‖f_{W+E}(x) − f_W(x)‖₂/‖E‖ found inside;
-    observed_change, that numerator, and certified_change, its bound at that ‖E‖: the two that are compared, because a bound
-    that saturates makes the quotient fall with the radius. status: certified, abstained, misclassified, or '' without a certificate.
-    attack: the attack that found attacked_radius, or all that tried. failure: one sentence where an attack met logits that are not finite and none
-    broke the sample: it does not count as robust. partial: the suite asked for more samples than were run.
-    adversarial: file of the adversarial point, relative to the run, where it contradicts the certificate; else ''.
-    seconds: time spent on this sample, as its share of the batch. versions: JSON of package versions.
+    misclassified point found (inf: none found, 0: misclassified without a perturbation), both in the units of the threat; None
+    if that stage was not requested. Weight threats only: certified_sensitivity, the bound of ‖f_{W+E}(x) − f_W(x)‖₂ over
+    ‖E‖ ≤ sensitivity_radius, divided by that radius; observed_sensitivity, the largest ‖f_{W+E}(x) − f_W(x)‖₂/‖E‖ found within it;
+    observed_change, its numerator, and certified_change, the bound at that ‖E‖: these two are compared, because the quotient of a bound
+    that saturates decreases with the radius. status: certified, abstained, misclassified, or '' without a certificate.
+    attack: the attack that found attacked_radius, or all attacks that were run. failure: one sentence if an attack met logits that are not finite and
+    no attack broke the sample: it does not count as robust. partial: the suite requests more samples than were run.
+    adversarial: file of the adversarial point, relative to the run, if it contradicts the certificate; else ''.
+    seconds: time for this sample, as its share of the batch. versions: JSON of package versions.
     """
 
     suite: str
@@ -72,13 +72,13 @@ class Record:
     seconds: float = 0.0
 
     def contradiction(self) -> str:
-        """What is wrong with this row, as a sentence, or '' when certificate and observation agree."""
+        """The contradiction between certificate and observation, as a sentence; '' if they agree."""
         found = ""
         # Written as `not <=`, so that a NaN counts as a contradiction rather than as agreement.
         if self.certified_radius is not None and self.attacked_radius is not None and not self.certified_radius <= self.attacked_radius:
             found = f"certified radius {self.certified_radius!r} but an attack ({self.attack}) succeeded at distance {self.attacked_radius!r}"
         elif self.certified_change is not None and self.observed_change is not None and not self.observed_change <= self.certified_change:
-            found = f"certified change of the logits {self.certified_change!r} under a weight change that moved them by {self.observed_change!r}"
+            found = f"certified change of the logits {self.certified_change!r} under a weight change that changed them by {self.observed_change!r}"
         return found and f"{self.model}, threat {self.threat}, sample {self.index}: {found}"
 
 
@@ -96,7 +96,7 @@ _INTS = ("index", "label", "prediction", "attack_seed", "seed")
 
 
 def check_soundness(records: Iterable[Record], folder: Path | None = None) -> None:
-    """Raise CertificateViolation when, on any sample, more was proved than is true. Nothing may swallow it.
+    """Raise CertificateViolation if a certificate is contradicted on any sample. This exception must not be caught.
 
     There is no tolerance: certified radii are rounded down, and attacks measure their distance in float64.
     """
@@ -106,7 +106,7 @@ def check_soundness(records: Iterable[Record], folder: Path | None = None) -> No
     # The worst first: the message shows one.
     worst = max(wrong, key=lambda r: (r.certified_radius or 0.0) - (r.attacked_radius or 0.0) if r.attacked_radius is not None else 0.0)
     saved = f"the adversarial point is in {(folder / worst.adversarial) if folder else worst.adversarial}" if worst.adversarial else ""
-    others = f"{len(wrong) - 1} other samples contradict too" if len(wrong) > 1 else ""
+    others = f"{len(wrong) - 1} other samples are contradicted too" if len(wrong) > 1 else ""
     remark = "; ".join(part for part in (saved, others, "this is a soundness bug: please report it with the run folder") if part)
     raise CertificateViolation(f"expected every certificate to hold, got {worst.contradiction()}; {remark}")
 
@@ -124,7 +124,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def from_frame(frame: pd.DataFrame) -> list[Record]:
-    """The inverse of `to_frame`. Raises BadInput when a column is missing or unknown."""
+    """The inverse of `to_frame`. Raises BadInput if a column is missing or unknown."""
     import pandas as pd
 
     expected = {f.name for f in fields(Record)}
@@ -140,7 +140,7 @@ def from_frame(frame: pd.DataFrame) -> list[Record]:
 
 
 def write_records(path: Path, records: Sequence[Record], metadata: dict[str, Any]) -> None:
-    """Write one parquet part at once: a reader sees the whole part or none. metadata: plain JSON types, kept in the file."""
+    """Write one parquet part atomically. metadata: plain JSON types, stored in the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -148,7 +148,7 @@ def write_records(path: Path, records: Sequence[Record], metadata: dict[str, Any
         for name in _FLOATS:
             value = getattr(record, name)
             if value is not None and math.isnan(value):
-                # A missing value reads back as "not measured"; a NaN must never turn into that.
+                # A missing value means "not measured"; a NaN must never become one.
                 where = f"sample {record.index} ({record.model}, {record.threat})"
                 raise CertificateViolation(f"expected numbers in every record, got NaN as {name} of {where}; this is a bug, please report it")
     frame = to_frame(records)
@@ -160,12 +160,12 @@ def write_records(path: Path, records: Sequence[Record], metadata: dict[str, Any
 
 
 def _digest(records: Sequence[Record]) -> str:
-    """SHA-256 of all fields of records. It finds what was changed by hand or lost, not what somebody forged."""
+    """SHA-256 of all fields of records. It reveals accidental changes, not forgery."""
     return hashlib.sha256(json.dumps([asdict(record) for record in records], default=str).encode()).hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata of a part, or None when the file is missing, broken or not ours."""
+    """The metadata of a part, or None if the file is missing, broken or not ours."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -177,7 +177,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of one part. Raises BadInput when the file is not a whole part of ours."""
+    """The records of one part. Raises BadInput if the file is not a complete part of ours."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Runs a suite into a folder: one parquet part per model and threat, so that what is done is never lost and never done twice."""
+"""Runs a suite into a folder, with one parquet part per model and threat, so that finished parts are kept and never computed twice."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def raise_errors(self) -> None:
-        """Raise what went wrong, a contradiction first. Call it when everything that can be kept has been written."""
+        """Raise the errors of the run, a contradiction first. Call it after everything has been written."""
         for _, error in sorted(self.errors, key=lambda e: not isinstance(e[1], CertificateViolation)):
             raise error
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is run. device: a torch device name; limit: at most so many samples per part; seed: instead of the suite's."""
+    """Settings of a run. device: a torch device name; limit: maximum number of samples per part; seed: replaces the suite's."""
 
     device: str = "cpu"
     batch_size: int = 256
@@ -67,7 +67,7 @@ class Settings:
 
 
 def versions() -> dict[str, str]:
-    """Of robustlip and of what its numbers rest on."""
+    """Versions of robustlip and of the packages that affect its numbers."""
     from robustlip.certifiers import RULES_VERSION
 
     found = {"robustlip": __version__, "rules": RULES_VERSION, "python": platform.python_version()}
@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the run was made on: no host names and no paths."""
+    """The machine of the run, without host names and paths."""
     import os
 
     import torch
@@ -101,8 +101,8 @@ def run_suite(
 ) -> Run:
     """Evaluate every model of the suite under every threat of its pair, into `folder`.
 
-    advance(label, done, total) is called with samples × threats as the unit. Parts of an earlier run are reused when weights,
-    the part's own settings and versions agree. A model that fails does not stop the others; see `Run.raise_errors`.
+    advance(label, done, total) counts samples × threats. Parts of an earlier run are reused if weights,
+    the part's own settings and versions agree. If a model fails, the others still run; see `Run.raise_errors`.
     """
     folder = Path(folder)
     try:
@@ -130,7 +130,7 @@ def _run_parts(
     prepared: tuple[str, tuple[nn.Module, str, Dataset]] | None = None
     try:
         for pair, role, model, threat, limit in work:
-            # Written before every part: a run that is killed leaves a manifest that says what there is, and that it is partial.
+            # Written before every part, so that a killed run leaves a manifest with its state, marked partial.
             _write_manifest(run, settings, cards, started, finished=False)
             label = f"{model} · {threat.name}"
             advance(label, done, total)
@@ -140,7 +140,7 @@ def _run_parts(
             try:
                 with errors_of(model):
                     if prepared is None or prepared[0] != model:
-                        prepared = None  # one model in memory at a time
+                        prepared = None  # only one model in memory at a time
                         prepared = (model, _prepare(pair, model, suite, settings))
                     path = folder / PARTS / _part_name(model, threat.name)
                     records = _part(suite, pair, role, model, threat, limit, path, settings, prepared[1], folder, say)
@@ -148,13 +148,13 @@ def _run_parts(
                 check_soundness(records, folder)
             except CertificateViolation as error:
                 run.errors.append((model, error))
-                say(f"{model} · {threat.name}: CONTRADICTION, see the end; going on with the rest")
-            except Exception as error:  # kept, and raised by Run.raise_errors once the other models are done
-                told = (model, str(error)) in [(name, str(earlier)) for name, earlier in run.errors]
-                run.errors += [] if told else [(model, error)]
-                if told or prepared is None or not isinstance(error, BadInput):  # else this threat alone is refused
+                say(f"{model} · {threat.name}: CONTRADICTION, see the end; continuing with the rest")
+            except Exception as error:  # kept, and raised by Run.raise_errors after the other models
+                repeated = (model, str(error)) in [(name, str(earlier)) for name, earlier in run.errors]
+                run.errors += [] if repeated else [(model, error)]
+                if repeated or prepared is None or not isinstance(error, BadInput):  # otherwise only this threat is refused
                     failed.add(model)
-                say(f"{model}: {error if isinstance(error, RobustlipError) else repr(error)}; going on with the other models")
+                say(f"{model}: {error if isinstance(error, RobustlipError) else repr(error)}; continuing with the other models")
         advance("done", total, total)
     except KeyboardInterrupt:
         run.interrupted = True
@@ -184,9 +184,9 @@ def _write_manifest(run: Run, settings: Settings, cards: dict[str, Any], started
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder, checked for contradictions again by whoever calls `check_soundness` on its records.
+    """The run in a folder; callers check its records for contradictions with `check_soundness`.
 
-    Raises BadInput when the folder holds no run.
+    Raises BadInput if the folder contains no run.
     """
     folder = Path(folder)
     try:
@@ -210,7 +210,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _checked(manifest: dict[str, Any]) -> list[str]:
-    """The parts that a manifest names. Raises TypeError where something in it is not of the kind that is written."""
+    """The parts that a manifest names. Raises TypeError if an entry has an unexpected type."""
     parts, cards, errors, missing = manifest["parts"], manifest.get("cards", {}), manifest.get("errors", []), manifest.get("missing", [])
     fits = [
         isinstance(parts, list) and all(isinstance(part, str) and Path(part).name == part for part in parts),
@@ -234,7 +234,7 @@ def _limit(pair: PairSpec, threat: ThreatSpec, settings: Settings) -> int:
 
 def _part_name(model: str, threat: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{model}--{threat}")[-100:]
-    # The hash keeps apart what the readable part may merge: a/b.safetensors and a_b.safetensors.
+    # The hash distinguishes names whose readable part is equal: a/b.safetensors and a_b.safetensors.
     return f"{readable}.{hashlib.sha256(f'{model}|{threat}'.encode()).hexdigest()[:8]}.parquet"
 
 
@@ -247,13 +247,13 @@ def _cards(suite: Suite) -> dict[str, Any]:
             if model in zoo.names():
                 try:
                     cards[model] = zoo.card(model)
-                except RobustlipError:  # the model itself was refused with the same words
+                except RobustlipError:  # the model itself was refused with the same message
                     continue
     return cards
 
 
 def _content(data: Dataset) -> str:
-    """SHA-256 of the samples: another file under the same name is another run."""
+    """SHA-256 of the samples, because a file may change under the same name."""
     digest = hashlib.sha256(np.asarray(data.index).tobytes())
     for part in (data.x, data.y):
         digest.update(str(tuple(part.shape)).encode() + np.ascontiguousarray(part.cpu().numpy()).tobytes())
@@ -279,7 +279,7 @@ def _prepare(pair: PairSpec, model: str, suite: Suite, settings: Settings) -> tu
 
 @contextmanager
 def _threads(chain: nn.Module) -> Iterator[None]:
-    """One thread for models under four million weights: their products are too small to share, and threads that wait for each other on a busy
+    """One thread for models with fewer than four million weights: their products are too small to parallelise, and waiting threads on a busy
     machine made the demo five times slower."""
     import torch
 
@@ -330,20 +330,20 @@ def _part(
 
 
 def _refuse_to_shorten(path: Path, threat: ThreatSpec, limit: int) -> None:
-    """Raises BadInput where a part stands there with more samples: they would be lost."""
+    """Raises BadInput if a part with more samples exists, because they would be lost."""
     there = read_metadata(path) or {}
     had = there.get("limit")
     if isinstance(had, int) and had > limit and there.get("threat") == threat.model_dump(mode="json"):
         raise BadInput(
             f"expected at least the {had} samples that {path.parent.parent} has of {there.get('model')}, got a limit of {limit}; "
-            f"leave --limit out to go on, or name another folder with --out"
+            f"leave --limit out to resume, or name another folder with --out"
         )
 
 
 def _evaluate(
     chain: nn.Module, data: Dataset, batch: slice, threat: ThreatSpec, weights: str, settings: Settings, seed: int
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, torch.Tensor]]]:
-    """One batch: the fields of its records that depend on the sample, and the adversarial point that was nearest."""
+    """One batch: the record fields that depend on the sample, and the nearest adversarial points."""
     import torch
 
     from robustlip.attacks import by_name
@@ -358,7 +358,7 @@ def _evaluate(
 
     if threat.radii:
         certificate, refusal = _certified(chain, x, y, ball, threat, index)
-        if certificate is None:  # attacked all the same
+        if certificate is None:  # attacked in any case
             for row in rows:
                 row.update(certified_radius=0.0, status=ABSTAINED, reason=refusal)
         elif threat.dtype is None and certificate.weights_sha256 != weights:
@@ -376,7 +376,7 @@ def _evaluate(
         failure = [""] * len(rows)
         for number, spec in enumerate(threat.attacks):
             attack = by_name(spec.name, **spec.options)
-            # An attack that searches for the smallest radius is asked once, one at a fixed radius at each radius of the table.
+            # An attack that searches for the smallest radius runs once, one at a fixed radius at each radius of the table.
             for radius in threat.radii if attack.needs_radius else (None,):
                 generator = _generator(seed + 1_000_003 * number)
                 observation = attack(chain, x, y, with_radius(ball, radius), generator=generator, index=index, weights_sha256=weights)
@@ -410,25 +410,25 @@ def _evaluate(
 def _certified(
     chain: nn.Module, x: torch.Tensor, y: torch.Tensor, ball: Threat, threat: ThreatSpec, index: np.ndarray
 ) -> tuple[Certificate | None, str]:
-    """The certificate of a batch, or None and the sentence why this model cannot be certified in this way."""
+    """The certificate of a batch, or None and a sentence that says why this model cannot be certified in this way."""
     from robustlip.certifiers import certify
     from robustlip.certifiers.methods import check_method
 
     check_method(threat.method)
     try:
         return certify(chain, x, y, ball, method=threat.method, dtype=threat.dtype, index=index), ""
-    except BadInput as error:  # what is wrong with the samples, the attack refuses too
+    except BadInput as error:  # for unsuitable samples the attack raises too
         return None, str(error)
 
 
 def _generator(seed: int) -> torch.Generator:
     import torch
 
-    return torch.Generator().manual_seed(seed)  # on the CPU, whatever the device: attacks then start from the same points everywhere
+    return torch.Generator().manual_seed(seed)  # on the CPU for every device, so that attacks always start from the same points
 
 
 def _point(observation: Observation, i: int) -> dict[str, torch.Tensor]:
-    """The adversarial point of sample i: inputs or embeddings, or the change of each weight matrix. Kept until the check is done."""
+    """The adversarial point of sample i: inputs or embeddings, or the change of each weight matrix. Stored until the check is done."""
     found = observation.adversarial
     if isinstance(found, dict):
         return {f"change.{name}": change[int(observation.group[i])] for name, change in found.items()}
@@ -436,7 +436,7 @@ def _point(observation: Observation, i: int) -> dict[str, torch.Tensor]:
 
 
 def _sensitivity(chain: nn.Module, x: torch.Tensor, ball: WeightBall, search: SearchSpec, seed: int) -> tuple[list[dict[str, float]], torch.Tensor]:
-    """The sensitivity fields of each sample's record, and the weight changes behind them."""
+    """The sensitivity fields of each sample's record, and the weight changes that attain them."""
     import torch
 
     from robustlip.attacks import observed_sensitivity
@@ -456,7 +456,7 @@ def _sensitivity(chain: nn.Module, x: torch.Tensor, ball: WeightBall, search: Se
     lengths = [*(r for r in (1e-4, radius / 10) if r < radius), radius]
     try:
         bounds = [np.asarray(weight_sensitivity_bound(chain, x, replace(ball, radius=r)), dtype=np.float64) for r in sorted(lengths)]
-    except BadInput:  # no bound is proved of this model
+    except BadInput:  # no bound is proved for this model
         bounds = [np.full(len(x), np.inf) for _ in lengths]
     step = np.minimum(np.searchsorted(sorted(lengths), observed.distance), len(lengths) - 1)
     fields = [
@@ -473,7 +473,7 @@ def _sensitivity(chain: nn.Module, x: torch.Tensor, ball: WeightBall, search: Se
 
 
 def _save_point(folder: Path, part: str, clean: Any, adversarial: dict[str, torch.Tensor] | None, record: Record) -> str:
-    """Keep what contradicts a certificate; returns the path relative to the run."""
+    """Save a point that contradicts a certificate; returns the path relative to the run."""
     import torch
     from safetensors.torch import save_file
 
@@ -492,6 +492,6 @@ def _save_point(folder: Path, part: str, clean: Any, adversarial: dict[str, torc
 
 
 def interrupted_sentence(run: Run) -> str:
-    """What a person who pressed Ctrl-C wants to know."""
+    """The message after Ctrl-C."""
     done, missing = len(run.manifest.get("parts", [])), len(run.manifest.get("missing", []))
-    return f"interrupted: {done} parts are kept in {run.folder}, {missing} are missing; the same command goes on from there"
+    return f"interrupted: {done} parts are kept in {run.folder}, {missing} are missing; run the same command again to resume"

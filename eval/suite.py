@@ -1,4 +1,4 @@
-"""A suite: which models are evaluated, on what data, under which threats. Read from TOML, checked before anything runs."""
+"""A suite: models, data and threats of an evaluation. Read from TOML, and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Strict(BaseModel):
 
 
 class AttackSpec(_Strict):
-    """One attack by its name in `robustlip.attacks`, and that attack's own options (steps, restarts, …)."""
+    """One attack by its name in `robustlip.attacks`, and its options (steps, restarts, …)."""
 
     name: str
     options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(default_factory=dict)
@@ -38,7 +38,7 @@ class AttackSpec(_Strict):
 
 
 class SearchSpec(_Strict):
-    """How hard `robustlip.attacks.observed_sensitivity` looks for the most sensitive direction."""
+    """The effort of `robustlip.attacks.observed_sensitivity`."""
 
     starts: int = Field(default=2, ge=1, le=SEARCH)
     power_steps: int = Field(default=10, ge=1, le=SEARCH)
@@ -49,8 +49,8 @@ class ThreatSpec(_Strict):
     """One threat (see `robustlip.threats.parse_threat`) and how it is certified and attacked.
 
     radii: the radii of the table, in the units of the threat, ascending. clip: (low, high) of the inputs, None for the whole ball.
-    sensitivity_radius: weight threats only; the radius at which certified and observed sensitivity are compared; search: how hard.
-    limit: at most so many samples for this threat. Weight threats may leave out radii: then only the sensitivity is measured.
+    sensitivity_radius: weight threats only; the radius at which certified and observed sensitivity are compared; search: its effort.
+    limit: maximum number of samples for this threat. Weight threats may omit radii: then only the sensitivity is measured.
     """
 
     name: str
@@ -94,10 +94,10 @@ class ThreatSpec(_Strict):
 
 
 class PairSpec(_Strict):
-    """A Lipschitz-constrained model and the baseline it is compared with: same data, same threats, same radii.
+    """A Lipschitz-constrained model and its baseline: same data, same threats, same radii.
 
-    data: a data spec of `robustlip.data`; page_fallback: use the shipped page of text when that data is not found.
-    limit: samples; context: tokens per sample of text; subset and the columns: as in load_data. Either model may be left out.
+    data: a data spec of `robustlip.data`; page_fallback: use the page of text in robustlip if that data is not found.
+    limit: samples; context: tokens per sample of text; subset and the columns: as in load_data. One of the models may be omitted.
     """
 
     name: str
@@ -124,13 +124,13 @@ class PairSpec(_Strict):
         return self
 
     def members(self) -> list[tuple[Literal["lipschitz", "baseline"], str]]:
-        """(role, model) of the models that are named."""
+        """(role, model) of the given models."""
         both: list[tuple[Any, str | None]] = [(LIPSCHITZ, self.lipschitz), (BASELINE, self.baseline)]
         return [(role, model) for role, model in both if model is not None]
 
 
 class Suite(_Strict):
-    """What is evaluated. Everything random is drawn from `seed`. name: of the folder of its runs too."""
+    """The evaluation. All randomness is drawn from `seed`. name: also of the folder of its runs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$", max_length=100)
     title: str = ""
@@ -157,7 +157,7 @@ class Suite(_Strict):
         raise KeyError((pair, threat))
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON types, under the keys of the TOML file."""
+        """Plain JSON types, with the keys of the TOML file."""
         return self.model_dump(mode="json", by_alias=True)
 
 
@@ -167,14 +167,14 @@ def _check_positive(what: str, radius: float) -> None:
 
 
 def bundled() -> list[str]:
-    """The names of the suites that come with robustlip."""
+    """The names of the suites that are part of robustlip."""
     return sorted(path.stem for path in BUNDLED.glob("*.toml"))
 
 
 def load_suite(path_or_name: str | Path) -> Suite:
     """The suite of a TOML file, or a bundled one by its name.
 
-    Raises BadInput, one sentence, for a missing file, broken TOML, an unknown or missing key, a bad radius, an unknown threat or attack.
+    Raises BadInput for a missing file, invalid TOML, an unknown or missing key, an invalid radius, an unknown threat or attack.
     """
     path = Path(path_or_name)
     if not is_file(path):
@@ -185,7 +185,7 @@ def load_suite(path_or_name: str | Path) -> Suite:
 
 
 def parse_suite(raw: dict[str, Any], source: str = "the suite") -> Suite:
-    """The suite that a table of TOML (or JSON) describes. Raises BadInput."""
+    """The suite in a table of TOML (or JSON). Raises BadInput."""
     check_table(raw, source)
     try:
         suite = strictly(Suite, raw)
@@ -196,7 +196,7 @@ def parse_suite(raw: dict[str, Any], source: str = "the suite") -> Suite:
 
 
 def _check_attacks(suite: Suite) -> None:
-    # Built here only to be refused here: an attack's misspelled option should not surface after ten minutes of evaluation.
+    # Built here only to be checked, so that a misspelled option is not reported after ten minutes of evaluation.
     from robustlip.attacks import by_name
 
     for pair in suite.pairs:
@@ -206,13 +206,13 @@ def _check_attacks(suite: Suite) -> None:
 
 
 def explain(error: ValidationError, source: str) -> str:
-    """The first complaint of pydantic as one sentence: where, what was expected, what was got, what to do."""
+    """The first error of pydantic as one message: key, expectation, value, remedy."""
     first = error.errors()[0]
     kind, got = first["type"], first.get("input")
     where, key = _place(first["loc"]), str(first["loc"][-1]) if first["loc"] else "top level"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     cause = (first.get("ctx") or {}).get("error")
-    if isinstance(cause, Exception):  # raised by our own validators: already a whole sentence
+    if isinstance(cause, Exception):  # raised by our own validators: already a complete message
         return f"{source}{f', at {where}' if where else ''}: {cause}{more}"
     if kind == "extra_forbidden":
         return f"{source}: expected only known keys, got {key!r} at {where}; remove or correct that key{more}"

@@ -1,4 +1,4 @@
-"""Records → the robustness table: one row per model × threat, or one row per model. Markdown, CSV, LaTeX and HTML."""
+"""Tables of records: one row per model × threat, or one row per model. Markdown, CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-# What `robustlip.data` says of a source in a word or two.
-_NOTES = {"shipped page": "the page of text that comes with robustlip, because the data set itself was not found", "subset": "a subset of it"}
+# Explanations of the notes of `robustlip.data`.
+_NOTES = {"shipped page": "the page of text in robustlip, because the data set itself was not found", "subset": "a subset of it"}
 FORMATS = ("md", "csv", "latex", "html")
 DASH = "–"
 LEGEND = (
     "Accuracies are fractions of all samples, in percent; certified ≤ true ≤ attacked. Medians are over correctly classified samples; "
     "‘none’ means that no attack succeeded at any distance tried. Certified/attacked is the median of the per-sample ratios "
-    "where an attack succeeded: 1 leaves no gap. Weight sensitivity is the change of the logits (l2) per unit of the radius "
+    "where an attack succeeded; 1 would be exact. Weight sensitivity is the change of the logits (l2) per unit of the radius "
     "of the weight change, median over the samples of its own row in the full table."
 )
 
@@ -31,8 +31,8 @@ LEGEND = (
 def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
     """One row per model × threat, in the order of the suite; accuracies in [0, 1], radii in the units of the threat.
 
-    Columns …_1, …_2, … belong to the table radii of that threat, ascending. Attacked accuracy counts a sample as long as no attack
-    succeeded at that radius or below; certified accuracy counts it when that radius is proved.
+    Columns …_1, …_2, … belong to the table radii of that threat, ascending. Attacked accuracy counts a sample if no attack
+    succeeded at that radius or below; certified accuracy counts it if that radius is proved.
     """
     import numpy as np
     import pandas as pd
@@ -83,7 +83,7 @@ def summarise(records: Sequence[Record], suite: Suite) -> pd.DataFrame:
 
 
 def _refusals(part: pd.DataFrame) -> str:
-    """Why samples of this part were not certified at all, where the model itself was refused; '' where it was not."""
+    """Why no sample of this part was certified, if the model itself was refused; else ''."""
     refused = part[(part["method"] == "") & (part["reason"] != "")]
     return " / ".join(dict.fromkeys(refused["reason"]))
 
@@ -113,17 +113,17 @@ def _median(values: np.ndarray) -> float:
 
     if not len(values):
         return math.nan
-    # As in pandas: where half of the values are infinite, so is the median.
+    # As in pandas: if half of the values are infinite, so is the median.
     return float(np.median(values))
 
 
 def radii_count(summary: pd.DataFrame) -> int:
-    """How many table radii the threat with the most of them has."""
+    """The largest number of table radii of a threat."""
     return max((int(c.rpartition("_")[2]) for c in summary.columns if c.startswith("radius_")), default=0)
 
 
 def number(value: Any, infinite: str = "∞") -> str:
-    """Three significant digits; 3.2e-14 where zeros would pile up; ∞ (or `infinite`), 0, and – for a missing value."""
+    """Three significant digits; 3.2e-14 for very small numbers; ∞ (or `infinite`), 0, and – for a missing value."""
     if value is None or value != value:
         return DASH
     value = float(value)
@@ -138,12 +138,12 @@ def number(value: Any, infinite: str = "∞") -> str:
 
 
 def percent(value: Any) -> str:
-    """A fraction in percent with one decimal, without the sign (it stands in the heading)."""
+    """A fraction in percent with one decimal, without the sign, which is in the heading."""
     return DASH if value is None or value != value else f"{100 * value:.1f}"
 
 
 def display(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) as text, the same for every format. Units stand in the headings or beside the threat."""
+    """(headings, rows) as text, the same for every format. Units are in the headings or next to the threat."""
     count = radii_count(summary)
     headings = ["Model", "Threat", "n", "Clean acc. (%)"]
     headings += [f"r{k}: certified / attacked acc. (%)" for k in range(1, count + 1)]
@@ -170,7 +170,7 @@ def _short(radius: float) -> str:
 
 
 def terminal(summary: pd.DataFrame, title: str) -> str:
-    """The table as plain text: a block for each pair and threat, whose heading says the radii. At most 120 columns for two radii."""
+    """The table as plain text: a block per pair and threat, with the radii in its heading. At most 120 columns for two radii."""
     count = radii_count(summary)
     top = ["", "", "clean"] + [text for k in range(1, count + 1) for text in (f"acc. at r{k} (%)", "")]
     top += ["median radius", "", "cert./", "weight sensitivity", ""]
@@ -187,7 +187,7 @@ def terminal(summary: pd.DataFrame, title: str) -> str:
         blocks.setdefault((row["pair"], heading), []).append(cells)
     rows = [cells for block in blocks.values() for cells in block]
     widths = [max(len(cells[i]) for cells in [under, *rows]) for i in range(len(under))]
-    # A heading over two columns needs their width together.
+    # A heading over two columns needs their joint width.
     for i, text in enumerate(top):
         paired = i + 1 < len(top) and text and not top[i + 1] and i > 1
         room = widths[i] + (2 + widths[i + 1] if paired else 0)
@@ -209,10 +209,10 @@ def terminal(summary: pd.DataFrame, title: str) -> str:
 
 
 def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
-    """The lines under a table: units, data, what is partial, how to read it."""
+    """The lines below a table: units, data, what is partial, explanations."""
     lines = []
     if partial or bool(summary["partial"].any()):
-        lines.append("PARTIAL RUN: fewer samples (*) or fewer models and threats than the suite asks for.")
+        lines.append("PARTIAL RUN: fewer samples (*) or fewer models and threats than the suite requests.")
     for threat, units in dict(zip(summary["threat"], summary["units"], strict=True)).items():
         lines.append(f"Radii of {threat}: {units}{_certifiers(summary[summary['threat'] == threat])}.")
     refused: dict[tuple[str, str], list[str]] = {}
@@ -231,11 +231,11 @@ def notes(summary: pd.DataFrame, partial: bool) -> list[str]:
 
 
 def _certifiers(part: pd.DataFrame) -> str:
-    """Which methods proved the radii of some rows, in which arithmetic; '' where nothing was certified."""
+    """The methods that proved the radii of some rows, and the arithmetic; '' if nothing was certified."""
     pairs = dict.fromkeys(zip(part["method"], part["dtype"], strict=True))
-    # A threat that was only measured has no arithmetic that a certificate covers.
-    told = [f"{method} ({dtype})" for method, dtype in pairs if method and dtype]
-    return f"; certified by {', '.join(told)}" if told else ""
+    # A threat that was only measured has no covered arithmetic.
+    methods = [f"{method} ({dtype})" for method, dtype in pairs if method and dtype]
+    return f"; certified by {', '.join(methods)}" if methods else ""
 
 
 def render(summary: pd.DataFrame, form: str, *, partial: bool = False, title: str = "", one_row_per_model: bool = False) -> str:
@@ -274,7 +274,7 @@ _LATEX = {
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
+    """Text with all special characters of LaTeX escaped."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

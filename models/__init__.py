@@ -1,4 +1,4 @@
-"""The models that are evaluated: Lipschitz-constrained ones, the baselines people deploy instead, and the zoo."""
+"""The models: Lipschitz-constrained architectures, unconstrained baselines, and the zoo."""
 
 from robustlip.models.baselines import BaselineGPT, BaselineMLP, BaselineTransformer
 from robustlip.models.build import build

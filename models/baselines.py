@@ -1,4 +1,4 @@
-"""What people would otherwise deploy: the same shapes, unconstrained, with LayerNorm and 1/√d attention in the transformers."""
+"""Unconstrained baselines of the same shapes, with LayerNorm and 1/√d attention in the transformers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from robustlip.layers import Chain, MeanTokens
 from robustlip.models.blocks import layernorm_blocks
 from robustlip.models.classifier import patch_embedding
-from robustlip.models.gpt import GPT, said_of, size_of
+from robustlip.models.gpt import GPT, size_of, vocabulary_key
 from robustlip.models.mlp import LipschitzMLP
 
 
 class BaselineMLP(LipschitzMLP):
-    """The same layers as LipschitzMLP; the constraint lives in training, and this one is trained without."""
+    """The same layers as LipschitzMLP; only the training differs, which has no constraint."""
 
 
 class BaselineGPT(GPT):
@@ -30,7 +30,7 @@ class BaselineGPT(GPT):
         layers["head"] = nn.Linear(width, size, bias=False)
         super().__init__(layers)
         self.vocabulary = vocabulary
-        self.config = {"kind": "baseline-gpt", **said_of(vocabulary, vocabulary_size), "width": width, "heads": heads, "blocks": blocks}
+        self.config = {"kind": "baseline-gpt", **vocabulary_key(vocabulary, vocabulary_size), "width": width, "heads": heads, "blocks": blocks}
 
 
 class BaselineTransformer(Chain):

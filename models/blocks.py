@@ -1,4 +1,4 @@
-"""The residual blocks that the GPT and the patch classifier share, constrained or not."""
+"""The residual blocks of the GPTs and the patch classifiers, constrained and unconstrained."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from robustlip.errors import BadInput
 from robustlip.layers import Attention, MaxMin, Residual, ScaledGELU
 
 ACTIVATIONS = ("gelu", "maxmin")
-GELU_FORMS = {"erf": "none", "tanh": "tanh"}  # our name: torch's
-NORM_EPS = 1e-5  # of the published code
+GELU_FORMS = {"erf": "none", "tanh": "tanh"}  # our name: torch's name
+NORM_EPS = 1e-5  # in the published code
 
 
 def substitute(norm: str, width: int) -> nn.Module:
-    """What the published code offers in the place of LayerNorm (its option layernorm_substitute), on tokens (…, width), nothing learned.
+    """The substitutes for LayerNorm in the published code (its option layernorm_substitute), on tokens (…, width), without trained parameters.
 
-    'tanh': elementwise, free in the bound. 'rmsnorm', 'layernorm': with eps 1e-5, so a constant of 316 for tokens that may be near 0.
+    'tanh': elementwise, does not increase the bound. 'rmsnorm', 'layernorm': with eps 1e-5, so a factor of 316 for tokens that may be near 0.
     """
     if norm == "tanh":
         return nn.Tanh()
@@ -47,10 +47,10 @@ def lipschitz_blocks(
 ) -> OrderedDict[str, nn.Module]:
     """`blocks` pairs of convex residuals (Newhouse et al. 2025, section 3): attention/3, then W_out·gelu(W_in x)/1.1289. No norm, no bias.
 
-    alpha: residual weight, 1/(2·blocks) unless given (one over the number of residual connections).
-    distance_bias, distance_peaks: see Attention, 0 for the paper's. hidden: MLP width, 4·width unless given.
-    activation: 'gelu', or 'maxmin' in the place of gelu/1.1289, which keeps norms. mlp_alpha: residual weight of the MLPs, alpha unless given.
-    gelu: 'erf', or 'tanh', the form that the published code runs. norm: what stands in front of each branch, see `substitute`.
+    alpha: residual weight, default 1/(2·blocks) (one over the number of residual connections).
+    distance_bias, distance_peaks: see Attention, 0 for the paper's model. hidden: MLP width, default 4·width.
+    activation: 'gelu', or 'maxmin' in place of gelu/1.1289, which preserves norms. mlp_alpha: residual weight of the MLPs, default alpha.
+    gelu: 'erf', or 'tanh', the form in the published code. norm: what precedes each branch, see `substitute`.
     """
     if gelu not in GELU_FORMS:
         raise BadInput(f"expected a GELU among {', '.join(GELU_FORMS)}, got {gelu!r}; name one of them")

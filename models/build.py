@@ -1,4 +1,4 @@
-"""From the plain dictionary in a recipe or card to a model, and nothing else: no code travels with weights."""
+"""Builds a model from the plain dictionary in a recipe or card. Files of weights contain no code."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ KINDS: dict[str, Callable[..., Chain]] = {
 }
 
 
-# Python would take 1 for true, and true for 1.
-_EXACT: dict[object, tuple[type, str]] = {"int": (int, "a whole number"), "bool": (bool, "true or false")}
+# pydantic and Python treat 1 and true as equal.
+_EXACT: dict[object, tuple[type, str]] = {"int": (int, "an integer"), "bool": (bool, "true or false")}
 
 
 def build(config: dict[str, Any]) -> Chain:
@@ -49,14 +49,14 @@ def build(config: dict[str, Any]) -> Chain:
     _check_sizes(kind, options)
     try:
         return KINDS[kind](**options)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # of torch too, for sizes that no layer has
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # raised by torch too, for impossible sizes
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"expected options that a model of kind {kind!r} can have, got {options} ({first_line(error)}); check the recipe") from None
 
 
 def _check_sizes(kind: str, options: dict[str, Any]) -> None:
-    """Raises BadInput for a size that no model of anybody has: before a layer is made."""
+    """Raises BadInput for a size above the limits, before a layer is created."""
 
     def largest(name: str, value: Any, limit: int) -> None:
         if isinstance(value, int) and value > limit:

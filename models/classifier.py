@@ -23,7 +23,7 @@ def patch_embedding(image: Sequence[int], patch: int, width: int) -> OrderedDict
 
 
 class LipschitzTransformer(Chain):
-    """Images (N, C, H, W) in [0, 1] → logits (N, classes), every patch a token, the mean token read by the last layer."""
+    """Images (N, C, H, W) in [0, 1] → logits (N, classes). Every patch is a token, and the last layer reads the mean of the tokens."""
 
     embedding_depth = 3
 

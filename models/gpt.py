@@ -1,4 +1,4 @@
-"""The paper's character GPT: token ids → next-token logits, from blocks whose Lipschitz constant can be enforced."""
+"""The paper's character GPT: token ids → next-token logits, with blocks whose Lipschitz constant can be constrained."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from robustlip.models.blocks import lipschitz_blocks
 
 
 class GPT(NextTokenChain):
-    """What all GPTs share: how many token ids there are, and what is known of them.
+    """Base of all GPTs: the number of token ids, and the characters if there are any.
 
-    vocabulary: the characters of ids 0, 1, …; asking a model of subwords for it raises BadInput, so that no text is encoded by guessing.
+    vocabulary: the characters of ids 0, 1, …; for a model with subword tokens reading it raises BadInput, so that text is not encoded wrongly.
     """
 
     _characters: str | None = None
@@ -35,7 +35,7 @@ class GPT(NextTokenChain):
 
 
 def size_of(vocabulary: str | None, vocabulary_size: int | None) -> int:
-    """The number of token ids. Raises BadInput unless exactly one of the two says it."""
+    """The number of token ids. Raises BadInput unless exactly one of the two is given."""
     if (vocabulary is None) == (vocabulary_size is None):
         got = "neither" if vocabulary is None else "both"
         raise BadInput(f"expected vocabulary (characters) or vocabulary_size (of subword tokens), got {got}; give one of them")
@@ -46,22 +46,22 @@ def size_of(vocabulary: str | None, vocabulary_size: int | None) -> int:
     return vocabulary_size
 
 
-def said_of(vocabulary: str | None, vocabulary_size: int | None) -> dict[str, str | int]:
-    """The key of a configuration that says it."""
+def vocabulary_key(vocabulary: str | None, vocabulary_size: int | None) -> dict[str, str | int]:
+    """The key and value of a configuration for the vocabulary."""
     return {"vocabulary": vocabulary} if vocabulary is not None else {"vocabulary_size": int(vocabulary_size or 0)}
 
 
 class LipschitzGPT(GPT):
     """Token ids (N, T) → logits (N, T, vocabulary_size). Newhouse et al. 2025: RoPE, 1/d attention, output 1/3, convex residuals, no norm, no bias.
 
-    vocabulary: the characters of ids 0, 1, …; or vocabulary_size: how many ids a tokenizer of subwords has, or more (rounded up for speed).
-    attention_scale s: logits are s·q·k/d (the paper: 1). alpha: residual weight, 1/(2·blocks) unless given.
-    distance_bias: 0 is the paper's model; M > 0 adds a learned bias by distance to the logits, free in the bound; distance_peaks: see Attention.
-    activation 'maxmin' and mlp_alpha 1 make MLPs that keep norms, so that little of a small bound is lost (see lipschitz_blocks).
-    mlp_hidden: width of the MLPs, 4·width unless given. A matrix that narrows drops a part of every change, which a bound cannot know.
-    The rest are options of the published code: gelu 'erf' or 'tanh' (what it runs), norm in front of each branch ('none', 'tanh',
-    'rmsnorm', 'layernorm'; see blocks.substitute), final_scale: logits are final_scale·head(x), and as much enters the bound.
-    Its embedding and unembedding are two tables, not tied, and unscaled; their variants differ in training only.
+    vocabulary: the characters of ids 0, 1, …; or vocabulary_size: the number of ids of a subword tokenizer, or more (rounded up for speed).
+    attention_scale s: logits are s·q·k/d (the paper: 1). alpha: residual weight, default 1/(2·blocks).
+    distance_bias: 0 is the paper's model; M > 0 adds a learned bias by distance to the logits, which does not increase the bound; distance_peaks: see
+    Attention. activation 'maxmin' and mlp_alpha 1 make MLPs that preserve norms, so that little of a small bound is lost (see lipschitz_blocks).
+    mlp_hidden: width of the MLPs, default 4·width. A matrix with fewer outputs than inputs removes a part of every change, which norms do not show.
+    The others are options of the published code: gelu 'erf' or 'tanh' (the form it uses), norm before each branch ('none', 'tanh',
+    'rmsnorm', 'layernorm'; see blocks.substitute), final_scale: logits are final_scale·head(x), a factor of the bound too.
+    Embedding and unembedding are separate tables without scales; the paper's variants of them differ in training only.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class LipschitzGPT(GPT):
             )
         )
         if final_scale != 1.0:
-            # In front of the head, which is linear: margins are read off the rows of a last Linear.
+            # Before the head, which is linear, because margins are computed from the rows of a last Linear layer.
             layers["scale"] = Residual(nn.Identity(), skip=final_scale, weight=0.0)
         layers["head"] = nn.Linear(width, size, bias=False)
         super().__init__(layers)
         self.vocabulary = vocabulary
-        self.config = {"kind": "lipschitz-gpt", **said_of(vocabulary, vocabulary_size), "width": width, "heads": heads, "blocks": blocks}
+        self.config = {"kind": "lipschitz-gpt", **vocabulary_key(vocabulary, vocabulary_size), "width": width, "heads": heads, "blocks": blocks}
         self.config |= {"attention_scale": attention_scale, "distance_bias": distance_bias} | ({} if alpha is None else {"alpha": alpha})
-        # Keys of these only where they differ: the configurations of models made before they existed stay as they were.
+        # These keys only if they differ from the default, so that the configurations of older models do not change.
         chosen = {"gelu": (gelu, "erf"), "norm": (norm, "none"), "final_scale": (final_scale, 1.0)}
         chosen |= {"activation": (activation, "gelu"), "mlp_alpha": (mlp_alpha, None), "distance_peaks": (distance_peaks, 0.0)}
         chosen |= {"mlp_hidden": (mlp_hidden, None)}

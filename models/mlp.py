@@ -12,7 +12,7 @@ from robustlip.layers import Chain, GroupSort, MaxMin, Normalize, ScaledGELU
 
 
 def activation(name: str) -> nn.Module:
-    """The activation layer of that name: relu, gelu, scaled-gelu (GELU/1.1289, the paper's), tanh, maxmin, or groupsort (in pairs)."""
+    """The activation layer of that name: relu, gelu, scaled-gelu (GELU/1.1289, as in the paper), tanh, maxmin, or groupsort (pairs)."""
     table = {"relu": nn.ReLU, "gelu": nn.GELU, "scaled-gelu": ScaledGELU, "tanh": nn.Tanh, "maxmin": MaxMin, "groupsort": GroupSort}
     if name not in table:
         raise BadInput(f"expected an activation among {', '.join(table)}, got {name!r}; name one of them")
@@ -20,10 +20,10 @@ def activation(name: str) -> nn.Module:
 
 
 class LipschitzMLP(Chain):
-    """Inputs (N, …) with widths[0] numbers a sample → logits (N, widths[-1]).
+    """Inputs (N, …) with widths[0] numbers per sample → logits (N, widths[-1]).
 
-    widths: input, hidden …, output. mean, std: preprocessing inside the model, so that radii stay in raw input units.
-    The layers are plain; what makes it Lipschitz is the constraint it is trained under (robustlip.constraints).
+    widths: input, hidden …, output. mean, std: normalisation inside the model, so that radii are in raw input units.
+    The layers are ordinary; they are made Lipschitz by a constraint in training (robustlip.constraints).
     """
 
     def __init__(self, widths: list[int], activation_name: str = "relu", *, bias: bool = True, mean: float = 0.0, std: float = 1.0) -> None:

@@ -729,7 +729,7 @@ def test_members_of_the_same_name_are_refused(tmp_path) -> None:
         warnings.simplefilter("ignore")
         archive.writestr("args.npy", HEADER + npy_object({}))
         archive.writestr("args.npy", HEADER + npy_object({"a": 1}))
-    with pytest.raises(BadInput, match="different names"):
+    with pytest.raises(BadInput, match="distinct names"):
         members(tmp_path / "x.npz")
 
 
@@ -806,7 +806,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path) -> None:
 
 def test_a_table_of_contents_of_millions_is_not_read(tmp_path) -> None:
     path = patched(zipped(tmp_path / "x.npz", {"args.npy": HEADER}), (END, 12, struct.pack("<I", 2**18)))
-    with pytest.raises(BadInput, match="table of contents"):
+    with pytest.raises(BadInput, match="central directory"):
         members(path)
 
 

@@ -1,4 +1,4 @@
-"""Files of the published code of Newhouse et al. 2025 (arXiv 2507.13338), read as data and never run: checkpoints and logs."""
+"""Checkpoints and logs of the published code of Newhouse et al. 2025 (arXiv 2507.13338), read as data; no code from them is run."""
 
 from robustlip.importing.checkpoint import Checkpoint, read_checkpoint
 from robustlip.importing.convert import Converted, convert

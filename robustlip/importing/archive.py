@@ -1,4 +1,4 @@
-"""NPZ files from outside: which members there are, and one of them as plain data. A zip is checked before anything in it is unpacked."""
+"""NPZ files: lists their members, and reads one member as plain data. The zip is checked before anything in it is decompressed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from robustlip.errors import BadInput
 from robustlip.importing.pickles import load
 
 MAX_FILE = 512 * 2**20  # bytes of the file
-MAX_MEMBER = 160 * 2**20  # bytes of one member, unpacked: 9 for a weight, so 17 million weights
-MAX_TOTAL = 2**30  # bytes of all members, unpacked
+MAX_MEMBER = 160 * 2**20  # decompressed bytes of one member: 9 per weight, so 17 million weights
+MAX_TOTAL = 2**30  # decompressed bytes of all members
 MAX_MEMBERS = 256
-MAX_DIRECTORY = 2**17  # bytes of the zip's table of contents, which zipfile reads whole
+MAX_DIRECTORY = 2**17  # bytes of the zip's central directory, which zipfile reads completely
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.npy")
-# What numpy writes, and nothing that would need evaluating.
+# The header that numpy writes for one object; headers are compared, not evaluated.
 _HEADER = re.compile(r"\{'descr': '(\|O)', 'fortran_order': (?:True|False), 'shape': \(\), \} *\n")
 
 
@@ -33,26 +33,26 @@ def _listed(path: Path) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, EOFError) as error:
-        raise BadInput(f"expected a whole .npz file, got {path.name}, which is no readable zip ({error}); copy it again") from None
+        raise BadInput(f"expected a complete .npz file, got {path.name}, which is not a readable zip ({error}); copy it again") from None
     found: dict[str, zipfile.ZipInfo] = {}
     for entry in entries[: MAX_MEMBERS + 1]:
         found[_name(entry, path)] = entry
     if len(found) != len(entries):
-        raise BadInput(f"expected at most {MAX_MEMBERS} members of different names in {path.name}, got {len(entries)}; it is not one of the paper's")
+        raise BadInput(f"expected at most {MAX_MEMBERS} members with distinct names in {path.name}, got {len(entries)}; it is not one of the paper's")
     if sum(entry.file_size for entry in entries) > MAX_TOTAL:
-        raise BadInput(f"expected at most {MAX_TOTAL} bytes unpacked in {path.name}, got more; it is not one of the paper's")
+        raise BadInput(f"expected at most {MAX_TOTAL} decompressed bytes in {path.name}, got more; it is not one of the paper's")
     return found
 
 
 def _check_directory(path: Path) -> None:
-    """The last 22 bytes of a zip say how large its table of contents is (PKWARE's APPNOTE, 4.3.16). No comment, no second, larger record."""
+    """The last 22 bytes of a zip state the size of its central directory (PKWARE's APPNOTE, 4.3.16). Comments and the 64-bit form are refused."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 42))
         tail = file.read()
     if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06" or tail[-2:] != b"\0\0" or tail[:4] == b"PK\x06\x07":
         raise zipfile.BadZipFile("its end record is missing, has a comment or is of the 64-bit form")
     if int.from_bytes(tail[-10:-6], "little") > MAX_DIRECTORY:
-        raise zipfile.BadZipFile(f"its table of contents is larger than {MAX_DIRECTORY} bytes")
+        raise zipfile.BadZipFile(f"its central directory is larger than {MAX_DIRECTORY} bytes")
 
 
 def _name(entry: zipfile.ZipInfo, path: Path) -> str:
@@ -74,12 +74,12 @@ def _name(entry: zipfile.ZipInfo, path: Path) -> str:
 
 
 def members(path: Path) -> list[str]:
-    """The names of the arrays in an .npz file, in its order. Raises BadInput for a file that is no plain .npz."""
+    """The names of the arrays in an .npz file, in its order. Raises BadInput for a file that is not a plain .npz."""
     return list(_listed(path))
 
 
 def read_object(path: Path, name: str) -> Any:
-    """The Python object that was saved under `name`, as plain data (see `pickles.load`). Raises BadInput for anything else."""
+    """The Python object saved under `name`, as plain data (see `pickles.load`). Raises BadInput for anything else."""
     entries = _listed(path)
     of = f"{name} of {path.name}"
     if name not in entries:
@@ -92,14 +92,14 @@ def read_object(path: Path, name: str) -> Any:
             data = file.read(entry.file_size)
             rest = file.read(1)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise BadInput(f"expected {of} to unpack, got damaged data ({error}); copy the file again") from None
+        raise BadInput(f"expected {of} to decompress, got damaged data ({error}); copy the file again") from None
     if len(data) != entry.file_size or rest:
         raise BadInput(f"expected {entry.file_size} bytes in {of}, got others; copy the file again")
     return load(_body(data, of), of)
 
 
 def _body(data: bytes, of: str) -> bytes:
-    """What follows the header of an .npy file with one object. Raises BadInput for another header: it is compared, not evaluated."""
+    """The bytes after the header of an .npy file with one object. Raises BadInput for another header, which is compared, not evaluated."""
     version = data[6:8]
     width = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(version, 0)
     length = int.from_bytes(data[8 : 8 + width], "little")

@@ -1,9 +1,9 @@
 """A checkpoint of the published code: an .npz whose members are Python objects.
 
-Verified in the code of arXiv 2507.13338 (its whole public history): `args`, a dictionary of options; `results`, what its logs hold;
+Checked in the code of arXiv 2507.13338 (its whole public history): `args`, a dictionary of options; `results`, the contents of its logs;
 `weights_checkpoint_0`, `weights_checkpoint_1` …, dictionaries from the position of a weight, 0, 1, …, to nested lists of numbers; and
-`allow_pickle`, written by versions of numpy that took the argument for an array. An older form with one member `weights` exists in its
-history of 7 to 9 May 2025 only, when a fault left every scale of the model without effect: it is refused.
+`allow_pickle`, written by numpy versions that took this argument for an array. An older form with one member `weights` exists in its
+history from 7 to 9 May 2025 only, when a bug disabled every scale of the model; it is refused.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_WEIGHTS = 2 + 6 * 1024
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """weights: matrices (fan_out, fan_in) in the order of the model, float64 (embedding: (width, vocabulary)). log: what the run said.
+    """weights: matrices (fan_out, fan_in) in the order of the model, float64 (embedding: (width, vocabulary)). log: the results of the run.
 
-    number, count: which of how many. sha256: of the file. left_out: members that were not read.
+    number, count: index of the checkpoint, number of checkpoints. sha256: of the file. left_out: members that were not read.
     """
 
     log: Log
@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, number: int | None = None) -> Checkpoint:
-    """Weights `number` (the last unless given) of a checkpoint file. Nothing in the file is run. Raises BadInput for anything else."""
+    """Weights `number` (default: the last) of a checkpoint file. No code from the file is run. Raises BadInput for anything else."""
     names = members(path)
     if "args" not in names:
         raise BadInput(f"expected a checkpoint with args in {path.name}, got {', '.join(names[:8]) or 'no member'}; it is not of the paper's code")
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path, number: int | None = None) -> Checkpoint:
             f"every scale of the model (7 to 9 May 2025); save it again with later code"
         )
     if not steps:
-        raise BadInput(f"expected weights_checkpoint_0, … in {path.name}, got {', '.join(names[:8])}; it holds no weights")
+        raise BadInput(f"expected weights_checkpoint_0, … in {path.name}, got {', '.join(names[:8])}; it has no weights")
     number = steps[-1] if number is None else number
     if number not in steps:
         raise BadInput(f"expected a checkpoint among {steps[:20]} of {path.name}, got {number}; name one of them")
@@ -77,7 +77,7 @@ def _matrix(value: Any, of: str) -> np.ndarray:
     if isinstance(rows, np.ndarray):
         flat = rows.ndim == 2 and rows.dtype.kind in "fiu"
     else:
-        # Each number looked at: numpy would read text as numbers too.
+        # Every number is checked, because numpy would also read text as numbers.
         flat = isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows) and bool(rows)
         flat = flat and all(type(number) is float or type(number) is int for row in rows for number in row)
     if not flat or not len(rows) or not len(rows[0]):

@@ -1,10 +1,11 @@
-"""The JSON logs of the published code, and the Lipschitz constant that it computes from the norms that training wrote into them.
+"""The JSON logs of the published code, and the Lipschitz constant that it computes from the norms in them.
 
-A log holds `parameters` (the run's options) and `results`: for each matrix, by its name (q0, mlp_in1, embed …), a list `weight_norm` over the
+A log contains `parameters` (the run's options) and `results`: for each matrix, by its name (q0, mlp_in1, embed …), a list `weight_norm` over the
 steps. That is σ·√(fan_in/fan_out) of a matrix (RMS→RMS), for the embedding the largest RMS norm of a token's vector, and for an
-unembedding trained with use_unembed the largest RMS norm of a row, which is no operator norm. The constant is computed from the last
-entries, whatever weights are kept: mistake 6 of attacks/formulas.py. Neither formula sees final_scale, residual_scale or a substitute for
-LayerNorm, and both count blocks in the order of their names, while the model applies the last named block first (see `convert`).
+unembedding trained with use_unembed the largest RMS norm of a row, which is not an operator norm. The constant is computed from the last
+entries, which may belong to other weights than those saved: mistake 6 of attacks/formulas.py. Neither formula
+includes final_scale, residual_scale or a substitute for LayerNorm, and both count blocks in the order of their names, while the model applies
+the last named block first (see `convert`).
 Source: utils.py and (until July 2025) experiment/train.py of the code of arXiv 2507.13338.
 """
 
@@ -19,17 +20,17 @@ from typing import Any
 from robustlip.errors import BadInput
 from robustlip.files import read_json
 
-MAX_LOG = 256 * 2**20  # bytes; a log of every one of 2,000 steps has a few
-MAX_NORM = 1e30  # products of all norms of a deep model may still overflow: then the formula says infinity
+MAX_LOG = 256 * 2**20  # bytes; a log with an entry for each of 2,000 steps has a few
+MAX_NORM = 1e30  # products of all norms of a deep model may still overflow; the formula is then infinite
 GELU_DIVISOR = 1.1289
 MAX_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
 class Log:
-    """What a run said of itself. norms: the last weight_norm by name of the matrix. claimed: its own Lipschitz constant, None without.
+    """Results of a run. norms: the last weight_norm of each matrix, by name. claimed: its own Lipschitz constant, None without one.
 
-    accuracy, loss: the last validation figures in [0, 1] and nats, None without.
+    accuracy, loss: the last validation results, in [0, 1] and nats, None without one.
     """
 
     parameters: Mapping[str, Any]
@@ -40,10 +41,10 @@ class Log:
 
 
 def count(parameters: Mapping[str, Any], key: str, most: int = MAX_BLOCKS) -> int:
-    """A whole number of at least 1 from the options of a run. Raises BadInput for anything else."""
+    """An integer of at least 1 from the options of a run. Raises BadInput for anything else."""
     value = parameters.get(key)
     if type(value) is not int or not 1 <= value <= most:
-        raise BadInput(f"expected {key} between 1 and {most} in the file's options, got {str(value)[:40]!r}; it is not of the paper's code")
+        raise BadInput(f"expected {key} between 1 and {most} in the file's options, got {str(value)[:40]!r}; it does not come from the paper's code")
     return value
 
 
@@ -51,12 +52,12 @@ def real(parameters: Mapping[str, Any], key: str, default: float = 1.0) -> float
     """A finite number above 0 from the options of a run. Raises BadInput for anything else."""
     value = parameters.get(key, default)
     if type(value) not in (int, float) or not 0 < value <= MAX_NORM:
-        raise BadInput(f"expected {key} above 0 in the file's options, got {str(value)[:40]!r}; this reader knows no other")
+        raise BadInput(f"expected {key} above 0 in the file's options, got {str(value)[:40]!r}; no other value is supported")
     return float(value)
 
 
 def log_of(parameters: Any, results: Any) -> Log:
-    """A log from its two parts. Raises BadInput when they are not tables, or when a norm is not a finite number of at least 0."""
+    """A log from its two parts. Raises BadInput if they are not tables, or if a norm is not a finite number of at least 0."""
     if not isinstance(parameters, dict) or not isinstance(results, dict) or not all(isinstance(key, str) for key in (*parameters, *results)):
         raise BadInput("expected tables of parameters and results, got something else; give a log or checkpoint of the paper's code")
     norms = {}
@@ -69,7 +70,7 @@ def log_of(parameters: Any, results: Any) -> Log:
 
 
 def _figure(values: Any, of: str) -> float | None:
-    """The last validation figure; None where there is none, or none that is finite: the loss of a run that diverged is NaN."""
+    """The last validation result; None if there is none, or none that is finite: the loss of a run that diverged is NaN."""
     if values is None or values == []:
         return None
     if isinstance(values, list) and type(values[-1]) is float and not math.isfinite(values[-1]):
@@ -85,7 +86,7 @@ def _last(values: Any, of: str) -> float:
 
 
 def read_log(path: Path) -> Log:
-    """A JSON log from outside. Raises BadInput for one that is missing, too large, no JSON or of another kind."""
+    """Reads a JSON log. Raises BadInput if it is missing, too large, not JSON or of another format."""
     document = read_json(path, "a JSON log", MAX_LOG, "it is not one of the paper's")
     if not isinstance(document, dict) or "parameters" not in document or "results" not in document:
         raise BadInput(f"expected parameters and results in {path.name}, got neither or one; it is not a log of the paper's code")
@@ -102,12 +103,12 @@ def _norm(log: Log, name: str) -> float:
 
 
 def _mlp(log: Log) -> float:
-    """Three matrices, whatever num_blocks says."""
+    """The product of three matrices, for every value of num_blocks."""
     return math.prod(_norm(log, name) for name in ("mlp_in", "mlp_0", "mlp_out"))
 
 
 def newhouse_june(log: Log) -> float:
-    """The constant as published (since 12 June 2025), ∞-RMS, one-hot characters in: docs/theory.md, section 5, with its mistakes."""
+    """The constant as published (since 12 June 2025), ∞-RMS, for one-hot characters: docs/theory.md, section 5, with its mistakes."""
     if log.parameters.get("data") == "cifar":
         return _mlp(log)
     blocks, scale = count(log.parameters, "num_blocks"), real(log.parameters, "softmax_scale")
@@ -123,7 +124,7 @@ def newhouse_june(log: Log) -> float:
 
 
 def newhouse_may(log: Log) -> float:
-    """What the code computed while the released checkpoints were made (May 2025): L ← (1−α)L + αΛ, which forgets to multiply Λ by L, with
+    """The formula of the code when the released checkpoints were made (May 2025): L ← (1−α)L + αΛ, without the factor L in the second term, with
     Λ_att = σ_q σ_k σ_v σ_o and Λ_mlp = σ_in σ_out."""
     if log.parameters.get("data") == "cifar":
         return _mlp(log)
@@ -141,7 +142,7 @@ AGREEMENT = 1e-4  # relative; the code works in float32
 
 
 def explained(log: Log) -> str | None:
-    """Which formula the log's own constant comes from, None when there is none or it comes from another."""
+    """Which formula gives the log's own constant; None if there is no constant or it comes from another formula."""
     if log.claimed is None:
         return None
     values = {name: formula(log) for name, formula in FORMULAS.items()}

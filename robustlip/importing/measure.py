@@ -1,4 +1,4 @@
-"""Whether an imported model is the one that its file speaks of: its loss and accuracy on the data that the published code judges it by.
+"""Checks an imported model: its loss and accuracy on the data with which the published code evaluates it.
 
 The code's validation text is the last tenth of the text, and its batches are windows that start at 0, 1, 2, …: with its defaults (20 batches of
 64, windows of 256) the published figures of the Shakespeare models are over the first 1,535 characters of the held-out text, each counted
@@ -18,13 +18,13 @@ from robustlip.data import load_data, load_tokens
 from robustlip.errors import BadInput
 from robustlip.layers import Chain
 
-WINDOWS = 64  # of the code's 1,280, evenly: neighbours differ by one character
+WINDOWS = 64  # of the code's 1,280, evenly spaced, because neighbours differ by one character
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Measured:
-    """accuracy in [0, 1], loss in nats. of: what they are over."""
+    """accuracy in [0, 1], loss in nats. of: a description of the data."""
 
     accuracy: float
     loss: float
@@ -36,10 +36,10 @@ def measure(
     model: Chain, data: str, options: Mapping[str, Any], *, data_dir: str | None = None, limit: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Measured:  # fmt: skip
-    """Loss and accuracy of an imported model on data that is named as everywhere, with :test. limit: samples or windows.
+    """Loss and accuracy of an imported model on a data specification, e.g. tiny_shakespeare:test. limit: number of samples or windows.
 
-    options: of the run; text takes its windows from them as the code does. columns: as load_data and load_tokens take them.
-    Raises BadInput for data that does not fit the model.
+    options: of the run; they determine the windows of text, as in the published code. columns: as in load_data and load_tokens.
+    Raises BadInput for data that the model does not accept.
     """
     device = next(model.parameters()).device
     columns = columns or {}

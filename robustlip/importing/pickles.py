@@ -1,12 +1,12 @@
-"""Pickles of plain data and numeric arrays, read without running anything that they name.
+"""Reads pickles of plain data and numeric arrays without running any code that they name.
 
-A pickle is a program for a stack machine, and `pickle.load` runs it: whoever wrote the file chooses which function of this machine is
-called. Three walls, each enough on its own for what is known:
-1. `scan` interprets the whole program on kinds instead of values (this is text, this is a list …) and refuses every instruction that plain
-   data does not need, every name but four of numpy's, every call that is not numpy's way to write an array, an array's type or a number.
-   Nothing has been built or imported then.
-2. The unpickler resolves those names to stand-ins of this file; numpy's own functions are never called with arguments from the file.
-3. What comes out is checked: numbers, text, lists, tuples, dictionaries and numeric arrays, none of them twice, none deep.
+A pickle is a program for a stack machine, and `pickle.load` runs it: its author chooses which functions are
+called. There are three barriers, each of which alone stops all known attacks:
+1. `scan` interprets the whole program with kinds instead of values (this is text, this is a list …). It refuses every instruction that plain
+   data does not need, every name except four of numpy's, and every call other than those with which numpy writes an array, an array's type or
+   a number. Nothing is built or imported at this stage.
+2. The unpickler resolves those names to substitutes in this file; numpy's own functions are never called with arguments from the file.
+3. The result is checked: numbers, text, lists, tuples, dictionaries and numeric arrays, none of them twice, with limited nesting.
 
 Sources: the specification in CPython's pickletools.py; numpy's ndarray.__reduce__ and dtype.__reduce__ (documented under __setstate__).
 """
@@ -26,14 +26,14 @@ import numpy as np
 
 from robustlip.errors import BadInput
 
-MAX_OPCODES = 16_000_000  # a number is one: seven times the paper's 2.4 million weights
-MAX_CONTAINERS = 1_000_000  # lists cost 60 bytes of memory for one of the file; a weight matrix has one for each row
+MAX_OPCODES = 16_000_000  # each number is one: seven times the paper's 2.4 million weights
+MAX_CONTAINERS = 1_000_000  # a list costs 60 bytes of memory per byte of the file; a weight matrix has one per row
 MAX_STACK = 10_000  # picklers write lists in portions of 1,000
 MAX_DEPTH = 12
 MAX_RANK = 8
 
 _RECONSTRUCT, _NDARRAY, _DTYPE, _SCALAR = "_reconstruct", "ndarray", "dtype", "scalar"
-# numpy 2 renamed numpy.core to numpy._core; files of both exist.
+# numpy 2 renamed numpy.core to numpy._core; both occur in files.
 NAMES = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -50,11 +50,11 @@ def _refuse(of: str, what: str) -> NoReturn:
     )
 
 
-# ------------------------------------------------------------------------------------------------ first wall
+# ------------------------------------------------------------------------------------------------ first barrier
 
 
-class _Thing:
-    """What the scan knows of a value: its kind, and for text and names which."""
+class _Abstract:
+    """A value in the scan: its kind, and for text and names the value itself."""
 
     __slots__ = ("kind", "value")
 
@@ -62,23 +62,23 @@ class _Thing:
         self.kind, self.value = kind, value
 
 
-_MARK, _NUMBER, _BYTES, _TUPLE = (_Thing(kind) for kind in ("mark", "number", "bytes", "tuple"))
+_MARK, _NUMBER, _BYTES, _TUPLE = (_Abstract(kind) for kind in ("mark", "number", "bytes", "tuple"))
 _PUSH_NUMBER = {"BINFLOAT", "BININT", "BININT1", "BININT2", "NONE", "NEWTRUE", "NEWFALSE"}
 _PUSH_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 _PUSH_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KEYS = ("number", "text")
-_AGAIN = ("text", "bytes", "name", "dtype")  # may be fetched from the memo: they cannot be changed, and hold nothing
+_AGAIN = ("text", "bytes", "name", "dtype")  # may be fetched from the memo: they are immutable and contain no other values
 _MAKES = {_RECONSTRUCT: "array unfinished", _DTYPE: "dtype unfinished", _SCALAR: "number"}
 
 
 class _Scan:
-    """The stack machine on kinds. One method for each group of instructions."""
+    """The stack machine on kinds. One method per group of instructions."""
 
     def __init__(self, of: str) -> None:
         self.of = of
-        self.stack: list[_Thing] = []
-        self.memo: list[_Thing] = []
+        self.stack: list[_Abstract] = []
+        self.memo: list[_Abstract] = []
         self.containers = 0
 
     def run(self, data: bytes) -> None:
@@ -98,33 +98,33 @@ class _Scan:
         except BadInput:
             raise
         except (ValueError, IndexError, struct.error, OverflowError) as error:
-            raise BadInput(f"expected a whole pickle in {self.of}, got one that breaks off or is malformed ({error}); copy the file again") from None
+            raise BadInput(f"expected a complete pickle in {self.of}, got a truncated or malformed one ({error}); copy the file again") from None
         if end != len(data) - 1:
-            _refuse(self.of, "bytes behind its end")
+            _refuse(self.of, "bytes after its end")
         if len(self.stack) != 1:
             _refuse(self.of, f"{len(self.stack)} values instead of one")
 
-    def pop(self) -> _Thing:
+    def pop(self) -> _Abstract:
         if not self.stack or self.stack[-1] is _MARK:
             _refuse(self.of, "an instruction without its operand")
         return self.stack.pop()
 
-    def to_mark(self) -> list[_Thing]:
+    def to_mark(self) -> list[_Abstract]:
         for i in range(len(self.stack) - 1, -1, -1):
             if self.stack[i] is _MARK:
                 taken = self.stack[i + 1 :]
                 del self.stack[i:]
                 return taken
-        _refuse(self.of, "the end of a list that never began")
+        _refuse(self.of, "the end of a list without its beginning")
 
     def target(self, kind: str) -> None:
         if not self.stack or self.stack[-1].kind != kind:
-            _refuse(self.of, f"an instruction that fills a {kind} where there is none")
+            _refuse(self.of, f"an instruction that fills a {kind} without one")
 
     def other(self, name: str, argument: Any) -> None:
         stack = self.stack
         if name in _PUSH_TEXT:
-            stack.append(_Thing("text", argument))
+            stack.append(_Abstract("text", argument))
         elif name in _PUSH_BYTES:
             stack.append(_BYTES)
         elif name == "LONG1":
@@ -135,7 +135,7 @@ class _Scan:
             stack.append(_MARK)
         elif name in ("EMPTY_LIST", "EMPTY_DICT"):
             self.containers += 1
-            stack.append(_Thing("list" if name == "EMPTY_LIST" else "dict"))
+            stack.append(_Abstract("list" if name == "EMPTY_LIST" else "dict"))
         elif name == "TUPLE" or name in _TUPLES:
             self.containers += 1
             for _ in self.to_mark() if name == "TUPLE" else range(_TUPLES[name]):
@@ -151,7 +151,7 @@ class _Scan:
                 _refuse(self.of, "a dictionary whose keys are not text or numbers")
             self.target("dict")
         elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            # In order only: the C unpickler reserves memory up to the index.
+            # In order only, because the C unpickler allocates memory up to the index.
             if not stack or stack[-1] is _MARK or (name != "MEMOIZE" and argument != len(self.memo)):
                 _refuse(self.of, "a memo that is not filled in order")
             self.memo.append(stack[-1])
@@ -165,11 +165,11 @@ class _Scan:
             arguments, called = self.pop(), self.pop()
             if called.kind != "name" or called.value not in _MAKES or arguments.kind != "tuple":
                 _refuse(self.of, "a call of something that does not make an array")
-            stack.append(_Thing(_MAKES[called.value]))
+            stack.append(_Abstract(_MAKES[called.value]))
         elif name == "BUILD":
             state, made = self.pop(), self.pop()
             if state.kind != "tuple" or not made.kind.endswith(" unfinished"):
-                _refuse(self.of, "a state for something that is not an array or its type")
+                _refuse(self.of, "a state of something that is not an array or its type")
             made.kind = made.kind.removesuffix(" unfinished")
             stack.append(made)
         elif name not in ("PROTO", "FRAME"):
@@ -185,15 +185,15 @@ class _Scan:
             module, attribute = first.value, second.value
         if (module, attribute) not in NAMES:
             _refuse(self.of, f"the name {f'{module}.{attribute}'[:80]!r}")
-        self.stack.append(_Thing("name", NAMES[module, attribute]))
+        self.stack.append(_Abstract("name", NAMES[module, attribute]))
 
 
 def scan(data: bytes, of: str) -> None:
-    """Raises BadInput unless the pickle `data` is of plain data and numpy arrays alone. Builds and runs nothing. of: its name in sentences."""
+    """Raises BadInput unless the pickle `data` contains only plain data and numpy arrays. Builds and runs nothing. of: its name for messages."""
     _Scan(of).run(data)
 
 
-# ------------------------------------------------------------------------------------------------ second wall
+# ------------------------------------------------------------------------------------------------ second barrier
 
 _ITEM = re.compile(r"b1|[iuf][248]|[iu]1|O[48]?")
 
@@ -203,7 +203,7 @@ def _whole(value: Any) -> bool:
 
 
 class _Type:
-    """Stands in for a dtype: a numeric one, or 'O'."""
+    """Substitute for a dtype: a numeric one, or 'O'."""
 
     __slots__ = ("code", "done")
 
@@ -213,12 +213,12 @@ class _Type:
         self.code, self.done = arguments[0], False
 
     def __setstate__(self, state: Any) -> None:
-        # (version, byte order, subarray, names, fields, size, alignment, flags): structured types say more than numbers.
+        # (version, byte order, subarray, names, fields, size, alignment, flags): structured types have more.
         if self.done or type(state) is not tuple or len(state) != 8 or state[2:7] != (None, None, None, -1, -1):
-            raise ValueError("an array type with fields, a shape or metadata of its own")
+            raise ValueError("an array type with fields, a shape or metadata")
         if not _whole(state[0]) or not _whole(state[7]) or type(state[1]) is not str or state[1] not in ("<", ">", "|", "="):
             raise ValueError("an array type of an unknown version")
-        # Objects set flags; for numbers any flag would promise something else.
+        # Object types have flags; a numeric type must not.
         if not self.object and state[7] != 0:
             raise ValueError("a numeric array type with flags")
         self.code, self.done = ("O" if self.object else state[1] + self.code), True
@@ -229,12 +229,12 @@ class _Type:
 
 
 class _Array:
-    """Stands in for an ndarray: checked bytes and a shape, or for 'O' a list."""
+    """Substitute for an ndarray: checked bytes and a shape, or for 'O' a list."""
 
     __slots__ = ("data", "fortran", "shape", "type")
 
     def __init__(self, *arguments: Any) -> None:
-        if len(arguments) != 3 or not isinstance(arguments[0], _Stand) or arguments[0].name != _NDARRAY or arguments[1:] != ((0,), b"b"):
+        if len(arguments) != 3 or not isinstance(arguments[0], _Substitute) or arguments[0].name != _NDARRAY or arguments[1:] != ((0,), b"b"):
             raise ValueError("an array of an unknown class")
         self.data: Any = None
 
@@ -259,7 +259,7 @@ class _Array:
 
 
 def _number(*arguments: Any) -> float | int | bool:
-    """Stands in for numpy's scalar(dtype, bytes)."""
+    """Substitute for numpy's scalar(dtype, bytes)."""
     kind, data = arguments if len(arguments) == 2 else (None, None)
     if not isinstance(kind, _Type) or not kind.done or kind.object or type(data) is not bytes or len(data) != np.dtype(kind.code).itemsize:
         raise ValueError("a number of an unknown type")
@@ -270,8 +270,8 @@ def _not_called(*_: Any) -> NoReturn:
     raise ValueError("a call of a class")
 
 
-class _Stand:
-    """A name of the file, resolved: callable, and nothing can be set on it."""
+class _Substitute:
+    """A resolved name of the file: callable, and no attribute can be set."""
 
     __slots__ = ("name",)
     name: str
@@ -291,29 +291,29 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in NAMES:
             raise ValueError(f"the name {f'{module}.{name}'[:80]!r}")
-        return _Stand(NAMES[module, name])
+        return _Substitute(NAMES[module, name])
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise ValueError("a reference to something outside the file")
 
 
-# ------------------------------------------------------------------------------------------------ third wall
+# ------------------------------------------------------------------------------------------------ third barrier
 
 
 def load(data: bytes, of: str) -> Any:
     """The object that numpy saved in an array of shape () and type object: `np.save(file, {…})`. Raises BadInput for anything but plain data.
 
-    Returns float, int, bool, str, None, and lists, tuples, dictionaries and numeric arrays (read-only) of them. of: its name in sentences.
+    Returns float, int, bool, str, None, and lists, tuples, dictionaries and numeric arrays (read-only) of them. of: its name for messages.
     """
     scan(data, of)
     try:
         top = _Unpickler(io.BytesIO(data)).load()
     except BadInput:
         raise
-    except Exception as error:  # the file chooses which: anything that a stand-in or the unpickler says is a refusal
+    except Exception as error:  # the file can cause any exception; all mean that it is refused
         _refuse(of, str(error)[:200] or type(error).__name__)
     if not isinstance(top, _Array) or top.data is None or not top.type.object or top.shape != ():
-        _refuse(of, "something else than one object in an array of shape ()")
+        _refuse(of, "something other than one object in an array of shape ()")
     return _plain(top.data[0], of, set(), 0)
 
 
@@ -329,7 +329,7 @@ def _plain(value: Any, of: str, seen: set[int], depth: int) -> Any:
         _refuse(of, f"data nested more than {MAX_DEPTH} deep")
     if id(value) in seen and value != ():
         _refuse(of, "a list that is used twice or contains itself")
-    seen.add(id(value))  # the values live as long as the top does, so ids are not used again
+    seen.add(id(value))  # all values stay alive while the result does, so ids are unique
     if kind is dict:
         return {key: _plain(item, of, seen, depth + 1) for key, item in value.items()}
     if kind is list and all(type(item) is float for item in value):

@@ -1,9 +1,9 @@
-"""A grid of recipes, trained one after the other: which model is how accurate at which proved bound. Stopped and started again, it goes on.
+"""Trains a grid of recipes one after the other, to compare accuracy with the proved bound. A stopped sweep can be resumed.
 
 A grid file names a base recipe and what to change in it:
 
     name = "caps"
-    base = "../recipes/digits-mlp-lipschitz.toml"    # beside this file
+    base = "../recipes/digits-mlp-lipschitz.toml"    # relative to this file
     [set]                                            # in every run
     run.steps = 300
     [grid]                                           # every combination
@@ -14,8 +14,8 @@ A grid file names a base recipe and what to change in it:
     [[run]]
     base = "../recipes/digits-mlp-baseline.toml"     # another recipe for this one
 
-Each run has a folder of its own, named by the SHA-256 of its whole recipe: a run is finished when its row is there, half done when only its
-training state is, and another order of the grid, or a longer one, trains nothing twice.
+Each run has its own folder, named by the SHA-256 of its whole recipe. A run with a row is finished, a run with only a training state is
+resumed; reordering or extending the grid trains no run twice.
 """
 
 from robustlip.sweep.grid import Grid, Run, load_grid

@@ -1,4 +1,4 @@
-"""What a sweep trains: a grid file, and the recipes that it makes of a base."""
+"""The runs of a sweep: a grid file, and the recipes that result from its base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from robustlip.files import read_toml, strictly
 from robustlip.training import Recipe, identity, load_recipe
 
 MAX_RUNS = 10_000
-_TOLD = {"name": "run", "description": "", "paper": "", "caveats": ""}  # said of a recipe, not part of what is computed
+_DESCRIPTIVE = {"name": "run", "description": "", "paper": "", "caveats": ""}  # keys that describe a recipe and do not affect its result
 
 
 class Grid(BaseModel):
@@ -35,7 +35,7 @@ class Grid(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One recipe of a grid. varied: what distinguishes it, by dotted key. sha256: of everything in the recipe that is computed."""
+    """One recipe of a grid. varied: its changes, by dotted key. sha256: of everything in the recipe that affects its result."""
 
     recipe: Recipe
     varied: Mapping[str, Any]
@@ -43,18 +43,18 @@ class Run:
 
 
 def load_grid(path: str | Path) -> tuple[Grid, list[Run]]:
-    """A grid file and its runs, every recipe checked and every model built once (without memory). Raises BadInput with file, key and remedy."""
+    """A grid file and its runs. Every recipe is checked, every model is built once, without memory. Raises BadInput with file, key and remedy."""
     path = Path(path)
     try:
         grid = strictly(Grid, read_toml(path, "a grid"))
     except ValidationError as error:
         raise BadInput(f"expected a valid grid in {path.name}, got {_first(error)}; correct or remove that key") from None
-    read = cache(load_recipe)  # once for all the runs of a base
-    read(path.parent / grid.base)  # also where no run uses it
+    read = cache(load_recipe)  # once per base recipe
+    read(path.parent / grid.base)  # also if no run uses it
     runs = [_run(read(_base(grid, varied, path)), fixed, varied, path.name) for fixed, varied in _combinations(grid, path.name)]
     twice = next((a for a, b in itertools.pairwise(sorted(runs, key=lambda run: run.sha256)) if a.sha256 == b.sha256), None)
     if twice is not None:
-        raise BadInput(f"expected different runs in {path.name}, got one twice ({said(twice.varied)}); remove the repetition")
+        raise BadInput(f"expected distinct runs in {path.name}, got one twice ({described(twice.varied)}); remove the repetition")
     return grid, runs
 
 
@@ -65,7 +65,7 @@ def _first(error: ValidationError) -> str:
 
 def _leaves(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in table.items():
-        if isinstance(value, dict) and value:  # an empty table is a value: it takes the place of the base's
+        if isinstance(value, dict) and value:  # an empty table is a value: it replaces the base's table
             yield from _leaves(value, (*prefix, key))
         else:
             yield (*prefix, key), value
@@ -76,11 +76,11 @@ def _dotted(path: tuple[str, ...]) -> str:
 
 
 Changes = dict[tuple[str, ...], Any]
-_BASE = ("base",)  # the only key of a run that is none of a recipe
+_BASE = ("base",)  # the only key of a run that is not a key of recipes
 
 
 def _combinations(grid: Grid, file: str) -> Iterator[tuple[Changes, Changes]]:
-    """(what every run sets, what this run varies)."""
+    """(changes of every run, changes of this run)."""
     lists = dict(_leaves(grid.grid))
     for path, values in lists.items():
         if not isinstance(values, list) or not values:
@@ -95,7 +95,7 @@ def _combinations(grid: Grid, file: str) -> Iterator[tuple[Changes, Changes]]:
         own = dict(_leaves(table))
         shared = [path for path in own if path in lists] + [path for path in (own | lists) if path in fixed]
         if shared:
-            raise BadInput(f"expected {_dotted(shared[0])} in one place of {file}, got it in two; remove one")
+            raise BadInput(f"expected {_dotted(shared[0])} in one table of {file}, got it in two; remove one")
         for values in itertools.product(*lists.values()):
             yield fixed, own | dict(zip(lists, values, strict=True))
 
@@ -113,23 +113,23 @@ def _run(base: Recipe, fixed: Changes, varied: Changes, file: str) -> Run:
         place = document
         for part in path[:-1]:
             if not isinstance(place.setdefault(part, {}), dict):
-                raise BadInput(f"expected a table in front of {_dotted(path)} in {file}, got a value; write the key as the recipe has it")
+                raise BadInput(f"expected a table before {_dotted(path)} in {file}, got a value; write the key as the recipe has it")
             place = place[part]
         place[path[-1]] = value
-    told = {_dotted(path): value for path, value in varied.items()}
+    changes = {_dotted(path): value for path, value in varied.items()}
     try:
         recipe = strictly(Recipe, document)
     except ValidationError as error:
-        raise BadInput(f"expected valid recipes from {file}, got {_first(error)} ({said(told)}); correct that key") from None
+        raise BadInput(f"expected valid recipes from {file}, got {_first(error)} ({described(changes)}); correct that key") from None
     _check_model(recipe)
-    sha256 = identity(recipe.model_copy(update=_TOLD))
+    sha256 = identity(recipe.model_copy(update=_DESCRIPTIVE))
     name = f"{base.name}-{sha256[:12]}"
-    changed = f"{base.description} Changed: {said(told)}." if told else base.description
-    return Run(recipe.model_copy(update={"name": name, "description": changed}), told, sha256)
+    changed = f"{base.description} Changed: {described(changes)}." if changes else base.description
+    return Run(recipe.model_copy(update={"name": name, "description": changed}), changes, sha256)
 
 
 def _check_model(recipe: Recipe) -> None:
-    """Builds the model on the device that has no memory: a key that run 7 does not know is said before run 1 trains."""
+    """Builds the model on the meta device, so that an error in run 7 is reported before run 1 trains."""
     from robustlip.checkpoints import planned
     from robustlip.models.build import build
 
@@ -139,5 +139,5 @@ def _check_model(recipe: Recipe) -> None:
     planned(build, config)
 
 
-def said(varied: Mapping[str, Any]) -> str:
+def described(varied: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in varied.items()) or "the base recipe"

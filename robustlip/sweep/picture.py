@@ -1,4 +1,4 @@
-"""How a sweep shows: accuracy against the proved bound, as a picture."""
+"""The plot of a sweep: accuracy against the proved bound."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from robustlip.files import atomic
 from robustlip.sweep.rows import FINISHED, Row, Sweep
 
-# Okabe and Ito's palette, as in eval/plots.py, and shapes for those who see no colour.
+# The palette of Okabe and Ito, as in eval/plots.py, and marker shapes for readers who cannot distinguish colours.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
-_NARROW = 8  # between the ends of the axis
-_LABELLED = 16  # points; more labels would cover each other
-_LABEL_SIZE, _PLOT = 7.5, (340.0, 230.0)  # points: the letters, and what the data spans of the page
+_NARROW = 8  # ratio of the ends of the axis
+_LABELLED = 16  # points; more labels would overlap
+_LABEL_SIZE, _PLOT = 7.5, (340.0, 230.0)  # in points: the letters, and the plot area
 
 
 def draw(sweep: Sweep) -> list[Path]:
-    """Accuracy against the proved bound (∞-RMS, logarithmic), hollow: the published formula of the same weights. PNG and SVG.
+    """Plot accuracy against the proved bound (∞-RMS, logarithmic); hollow: the published formula for the same weights. PNG and SVG.
 
-    Nothing ([]) when no finished run has a finite bound above 0.
+    Returns [] if no finished run has a finite bound above 0.
     """
     rows = [row for row in sweep.rows if row.status == FINISHED and row.bound_rms and math.isfinite(row.bound_rms) and row.accuracy is not None]
     if not rows:
@@ -43,7 +43,7 @@ def draw(sweep: Sweep) -> list[Path]:
             told = [(row.published, at) for row, at in zip(mine, accuracy, strict=True) if row.published and math.isfinite(row.published)]
             if told:
                 x, y = zip(*told, strict=True)
-                # Larger and behind, so that it is seen around a bound of the same value.
+                # Larger and behind, so that it is visible around a bound with the same value.
                 axes.plot(x, y, color=colour, marker=marker, markerfacecolor="none", linewidth=0.8, linestyle=":", markersize=11, zorder=1)
         axes.plot([], [], color="#444444", marker="o", linestyle="", markersize=6, label="filled: proved bound")
         if any(row.published for row in rows):
@@ -54,7 +54,7 @@ def draw(sweep: Sweep) -> list[Path]:
             axes.annotate(text, (x_at, y_at), xytext=offset, textcoords="offset points", fontsize=_LABEL_SIZE, color="#444444")
         axes.set_xscale("log")
         shown = [value for row in rows for value in (row.bound_rms, row.published) if value]
-        if max(shown) < _NARROW * min(shown):  # labels at powers of ten would be too few, and those between them run into each other
+        if max(shown) < _NARROW * min(shown):  # labels at powers of ten would be too few, and labels between them would overlap
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
@@ -76,15 +76,15 @@ def draw(sweep: Sweep) -> list[Path]:
 
 
 def _labels(rows: Sequence[Row], group: str) -> list[tuple[tuple[float, float], tuple[float, float], str]]:
-    """(point, offset in points, text) of everything but the colour's key. Nothing when there are many.
+    """(point, offset in points, text) for all labels except that of the colour. Empty if there are too many points.
 
-    Points that are near and would be told the same share one label; another label goes to the first place that no label has taken.
+    Nearby points with equal texts share one label; another label is put at the first position that does not overlap others.
     """
     if len(rows) > _LABELLED:
         return []
     places = [(math.log10(row.bound_rms or 1.0), 100 * (row.accuracy or 0.0)) for row in rows]
     spans = [max(max(axis) - min(axis), 1e-9) for axis in zip(*places, strict=True)]
-    # Where the points come to stand, in points of the page, is near enough before the layout is known.
+    # The positions of the points on the page, approximately, because the layout is not known yet.
     at = [(_PLOT[0] * x / spans[0], _PLOT[1] * y / spans[1]) for x, y in places]
     out: list[tuple[tuple[float, float], tuple[float, float], str]] = []
     taken: list[tuple[float, float, str, tuple[float, float, float, float]]] = []
@@ -103,7 +103,7 @@ def _labels(rows: Sequence[Row], group: str) -> list[tuple[tuple[float, float], 
 
 
 def _group(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    """The key that colours stand for: the one with the fewest values above one, when something else varies along each colour."""
+    """The key shown by colour: the one with the fewest values above one, if another key varies too."""
     counts = {key: len({str(row.varied.get(key)) for row in rows}) for key in keys}
     several = [key for key in keys if 2 <= counts[key] <= len(_STYLES)]
     return min(several, key=lambda key: counts[key]) if several and sum(count > 1 for count in counts.values()) > 1 else ""

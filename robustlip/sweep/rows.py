@@ -1,4 +1,4 @@
-"""What is known of every run: the row that it wrote when it was finished, the training state that it was stopped in, or nothing."""
+"""The state of every run: its row if it is finished, else its training state if it was stopped, else nothing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PENDING, PARTIAL, FINISHED, FAILED = "pending", "partial", "finished", "failed"
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one run. accuracy in [0, 1] and loss in nats on the test split, bounds of `lipschitz_bound`, seconds of training.
+    """The result of one run. accuracy in [0, 1] and loss in nats on the test split, bounds from `lipschitz_bound`, seconds of training.
 
-    published: the formula of Newhouse et al. 2025 on these weights, ∞-RMS, None where it does not apply (why_not). steps: taken so far.
+    published: the formula of Newhouse et al. 2025 for these weights, ∞-RMS, None if it does not apply (why_not). steps: done so far.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass
 class Sweep:
-    """A grid, where its files lie, and a row for each run in the order of the grid."""
+    """A grid, its folder, and one row per run in the order of the grid."""
 
     grid: Grid
     folder: Path
@@ -71,7 +71,7 @@ class Sweep:
 
 
 def known_row(run: Run, folder: Path) -> Row:
-    """The row of a run as its folder has it."""
+    """The row of a run, from its folder."""
     from robustlip.checkpoints import load_tensors
 
     place = folder / run.recipe.name
@@ -81,7 +81,7 @@ def known_row(run: Run, folder: Path) -> Row:
             text = read_limited(place / "row.json", "a row", TOML_LIMIT, "remove it").removeprefix(BOM_UTF8)
             kept = TypeAdapter(Row).validate_json(text, strict=True)
         except (ValueError, RecursionError):
-            raise BadInput(f"expected a row that this version wrote in {place / 'row.json'}, got another; remove that file") from None
+            raise BadInput(f"expected a row written by this version in {place / 'row.json'}, got another; remove that file") from None
         if kept.recipe_sha256 == run.sha256 and kept.status == FINISHED:
             _check_proved(kept, place)
             return replace(kept, varied=dict(run.varied))
@@ -99,7 +99,7 @@ def known_row(run: Run, folder: Path) -> Row:
 
 
 def _check_proved(row: Row, place: Path) -> None:
-    """What a table calls proved is computed from the weights that lie there. Raises BadInput where a row says something else of them."""
+    """Compares the proved bounds in a row with those of the weights in its folder. Raises BadInput if they differ."""
     from robustlip.certifiers import lipschitz_bound
     from robustlip.models.zoo import load
 
@@ -109,4 +109,4 @@ def _check_proved(row: Row, place: Path) -> None:
     for value, key in ((row.bound_rms, "rms"), (row.bound_l2, "l2")):
         said.append(value is not None and (value == bound[key] or math.isclose(value, float(bound[key]), rel_tol=1e-6)))
     if not all(said):
-        raise BadInput(f"expected the row of the model beside it in {place / 'row.json'}, got other figures; remove that file to train it again")
+        raise BadInput(f"expected the row of the model in its folder in {place / 'row.json'}, got other values; remove that file to train it again")

@@ -1,4 +1,4 @@
-"""How a sweep goes: one run after the other, what is finished left alone, results and tables written after each."""
+"""Runs a sweep: finished runs are skipped, and results and tables are written after every run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from robustlip.errors import DataUnavailable, RobustlipError, first_line
 from robustlip.files import read_toml, write_json, write_text
 from robustlip.locks import sole_writer
-from robustlip.sweep.grid import Grid, Run, said
+from robustlip.sweep.grid import Grid, Run, described
 from robustlip.sweep.rows import FAILED, FINISHED, PARTIAL, PENDING, Row, Sweep, known_row
 from robustlip.sweep.tables import csv, markdown
 from robustlip.training.state import make_folder
@@ -27,10 +27,10 @@ def run_sweep(
     limit: int | None = None,
     advance: Advance | None = None,
 ) -> Sweep:
-    """Train what is not finished in `folder`, at most `limit` of it now, and write results.json and the tables after every run.
+    """Train the runs in `folder` that are not finished, at most `limit` of them, and write results.json and the tables after every run.
 
     advance(label, done, total) counts steps of the run.
-    A run that training stops (a loss that is not finite, a cap that does not hold, no memory) is marked failed, and the next one starts.
+    If training stops (a loss that is not finite, a violated cap, no memory), the run is marked failed, and the next one starts.
     Raises BadInput for input that training cannot use.
     """
     make_folder(Path(folder))
@@ -62,12 +62,12 @@ def _train(run: Run, sweep: Sweep, which: str, device: str, data_dir: str | None
 
     def progress(step: int, steps: int, figures: dict[str, float]) -> None:
         if advance is not None:
-            advance(f"{which}: {said(run.varied)}", step, steps)
+            advance(f"{which}: {described(run.varied)}", step, steps)
 
     try:
         path = train(run.recipe, place, device=device, data_dir=data_dir, progress=progress)
     except DataUnavailable:
-        raise  # no other run has the data either
+        raise  # the data is missing for all runs
     except (RobustlipError, RuntimeError) as error:
         return replace(known_row(run, sweep.folder), status=FAILED, note=first_line(error, 300))
     card = read_toml(path.with_suffix(".toml"), "a card")

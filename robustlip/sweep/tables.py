@@ -1,4 +1,4 @@
-"""How a sweep shows: a table for people, a CSV for programs."""
+"""The tables of a sweep: markdown for reading, CSV for programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from robustlip.sweep.rows import FINISHED, PARTIAL, Row, Sweep
 
 _COLUMNS = ("Status", "Accuracy (%)", "Loss", "Proved, ∞-RMS", "Proved, ℓ2", "Published formula, ∞-RMS", "Seconds")
 LEGEND = (
-    "Accuracy and loss on the test split (of a partial run: where it stands). Proved: a Lipschitz constant to the logits that holds for these "
+    "Accuracy and loss on the test split (for a partial run: at its last step). Proved: a Lipschitz constant to the logits that holds for these "
     "weights, from embeddings (transformers) or inputs; ∞-RMS is the paper's norm. Published formula: what Newhouse et al. 2025 compute for the "
     "same weights, which is not a bound. Scaling the logits scales every constant and no accuracy: compare with the loss, or by radii."
 )
@@ -28,7 +28,7 @@ def _cells(row: Row, keys: Sequence[str]) -> list[str]:
 
 
 def _settings(row: Row, keys: Sequence[str]) -> list[str]:
-    """What is varied, a column each; of more than a few keys one text, each by the end of its name where that says which it is."""
+    """The varied keys, one column each; if there are more than a few, one text with shortened names, as far as they are unambiguous."""
     if len(keys) <= _COLUMNS_OF_KEYS:
         return [str(row.varied.get(key, "–")) for key in keys]
     ends = [_END.findall(key)[-1] for key in keys]
@@ -43,7 +43,7 @@ def table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(sweep: Sweep) -> str:
-    """The table with its title, legend and what went wrong."""
+    """The table with its title, its legend and the failed runs."""
     headings, rows = table(sweep)
     lines = [f"# {sweep.grid.title or sweep.grid.name}{' (PARTIAL)' if sweep.partial else ''}", ""]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (headings, ["---"] * len(headings), *rows)]
@@ -53,7 +53,7 @@ def markdown(sweep: Sweep) -> str:
 
 
 def csv(sweep: Sweep) -> str:
-    """Full precision, one line a run, `partial` in every one."""
+    """Full precision, one line per run, each with the column `partial`."""
     import csv as writer
     import io
 
