@@ -1,11 +1,11 @@
-"""Certified training of MLPs at one l2 radius: our constraint, IBP and spectral-norm reparametrisation at the same shape, steps and batch.
+"""Certified training of MLPs at one l2 radius: our constraint, IBP and spectral-norm reparametrisation, same shape, steps and batch size.
 
     OMP_NUM_THREADS=1 python benchmarks/certified_training.py --data digits --seeds 3 --json FILE
     ROBUSTLIP_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/certified_training.py --data mnist --seeds 3 --samples 1000 \\
         --methods eclipse,crown,local-lipschitz --json FILE
 
 All recipes come from benchmarks/grids/certified.toml, no contender with fewer settings than ours. Every model is certified by --methods, float32
-as executed, and attacked by the package's PGD; a sample that the attack breaks counts as not certified without asking the dearer methods, which
+as executed, and attacked by the package's PGD; a sample that the attack breaks counts as not certified, without running the slower methods, which
 could not prove it. Both on the same samples of the test split. Three tables: every setting; each contender's best; and our best beside the best of
 each rival at equal clean accuracy (within one point). Settings are compared on the test split, for every contender alike.
 

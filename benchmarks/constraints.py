@@ -1,4 +1,4 @@
-"""Every constraint method under Muon and AdamW on one small task, beside reparametrised and interval-trained rivals: one table.
+"""Every constraint method with Muon and AdamW on one small task, compared with reparametrisations and interval training, in one table.
 
     OMP_NUM_THREADS=1 python benchmarks/constraints.py [--json FILE] [--seeds 3] [--only soft-cap] [--write FOLDER]
 

@@ -1,4 +1,4 @@
-"""Character GPTs side by side, by what scaling logits cannot fake: accuracy, loss, bounds, and the certified radii that are behind them.
+"""Compares character GPTs by quantities that scaling the logits does not change: accuracy, loss, and certified radii; and their bounds.
 
     ROBUSTLIP_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/frontier.py MODEL … [--windows 100] [--context 64] [--cache runs/frontier] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Whether a change of the code moves a radius: random certificates and the zoo's, compared number by number.
+"""Checks whether a change of the code changes a radius: random certificates and those of the zoo, compared number by number.
 
     python benchmarks/identity.py --record FILE [--certificates 2000] [--seed 0]     # of the code as it is
     python benchmarks/identity.py --compare FILE [--tolerance 0]                      # against what FILE holds, drawn again

@@ -1,4 +1,4 @@
-"""Models of many classes and large vocabularies: seconds and peak memory of each method, a process of its own for each.
+"""Models with many classes and large vocabularies: time and peak memory of each method, each in its own process.
 
     python benchmarks/large.py [--models gpt2,classes] [--methods global,local,dual] [--threads 2] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Models of other people's kinds, as they come: captured or not, certified by which constant, attacked. The table of docs/models.md.
+"""Unmodified models of many kinds: whether they can be captured, which methods certify them, and an attack. The table of docs/models.md.
 
     python benchmarks/models.py [--only PART] [--markdown docs/models.md]
 

@@ -1,4 +1,4 @@
-"""Breaks one line of the rules at a time and reports which test notices. Every mutation must be caught.
+"""Breaks one line of the rules at a time and reports which test fails. Every mutation must make a test fail.
 
     python benchmarks/mutations.py [--only PATTERN] [--jobs 1] [--markdown FILE]
 

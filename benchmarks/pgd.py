@@ -1,4 +1,4 @@
-"""PGD against a bare loop of forward, backward, step: what the contract (restarts, best point, landing, judging again) costs.
+"""PGD compared with a minimal loop of forward, backward and step: the cost of restarts, keeping the best point, rounding and checking.
 
     python benchmarks/pgd.py [--threads 1] [--device cpu] [--steps 40] [--repeats 5] [--json FILE]
 

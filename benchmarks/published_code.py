@@ -1,4 +1,4 @@
-"""A constrained training step here against the paper's own JAX code: the same 2.4M-parameter GPT, batch, optimiser and constraint, in turns.
+"""A constrained training step compared with the paper's JAX code: the same 2.4M-parameter GPT, batch, optimiser and constraint, run alternately.
 
     OMP_NUM_THREADS=1 python benchmarks/published_code.py --code FOLDER --jax PYTHON [--batch 8] [--repeats 7] [--json FILE]
 

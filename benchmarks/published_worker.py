@@ -1,4 +1,4 @@
-"""Training steps of the paper's JAX code, one for each line on stdin; run by published_code.py under a Python that has JAX, not by hand.
+"""Training steps of the paper's JAX code, one per line on stdin; started by published_code.py with a Python that has JAX.
 
     PYTHON published_worker.py CODE constraint batch
 

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes at its end: the machine, and the rows as JSON."""
+"""Output that all benchmarks share: the machine, and the rows as JSON."""
 
 from __future__ import annotations
 

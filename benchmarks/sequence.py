@@ -1,4 +1,4 @@
-"""Certificates of every next-token prediction of one sequence, against one plain forward pass of it.
+"""Certificates of every next-token prediction of one sequence, compared with one plain forward pass.
 
     ROBUSTLIP_DATA=FOLDER python benchmarks/sequence.py [--model shakespeare-gpt-per-head] [--tokens 257] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Guaranteed spectral norms against torch.linalg.matrix_norm(W, 2), which is neither a bound nor batched by shape.
+"""Guaranteed spectral norms compared with torch.linalg.matrix_norm(W, 2), which is neither a bound nor batched by shape.
 
     python benchmarks/spectral.py [--json FILE]
 

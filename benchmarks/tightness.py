@@ -1,4 +1,4 @@
-"""How near certificates come to attacks: median of certified radius over the smallest successful attack, by model, threat and method.
+"""Tightness of certificates: the median of certified radius / smallest successful attack, by model, threat and method.
 
     python benchmarks/tightness.py --json tightness.json            all rows; attacks are kept in --cache and made once
 

@@ -1,4 +1,4 @@
-"""A constrained training step against the same step without a constraint, at the size of the paper's character GPT (2.4 million parameters).
+"""A constrained training step compared with the same step without a constraint, for the paper's character GPT (2.4 million parameters).
 
     OMP_NUM_THREADS=1 python benchmarks/training.py [--json FILE] [--batch 8] [--repeats 9] [--methods soft-cap,…]
     python benchmarks/training.py --recipe recipes/newhouse-145m.toml --batch 16        # the model, optimisers, dtype and compilation of a recipe

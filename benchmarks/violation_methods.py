@@ -1,4 +1,4 @@
-"""The violation search of each certifier by name.
+"""The violation search for each certifier by name.
 
     python benchmarks/violations.py --methods all --minutes 8 [--seed 0] [--state FILE] [--json FILE] [--unit N]
 

@@ -1,4 +1,4 @@
-"""A search for violations: perturbations inside a certified radius under which the executed model answers otherwise. There must be none.
+"""A search for violations: perturbations inside a certified radius for which the executed model predicts another class. There must be none.
 
     python benchmarks/violations.py [--samples 1000000] [--seed 0] [--minutes 30] [--json FILE] [--state FILE] [--unit N]
         [--families gpt,gpt-aligned]

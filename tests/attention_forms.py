@@ -1,4 +1,4 @@
-"""Attention as other models have it: one builder each, with numbers that make a forgotten term show."""
+"""Builders of attention layers as other models have them, with random numbers such that a missing term changes the result."""
 
 from __future__ import annotations
 

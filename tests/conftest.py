@@ -1,4 +1,4 @@
-"""Fixtures that every test shares."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The activations that come with robustlip, by name: layers, what they are in any number of digits, and their relaxations."""
+"""The activations of robustlip by name: layers, their values in high precision, and their relaxations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions written out in plain operations: as layers of ours, and as a model has them in its forward."""
+"""Functions written in plain operations: as layers of robustlip, and as a model's forward has them."""
 
 from __future__ import annotations
 

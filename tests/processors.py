@@ -1,4 +1,4 @@
-"""What processors may do that this one does when it is told to."""
+"""Changes the behaviour of this processor to one that other processors have, e.g. subnormal numbers treated as zero."""
 
 from __future__ import annotations
 

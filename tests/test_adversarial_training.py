@@ -1,4 +1,4 @@
-"""Adversarial training in embedding space: the step is the worst to first order and of the stated length, gradients are right, runs end smoother."""
+"""Adversarial training in embedding space: the step maximises the linearised loss at the stated length, gradients are right, margins grow."""
 
 from __future__ import annotations
 

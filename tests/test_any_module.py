@@ -1,4 +1,4 @@
-"""Any nn.Module can be attacked: scripted, compiled, wrapped, hooked, with outputs of other libraries. What cannot be certified has its row."""
+"""Any nn.Module can be attacked: scripted, compiled, wrapped, hooked, with outputs of other libraries. Models that cannot be certified get a row."""
 
 from __future__ import annotations
 

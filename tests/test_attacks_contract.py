@@ -1,4 +1,4 @@
-"""The contract that every attack inherits, and ground truth where the smallest radius is known in closed form."""
+"""The contract that every attack inherits, and exact radii where the smallest one is known in closed form."""
 
 from __future__ import annotations
 

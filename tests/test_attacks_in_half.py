@@ -1,4 +1,4 @@
-"""Attacks of models in half precision: points are rounded within the ball without losing it, and are as near as float32's."""
+"""Attacks on models in half precision: points stay in the ball after rounding, and are as near as those in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of other models: the program is theirs to the bit, the bounds hold at their worst, and what is not covered is refused.
+"""Attention of other models: the layer computes the same bits, the bounds hold under attack, and unsupported forms are refused.
 
 The contracts of rules and expansions (test_rules_contract.py, test_local.py) have these forms among their cases too.
 """

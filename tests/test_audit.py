@@ -1,4 +1,4 @@
-"""The audit breaks false claims and leaves true ones alone."""
+"""The audit refutes false claims and does not refute true ones."""
 
 from __future__ import annotations
 

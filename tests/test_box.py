@@ -1,4 +1,4 @@
-"""One box per command: what perturbed inputs stay in is given once, holds for every attack, and is said wherever a figure is."""
+"""The box of valid inputs: it is given once, holds for every attack, and is stated with every result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy, or the command line, decides what verifying may cost; the certificate file has no say in it."""
+"""The policy or the command line limits the cost of verification; the certificate file cannot change the limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any module as a Chain: the same bits, the same radii as the network written by hand, and a sentence for what cannot be captured."""
+"""Captured modules: the same outputs bit by bit, the same radii as the network written as a Chain, and an error for what cannot be captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captured transformers: the same bits, heads and tokens that are understood, radii of the model written by hand, attacks outside of them."""
+"""Captured transformers: the same outputs bit by bit, recognised heads and tokens, radii of the model written as a Chain, attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The certificate file: what goes in comes out, and every way of tampering with it is named, with its exit code."""
+"""Certificate files: reading returns what was written, and every manipulation is found, with its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates against the truth: exact radii of linear models, attacks on everything else, and what must not be certified."""
+"""Certificates compared with exact radii of linear models and with attacks on other models, and inputs that must not be certified."""
 
 from __future__ import annotations
 

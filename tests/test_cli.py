@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it writes, what it refuses, and with which exit code."""
+"""The command line: its output, what it refuses, and its exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns and configurations by option: every verb that takes data takes them, and what is written down names them."""
+"""Options for columns and configurations: every verb that takes data has them, and results record them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training forward pass in bfloat16 and compiled: what is rounded, what is not, and no silent way around either."""
+"""The training forward pass in bfloat16 and compiled: what is rounded, what is not, and no silent fallback."""
 
 from __future__ import annotations
 

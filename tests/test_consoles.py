@@ -1,4 +1,4 @@
-"""Consoles of other encodings than UTF-8: characters are replaced, never a traceback; JSON stays the same JSON."""
+"""Consoles with encodings other than UTF-8: characters are replaced, without a traceback; JSON keeps its meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every constraint method: its map on singular values, its guarantee on adversarial spectra, and the error when the guarantee fails."""
+"""Constraint methods: the map of singular values, the guarantee on adversarial spectra, and the error if a guarantee fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolution and pooling against their true operator norms: the whole linear map written out as a matrix, for every option of the layers."""
+"""Convolution and pooling compared with their exact operator norms: the linear map as a matrix, for every option of the layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of convolutions by the methods of expansions: exact radii where all is linear, attacks, and against method global on a trained one."""
+"""Convolutional networks with the methods of expansions: exact radii of linear ones, attacks, and a comparison with method global."""
 
 from __future__ import annotations
 

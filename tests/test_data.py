@@ -1,4 +1,4 @@
-"""Data: what a specification means, what comes back, and one sentence for each thing that can be wrong."""
+"""Data sets: the meaning of specifications, the results, and one error message per kind of invalid input."""
 
 from __future__ import annotations
 

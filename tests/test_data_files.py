@@ -1,4 +1,4 @@
-"""Files of data: which of them are a split, what a pixel and a label become, and what a hostile one cannot do."""
+"""Data files: which files form a split, the values of pixels and labels, and hostile files."""
 
 from __future__ import annotations
 

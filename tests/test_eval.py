@@ -1,4 +1,4 @@
-"""Suites, records, runner, tables and report, over tiny models; certificates and attacks are replaced where a test is about what follows them."""
+"""Suites, records, runner, tables and report, with tiny models; some tests replace certification and attacks."""
 
 from __future__ import annotations
 

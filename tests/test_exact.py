@@ -1,4 +1,4 @@
-"""Parts of the certifiers against exact arithmetic, where only rounding or a worst case between two points of a grid decides.
+"""Parts of the certifiers compared with exact arithmetic, where only rounding or a worst case between two grid points matters.
 
 Final radii hide such parts: what rounding takes of them is 10⁻¹⁵. Here every number is a fraction, so a bound that is short by one unit in the
 last place is false.

@@ -1,4 +1,4 @@
-"""The certified program is the executed one: everything that can stand between `model(x)` and the layers' arithmetic is refused or has no effect."""
+"""The certified program is the executed one: whatever could change `model(x)` without changing the layers is refused or has no effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and are on the disk before anything says so."""
+"""Files are written atomically, and are on disk before their names are."""
 
 from __future__ import annotations
 

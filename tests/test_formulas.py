@@ -1,4 +1,4 @@
-"""Functions written out in plain operations: which are known, that nothing else is taken for one, and that captured models run and bound them."""
+"""Functions written in plain operations: which are recognised, that no others are, and that captured models run and bound them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate: passes exactly what the policy says, refuses what cannot be trusted, and ends with the right exit code."""
+"""The gate: it decides by the policy only, refuses untrusted certificates, and returns the right exit code."""
 
 from __future__ import annotations
 

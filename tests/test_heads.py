@@ -1,4 +1,4 @@
-"""What stands at the head of a model: one logit with its threshold at 0, and functions of the logits that move no decision."""
+"""The end of a model: one logit with the threshold 0, and final functions that keep the order of logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and settings built to make a certificate false: each is either bounded, or refused in one sentence."""
+"""Models and settings that were built to produce a false certificate: each is bounded correctly or refused with an error."""
 
 from __future__ import annotations
 

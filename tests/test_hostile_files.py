@@ -1,4 +1,4 @@
-"""The command line among files that are not what they claim: one sentence and exit code 2, and nothing is overwritten or taken for a pass."""
+"""Files with unexpected contents on the command line: an error and exit code 2; nothing is overwritten or accepted."""
 
 from __future__ import annotations
 

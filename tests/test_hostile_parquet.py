@@ -1,4 +1,4 @@
-"""Parquet files and images whose bytes say less than they ask for: each ends soon, within little memory, in one sentence. Others load as before."""
+"""Parquet files and images that request far more memory than their size: they fail fast, with little memory. Valid files still load."""
 
 from __future__ import annotations
 

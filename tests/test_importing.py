@@ -1,4 +1,4 @@
-"""Published checkpoints become the same model here, and a hostile file gets a sentence: nothing that it names is ever run."""
+"""Published checkpoints become the same models here; hostile files are refused, and nothing that they name is run."""
 
 from __future__ import annotations
 

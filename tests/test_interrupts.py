@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of gate, verify and certify --method all: what was done is shown, said to be partial, and passes nothing; exit code 130."""
+"""Ctrl-C in gate, verify and certify --method all: the finished part is shown, marked partial, and does not pass; exit code 130."""
 
 from __future__ import annotations
 

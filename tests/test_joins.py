@@ -1,4 +1,4 @@
-"""Joins of branches: a ResNet block whose both branches compute, concatenations, splits; every bound against attacks and exact radii."""
+"""Joins of branches: ResNet blocks with two computed branches, concatenations, splits; every bound compared with attacks and exact radii."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many classes and large vocabularies: nothing of C² numbers is held, and what is set aside in blocks or by norms is set aside rightly."""
+"""Many classes and large vocabularies: no tensor with C² entries is created, and classes are excluded correctly."""
 
 from __future__ import annotations
 

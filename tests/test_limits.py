@@ -1,4 +1,4 @@
-"""Small files that ask for much: refused in one sentence before any work that grows with what they ask for."""
+"""Small files that request much work are refused before that work begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of every local expansion, and the methods 'local' and 'dual' that are made of them.
+"""The contract of every expansion, and the methods 'local' and 'dual', which use them.
 
 A new expansion adds one line to CASES and inherits all of the contract: the radius, the nonlinear part and the dual-weighted loss that it promises
 are never exceeded, by perturbations that gradient ascent chose, on radii from tiny to huge, in exact arithmetic and as executed.

@@ -1,4 +1,4 @@
-"""Two writers on one folder: the second is refused in one sentence, and a process that was killed holds nothing."""
+"""Two processes that write into one folder: the second is refused, and a killed process releases its lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on certified margins: the bound in the loss is the certifier's bound, its gradient is right, and recipes that mean nothing are refused."""
+"""Training on certified margins: the bound in the loss is the certifier's bound, its gradient is right, invalid recipes are refused."""
 
 from __future__ import annotations
 

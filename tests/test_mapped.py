@@ -1,4 +1,4 @@
-"""Intervals and CROWN through maps of images, never written as matrices: against the dense network, exact fractions and attacks."""
+"""Intervals and CROWN with linear maps instead of matrices, compared with the dense network, exact fractions and attacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers as maps: A, its adjoint, |A|, norms of rows, and what float64 loses, against the matrix of the layer itself."""
+"""Linear layers as maps: A, its adjoint, |A|, norms of rows, and float64 rounding, compared with the matrix of the layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certifiers by name, the best of them per sample, and the verbs that show them: certify --method, smooth."""
+"""Certifiers by name, the best of them per sample, and the verbs that use them: certify --method, smooth."""
 
 from __future__ import annotations
 

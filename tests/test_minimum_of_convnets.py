@@ -1,4 +1,4 @@
-"""On a small ReLU convnet the smallest radius found is as small as strong PGD says it is."""
+"""On a small ReLU convnet the smallest radius found is as small as that of strong PGD."""
 
 from __future__ import annotations
 

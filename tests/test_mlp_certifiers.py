@@ -1,4 +1,4 @@
-"""Intervals, CROWN, local slopes and the quadratic dual against attacks, dense grids, 40 digits and exhaustive truth."""
+"""Intervals, CROWN, local slopes and the quadratic dual compared with attacks, dense grids, high precision and exhaustive search."""
 
 from __future__ import annotations
 

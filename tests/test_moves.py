@@ -1,4 +1,4 @@
-"""Operations that move numbers, and samples that are neither vectors nor images: where numbers go, what is refused, no attack inside a radius."""
+"""Operations that move numbers, and samples that are neither vectors nor images: indices, refusals, no attack inside a radius."""
 
 from __future__ import annotations
 

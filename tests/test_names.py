@@ -1,4 +1,4 @@
-"""Names from files are shown to people: what cannot be seen in them is refused wherever they come from."""
+"""Names from files that are shown to users: invisible characters are refused everywhere."""
 
 from __future__ import annotations
 

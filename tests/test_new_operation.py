@@ -1,4 +1,4 @@
-"""A package of somebody else adds an elementwise operation: its facts, one call, and every method covers it."""
+"""Another package adds an elementwise operation with its facts in one call, and every method covers it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Nothing of the caller's changes: inputs, labels, weights, gradients, versions, hooks, modes, random states and settings of torch, in any function,
-also after an error."""
+"""No function changes the caller's inputs, labels, weights, gradients, versions, hooks, modes, random states or torch settings, even after errors."""
 
 from __future__ import annotations
 

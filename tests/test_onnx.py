@@ -1,4 +1,4 @@
-"""ONNX files as modules: what they compute is what ONNX's reference evaluator computes, row by row, and a hostile file is one sentence."""
+"""ONNX files as modules: outputs agree with ONNX's reference evaluator, row by row; hostile files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The facts of every elementwise operation, each attacked: a new operation is checked by being registered."""
+"""The facts of every registered elementwise operation, each tested by an attack."""
 
 from __future__ import annotations
 

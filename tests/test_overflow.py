@@ -1,4 +1,4 @@
-"""What is computed on the way to a finite output may overflow: every rule looks at the largest number that its layer computes or stores."""
+"""Intermediate values may overflow although the output is finite: every rule considers the largest number that its layer computes or stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel holds the whole package and nothing else; a bare checkout runs with five dependencies.
+"""The wheel contains the whole package and nothing else; a bare checkout runs with five dependencies.
 
 An editable install hides a subpackage that is missing from `packages` in pyproject.toml, so everything here happens in
 a copy of the tree and in processes that see only what was installed.

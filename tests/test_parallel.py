@@ -1,4 +1,4 @@
-"""Two processes make the run of one: the same weights, by DDP and by FSDP2; what is wrong in one stops both; states go from two to one and back.
+"""Two processes train the same weights as one, with DDP and FSDP2; errors stop both; states can be resumed with another number of processes.
 
 torchrun starts two_processes.py once for all of it; gloo, over the loopback interface.
 """

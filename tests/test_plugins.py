@@ -1,4 +1,4 @@
-"""Packages of others add methods, attacks and data sets by entry points; what they may not do is refused."""
+"""Other packages add methods, attacks and data sets by entry points; invalid ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face and timm: loaded as data, certified, attacked; hostile ones end in one sentence."""
+"""Folders of Hugging Face and timm: loaded as data, certified, attacked; hostile ones are refused."""
 
 from __future__ import annotations
 

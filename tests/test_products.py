@@ -1,4 +1,4 @@
-"""Branches multiplied with each other, or the larger of them taken: remainders that are reached, gates under attack, shapes that are refused."""
+"""Products and maxima of two branches: tightness of remainders, attacks on gates, refused shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published formula on models with the published code's own options, which it does not see: final_scale and what replaces LayerNorm."""
+"""The published formula for models with options of the published code that it ignores: final_scale and substitutes for LayerNorm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reading must not do: move a random state, or take a byte-order mark for text."""
+"""Reading files does not change random states, and does not treat a byte-order mark as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe and grid of the repository can be run: they are checked, their models built, and the large one stepped in miniature."""
+"""Every recipe and grid of the repository can be run: it is valid, its model can be built, and a small version of the large one trains."""
 
 from __future__ import annotations
 

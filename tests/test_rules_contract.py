@@ -1,4 +1,4 @@
-"""The contract of every rule: what it bounds is never exceeded, by change, by weights, or by rounding.
+"""The contract of every rule: its bounds are never exceeded, by changes of inputs, of weights, or by rounding.
 
 A new rule adds one line to CASES and inherits all of this. The layers are attacked, not sampled: gradient ascent on the input, on the
 perturbation and on the weight change, inside the domain that the state claims.

@@ -1,4 +1,4 @@
-"""All positions of a sequence at once: the same proofs as window by window, and no attack gets through."""
+"""All positions of a sequence at once: the same radii as window by window, and no successful attack."""
 
 from __future__ import annotations
 

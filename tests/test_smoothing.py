@@ -1,4 +1,4 @@
-"""Randomized smoothing against what is known exactly: binomials, and linear classifiers, whose smoothed probabilities have a closed form."""
+"""Randomized smoothing compared with exact results: binomials, and linear classifiers, whose smoothed probabilities have a closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests for single lines of the rules that no other test would miss; benchmarks/mutations.py breaks them one by one."""
+"""Tests for single lines of the rules that no other test covers; benchmarks/mutations.py breaks these lines one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guaranteed spectral norms: never below the truth, close above it, for matrices of every size and shape."""
+"""Guaranteed spectral norms: never below the exact norm, and close to it, for matrices of every size and shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that is read as it is needed: the same tokens wherever reading starts, and runs that go on where they were killed."""
+"""Streamed text: the same tokens for every starting position, and runs that resume after being killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processors may take subnormal numbers for zero, as operands and as results: what every rule allows for rounding covers both."""
+"""Processors may treat subnormal numbers as zero, as operands and as results: the rounding terms of every rule cover both."""
 
 from __future__ import annotations
 

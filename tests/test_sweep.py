@@ -1,4 +1,4 @@
-"""Grids of recipes: which runs they mean, that stopping and starting changes nothing, and what the table and the picture say."""
+"""Grids of recipes: which runs they define, that resuming changes nothing, and the contents of table and plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training: constraints hold after every step, interrupted runs end like uninterrupted ones, and files that lie are refused."""
+"""Training: constraints hold after every step, resumed runs end like uninterrupted ones, and manipulated files are refused."""
 
 from __future__ import annotations
 

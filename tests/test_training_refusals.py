@@ -1,4 +1,4 @@
-"""Training meets what it cannot use: files that were damaged or exchanged, sizes that do not fit, settings that would do nothing."""
+"""Training refuses damaged or exchanged files, sizes that do not fit, and settings without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module of the user's that cannot be imported, built or run is bad input: exit code 2 and one sentence with file and line, for every verb."""
+"""A user's module that cannot be imported, built or run is bad input: exit code 2 and a message with file and line, for every verb."""
 
 from __future__ import annotations
 

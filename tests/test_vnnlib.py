@@ -1,4 +1,4 @@
-"""VNN-LIB properties: what a file says, what is proved of a box of inputs, and verdicts that nothing contradicts."""
+"""VNN-LIB properties: reading files, proofs on boxes of inputs, and results that are not contradicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The zoo as it ships: cards, weights, bounds and certificates belong together, on a fresh clone and without a network."""
+"""The zoo: cards, weights, bounds and certificates agree, in a fresh clone and without a network."""
 
 from __future__ import annotations
 

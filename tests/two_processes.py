@@ -1,4 +1,4 @@
-"""What tests/test_parallel.py starts by torchrun: two processes that work through a job together; each writes what it saw to OUT/RANK.json.
+"""Run by torchrun for tests/test_parallel.py: two processes execute a job together; each writes its results to OUT/RANK.json.
 
 The job, JSON: out, a folder; recipe, a recipe file; recipes {name: recipe}; modes {name: [mode, …]}; refused [[name, changes, mode], …].
 """
