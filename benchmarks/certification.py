@@ -2,8 +2,8 @@
 
     python benchmarks/certification.py [--json FILE]
 
-Both run in one process on the same tensors, in the model's own dtype; medians of repeated runs, alternating. The last column is certification
-of the executed float32 program, rounding included, against certification of the same weights in exact arithmetic (evaluated in float64).
+Both run in one process on the same tensors, in the model's own dtype; medians of repeated runs, alternating. The last column is the time to certify
+the executed float32 program with rounding, relative to exact arithmetic (evaluated in float64) for the same weights.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     ROBUSTLIP_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/certified_training.py --data mnist --seeds 3 --samples 1000 \\
         --methods eclipse,crown,local-lipschitz --json FILE
 
-All recipes come from benchmarks/grids/certified.toml, no contender with fewer settings than ours. Every model is certified by --methods, float32
-as executed, and attacked by the package's PGD; a sample that the attack breaks counts as not certified, without running the slower methods, which
-could not prove it. Both on the same samples of the test split. Three tables: every setting; each contender's best; and our best beside the best of
-each rival at equal clean accuracy (within one point). Settings are compared on the test split, for every contender alike.
+All recipes come from benchmarks/grids/certified.toml, with at least as many settings for each other method as for ours. Every model is certified by
+--methods, float32 as executed, and attacked by the package's PGD; a sample that the attack breaks counts as not certified, without running the
+slower methods, which could not prove it. Both use the same samples of the test split. Three tables: every setting; the best of each method; and our
+best next to the best of each other method at equal clean accuracy (within one point). Settings are compared on the test split, for all methods alike.
 
-Runs are kept in FILE one by one, so a command that was stopped goes on; --only and --setting run a part of the grid, --seeds 0 only prints.
+Results are stored in FILE one by one, so a stopped command can be resumed; --only and --setting run a part of the grid, --seeds 0 only prints.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 def settings_of(grid: dict[str, Any], data: str, contender: str) -> dict[str, Any]:
-    """Those of all data, and those that this data has beside them."""
+    """The settings for all data, and additional settings for this data."""
     return grid["contender"][contender]["setting"] | grid["data"][data].get(contender, {}).get("setting", {})
 
 
@@ -59,7 +59,7 @@ def recipe_of(grid: dict[str, Any], data: str, contender: str, setting: str, see
 
 
 def measure(recipe: Recipe, samples: int | None, methods: list[str]) -> Row:
-    """Train one recipe, attack it and certify it at RADIUS: fractions of the samples."""
+    """Train one recipe, attack it and certify it at RADIUS; returns fractions of the samples."""
     data = load_data(f"{recipe.data.name}:test")
     x, y = data.x[:samples], data.y[:samples]
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def measure(recipe: Recipe, samples: int | None, methods: list[str]) -> Row:
         left = np.flatnonzero(kept & ~proved)
         if not len(left):
             break
-        with suppress(UnsupportedLayer):  # a method that has no rule for this model proves nothing of it
+        with suppress(UnsupportedLayer):  # a method that does not support this model proves nothing
             proved[left] |= certify(model, x[left], y[left], threat, method).radius >= RADIUS
     if bool((proved & ~kept).any()):
         raise SystemExit(f"a certified sample was broken by the attack: {recipe}")
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, samples: int | None, methods: list[str]) -> Row:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Mean, and spread (standard deviation over seeds), of each setting."""
+    """Mean and standard deviation over seeds for each setting."""
     out = []
     for contender, setting in dict.fromkeys((r["contender"], r["setting"]) for r in rows):
         runs = [r for r in rows if (r["contender"], r["setting"]) == (contender, setting)]
@@ -107,7 +107,7 @@ def _percent(line: Row, key: str) -> str:
 
 
 def _best(lines: list[Row]) -> Row:
-    """The largest certified accuracy among the settings with the most seeds, so that none wins by luck of one."""
+    """The largest certified accuracy among the settings with the most seeds, so that no setting wins with one lucky seed."""
     most = max(line["seeds"] for line in lines)
     return max((line for line in lines if line["seeds"] == most), key=lambda line: line["certified"])
 
@@ -139,11 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, help="of the test split, the first ones (all)")
-    parser.add_argument("--only", help="contenders, separated by commas")
+    parser.add_argument("--samples", type=int, help="number of samples, the first ones of the test split (default: all)")
+    parser.add_argument("--only", help="names of methods to train, separated by commas")
     parser.add_argument("--setting", help="one setting, by its name in the grid")
-    parser.add_argument("--methods", default="best", help="what certifies, separated by commas; 'best' takes minutes a model with 784 inputs (sdp)")
-    parser.add_argument("--json", help="where runs are kept, and found again")
+    parser.add_argument("--methods", default="best", help="certifiers, separated by commas; 'best' takes minutes per model with 784 inputs (sdp)")
+    parser.add_argument("--json", help="file in which results are stored and found again")
     arguments = parser.parse_args()
     grid = tomllib.loads(GRID.read_text(encoding="utf-8"))
     path = Path(arguments.json) if arguments.json else None

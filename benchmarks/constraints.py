@@ -4,8 +4,8 @@
 
 All recipes come from benchmarks/grids/constraints.toml; --write saves them as files for `robustlip train`. Columns: accuracy on the test split, the
 sound ℓ2 Lipschitz bound of the logits, accuracy certified by that bound at two radii (scaling the logits changes bounds, not
-these), the largest measured norm over its cap, and milliseconds a step. Means over seeds. A row without a guarantee may be over its cap.
-Interval-trained rows also say what intervals keep at the radius they were trained for, in training arithmetic.
+these), the largest measured norm over its cap, and milliseconds per step. Means over seeds. Rows without a guarantee may exceed their cap.
+Interval-trained rows also show the accuracy by interval bounds at the radius of their training, in training arithmetic.
 """
 
 from __future__ import annotations

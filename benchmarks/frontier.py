@@ -2,11 +2,11 @@
 
     ROBUSTLIP_DATA=FOLDER OMP_NUM_THREADS=1 python benchmarks/frontier.py MODEL … [--windows 100] [--context 64] [--cache runs/frontier] [--json FILE]
 
-MODEL: names of the zoo or files of `robustlip train`. Accuracy and loss are of the whole test split at context 256. Radii are over the same windows
-for all models, the last token's prediction, by the largest of the deterministic methods: for one token (the last) and for all tokens. The median
-is over windows that the model predicts correctly; `all` counts a wrong prediction as 0. `relative` divides by the embedding's largest norm, since a
-table of longer rows has longer radii. `first order` is the relative distance at which gradients alone would lose the margin to the nearest of four
-rivals: no bound, but what a certificate could come near to. What is done is kept in --cache by the hash of the weights, so a run goes on.
+MODEL: names of the zoo or files of `robustlip train`. Accuracy and loss are for the whole test split at context 256. Radii are for the same windows
+for all models, for the prediction at the last token, the largest of the deterministic methods: for one token (the last) and for all tokens. Medians
+are over windows that the model predicts correctly; `all` counts a wrong prediction as 0. `relative` divides by the embedding's largest norm, because
+scaling the table scales radii. `first order` is the relative distance at which the linearised margin to the nearest of four classes
+vanishes: not a bound, but approximately an optimal certificate. Results are cached in --cache by the hash of the weights, so a run can be resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from robustlip.models import zoo
 from robustlip.threats import EmbeddingBall
 
 THREATS = {"one": EmbeddingBall(tokens=(-1,)), "all": EmbeddingBall()}
-METHODS = ("global", "local", "dual")  # the deterministic ones that attention has
+METHODS = ("global", "local", "dual")  # the deterministic methods that support attention
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def radii(model: Any, threat: EmbeddingBall, windows: int, context: int, kept: P
 
 
 def first_order(model: Any, windows: int, context: int) -> dict[str, float]:
-    """Medians over right predictions of the smallest margin/‖gradient‖ of four rivals: of the last token's embedding, and summed over all tokens'."""
+    """Medians over correct predictions of the smallest margin/‖gradient‖ of four classes: for the last token, and summed over all tokens."""
     data = load_data("tiny_shakespeare:test", limit=windows, context=context, vocabulary=model.vocabulary)
     embeddings = model.embed(data.x).detach().requires_grad_()
     logits = model.scores_from_embeddings(embeddings)
@@ -86,7 +86,7 @@ def measured(name: str, windows: int, context: int, cache: Path) -> dict[str, An
     try:
         published: float | None = newhouse2025(model).value
     except (BadInput, UnsupportedLayer):
-        published = None  # the formula is of the paper's blocks
+        published = None  # the formula applies to the paper's blocks only
     bound = lipschitz_bound(model)
     row: dict[str, Any] = {"model": Path(name).stem, **predicted(model, 256), "published": published}
     row |= {"bound_rms": bound["rms"], "bound_l2": bound["l2"]}

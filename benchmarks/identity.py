@@ -1,12 +1,12 @@
 """Checks whether a change of the code changes a radius: random certificates and those of the zoo, compared number by number.
 
-    python benchmarks/identity.py --record FILE [--certificates 2000] [--seed 0]     # of the code as it is
-    python benchmarks/identity.py --compare FILE [--tolerance 0]                      # against what FILE holds, drawn again
-    python benchmarks/identity.py --against REV [--certificates 2000]                 # the code of a git revision and this one, in one run
+    python benchmarks/identity.py --record FILE [--certificates 2000] [--seed 0]     # for the present code
+    python benchmarks/identity.py --compare FILE [--tolerance 0]                      # compare FILE with the present code
+    python benchmarks/identity.py --against REV [--certificates 2000]                 # compare a git revision with the present code, in one run
 
 A certificate here is one call of `certify` by one method: a model of a family of the violation search (MLPs, residual and tight ones, GPTs with
 smooth and with sorting activations, patch transformers, convolutions, optimised attention, the zoo), one dtype, one threat, a few samples. Radii
-depend on the kernels of processor and torch, which the record names: compare where it was made, or use --against. A file keeps every radius exactly.
+depend on the kernels of processor and torch, which the record names: compare on one machine, or use --against. A file stores radii exactly.
 Exit code 0: all radii are the same to the last bit (or within the relative --tolerance). 1: some differ; they are listed.
 """
 
@@ -32,12 +32,12 @@ from robustlip.errors import BadInput, UnsupportedLayer
 FAMILIES = ("mlp", "gpt", "mlp-tight", "conv", "transformer", "mlp-residual", "gpt-worst", "gpt-maxmin", "zoo")
 SAMPLES = {"sdp": 2, "lipsdp": 2}
 MOST = 6
-# A semidefinite program for each pair of logits takes minutes on wide networks.
+# One semidefinite program per pair of logits takes minutes on wide networks.
 DEAR_ON = {"lipsdp": ("zoo", "mlp-residual")}
 
 
 def unit(seed: int, at: int) -> dict[str, list[float]]:
-    """{"unit family dtype threat method": radii} of one drawn model. Small models: method 'best' is not asked, for it only chooses among these."""
+    """{"unit family dtype threat method": radii} for one random small model. Method 'best' is not run, because it only chooses among the others."""
     family, turn = FAMILIES[at % len(FAMILIES)], at // len(FAMILIES)
     dtype = torch.float32 if family == "zoo" else DTYPES[turn % len(DTYPES)]
     g = torch.Generator().manual_seed(seed * 1_000_003 + at)
@@ -56,13 +56,13 @@ def unit(seed: int, at: int) -> dict[str, list[float]]:
             try:
                 radius = certify(model, x[:few], y[:few], threat, name).radius
             except (BadInput, UnsupportedLayer):
-                continue  # a size that the method refuses once it looks
+                continue  # a size that the method refuses
             found[f"{at} {family} {str(dtype).removeprefix('torch.')} {threat.name} {name}"] = [float(r) for r in radius]
     return found
 
 
 def drawn(certificates: int, seed: int) -> dict[str, list[float]]:
-    torch.set_num_threads(1)  # sums by another number of threads are other sums
+    torch.set_num_threads(1)  # the number of threads changes the order of sums
     found: dict[str, list[float]] = {}
     at = 0
     while len(found) < certificates:
@@ -74,19 +74,19 @@ def drawn(certificates: int, seed: int) -> dict[str, list[float]]:
 
 
 def differences(before: dict[str, list[float]], after: dict[str, list[float]], tolerance: float) -> list[str]:
-    """One line for each certificate that is missing, new, or has a radius that moved by more than `tolerance` of itself."""
-    told = [f"{key}: no longer certified" for key in before.keys() - after.keys()]
-    told += [f"{key}: certified now" for key in after.keys() - before.keys()]
+    """One line per certificate that is missing, new, or has a radius that changed by more than a relative `tolerance`."""
+    lines = [f"{key}: no longer certified" for key in before.keys() - after.keys()]
+    lines += [f"{key}: certified now" for key in after.keys() - before.keys()]
     for key in before.keys() & after.keys():
         pairs = list(zip(before[key], after[key], strict=True))
         worst = max((abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for a, b in pairs), default=0.0)
         if worst > tolerance:
-            told.append(f"{key}: moved by a relative {worst:.3g}, {next(p for p in pairs if p[0] != p[1])}")
-    return sorted(told, key=lambda line: int(line.split()[0]))
+            lines.append(f"{key}: moved by a relative {worst:.3g}, {next(p for p in pairs if p[0] != p[1])}")
+    return sorted(lines, key=lambda line: int(line.split()[0]))
 
 
 def of_revision(revision: str, certificates: int, seed: int) -> dict[str, list[float]]:
-    """What this file records when the package is that of a revision of the repository. The benchmarks are those of now."""
+    """The record for the package at a revision of the repository, with the present benchmarks."""
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         tree, record = Path(folder) / "tree", Path(folder) / "record.json"
@@ -128,10 +128,10 @@ def main() -> int:
         certificates, seed = asked.certificates, asked.seed
         before = of_revision(asked.against, certificates, seed)
     after = drawn(certificates, seed)
-    told = differences(before, after, asked.tolerance)
-    print("\n".join(told[:200]))
-    print(f"{len(before)} certificates, {sum(map(len, before.values()))} radii: {len(told)} certificates differ")
-    return 1 if told else 0
+    changed = differences(before, after, asked.tolerance)
+    print("\n".join(changed[:200]))
+    print(f"{len(before)} certificates, {sum(map(len, before.values()))} radii: {len(changed)} certificates differ")
+    return 1 if changed else 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/large.py [--models gpt2,classes] [--methods global,local,dual] [--threads 2] [--json FILE]
 
-gpt2: a GPT of the size of the smallest GPT-2 (12 blocks of width 768, 12 heads, 1,024 learned positions, 50,257 tokens, an unembedding of its own),
-with random weights at the scale that GPT-2 starts from, and one window of 128 tokens, whose label is what the model predicts. classes: 1,000 classes
-behind an MLP 784-1024-1024, eight random images. Peak memory is that of the whole process, torch and the model's own weights included.
+gpt2: a GPT of the size of the smallest GPT-2 (12 blocks of width 768, 12 heads, 1,024 learned positions, 50,257 tokens, an untied unembedding),
+with random weights of GPT-2's initial scale, and one window of 128 tokens, labelled with the model's own prediction. classes: 1,000 classes
+after an MLP 784-1024-1024, eight random images. Peak memory is that of the whole process, with torch and the model's own weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WINDOW = 128
 
 
 def gpt2(vocabulary: int = 50257, width: int = 768, heads: int = 12, blocks: int = 12, positions: int = 1024) -> NextTokenChain:
-    """GPT-2 before its first step: normal weights of deviation 0.02, those that end a residual branch divided by √(2·blocks)."""
+    """GPT-2 at initialisation: normal weights with deviation 0.02, divided by √(2·blocks) at the end of residual branches."""
     generator = torch.Generator().manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict(embed_tokens=nn.Embedding(vocabulary, width))
     layers["positions"] = AddPositions(positions, width)
@@ -99,7 +99,7 @@ def main() -> None:
                 asked = (method, arguments.methods), (threat, arguments.threats)
                 if any(chosen and name not in chosen.split(",") for name, chosen in asked):
                     continue
-                # A process of its own, whose peak is of this method alone.
+                # A separate process, whose peak memory belongs to this method only.
                 command = [sys.executable, __file__, "--threads", str(arguments.threads), "--one", model, method, threat]
                 ran = subprocess.run(command, capture_output=True, text=True)
                 if ran.returncode:

@@ -3,8 +3,8 @@
     python benchmarks/lipsdp.py [--json FILE] [--cvxpy] [--data-dir FOLDER] [--cases digits-mlp-lipschitz mnist ...]
 
 All constants are proved upper bounds (ℓ2 in, ℓ2 out; or ℓ2 in, the margin of a pair of logits out); 'seen' is the largest ‖J‖ at samples of the
-data, below the true constant. 'mnist' trains an MLP 784-256-10 (203,530 parameters) on the first images of MNIST: of the shape for which the
-README of LipDiff reports 9.309 for the product of norms and 4.822 for LipSDP in 47 s, other weights. Certified radii are medians over the test
+data, below the true constant. 'mnist' trains an MLP 784-256-10 (203,530 parameters) on the first images of MNIST: the shape for which the
+README of LipDiff reports 9.309 for the product of norms and 4.822 for LipSDP in 47 s, with other weights. Certified radii are medians over the test
 split.
 """
 
@@ -90,7 +90,7 @@ def measure(name: str, data_dir: str | None, with_cvxpy: bool) -> dict[str, Any]
     jacobian = torch.func.vmap(torch.func.jacrev(lambda p: exact(p[None])[0]))(sample).flatten(2).detach()
     rows["seen"] = float(torch.linalg.matrix_norm(jacobian, 2).max())
     model.float()
-    # The constants of the radii are computed once more inside: certificates trust no number from outside.
+    # The constants are computed again inside, because certificates use no numbers from outside.
     rows["median_radius_l2"] = {m: float(np.median(certify(model, x, y, InputBall("l2"), m).radius)) for m in ("global", "eclipse", "lipsdp")}
     return rows
 

@@ -58,7 +58,7 @@ class LeNet(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches side by side."""
+    """Parallel branches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
 
 
 class Normalized(nn.Module):
-    """The wrapper that scales pixels first."""
+    """A wrapper that normalises pixels first."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class LiBlock(nn.Module):
 
 
 class Flat(nn.Module):
-    """Layers behind a flatten."""
+    """Layers after a flatten."""
 
     def __init__(self, *layers: nn.Module, size: int = 784) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Flat(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches, a class token, an encoder of torch's own."""
+    """Patches, a class token, an encoder of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def orthogonium(frozen: bool) -> nn.Module:
 
 
 class NanoGPT(nn.Module):
-    """Attention written out, as in nanoGPT; a model of the next token."""
+    """Attention in plain operations, as in nanoGPT; a model of the next token."""
 
     def __init__(self, width: int = 64, heads: int = 4, words: int = 65, context: int = 16) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ def libraries() -> dict[str, str]:
 
 
 def row(name: str) -> dict[str, Any]:
-    """What becomes of one model: seconds of its capture, layers, medians of proved and found radii, or why it is not captured."""
+    """The result for one model: time of its capture, number of layers, medians of certified and attacked radii, or why it cannot be captured."""
     build, shape = MODELS[name]
     torch.manual_seed(0)
     try:
@@ -371,7 +371,7 @@ ONNX files: [onnx.md](onnx.md).
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="models whose name has this part")
+    parser.add_argument("--only", default="", help="only models whose name contains this text")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -381,7 +381,7 @@ def main() -> None:
         if asked.only in name:
             rows.append(row(name))
             print(rows[-1], flush=True)
-            if asked.markdown:  # row by row: a run that is stopped leaves what it has
+            if asked.markdown:  # after every row, so that a stopped run keeps its rows
                 in_words = ", ".join(f"{key} {value}" for key, value in machine(**libraries()).items())
                 missing = "" if len(rows) == len(MODELS) else f" {len(rows)} of {len(MODELS)} models."
                 write_text(asked.markdown, f"{HEAD}{table(rows)}\n\nMachine: {in_words}.{missing}\n")

@@ -1196,17 +1196,17 @@ MUTATIONS = [
 
 
 def copy_tree(target: Path) -> None:
-    """The checkout without its history, caches and environments; links stay links."""
+    """The checkout without its history, caches and environments; symbolic links are kept."""
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "dist", ".demo", "shared")
     shutil.copytree(ROOT, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
 
 
-# What the tests import that is not ours: loaded once, before the tests of a mutation run in a process that begins with it.
+# Packages that the tests import: loaded once, before the tests of a mutation run in a forked process.
 _WARM = ("torch", "torch.func", "numpy", "scipy.linalg", "mpmath", "pandas", "hypothesis", "pydantic", "safetensors.torch", "typer", "rich")
 
 
 def _run_tests(tree: Path, tests: str) -> tuple[int, str]:
-    """(exit code, output) of the tests in the tree, in a process of its own, forked where that is possible."""
+    """(exit code, output) of the tests in the tree, in a separate process, forked if possible."""
     arguments = ["-x", "-q", "-p", "no:cacheprovider", *(a.strip("'") for a in re.findall(r"'[^']*'|\S+", tests))]
     environment = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     here = "import sys, pytest, robustlip; from pathlib import Path; code = pytest.main(sys.argv[2:]); "
@@ -1241,9 +1241,9 @@ def _run_tests(tree: Path, tests: str) -> tuple[int, str]:
 
 
 def caught_by(mutation: Mutation | None, tests: str = "", tree: Path | None = None) -> tuple[str, float, str]:
-    """(the first test that fails, or '', seconds, the tail of the output) of the mutated tree; of the tree as it is for None.
+    """(the first test that fails, or '', seconds, the end of the output) for the mutated tree, or for the unchanged tree for None.
 
-    tree: a copy that is as it was again afterwards; one for this mutation alone unless given.
+    tree: a copy, which is restored afterwards; by default a new copy for this mutation.
     """
     if tree is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -1268,14 +1268,14 @@ def caught_by(mutation: Mutation | None, tests: str = "", tree: Path | None = No
 
 
 def all_of(chosen: list[Mutation], jobs: int) -> Iterator[tuple[str, float, str]]:
-    """What `caught_by` says of each. One job: in one copy of the tree, and in processes that begin with what the tests import."""
+    """The result of `caught_by` for each. With one job: in one copy of the tree, in forked processes that have loaded the tests' imports."""
     if jobs > 1:
         with ThreadPoolExecutor(jobs) as pool:
             yield from pool.map(caught_by, chosen)
         return
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
     for name in _WARM:
-        with suppress(ImportError):  # what is missing is the tests' to skip
+        with suppress(ImportError):  # tests skip what is missing
             importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
@@ -1285,7 +1285,7 @@ def all_of(chosen: list[Mutation], jobs: int) -> Iterator[tuple[str, float, str]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="mutations in whose description, file or tests this regular expression is found")
+    parser.add_argument("--only", default="", help="only mutations with this regular expression in their description, file or tests")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()

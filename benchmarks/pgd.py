@@ -2,7 +2,7 @@
 
     python benchmarks/pgd.py [--threads 1] [--device cpu] [--steps 40] [--repeats 5] [--json FILE]
 
-Ratios are of the medians of interleaved runs; 1.2 is the limit that the project sets itself. No sample is broken at this radius
+Ratios are of the medians of interleaved runs; the goal is 1.2. No sample is broken at this radius
 (the label is the prediction, the radius tiny), so neither side stops early.
 """
 
@@ -26,7 +26,7 @@ RADIUS = 1e-6
 
 
 def bare(model: nn.Module, x: torch.Tensor, y: torch.Tensor, norm: str, steps: int) -> torch.Tensor:
-    """The least that a projected ascent has to do: no checks, no best point, no decay."""
+    """The minimum of a projected ascent: no checks, no best point, no decay."""
     delta = torch.zeros_like(x)
     shape = (-1, *[1] * (x.dim() - 1))
     for _ in range(steps):

@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/published_code.py --code FOLDER --jax PYTHON [--batch 8] [--repeats 7] [--json FILE]
 
 FOLDER: a checkout of the paper's repository (github Arongil/lipschitz-transformers); PYTHON: an interpreter with jax and numpy. Both sides are
-pinned to one core; seconds are of the process, so what else the machine does counts little. Steps are of random tokens at context 256, float32, after
-warm-up (JAX compiles in its first step). Theirs normalises by power iteration from below; ours divides by a guaranteed bound and checks each step.
+pinned to one core; times are processor time, so other load has little effect. Steps use random tokens at context 256, float32, after
+warm-up (JAX compiles in its first step). The published code normalises by power iteration, a lower estimate; ours divides by a guaranteed bound and
+checks each step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from reporting import finish
 from training import CHARACTER_GPT, stepper
 
-CONSTRAINTS = {"spectral-normalize": "spec_normalize", "soft-cap": "soft_cap", "hard-cap": "hard_cap"}  # ours: theirs
+CONSTRAINTS = {"spectral-normalize": "spec_normalize", "soft-cap": "soft_cap", "hard-cap": "hard_cap"}  # our name: published name
 
 
 class Published:

@@ -2,8 +2,8 @@
 
     PYTHON published_worker.py CODE constraint batch
 
-CODE is a checkout of the paper's repository, whose modules are imported as they are. Prints the number of parameters, then after each step its
-seconds of the process and by the clock. Needs neither torch nor robustlip.
+CODE is a checkout of the paper's repository, whose modules are imported unchanged. Prints the number of parameters, then after each step its
+processor time and elapsed time. Needs neither torch nor robustlip.
 """
 
 import sys

@@ -14,14 +14,14 @@ from robustlip.files import write_text
 
 
 def machine(**more: Any) -> dict[str, Any]:
-    """Versions, threads and processor, and what else the measurement depends on."""
+    """Versions, threads and processor, and other facts that affect the measurement."""
     found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "robustlip": __version__}
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {**found, "processor": platform.machine(), **gpu, **more}
 
 
 def finish(rows: Any, path: str | Path | None, **more: Any) -> None:
-    """Print the machine; write {"rows", "machine"} to `path` where one is given. more: further entries about the machine or the run."""
+    """Print the machine; write {"rows", "machine"} to `path` if given. more: further entries about the machine or the run."""
     here = machine(**more)
     print(here)
     if path:

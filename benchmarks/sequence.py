@@ -2,8 +2,8 @@
 
     ROBUSTLIP_DATA=FOLDER python benchmarks/sequence.py [--model shakespeare-gpt-per-head] [--tokens 257] [--json FILE]
 
-For each threat that positions share (robustlip.certifiers.sequence): seconds by the clock and of the process, how many positions are certified, and
-the median radius. The second call is measured: constants of the weights are kept from the first.
+For each threat shared by all positions (robustlip.certifiers.sequence): elapsed and processor time, number of certified positions, and
+the median radius. The second call is measured: constants of the weights are cached by the first.
 """
 
 from __future__ import annotations

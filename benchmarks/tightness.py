@@ -1,10 +1,10 @@
 """Tightness of certificates: the median of certified radius / smallest successful attack, by model, threat and method.
 
-    python benchmarks/tightness.py --json tightness.json            all rows; attacks are kept in --cache and made once
+    python benchmarks/tightness.py --json tightness.json            # all rows; attacks are cached in --cache
 
-Over correctly classified test samples. The attack is the package's best (`min`: direct minimum-norm descent, then PGD at shrinking radii). 1 would be
-a perfect certificate against a perfect attack. The JSON is a list of {"model", "threat", "method", "median_ratio", "n", "seconds",
-"forward_passes"}: the seconds of certifying by the clock, and the process's own time in plain forward passes of the same batches, measured between
+Over correctly classified test samples. The attack is the package's strongest (`min`: direct minimum-norm descent, then PGD at decreasing radii). The
+largest possible value is 1. The JSON is a list of {"model", "threat", "method", "median_ratio", "n", "seconds",
+"forward_passes"}: the elapsed time of certification, and its processor time in units of plain forward passes of the same batches, measured between
 the batches. Versions and threads are printed at the end.
 """
 
@@ -33,7 +33,7 @@ from robustlip.threats import Threat, parse_threat
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the goals: samples are drawn until `samples` are classified correctly. context: tokens of a window."""
+    """One row of the table: samples are drawn until `samples` are classified correctly. context: tokens of a window."""
 
     model: str
     threat: str
@@ -56,7 +56,7 @@ ROWS = (
 
 
 def right_samples(row: Row, count: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """The model and `count` samples that it classifies correctly (fewer where the split has fewer)."""
+    """The model and `count` samples that it classifies correctly (fewer if the split has fewer)."""
     model = zoo.load(row.model)
     data = load_data(row.data, limit=6 * count if row.context else None, context=row.context, vocabulary=model.vocabulary)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def right_samples(row: Row, count: int) -> tuple[torch.nn.Module, torch.Tensor, 
 
 
 def attacked(row: Row, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, threat: Threat, cache: Path) -> np.ndarray:
-    """Radii of the attack (N,), kept in the cache by model, threat and number of samples."""
+    """Radii of the attack (N,), cached by model, threat and number of samples."""
     path = cache / f"{row.model}.{threat.name}.{len(x)}.json"
     weights = zoo.card(row.model)["weights_sha256"]
     done: list[float] = []
@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--cache", type=Path, default=Path("runs/tightness"))
-    parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to run; all unless given")
-    parser.add_argument("--methods", nargs="*", help="methods to run; all but lipsdp, and best, unless given")
+    parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to run; default: all")
+    parser.add_argument("--methods", nargs="*", help="methods to run; default: best and all others except lipsdp")
     parser.add_argument("--attack-only", action="store_true")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)

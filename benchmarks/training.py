@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/training.py [--json FILE] [--batch 8] [--repeats 9] [--methods soft-cap,…]
     python benchmarks/training.py --recipe recipes/newhouse-145m.toml --batch 16        # the model, optimisers, dtype and compilation of a recipe
 
-Forward, backward and optimisers on random tokens (times do not depend on them); without --recipe, Muon on 3 blocks × 256, 4 heads, context 256. The
-variants take turns, so that a busy machine hits all of them. On a CPU seconds are of processor time, which other processes disturb less than the
-clock; both ratios are printed. Medians, and the median of the ratios within a turn. Target: at most 1.10 on a CPU, 1.05 at 145M on a GPU.
-Memory is the peak of a process of its own for each variant.
+Forward, backward and optimisers on random tokens (times do not depend on the tokens); without --recipe, Muon on 3 blocks × 256, 4 heads, context 256.
+The methods run in turns, so that other load affects all of them. On a CPU processor time is used, which other processes affect less than elapsed
+time; both ratios are printed. Medians, and the median of the ratios within a turn. Target: at most 1.10 on a CPU, 1.05 at 145M on a GPU.
+Memory is the peak of a separate process for each method.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def recipe_of(path: str | None) -> Recipe:
 
 
 def stepper(recipe: Recipe, method: str, batch: int, device: str) -> Callable[[], tuple[float, float, float]]:
-    """A function that takes one training step: (seconds of all of it, of optimiser and constraint, on the clock)."""
+    """A function that runs one training step and returns the times of all of it, of optimiser and constraint, and elapsed."""
     torch.manual_seed(0)
-    # What belongs to the recipe's own method, another one may not have.
+    # Options of the recipe's own method may not exist for another one.
     of_method = {"strength": None, "polynomial": None} if method != recipe.constraint.method else {}
     recipe = recipe.model_copy(update={"constraint": recipe.constraint.model_copy(update={"method": method} | of_method)})
     vocabulary = recipe.model.get("vocabulary_size", 65)
@@ -92,7 +92,7 @@ def peak_megabytes(path: str | None, method: str, batch: int, device: str) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json")
-    parser.add_argument("--recipe", help="a recipe of a gpt, in the place of the character GPT")
+    parser.add_argument("--recipe", help="a recipe of a gpt, instead of the character GPT")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "none"))

@@ -2,15 +2,15 @@
 
     python benchmarks/violations.py --methods all --minutes 8 [--seed 0] [--state FILE] [--json FILE] [--unit N]
 
-A unit draws a model (random weights, attention and rank-one weights made to be sensitive, the zoo, or weights climbed toward a certificate as near
-to the attack as possible), one dtype and a few samples. Under every threat that applies, each method that covers them certifies. Samples with
-a radius are attacked inside 1.0 and inside 1.02 times that radius by
-- the attack `min` (direct minimum-norm descent, PGD at bisected radii, nearest rivals by name), run once for all methods: its distance d counts
-  as a violation of a method whose radius is at least d, as a near miss below 1.02 of it;
-- projected ascent at each method's own radius, from what `min` found, from the gradient and from random points, judged where it ends and best;
+A unit draws a model (random weights, attention and rank-one weights optimised to be sensitive, the zoo, or weights optimised to bring a certificate
+as close to the attack as possible), one dtype and a few samples. Under every threat that applies, each method that applies certifies. Samples with
+a radius are attacked at 1.0 and at 1.02 times that radius by
+- the attack `min` (direct minimum-norm descent, PGD at bisected radii, nearest classes as targets), run once for all methods: its distance d counts
+  as a violation of a method whose radius is at least d, as a near miss below 1.02 times the radius;
+- projected ascent at each method's own radius, from the result of `min`, from the gradient and from random points;
 - the perturbations of violations.py (vertices, points that differ in single roundings); under weight threats its groups.
-A plain forward pass in the dtype judges, distances within 1.0 are compared as exact fractions. A near miss says that the attack is strong enough for
-1.0 to mean something; the largest certified / attacked radius says how strong.
+A plain forward pass in the dtype decides; distances within 1.0 are compared as exact fractions. Near misses show that the attack is strong enough to
+find small errors; the largest certified / attacked radius shows how small.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from violations import (
     attack_points,
     attack_weights,
     exactly_inside,
+    favour_one_class,
     from_zoo,
-    land,
-    lean,
+    into_ball,
     measure,
     number,
     pick,
@@ -61,19 +61,19 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 NEAR = 1.02
 FAMILIES = ("mlp", "climbed-mlp", "gpt", "mlp-tight", "climbed-gpt", "conv", "joined", "zoo", "transformer", "mlp-residual", "gpt-worst")
-MORE = ("gpt-maxmin", "climbed-gpt-maxmin", "convnet")  # only when named with --families
-# Half precision leaves most small margins without a radius: it comes once in a while.
+MORE = ("gpt-maxmin", "climbed-gpt-maxmin", "convnet")  # only if named with --families
+# In half precision most small margins have radius 0, so it is drawn rarely.
 DTYPES = (torch.float32, torch.float64, torch.float32, torch.float16, torch.float32, torch.bfloat16)
-# Samples of one unit for each method; what a sample costs differs by a factor of a thousand.
+# Samples of one unit for each method; the cost per sample differs by a factor of a thousand.
 SAMPLES = {"sdp": 12}
 MOST = 32
-ZOO_TOKENS = 6  # of the zoo's transformers
-# A semidefinite program for each pair of logits takes minutes on the zoo's networks: there only when named.
+ZOO_TOKENS = 6  # tokens for the zoo's transformers
+# One semidefinite program per pair of logits takes minutes on the zoo's networks, so it runs only if named.
 DEAR_ON_THE_ZOO = ("lipsdp",)
 
 
 def climbed(g: Draw, kind: str, method: str) -> tuple[Chain, Tensor, Threat]:
-    """A small model whose weights were changed at random, step by step, wherever that brought `method`'s radius nearer to the attack's."""
+    """A small model whose weights were changed by random steps that brought `method`'s radius closer to the attack's."""
     if kind.startswith("gpt"):
         options: dict[str, Any] = {"activation": "maxmin", "mlp_alpha": 1.0} if kind == "gpt-maxmin" else {}
         model: Chain = randomised(LipschitzGPT("abcdefgh", 8, pick(g, (1, 2)), pick(g, (1, 2)), attention_scale=pick(g, (0.5, 2.0)), **options), g)
@@ -103,7 +103,7 @@ def climbed(g: Draw, kind: str, method: str) -> tuple[Chain, Tensor, Threat]:
 
 
 def project(threat: Threat, delta: Tensor, edge: Tensor) -> Tensor:
-    """Into the ball: by coordinate for l∞, by token for balls of each token, else by length."""
+    """Projection onto the ball: by coordinate for l∞, by token for balls of each token, otherwise by scaling."""
     if threat.norm == "linf":
         limit = across(edge, delta)
         return delta.clamp(-limit, limit)
@@ -114,7 +114,7 @@ def project(threat: Threat, delta: Tensor, edge: Tensor) -> Tensor:
 
 
 def ascend(exact: Chain, base: Tensor, y: Tensor, threat: Threat, edge: Tensor, start: Tensor, g: Draw, steps: int = 16) -> list[Tensor]:
-    """Changes within `edge` after projected ascent of the margin: the best and the last, of every start."""
+    """Changes within `edge` after projected ascent of the margin: the best and the last one from every start."""
     run = exact.scores_from_embeddings if isinstance(threat, EmbeddingBall) else exact.scores
     noise = torch.randn(base.shape, generator=g, dtype=torch.float64) * allowed(threat, base)
     starts = [scaled(threat, start, edge), 0 * base, scaled(threat, noise, edge * 0.5)]
@@ -136,7 +136,7 @@ def ascend(exact: Chain, base: Tensor, y: Tensor, threat: Threat, edge: Tensor, 
 
 
 class Tally:
-    """Counts of one method in one cell, and what was found."""
+    """Counts of one method in one cell, and its findings."""
 
     def __init__(self, counts: dict[str, dict[str, Any]], findings: list[str]) -> None:
         self.counts, self.findings = counts, findings
@@ -150,10 +150,10 @@ class Tally:
 def attack_method(
     model: Chain, exact: Chain, clean: Tensor, y: Tensor, radius: Tensor, threat: Threat, found: tuple[Tensor, Tensor] | None, g: Draw
 ) -> tuple[int, Tensor, Tensor, list[str]]:
-    """(perturbations, violated (N,), near (N,), what was violated) of inputs or embeddings `clean` that all have a radius."""
+    """(perturbations, violated (N,), near misses (N,), descriptions of violations) for inputs or embeddings `clean` that all have a radius."""
     run = model.scores_from_embeddings if isinstance(threat, EmbeddingBall) else model.scores
     base = clean.double()
-    violated, near, told, judged = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool), [], 0
+    violated, near, messages, judged = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool), [], 0
 
     def judge(point: Tensor) -> None:
         nonlocal judged
@@ -164,8 +164,8 @@ def attack_method(
                 near[i] = True
                 continue
             violated[i] = True
-            if len(told) < 3:
-                told.append(f"radius {float(radius[i])!r}, label {int(y[i])}\nclean {clean[i].tolist()}\npoint {point[i].tolist()}")
+            if len(messages) < 3:
+                messages.append(f"radius {float(radius[i])!r}, label {int(y[i])}\nclean {clean[i].tolist()}\npoint {point[i].tolist()}")
 
     toward = torch.randn(base.shape, generator=g, dtype=torch.float64) * allowed(threat, base)
     if found is not None:
@@ -175,17 +175,17 @@ def attack_method(
     for factor in (1.0, NEAR):
         limit = radius * factor
         for delta in ascend(exact, base, y, threat, limit * (1 - 1e-12), toward, g):
-            judge(land(threat, clean, delta, limit, False))
+            judge(into_ball(threat, clean, delta, limit, False))
     try:
         judged += attack_points(model, exact, clean, y, radius, threat, g)
     except Finding as finding:
         violated[int(str(finding).split(",")[0].removeprefix("sample "))] = True
-        told.append(str(finding))
-    return judged, violated, near, told
+        messages.append(str(finding))
+    return judged, violated, near, messages
 
 
 def draw(family: str, turn: int, method: str, dtype: torch.dtype, g: Draw) -> tuple[Chain, Tensor, list[Threat]]:
-    """turn: how often the family was drawn before; the zoo goes by turns."""
+    """turn: how many times the family was drawn before; it selects the model of the zoo."""
     if family.startswith("climbed"):
         model, x, threat = climbed(g, family.removeprefix("climbed-"), method)
         return model, x, [threat]
@@ -194,7 +194,7 @@ def draw(family: str, turn: int, method: str, dtype: torch.dtype, g: Draw) -> tu
     most = ZOO_TOKENS if family == "zoo" and model.embedding_depth else MOST
     x = x[torch.randperm(len(x), generator=g)[:most]]
     if dtype in (torch.float16, torch.bfloat16) and family != "zoo":
-        lean(model, x, g)
+        favour_one_class(model, x, g)
     return model, x, threats_for(model, x, g)
 
 
@@ -227,7 +227,7 @@ def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally, 
             try:
                 radius = torch.from_numpy(certify(model, x[:few], y[:few], threat, name).radius)
             except (BadInput, UnsupportedLayer):
-                continue  # a size that the method refuses once it looks
+                continue  # a size that the method refuses
             rows = ((radius > 0) & (radius < float(torch.finfo(dtype).max) / 4)).nonzero()[:, 0]
             kind = replace(threat, tokens=None).name + "@named" if isinstance(threat, EmbeddingBall) and threat.tokens else threat.name
             key = f"{name} | {family} | {kind} | {str(dtype).removeprefix('torch.')}"
@@ -246,9 +246,9 @@ def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally, 
                     assert isinstance(nearest.adversarial, Tensor)
                     found = nearest.adversarial, torch.from_numpy(nearest.radius)
                 here = None if found is None else (found[0][rows], found[1][rows])
-                judged, violated, near, told = attack_method(model, exact, inner[rows], y[rows], radius[rows], threat, here, g)
+                judged, violated, near, messages = attack_method(model, exact, inner[rows], y[rows], radius[rows], threat, here, g)
                 closest = 0.0 if here is None else float((radius[rows] / here[1]).max())
-                tally.findings += [f"{about}row {rows.tolist()} {text}" for text in told]
+                tally.findings += [f"{about}row {rows.tolist()} {text}" for text in messages]
                 tally.add(
                     key, samples=len(rows), perturbations=judged, violations=int(violated.sum()), near=int((near & ~violated).sum()), closest=closest
                 )
@@ -256,7 +256,7 @@ def unit(seed: int, at: int, names: tuple[str, ...], named: bool, tally: Tally, 
 
 
 def table(counts: dict[str, dict[str, Any]]) -> str:
-    """By method (Markdown)."""
+    """A Markdown table by method."""
     heads = ("method", "attacked samples", "perturbations", "violations (1.0)", f"near misses ({NEAR})", "largest certified / attacked")
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * 5]
     for name in [n for n in METHODS if any(key.startswith(f"{n} |") for key in counts)]:
@@ -276,7 +276,7 @@ def search(
     refuse: Callable[[str], Any],
     families: str | None = None,
 ) -> int:
-    """The whole search: units until the minutes are spent, the table, exit code 0 or 3. at: that unit alone."""
+    """Runs units until the time is over, prints the table, returns exit code 0 or 3. at: run only that unit."""
     chosen = tuple(METHODS) if names == "all" else tuple(names.split(","))
     if not set(chosen) <= set(METHODS):
         refuse(f"expected methods among all, {', '.join(METHODS)}, got {names}")

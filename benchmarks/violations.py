@@ -4,16 +4,16 @@
         [--families gpt,gpt-aligned]
     python benchmarks/violations.py --methods all --minutes 8      # each certifier by name: benchmarks/violation_methods.py
 
-Work comes in units, each drawn from (seed, number): a model of one family with random, optimised, huge or tiny weights, one dtype, a few thousand
-samples and every threat that applies, certified by method global. A sample that gets a radius is attacked at 1.0 times that radius and inside
-it, by gradients, by random points, at vertices, and by points that differ in single roundings.
-A plain forward pass in the dtype judges; a flip counts when the distance of
+The search consists of units, each drawn from (seed, number): a model of one family with random, optimised, huge or tiny weights, one dtype, a few
+thousand samples and every threat that applies, certified by method global. A sample with a radius above 0 is attacked at 1.0 times that radius and
+inside it, by gradients, by random points, at vertices, and by points that differ in single roundings.
+A plain forward pass in the dtype decides; a changed prediction counts if the distance of
 the stored point, computed again as an exact fraction, is at most the radius.
 
-Counted are attacked samples, (sample, threat, dtype) with a radius above 0 whose perturbations were tried, and apart from them the perturbations.
-Weight threats change the weights of a whole group of samples of nearly equal radius by the smallest of the group's radii.
---state FILE: counts so far, written after every unit; the same command goes on from there. --unit N: that unit alone, to reproduce a finding.
-Exit code 0: none found. 3: a violation, printed with all it takes to repeat it.
+It counts attacked samples, (sample, threat, dtype) with a radius above 0 whose perturbations were tried, and separately the perturbations.
+Weight threats change the weights for a whole group of samples of nearly equal radius by the smallest of their radii.
+--state FILE: counts so far, written after every unit; run the command again to resume. --unit N: only that unit, to reproduce a finding.
+Exit code 0: no violation. 3: a violation, printed with everything that is needed to reproduce it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from robustlip.numerics.spectral import spectral_norm_bound
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 FAMILIES = ("mlp", "mlp-residual", "mlp-tight", "gpt", "gpt-worst", "transformer", "conv", "zoo")
-MORE = ("gpt-aligned", "gpt-maxmin", "joined", "convnet")  # only when named with --families
+MORE = ("gpt-aligned", "gpt-maxmin", "joined", "convnet")  # only if named with --families
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Draw = torch.Generator
 
@@ -77,12 +77,12 @@ def pick(g: Draw, options: Any) -> Any:
 
 
 def gain(g: Draw) -> float:
-    """Mostly near 1, one in eight from 1e-6 to 1e4."""
+    """Mostly near 1, with probability 1/8 between 1e-6 and 1e4."""
     return 10 ** number(g, -6, 4) if number(g, 0, 1) < 0.125 else 2 ** number(g, -2, 2)
 
 
 def randomised(model: nn.Module, g: Draw) -> nn.Module:
-    """Every parameter drawn anew, in the proportions of the first draw, each matrix with a gain of its own."""
+    """Draws every parameter again, with the scale of its initialisation, and multiplies each matrix by a gain."""
     overall = gain(g)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -154,7 +154,7 @@ def joined(g: Draw) -> tuple[Chain, Tensor]:
 
 
 def mlp_tight(g: Draw) -> tuple[Chain, Tensor]:
-    """Positive rank-one weights whose singular vectors meet, so that the product of norms is attained: nothing but rounding is left over."""
+    """Positive rank-one weights with matching singular vectors, so that the product of norms is attained and only rounding remains."""
     n, width, depth = pick(g, (3, 16, 64)), pick(g, (4, 32)), pick(g, (1, 2, 3))
     model = LipschitzMLP([n, *[width] * depth, 2], "relu")
     left = torch.rand(n, generator=g) + 0.1
@@ -170,7 +170,7 @@ def mlp_tight(g: Draw) -> tuple[Chain, Tensor]:
         row = left / left.norm()
         head.weight.copy_(factor * torch.stack([row, -row]))
         x = torch.rand(1536, n, generator=g) + 0.2
-        # Logits far larger than their difference: the centre of the scores goes to the bias.
+        # Logits far larger than their differences: the mean of the scores is added to the bias.
         logits = model(x).mean(0)
         head.bias.copy_(-logits + logits.abs().amax() * pick(g, (0.0, 1.0, 30.0)))
     return model, x
@@ -184,7 +184,7 @@ def gpt(g: Draw, **options: Any) -> tuple[Chain, Tensor]:
     model = randomised(model, g)
     with torch.no_grad():
         model.embed_tokens.weight.mul_(width**0.5)
-        if alpha == 0.05:  # tied to the table: margins that half precision leaves something of
+        if alpha == 0.05:  # tied to the table, so that margins exceed rounding in half precision
             model.embed_tokens.weight.div_(model.embed_tokens.weight.norm(dim=-1, keepdim=True))
             model.head.weight.copy_(model.embed_tokens.weight)
             for name, p in model.named_parameters():
@@ -203,18 +203,18 @@ def counterexample(seed: int, heads: int) -> Chain:
 
 
 def gpt_worst(g: Draw) -> tuple[Chain, Tensor]:
-    """Attention weights optimised for sensitivity, at the tokens that go with them, in front of random heads."""
+    """Attention weights optimised for sensitivity, with the corresponding tokens, before random heads."""
     model = copy.deepcopy(counterexample(pick(g, (0, 1)), pick(g, (1, 4))))
     factor = gain(g) if number(g, 0, 1) < 0.3 else 1.0
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(16, 16, generator=g))
         model.attn0.branch.query.weight.mul_(factor)
-    # The optimised tokens are ids 0, 1, 2; no sequence twice.
+    # The optimised tokens are ids 0, 1, 2; no sequence occurs twice.
     return model, torch.randint(16, (1024, 3), generator=g).unique(dim=0)
 
 
 def gpt_aligned(g: Draw) -> tuple[Chain, Tensor]:
-    """As gpt_worst, with tokens all near the optimised ones and two classes that differ along the output that they are most sensitive in."""
+    """As gpt_worst, with all tokens near the optimised ones and two classes that differ along the most sensitive output direction."""
     model = copy.deepcopy(counterexample(pick(g, (0, 1)), 4)).double()
     body = list(model)[1:-1]
 
@@ -261,7 +261,7 @@ def conv(g: Draw) -> tuple[Chain, Tensor]:
 
 
 def convnet(g: Draw) -> tuple[Chain, Tensor]:
-    """Convolutions with all their options, batch norm, pools and joins of images; stages large enough to be maps for crown and ibp."""
+    """Convolutions with all their options, batch norm, pooling and joins of images; some layers large enough to be maps in crown and ibp."""
     options: dict[str, Any] = pick(
         g, ({"padding": 1}, {"padding": "same"}, {"padding": 2, "stride": 2}, {"groups": 2, "padding": 1}, {"dilation": 2}, {"padding": (2, 1)})
     )
@@ -306,7 +306,7 @@ def from_zoo(g: Draw, name: str | None = None) -> tuple[Chain, Tensor]:
         return model, torch.randint(len(model.vocabulary or ""), (16, 12), generator=g)
     x = digits()
     rows = torch.randint(len(x), (1024 if "mlp" in name else 96,), generator=g)
-    # Digits in the size that the model takes: the zoo's own images are not all at hand, and soundness does not ask what is in the picture.
+    # Digits resized to the model's input: the data sets of the zoo may be missing, and soundness does not depend on the images.
     shape = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}.get(name.split("-")[0], tuple(x.shape[1:]))
     image = torch.nn.functional.interpolate(x[rows], shape[1:]).expand(-1, *shape)
     return model, (image + 0.02 * torch.rand(image.shape, generator=g)).clamp(0, 1)
@@ -353,7 +353,7 @@ def measure(threat: Threat, delta: Tensor) -> Tensor:
 
 
 def steepest(threat: Threat, grad: Tensor) -> Tensor:
-    """The change of norm 1 that goes along the gradient farthest."""
+    """The change of norm 1 with the largest inner product with the gradient."""
     grad = grad * allowed(threat, grad)
     if threat.norm == "linf":
         return grad.sign()
@@ -367,12 +367,12 @@ def steepest(threat: Threat, grad: Tensor) -> Tensor:
 
 
 def scaled(threat: Threat, delta: Tensor, radius: Tensor) -> Tensor:
-    """delta brought to the sphere of the radius."""
+    """delta scaled to the norm `radius`."""
     return delta * across(radius / measure(threat, delta).clamp_min(1e-300), delta)
 
 
 def inward(point: Tensor, clean: Tensor) -> Tensor:
-    """The neighbour of `point` on the side of `clean`, in any dtype."""
+    """The neighbour of `point` in the direction of `clean`, in any dtype."""
     if point.dtype in (torch.float32, torch.float64):
         return torch.nextafter(point, clean)
     bits = point.view(torch.int16)
@@ -381,8 +381,8 @@ def inward(point: Tensor, clean: Tensor) -> Tensor:
     return torch.where(point == clean, point, torch.where(point == 0, clean.sign() * torch.finfo(point.dtype).smallest_normal, moved))
 
 
-def land(threat: Threat, clean: Tensor, delta: Tensor, radius: Tensor, toward: bool) -> Tensor:
-    """A point in the model's dtype within the ball: rounded to nearest where that stays inside, else (or `toward`) toward the clean point."""
+def into_ball(threat: Threat, clean: Tensor, delta: Tensor, radius: Tensor, toward: bool) -> Tensor:
+    """A point in the model's dtype within the ball: rounded to nearest if that is inside, else (or for `toward`) toward the clean point."""
     base = clean.double()
     nearest = (base + delta).to(clean.dtype)
     inner = torch.where((nearest.double() - base).abs() > delta.abs(), inward(nearest, clean), nearest)
@@ -410,11 +410,11 @@ def worst_margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 class Finding(Exception):
-    """A violation, with what it takes to repeat it."""
+    """A violation, with everything that is needed to reproduce it."""
 
 
 def attack_points(model: Chain, exact: Chain, clean: Tensor, y: Tensor, radius: Tensor, threat: Threat, g: Draw) -> int:
-    """Perturbs inputs or embeddings of samples that all have a radius. Returns how many perturbations were judged; raises Finding."""
+    """Perturbs inputs or embeddings of samples that all have a radius. Returns the number of perturbations; raises Finding."""
     inside = isinstance(threat, EmbeddingBall)
     run, run_exact = (m.scores_from_embeddings if inside else m.scores for m in (model, exact))
     base = clean.double()
@@ -440,10 +440,10 @@ def attack_points(model: Chain, exact: Chain, clean: Tensor, y: Tensor, radius: 
     deltas.append(scaled(threat, noise(), edge))
     deltas.append(scaled(threat, noise(), edge * torch.rand(edge.shape, generator=g, dtype=torch.float64)))
     deltas.append(across(edge, base) * steepest(threat, noise()))
-    points = [land(threat, clean, d, radius, False) for d in deltas] + [land(threat, clean, d, radius, True) for d in deltas[:2]]
+    points = [into_ball(threat, clean, d, radius, False) for d in deltas] + [into_ball(threat, clean, d, radius, True) for d in deltas[:2]]
     # Points that differ from the best ones in single roundings.
     for d in deltas[:2]:
-        points.append(land(threat, clean, d * (1 + 0.1 * (torch.rand(base.shape, generator=g, dtype=torch.float64) - 1)), radius, False))
+        points.append(into_ball(threat, clean, d * (1 + 0.1 * (torch.rand(base.shape, generator=g, dtype=torch.float64) - 1)), radius, False))
     with torch.no_grad():
         for point in points:
             flipped = (run(point).argmax(-1) != y).nonzero()[:, 0].tolist()
@@ -456,9 +456,9 @@ def attack_points(model: Chain, exact: Chain, clean: Tensor, y: Tensor, radius: 
 def attack_weights(
     model: Chain, exact: Chain, x: Tensor, y: Tensor, radius: Tensor, threat: WeightBall, flips: list[int] | None = None
 ) -> int:
-    """Perturbs the weights under groups of samples of nearly equal radius, by the smallest radius of each group.
+    """Perturbs the weights for groups of samples of nearly equal radius, by the smallest radius of each group.
 
-    flips: takes the numbers of samples that answer otherwise; without it the first raises Finding.
+    flips: collects the numbers of samples whose prediction changes; without it the first raises Finding.
     """
     skip = {f"{n}.positions" for n, m in model.named_modules() if isinstance(m, AddPositions)}
     skip |= {n for n, _ in model.named_parameters() if n.endswith("distance_bias")}
@@ -508,8 +508,8 @@ def attack_weights(
 # ---- units
 
 
-def lean(model: Chain, x: Tensor, g: Draw) -> None:
-    """In half precision most margins are within what rounding can move: half of the models are made to lean to one class, by the last bias."""
+def favour_one_class(model: Chain, x: Tensor, g: Draw) -> None:
+    """In half precision most margins are smaller than the rounding error: half of the models get a last bias that favours one class."""
     head = model[len(model) - 1]
     if head.bias is not None and number(g, 0, 1) < 0.6:
         with torch.no_grad():
@@ -524,7 +524,7 @@ def attack_unit(seed: int, unit: int, counts: dict[str, dict[str, Any]], familie
     model, x = BUILD[family](g)
     model.eval()
     if dtype in (torch.float16, torch.bfloat16) and family != "zoo":
-        lean(model, x, g)
+        favour_one_class(model, x, g)
     model = model.to(dtype).requires_grad_(False)
     x = x.to(dtype) if x.is_floating_point() else x
     exact = copy.deepcopy(model).double()
@@ -563,7 +563,7 @@ def attack_unit(seed: int, unit: int, counts: dict[str, dict[str, Any]], familie
 
 
 def table(counts: dict[str, dict[str, Any]]) -> str:
-    """Attacked samples by family and threat, one column a dtype (Markdown)."""
+    """Attacked samples by family and threat, one column per dtype (Markdown)."""
     names = [str(d).removeprefix("torch.") for d in DTYPES]
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for key, cell in counts.items():

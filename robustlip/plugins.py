@@ -20,7 +20,6 @@ from typing import Any
 
 from robustlip.errors import BadInput, first_line
 
-GROUPS = ("robustlip.ops", "robustlip.methods", "robustlip.attacks", "robustlip.data")
 # The characters of a name, which is typed on a command line and written into certificates and tables.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 

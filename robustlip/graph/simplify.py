@@ -3,7 +3,6 @@ several operations that form one of our layers become one node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,6 @@ from torch import Tensor
 from robustlip.graph.composites import composite, gated
 from robustlip.graph.operations import channel_dimension, channel_slice, is_channel, is_identity, order_of, pads, source_of
 from robustlip.graph.program import VIEWS, Node, Program, rewritten
-
-Rewrite = Callable[[Node], Node]
 
 
 def simplified(program: Program) -> Program:
