@@ -258,8 +258,8 @@ def identity(recipe: Recipe) -> str:
             out[name] = plain(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
         return out
 
-    said = plain(recipe, recipe.model_dump(mode="json"))
+    contents = plain(recipe, recipe.model_dump(mode="json"))
     overrides = list(recipe.constraint.overrides)
     if overrides != sorted(overrides):
-        said["order"] = overrides  # the last pattern that matches wins
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        contents["order"] = overrides  # the last pattern that matches wins
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
