@@ -123,7 +123,7 @@ def _in_place_of_norm(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     return None
 
 
-def _behind_substitute(front: nn.Module, norm: float) -> tuple[float, float]:
+def _after_substitute(front: nn.Module, norm: float) -> tuple[float, float]:
     """(Lipschitz constant in RMS, RMS norm of the output) of a norm substitute on tokens of RMS norm ≤ norm; it divides by √(mean x² + eps)."""
     if type(front) is nn.Tanh:
         return 1.0, min(norm, 1.0)
@@ -161,9 +161,9 @@ def newhouse_layer(layer: nn.Module, norm: float, repair: Collection[int] = ()) 
         front, rest = substituted
         if 7 not in repair:
             return newhouse_layer(rest, norm, repair)
-        own, behind = _behind_substitute(front, norm)
-        constant, growth = newhouse_layer(rest, behind, repair)
-        return own * constant, growth * behind / norm if norm else 0.0
+        own, after = _after_substitute(front, norm)
+        constant, growth = newhouse_layer(rest, after, repair)
+        return own * constant, growth * after / norm if norm else 0.0
     mlp = _mlp_of(layer)
     if type(layer) is nn.Sequential and len(layer) == 1:
         return newhouse_layer(layer[0], norm, repair)

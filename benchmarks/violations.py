@@ -123,27 +123,27 @@ def mlp_residual(g: Draw) -> tuple[Chain, Tensor]:
     return randomised(Chain(layers), g), vectors(g, 1536, n)
 
 
-def _branch(g: Draw, before: int, behind: int, depth: int) -> nn.Module:
-    """A random graph of layers from `before` numbers to `behind`: series, sums, concatenations, products and maxima of branches, slices."""
+def _branch(g: Draw, before: int, after: int, depth: int) -> nn.Module:
+    """A random graph of layers from `before` numbers to `after`: series, sums, concatenations, products and maxima of branches, slices."""
     kind = pick(g, ("series", "series", "sum", "concatenate", "slice", "pair", "pair")) if depth else "series"
     if kind == "sum":
-        parts = [_branch(g, before, behind, depth - 1) for _ in range(pick(g, (2, 2, 3)))]
-        parts += [nn.Identity()] if before == behind and number(g, 0, 1) < 0.5 else []
+        parts = [_branch(g, before, after, depth - 1) for _ in range(pick(g, (2, 2, 3)))]
+        parts += [nn.Identity()] if before == after and number(g, 0, 1) < 0.5 else []
         return Sum(*parts, weights=[pick(g, (1.0, 0.5, -0.7)) for _ in parts])
-    if kind == "concatenate" and behind >= 2:
-        first = 1 + pick(g, range(behind - 1))
-        return Concatenate(_branch(g, before, first, depth - 1), _branch(g, before, behind - first, depth - 1))
+    if kind == "concatenate" and after >= 2:
+        first = 1 + pick(g, range(after - 1))
+        return Concatenate(_branch(g, before, first, depth - 1), _branch(g, before, after - first, depth - 1))
     if kind == "pair":
-        parts = [_branch(g, before, behind, depth - 1) for _ in range(2)]
+        parts = [_branch(g, before, after, depth - 1) for _ in range(2)]
         parts[1] = nn.Sequential(parts[1], pick(g, (nn.Identity, nn.Sigmoid, nn.Tanh))())
-        square = before == behind and number(g, 0, 1) < 0.2
+        square = before == after and number(g, 0, 1) < 0.2
         return Product(nn.Identity(), nn.Identity()) if square else pick(g, (Product, Product, Maximum, Minimum))(*parts)
     if kind == "slice" and before >= 2:
         start = pick(g, range(before - 1))
         stop = start + 1 + pick(g, range(before - start))
-        return nn.Sequential(Channels(start, stop), _branch(g, stop - start, behind, depth - 1))
+        return nn.Sequential(Channels(start, stop), _branch(g, stop - start, after, depth - 1))
     width = pick(g, (6, 10))
-    return nn.Sequential(nn.Linear(before, width), pick(g, (nn.ReLU, nn.GELU, nn.Tanh, MaxMin, nn.SiLU))(), nn.Linear(width, behind))
+    return nn.Sequential(nn.Linear(before, width), pick(g, (nn.ReLU, nn.GELU, nn.Tanh, MaxMin, nn.SiLU))(), nn.Linear(width, after))
 
 
 def joined(g: Draw) -> tuple[Chain, Tensor]:
@@ -289,8 +289,8 @@ def convnet(g: Draw) -> tuple[Chain, Tensor]:
         for layer in (m for part in layers for m in part.modules() if isinstance(m, nn.BatchNorm2d)):
             layer.running_mean.copy_(torch.randn(8, generator=g))
             layer.running_var.copy_(0.05 + 3 * torch.rand(8, generator=g))
-        behind = nn.Sequential(*layers).eval()(torch.zeros(1, 2, 9, 8))
-    layers += [nn.Flatten(), nn.Linear(behind.numel(), pick(g, (2, 4)))]
+        after = nn.Sequential(*layers).eval()(torch.zeros(1, 2, 9, 8))
+    layers += [nn.Flatten(), nn.Linear(after.numel(), pick(g, (2, 4)))]
     return randomised(Chain(*layers), g), vectors(g, 512, 2, 9, 8)
 
 
@@ -483,16 +483,16 @@ def attack_weights(
                     unit = (u * (s > 1e-9 * s[0])) @ vh
                 else:
                     unit = flat / flat.norm().clamp_min(1e-300)
-                room, size = limit * sigma[name], limit * sigma[name] * fraction * (1 - 1e-12)
+                budget, size = limit * sigma[name], limit * sigma[name] * fraction * (1 - 1e-12)
                 changed[name] = stored[name]
                 for _ in range(4):
                     moved = (w + size * unit.view_as(w)).to(stored[name].dtype)
                     change = (moved.double() - w).flatten(1)
                     length = float(spectral_norm_bound(change) if threat.norm == "spectral" else change.norm() * (1 + 1e-12))
-                    if length <= room:
+                    if length <= budget:
                         changed[name] = moved
                         break
-                    size *= 0.999 * room / length if math.isfinite(length) else 0.0
+                    size *= 0.999 * budget / length if math.isfinite(length) else 0.0
             with torch.no_grad():
                 found = model.decide(torch.func.functional_call(model, changed, (xs,))).argmax(-1)
             judged += len(rows)

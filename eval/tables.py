@@ -190,8 +190,8 @@ def terminal(summary: pd.DataFrame, title: str) -> str:
     # A heading over two columns needs their joint width.
     for i, text in enumerate(top):
         paired = i + 1 < len(top) and text and not top[i + 1] and i > 1
-        room = widths[i] + (2 + widths[i + 1] if paired else 0)
-        widths[i] += max(0, len(text) - room)
+        available = widths[i] + (2 + widths[i + 1] if paired else 0)
+        widths[i] += max(0, len(text) - available)
 
     def line(cells: Sequence[str]) -> str:
         return "  ".join(cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(cells)).rstrip()

@@ -124,8 +124,8 @@ def load_into(path: Path, build: Build) -> nn.Module:
         raise BadInput(f"expected a model file, got {path.name}, which has no model configuration; name a model, not a training state")
     # Cheap checks first: a few bytes of configuration can request more layers than can be built in a day, or more memory than there is.
     if (count := tensors_of(build, config)) != len(got):
-        told = f"expected the tensors of a {config.get('kind')} model in {path.name}, {number(count)} of them, got {len(got)}"
-        raise BadInput(f"{told}; the file was altered")
+        mismatch = f"expected the tensors of a {config.get('kind')} model in {path.name}, {number(count)} of them, got {len(got)}"
+        raise BadInput(f"{mismatch}; the file was altered")
     wanted = planned(build, config)
     if wanted != got:
         odd = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))

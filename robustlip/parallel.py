@@ -93,10 +93,10 @@ class World:
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if not bool(failed):
             return cast(T, result)
-        told: list[Exception | None] = [None] * self.size
+        errors: list[Exception | None] = [None] * self.size
         ours = error is None or isinstance(error, RobustlipError)
-        dist.all_gather_object(told, error if ours else RobustlipError(f"process {self.rank} failed: {type(error).__name__}: {error}"))
-        rank, first = next((r, e) for r, e in enumerate(told) if e is not None)
+        dist.all_gather_object(errors, error if ours else RobustlipError(f"process {self.rank} failed: {type(error).__name__}: {error}"))
+        rank, first = next((r, e) for r, e in enumerate(errors) if e is not None)
         raise error if error is not None and rank == self.rank else first
 
     def on_first(self, work: Callable[[], object]) -> None:

@@ -88,14 +88,14 @@ def read_hugging_face(folder: Path) -> Pretrained:
         with torch.device("meta"):
             shapes = maker.from_config(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         _check_size(shapes, weights, folder)
-        model, told = maker.from_pretrained(
+        model, report = maker.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True
         )
     except (BadInput, KeyboardInterrupt):
         raise
     except Exception as error:  # the library may raise anything for a user's files
         raise BadInput(f"expected a folder that transformers can load, got {type(error).__name__}: {first_line(error)[:300]}") from error
-    wrong = [*told["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in told["mismatched_keys"])]
+    wrong = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
     if wrong:
         raise BadInput(f"expected weights for all of {name}, got none that fit {sorted(map(str, wrong))[0]} in {str(folder)!r}; save the whole model")
     model.config.use_cache = False

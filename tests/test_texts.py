@@ -120,7 +120,7 @@ def test_texts_that_no_model_can_read(folders, table, tmp_path) -> None:
     (tmp_path / "q.csv").write_text('text,label\n"the cat,0')
     with pytest.raises(BadInput, match="commas and quotes"):
         load_data(str(tmp_path / "q.csv"), vocabulary=model.vocabulary)
-    with pytest.raises(BadInput, match="room for the marks"):
+    with pytest.raises(BadInput, match="space for the special tokens"):
         load_data(str(table), vocabulary=model.vocabulary, context=1)
 
 

@@ -118,7 +118,7 @@ class Out:
         from rich.text import Text
 
         table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        # Labels stand on the first line of a wrapped text; numbers on the last line of a wrapped heading.
+        # Labels are on the first line of a wrapped text; numbers on the last line of a wrapped heading.
         vertical: Literal["top", "bottom"] = "bottom" if headings[0] else "top"
         console = self.console()
         label = max((len(row[0]) for row in rows), default=0)

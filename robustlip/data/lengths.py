@@ -27,9 +27,9 @@ def lengths(x: Tensor) -> Tensor:
     """int64 (N,): the number of tokens of each text in x (N, T). Raises BadInput for NO_TOKEN before a token, and for a text without tokens."""
     there = x != NO_TOKEN
     count = there.sum(1)
-    behind = torch.arange(x.shape[1], device=x.device) < count[:, None]
-    if not torch.equal(there, behind) or not bool((count > 0).all()):
-        row = int(((there != behind).any(1) | (count == 0)).nonzero()[0])
+    tokens_there = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    if not torch.equal(there, tokens_there) or not bool((count > 0).all()):
+        row = int(((there != tokens_there).any(1) | (count == 0)).nonzero()[0])
         raise BadInput(f"expected {NO_TOKEN} only after the end of a text, and a token in each, got other ids in row {row}; encode that text again")
     return count
 

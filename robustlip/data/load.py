@@ -195,7 +195,7 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
 
 
 def is_text(name: str, text_column: str | None = None) -> bool:
-    """Whether a name stands for text: the name of a text, or any name with a text column."""
+    """Whether a name means text: the name of a text, or any name with a text column."""
     return name in _TEXTS or name.endswith(".txt") or text_column is not None or is_separated(name)
 
 

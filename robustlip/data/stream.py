@@ -291,8 +291,8 @@ class TokenStream:
         if piece is None:
             self.window(start, 1)
             piece = self._tokenised[0]
-        told: dict[str, Any] = {"token": piece.first, "document": piece.document, "offset": start - piece.first, "epoch": piece.epoch}
-        return told | {"begins": piece.ids[:_CHECKED].tolist(), "reader": piece.state}
+        position: dict[str, Any] = {"token": piece.first, "document": piece.document, "offset": start - piece.first, "epoch": piece.epoch}
+        return position | {"begins": piece.ids[:_CHECKED].tolist(), "reader": piece.state}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue at a `state_at`. Raises BadInput if the document at that position has changed."""

@@ -12,7 +12,7 @@ class Subwords:
     """The tokenizer of a tokenizer.json, read by the package tokenizers. Models with subword tokens have it as vocabulary, in place of characters."""
 
     def __init__(self, content: bytes, classes: tuple[str, ...] | None = None) -> None:
-        """classes: the model's names of classes 0, 1, …, where it has some."""
+        """classes: the model's names of classes 0, 1, …, if it has names."""
         self.classes = classes
         try:
             from tokenizers import Tokenizer
@@ -20,7 +20,7 @@ class Subwords:
             raise BadInput("expected the package tokenizers to read a tokenizer.json, got none; pip install 'robustlip[hf]'") from error
         try:
             self.tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-            # A file may ask for texts to be cut or filled up: here that is asked for text by text.
+            # The file may request truncation and padding; here these are set per text.
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
         except Exception as error:  # the library raises Exception itself
@@ -34,18 +34,18 @@ class Subwords:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
     def whole(self, text: str, most: int | None = None) -> Tensor:
-        """Token ids int64 (T,) of a text with the marks of its beginning and end, as `tokenizer(text)` gives them; cut to at most so many tokens."""
+        """Token ids int64 (T,) of a text with special tokens, as `tokenizer(text)` returns them, truncated to at most `most` tokens."""
         if most is None:
             return torch.tensor(self.tokenizer.encode(text).ids, dtype=torch.int64)
         try:
             self.tokenizer.enable_truncation(most)
             ids = self.tokenizer.encode(text).ids
         except Exception as error:  # the library raises Exception itself
-            raise BadInput(f"expected room for the marks of a text in {most} tokens, got {str(error)[:200]}; raise the context") from error
+            raise BadInput(f"expected space for the special tokens within {most} tokens, got {str(error)[:200]}; raise --context") from error
         finally:
             self.tokenizer.no_truncation()
         if len(ids) > most:
-            raise BadInput(f"expected room for the marks of a text in {most} tokens, got {len(ids)}; raise the context")
+            raise BadInput(f"expected space for the special tokens within {most} tokens, got {len(ids)}; raise --context")
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:

@@ -113,8 +113,8 @@ def _embedding_depth(layers: list[nn.Module]) -> int:
     made = next((i for i, layer in enumerate(layers) if isinstance(layer, Tokens | Patchify)), None)
     if made is None:
         return 0
-    behind = (type(layer) in (PrependToken, Shift, nn.Linear, AddPositions) for layer in layers[made + 1 :])
-    return made + 1 + next((i for i, more in enumerate(behind) if not more), 0)
+    following = (type(layer) in (PrependToken, Shift, nn.Linear, AddPositions) for layer in layers[made + 1 :])
+    return made + 1 + next((i for i, more in enumerate(following) if not more), 0)
 
 
 def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:

@@ -367,10 +367,10 @@ def _broadcast_before_7(node: Node, args: list[Argument]) -> None:
     if tuple(first.shape) != tuple(second.shape) and not told_:
         raise node.refuse(f"its terms have shapes {tuple(first.shape)} and {tuple(second.shape)}, and broadcast is not set", "correct the file")
     if axis is not None and isinstance(second, Tensor) and tuple(first.shape) != tuple(second.shape):
-        behind = len(first.shape) - axis_of(node, axis, len(first.shape)) - second.dim()
-        if behind < 0:
+        trailing = len(first.shape) - axis_of(node, axis, len(first.shape)) - second.dim()
+        if trailing < 0:
             raise node.refuse("its axis does not fit the second term", "correct the file")
-        args[1] = second.reshape(tuple(second.shape) + (1,) * behind)
+        args[1] = second.reshape(tuple(second.shape) + (1,) * trailing)
 
 
 @onnx(*_TERMS)
@@ -1033,8 +1033,8 @@ def _windows(node: Node, x: Value, kernel: Sequence[int]) -> tuple[list[int], li
 
 def _even(b: Builder, node: Node, x: Value, pads: list[tuple[int, int]], value: float = 0.0) -> tuple[Value, tuple[int, ...]]:
     """(the value, the padding for torch's operation): if the padding of two sides differs, the value is padded before."""
-    if all(front == behind for front, behind in pads):
-        return x, tuple(front for front, _ in pads)
+    if all(before == after for before, after in pads):
+        return x, tuple(before for before, _ in pads)
     return padded(b, node, x, {i + 2: sides for i, sides in enumerate(pads)}, "constant", value), (0,) * len(pads)
 
 
@@ -1066,10 +1066,10 @@ def _conv(b: Builder, node: Node, args: list[Argument]) -> Value:
 
 
 def _length(size: int, k: int, s: int, d: int, pads: tuple[int, int], ceil: bool) -> int:
-    room = size + sum(pads) - (k - 1) * d - 1
-    if room < 0:
+    positions = size + sum(pads) - (k - 1) * d - 1
+    if positions < 0:
         return 0
-    n = (-(-room // s) if ceil else room // s) + 1
+    n = (-(-positions // s) if ceil else positions // s) + 1
     # The last window has to begin within the input or the padding before it.
     return n - 1 if ceil and (n - 1) * s >= size + pads[0] else n
 
@@ -1196,10 +1196,10 @@ def _softmax(b: Builder, node: Node, args: list[Argument]) -> Value:
     axis = checked_axis(node, x, node.int("axis", -1 if node.opset >= 13 else 1)) if not is_vector(x.shape) or b.named else axis_of(
         node, node.int("axis", -1 if node.opset >= 13 else 1), len(x.shape)
     )  # fmt: skip
-    behind = math.prod(x.shape[axis:])
-    if node.opset < 13 and behind != x.shape[axis]:  # all dimensions from the axis on are one vector
+    trailing = math.prod(x.shape[axis:])
+    if node.opset < 13 and trailing != x.shape[axis]:  # all dimensions from the axis on are one vector
         front = x.shape[:axis]
-        row = (*plain(front), behind) if front[:1] == (1,) or not front else (*front, behind)
+        row = (*plain(front), trailing) if front[:1] == (1,) or not front else (*front, trailing)
         return b.value(node, b.step(node, function, b.as_rows(x, row), -1), x.shape)
     if len(x.layout) == 1 and x.shape[axis] == x.layout[0]:
         return b.value(node, b.step(node, function, x.ref, 1), x.shape)

@@ -40,9 +40,9 @@ def draw(sweep: Sweep) -> list[Path]:
             accuracy = [100 * (row.accuracy or 0.0) for row in mine]
             label = f"{group} = {value}" if group else None
             axes.plot([row.bound_rms or 0.0 for row in mine], accuracy, color=colour, marker=marker, linewidth=1.2, markersize=6, label=label)
-            told = [(row.published, at) for row, at in zip(mine, accuracy, strict=True) if row.published and math.isfinite(row.published)]
-            if told:
-                x, y = zip(*told, strict=True)
+            published = [(row.published, at) for row, at in zip(mine, accuracy, strict=True) if row.published and math.isfinite(row.published)]
+            if published:
+                x, y = zip(*published, strict=True)
                 # Larger and behind, so that it is visible around a bound with the same value.
                 axes.plot(x, y, color=colour, marker=marker, markerfacecolor="none", linewidth=0.8, linestyle=":", markersize=11, zorder=1)
         axes.plot([], [], color="#444444", marker="o", linestyle="", markersize=6, label="filled: proved bound")

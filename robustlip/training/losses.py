@@ -43,8 +43,8 @@ def lipschitz_margins(model: Chain, x: Tensor, y: Tensor, epsilon: float) -> Ten
     # Distances of rows from their products: (C, C). The root has a finite gradient at 0 (the label itself) and is increased by at most 10⁻¹⁰.
     difference = rows[:, None, :] - rows[None, :, :]
     distance = (difference.square().sum(-1) + 1e-20).sqrt()
-    room = epsilon * body_constant(layers[:-1], rows) * distance[y]
-    margins = logits.gather(1, y[:, None]) - logits - room
+    decrease = epsilon * body_constant(layers[:-1], rows) * distance[y]
+    margins = logits.gather(1, y[:, None]) - logits - decrease
     return margins.scatter(1, y[:, None], 0.0)
 
 
