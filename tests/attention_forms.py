@@ -27,7 +27,7 @@ def band(length: int, heads: int = 1) -> Tensor:
 
 
 def holes(length: int) -> Tensor:
-    """Bools (T, T): every token sees the first, itself, and every second token, before it and behind."""
+    """Bools (T, T): every token attends to the first one, to itself, and to every second token before and after it."""
     seen = (torch.arange(length)[:, None] + torch.arange(length)) % 2 == 0
     seen[:, 0] = True
     return seen

@@ -26,7 +26,7 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A CPU generator with seed 0, for what is drawn inside a test."""
+    """A CPU generator with seed 0, for random numbers of a test."""
     return torch.Generator().manual_seed(0)
 
 

@@ -28,7 +28,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def mlp(*widths: int, shape: list[Any] | None = None, opset: int = 13) -> Any:
-    """Gemm and Relu in turn, behind a Flatten."""
+    """Gemm and Relu alternately, after a Flatten."""
     nodes: list[tuple[Any, ...]] = [("Flatten", "x", "h0", {"axis": 1})]
     weights: dict[str, Any] = {}
     for i, (n, m) in enumerate(pairwise(widths)):

@@ -78,7 +78,7 @@ def test_the_step_has_its_length_and_no_other_step_is_worse_to_first_order() -> 
 
 
 def test_the_radius_is_a_part_of_the_largest_row_and_grows_over_the_ramp() -> None:
-    """Against the loss at a step made by hand; the head, doubled with the radius halved, tells a radius of the table from one of anything else."""
+    """Compared with the loss after a step computed by hand. Doubling the head and halving the radius shows that radii are relative to the table."""
     model = model_of()
     x, y, embeddings = drawn(model)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_the_radius_is_a_part_of_the_largest_row_and_grows_over_the_ramp() -> No
 
 
 def test_gradients_are_those_of_the_loss_at_the_moved_point() -> None:
-    """Of every weight, the table included: the step counts as a constant. Nothing of the search for it is left behind."""
+    """Gradients of every weight, the table included: the step counts as a constant, and its computation leaves no gradients."""
     model = model_of()
     x, y, embeddings = drawn(model)
     part = LossPart.model_validate(LOSS)

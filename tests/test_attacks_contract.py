@@ -93,7 +93,7 @@ def state_of(model: nn.Module) -> tuple[object, ...]:
 
 
 class AttackContract:
-    """Inherit, set `threat` (with a radius), and say how the attack and its model are made."""
+    """Inherit from this class, set `threat` (with a radius), and construct the attack and its model."""
 
     threat: Threat = InputBall("l2", 0.3)
 
@@ -402,7 +402,7 @@ def test_a_clean_point_without_finite_logits_is_one_failure_and_the_others_are_a
 
 
 class TwoFaced(nn.Module):
-    """Another prediction while gradients flow: what a search sees is not what a forward pass says."""
+    """A model whose prediction differs while gradients are enabled, so that a search and a forward pass disagree."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -x if x.requires_grad else x

@@ -318,7 +318,7 @@ def begun_with_bias(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def long_sum(which: str) -> tuple[Attention, Tensor]:
-    """A layer that sums 8192 products of LOST to a bias of 1 in that projection, and two tokens on which what is lost shows."""
+    """A layer that adds 8192 products of LOST to a bias of 1 in that projection, and two tokens for which the rounding error is visible."""
     wide = which == "output"
     layer = Attention(2 if wide else LONG, 1, head_width=LONG if wide else 2, rope=False, causal=False, logit_scale=1.0, output_scale=1.0, biases=ALL)
     x = torch.full((1, 2, layer.width), LOST / 1e-4)
@@ -342,7 +342,7 @@ def long_sum(which: str) -> tuple[Attention, Tensor]:
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "output"])
 def test_sums_that_begin_with_a_bias_are_covered(which) -> None:
-    """The order of a sum is the kernel's; begun with the bias, every partial sum rounds at its size. All else is exact here."""
+    """The order of a sum depends on the kernel; if it starts with the bias, every partial sum rounds at its size. Everything else is exact here."""
     layer, x = long_sum(which)
     exact = copy.deepcopy(layer).double()
 
@@ -363,7 +363,7 @@ def test_sums_that_begin_with_a_bias_are_covered(which) -> None:
 
 
 def test_numbers_of_a_mask_round_the_logits() -> None:
-    """4096 more or less at logits near 1: float32 keeps them to 2⁻¹², and the bound has to say so."""
+    """±4096 added to logits near 1: float32 keeps them to 2⁻¹², and the bound has to include this error."""
     torch.manual_seed(0)
     mask = 4096 + torch.rand(LENGTH, LENGTH)
     layer = Attention(WIDTH, 1, rope=False, mask=mask, logit_scale=1.0, output_scale=1.0).requires_grad_(False)
@@ -420,7 +420,7 @@ def test_products_of_weights_and_values_that_vanish_are_counted() -> None:
 
 @pytest.mark.parametrize("explicit", [None, "query"])
 def test_queries_that_vanish_are_counted(explicit) -> None:
-    """Queries near the smallest normal number vanish in front of keys that are huge, where they are multiplied by a scale of 2⁻²⁰ first."""
+    """Queries near the smallest normal number underflow before huge keys, if they are first multiplied by a scale of 2⁻²⁰."""
     layer = Attention(
         2, 1, rope=False, causal=False, explicit=explicit, logit_scale=2.0**-20, output_scale=1.0, biases=(True, False, False, False)
     ).requires_grad_(False)  # fmt: skip
@@ -599,7 +599,7 @@ def test_tables_turn_by_no_more_than_they_should() -> None:
 
 
 def test_the_way_through_tables_is_as_long_as_they_are() -> None:
-    """The linear way to a single token's queries, keys and values: gains as of the matrices turned by tables that are 0.4 % too long."""
+    """First-order gains of a single token's queries, keys and values: those of the matrices rotated by tables that are 0.4 % too long."""
     torch.manual_seed(0)
     layer = Attention(4, 1, angles=(torch.full((2, 4), 1.0 + 2.0**-8), torch.zeros(2, 4)), causal=False).double().requires_grad_(False)
     full = ChainExpansion([layer], torch.randn(1, 2, 4, dtype=torch.float64), Scope(Context(torch.float64, {})))
@@ -618,7 +618,7 @@ def test_the_way_through_tables_is_as_long_as_they_are() -> None:
 
 
 def test_the_largest_keys_are_those_that_a_mask_shows() -> None:
-    """The first query sees the last key alone, which is large: what it can do is not what the first key can."""
+    """The first query attends only to the last key, which is large; its effect differs from that of the first key."""
     mask = torch.eye(3).flip(0).bool()
     layer = Attention(4, 1, rope=False, mask=mask, logit_scale=1.0, output_scale=1.0).double().requires_grad_(False)
     x = torch.randn(2, 3, 4, dtype=torch.float64) * torch.tensor([1.0, 1.0, 100.0], dtype=torch.float64)[:, None]

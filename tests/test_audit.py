@@ -108,7 +108,7 @@ def test_a_larger_divisor_hides_in_the_mlp_constant() -> None:
 
 
 def test_a_scale_below_one_must_not_multiply_the_value_term() -> None:
-    """Mistake 4 alone: one head, keys and queries 0, values pass. The layer is σ_o σ_v/3-Lipschitz; the formula says s times that."""
+    """Only mistake 4: one head, keys and queries 0, identity values. The layer is σ_o σ_v/3-Lipschitz; the formula claims s times that."""
     layer = Attention(8, 1, scale=0.25)
     with torch.no_grad():
         for matrix in (layer.query, layer.key):

@@ -462,7 +462,7 @@ def test_a_buffer_that_is_assigned_is_refused() -> None:
 
 
 def test_a_wrong_layer_would_be_seen(monkeypatch) -> None:
-    """Nothing but the comparison of outputs stands between a wrong entry of the table and a certificate."""
+    """Only the comparison of outputs prevents a false certificate if an entry of the table is wrong."""
     monkeypatch.setitem(operations.LAYERS, "relu", lambda node: nn.LeakyReLU(1e-6))
     module, x = made("mlp")
     with pytest.raises(UnsupportedLayer, match="outputs bit by bit"):

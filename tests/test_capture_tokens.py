@@ -26,7 +26,7 @@ def ids(n: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 class Mixing(nn.Module):
-    """Attention as people write it. form: how."""
+    """Attention as people write it. form: which variant."""
 
     def __init__(self, form: str, causal: bool, bias: bool = True) -> None:
         super().__init__()
@@ -422,7 +422,7 @@ def test_constants_by_sample_are_refused_and_repeated_ones_are_not() -> None:
 
 
 def test_no_operation_is_taken_for_row_by_row_that_is_none() -> None:
-    """Of merged samples each of these gives every row what it gives it alone."""
+    """Each of these operations gives a row of merged samples the same result as that row alone."""
     x = torch.randn(6, 4)
     arguments = {"addmm": (torch.randn(3), x, torch.randn(4, 3)), "mm": (x, torch.randn(4, 3)), "linear": (x, torch.randn(3, 4))}
     for name in program._ROWWISE - {*program.VIEWS, "to", "contiguous", "clone", "dropout"}:

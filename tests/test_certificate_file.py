@@ -344,7 +344,7 @@ def test_another_build_is_excused_only_up_to_real_arithmetic(model):
 
 
 def test_no_claim_is_verified_where_nothing_is_proved_here(model):
-    """bfloat16's allowance takes a radius to 0: a twentieth of the real one may be the truth of another machine, but nothing here verifies it."""
+    """In bfloat16 the rounding allowance makes the radius 0: a twentieth of the real radius may hold elsewhere, but is not verified here."""
     made = certified(model, dtype="bfloat16", limit=None)
     real = {s.index: s.radius for s in certified(model, dtype="real", limit=None).samples}
     raw = made.document()
@@ -367,7 +367,7 @@ def test_a_smaller_lipschitz_constant_than_the_models(place, capsys, name, state
 
 
 def test_a_method_of_one_sample_does_not_excuse_what_the_files_method_cannot_do(model):
-    """A search may end elsewhere, by 5 %; `global` does not search, whatever a sample says."""
+    """Searches may end up to 5 % apart; `global` does not search, whatever a sample in the file states."""
     made = certified(model, method="global")
     raw = made.document()
     sample = next(s for s in raw["samples"] if s["status"] == "certified")

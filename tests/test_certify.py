@@ -50,7 +50,7 @@ def test_linear_models_have_their_exact_radius(norm, dtype) -> None:
 
 
 def test_the_binding_rival_need_not_be_the_runner_up() -> None:
-    """Rival 1 is behind by 1 and near in weights; rival 2 is behind by 1.5 and far: rival 2 binds."""
+    """The logit of class 1 is lower by 1, with similar weights; that of class 2 by 1.5, with distant weights: class 2 decides."""
     layer = nn.Linear(2, 3, bias=True).double()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 10.0]]))
@@ -122,7 +122,7 @@ def test_weight_sensitivity_is_above_what_is_observed(kind) -> None:
 
 
 def test_a_sensitivity_that_overflows_is_infinite() -> None:
-    """∞ says that nothing is bounded; NaN, which compares as neither above nor below what is observed, says nothing. float64 ends at 10³⁰⁸."""
+    """∞ means that there is no bound; NaN must not count as one. float64 ends at 10³⁰⁸."""
     model = BaselineGPT("abcd", 16, 2, 40)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -133,7 +133,7 @@ def test_a_sensitivity_that_overflows_is_infinite() -> None:
 
 
 def test_constants_follow_the_weights_however_they_are_changed() -> None:
-    """A write through .data leaves no version behind; a certificate from remembered constants would be false."""
+    """A write through .data does not change the version counter; cached constants would give a false certificate."""
     model, x, y = tiny("mlp", 0)
     before = certify(model, x, y, InputBall("l2"))
     for p in model.parameters():

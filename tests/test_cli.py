@@ -284,7 +284,7 @@ def test_a_requested_radius(capsys):
 
 
 def test_certify_says_why_nothing_is_proved_and_whose_weights(capsys) -> None:
-    """Rounding of bfloat16 alone takes every margin of a small MLP; the hash of the cast weights stands beside that of the model."""
+    """The rounding error of bfloat16 exceeds every margin of a small MLP; the hash of the cast weights is shown next to that of the model."""
     digits = "digits-mlp-lipschitz"
     assert run("certify", digits, "--data", "digits:test", "--limit", "3", "--method", "global", "--dtype", "bfloat16", "--json", "c.json") == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -47,7 +47,7 @@ class Stop(Exception):
 
 
 def test_a_run_in_bfloat16(tmp_path: Path) -> None:
-    """It learns, its caps hold, what it keeps is float32, and it is another run than the one in float32; interrupted, it ends the same."""
+    """The model learns, its caps hold, its state is float32, and the run differs from the one in float32; after an interruption it ends the same."""
     spec = recipe(dtype="bfloat16")
     path = train(spec, tmp_path / "whole")
     card = tomllib.loads(path.with_suffix(".toml").read_text())
@@ -84,7 +84,7 @@ def test_figures_are_of_the_model_in_float32(tmp_path: Path) -> None:
 
 
 def test_what_is_rounded() -> None:
-    """Products are in bfloat16, logits and gradients in float32, and the pass outside is what it was."""
+    """Products are in bfloat16, logits and gradients in float32, and the pass outside does not change."""
     model = LipschitzGPT("abcdefgh", 16, 2, 2, distance_bias=4)
     x = torch.randint(8, (4, 12))
     seen: list[torch.dtype] = []
@@ -158,7 +158,7 @@ def test_blocks_are_compiled_one_by_one_and_for_training_alone(monkeypatch: pyte
 
 
 class Breaks(nn.Module):
-    """A layer that cannot be one graph: what it does depends on a value."""
+    """A layer that cannot be compiled as one graph, because its operations depend on a value."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.sum() > 0 else -x

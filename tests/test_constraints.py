@@ -173,7 +173,7 @@ def test_published_hard_cap_is_its_polynomial_of_the_singular_values(shape, dtyp
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
 def test_hard_cap_through_msign_is_the_clipped_svd(shape, spectrum) -> None:
-    """½[(w + σ) − |w − σ|] against the definition, float64; 'far out' loses digits of what is far below its largest value."""
+    """½[(w + σ) − |w − σ|] compared with the definition, float64; 'far out' loses digits of values far below the largest."""
     w = 0.8
     matrix = with_spectrum(w * SPECTRA[spectrum](min(shape)), *shape)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -241,7 +241,7 @@ def test_what_is_inside_its_cap_stays_as_it_is(method) -> None:
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("method", ["hard-cap", "hard-cap-msign"])
 def test_hard_caps_of_a_cpu_and_of_a_gpu_say_the_same(method, spectrum) -> None:
-    """float32: the guarantee by either way, where eigenvalues lie together, at the cap, far above or nowhere."""
+    """float32: the guarantee of both implementations, with eigenvalues close together, at the cap, far above it or absent."""
     cap = torch.tensor([0.3, 5.0])[:, None, None]
     stack = cap * torch.stack([with_spectrum(SPECTRA[spectrum](24).clamp_max(3.0), 24, 40)] * 2).float()
     by_products, by_eigenvalues = {
@@ -441,7 +441,7 @@ class Lying(torch.optim.SGD):
 
 
 def test_a_broken_premise_is_an_error() -> None:
-    """A step larger than stated, weights that were never projected, weights changed by hand: the step says so."""
+    """A step larger than stated, weights that were never projected, weights changed by hand: the step raises an error."""
     weight = nn.Parameter(torch.eye(6))
     optimizer = Lying([weight], lr=0.4)
     Constraint([Target("w", weight, 1.0)], "soft-cap").attach(optimizer)
@@ -515,7 +515,7 @@ def test_other_dtypes(method, dtype) -> None:
 
 
 def test_whole_matrices_under_row_momentum_are_held_by_what_is_measured() -> None:
-    """Rows of RMS norm lr make a matrix step of up to sqrt(fan_in) times that: a step said to be lr would slip through a soft cap."""
+    """Rows of RMS norm lr give a matrix step of up to sqrt(fan_in)·lr: a step stated as lr would violate a soft cap."""
     weight = nn.Parameter(torch.eye(8))
     optimizer = RowMomentum([weight], lr=0.05, inflation=1e9)
     constraint = Constraint([Target("w", weight, 1.0)], "soft-cap")
@@ -601,7 +601,7 @@ def test_far_below_its_cap_the_published_hard_cap_shrinks_and_the_exact_one_does
 
 @pytest.mark.parametrize("decay", [1.0, 1.5, 1.99])
 def test_soft_cap_under_a_decay_that_turns_the_weights_round(decay) -> None:
-    """λη between 1 and 2 sends σ to −(λη − 1)σ: as far from 0 as |1 − λη| says."""
+    """λη between 1 and 2 maps σ to −(λη − 1)σ, whose absolute value is |1 − λη|σ."""
     weight = nn.Parameter(torch.eye(6))
     optimizer = Muon([weight], lr=0.1, weight_decay=decay / 0.1)
     constraint = Constraint([Target("w", weight, 1.0)], "soft-cap")
@@ -613,7 +613,7 @@ def test_soft_cap_under_a_decay_that_turns_the_weights_round(decay) -> None:
 
 
 def test_steps_in_bfloat16_are_as_large_as_stated() -> None:
-    """Products in 16 bits reach beyond the polynomial's peak."""
+    """Products in 16 bits exceed the polynomial's peak."""
     torch.manual_seed(0)
     for size in (16, 128, 256):
         weight = nn.Parameter(torch.zeros(size, size))
@@ -626,7 +626,7 @@ def test_steps_in_bfloat16_are_as_large_as_stated() -> None:
 
 @pytest.mark.parametrize("exponent", [-36, -24, -13, -6, 0, 6, 12])
 def test_norms_while_training_do_not_depend_on_the_scale(exponent) -> None:
-    """float32 squares of small weights vanish, and their powers overflow: neither may reach the bound, the probe or a map."""
+    """float32 squares of small weights underflow, and powers of large ones overflow: neither may affect the bound, the probe or a map."""
     torch.manual_seed(0)
     matrix = torch.randn(2, 24, 16) * 10.0**exponent
     true = singular(matrix.double())[:, 0]

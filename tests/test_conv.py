@@ -80,7 +80,7 @@ def test_gain_is_near_the_true_norm(mode) -> None:
 
 
 def test_a_matrix_norm_alone_is_no_bound() -> None:
-    """What a convolution's kernel, reshaped, has for a norm says too little: by up to the number of overlapping windows."""
+    """The norm of a convolution's reshaped kernel is too small, by up to the number of overlapping windows."""
     layer = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
     nn.init.constant_(layer.weight, 1 / 3)
     assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1.0)
@@ -176,7 +176,7 @@ def test_no_attack_succeeds_inside_a_certified_radius_of_a_convolutional_network
 
 
 def test_constants_follow_the_size_of_the_images_and_the_options() -> None:
-    """One layer on images of two sizes, and with an attribute changed behind its back: remembered constants must not be mixed up."""
+    """One layer on images of two sizes, and with a changed attribute: cached constants must not be confused."""
     torch.manual_seed(0)
     layer = nn.Conv2d(1, 2, 3, padding=1, bias=False).double()
     context = Context(torch.float64, {})

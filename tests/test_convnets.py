@@ -174,7 +174,7 @@ def test_no_attack_gets_inside_a_radius(name, norm) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["relu", "gelu-norm", "maxima"])
 def test_radii_hold_as_executed(name, dtype) -> None:
-    """Low precision: what it rounds is taken off the radius, and points at the radius keep their label as executed."""
+    """Low precision: rounding errors are subtracted from the radius, and points at the radius keep their label as executed."""
     x = points().to(dtype)
     model = balanced(drawn(BENT[name](), 3), points()).to(dtype)
     y = model(x).argmax(-1)
@@ -259,7 +259,7 @@ def test_hooks_on_layers_that_are_expanded_together_are_refused() -> None:
 
 @pytest.mark.parametrize("space", DUAL)
 def test_adjoints_lose_no_more_than_they_say(space) -> None:
-    """⟨fl(Aᵀg) − Aᵀg, Δ⟩ in fractions, for Δ turned toward the error, against the weight that stands for it."""
+    """⟨fl(Aᵀg) − Aᵀg, Δ⟩ in fractions, for Δ along the error, compared with its bound."""
     eye = torch.eye(60, dtype=torch.float64).view(60, *SHAPE)
     for padding, stride in ((1, 1), (2, 2)):
         layer = drawn(nn.Sequential(nn.Conv2d(2, 6, 3, padding=padding, stride=stride)), 5).double()[0]

@@ -202,7 +202,7 @@ def test_orientation_is_that_of_datasets(tmp_path: Path, form: str, mode: str, o
 
 
 def test_modes_have_a_rule_each(tmp_path: Path) -> None:
-    """Against Pillow's own arrays, where that says what the file holds."""
+    """Compared with Pillow's own arrays, if these contain the values of the file."""
     draw = np.random.RandomState(1)
     small = draw.randint(0, 256, (5, 4), dtype=np.uint8)
     deep = draw.randint(0, 2**16, (5, 4)).astype(np.uint16)
@@ -401,7 +401,7 @@ def test_no_decoder_but_the_six(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def huge(form: str) -> bytes:
-    """An image of a few bytes whose header says 13,000 × 13,000."""
+    """An image of a few bytes whose header states 13,000 × 13,000."""
     cell = bytearray(encoded(Image.new("L", (64, 64)), form, **({"lossless": True} if form == "WEBP" else {})))
     n = 13_000
     if form == "PNG":
@@ -493,7 +493,7 @@ def test_rows_are_counted_before_they_are_read(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_column_that_unpacks_without_end_is_refused_before(tmp_path: Path) -> None:
-    """300 MB of one byte in some kB: images do not compress, so nobody means this."""
+    """300 MB of one repeated byte in a few kB: images do not compress so well, so this is refused."""
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [b"\0" * 300_000_000], "label": [0]}), path, compression="zstd", use_dictionary=False)
     assert path.stat().st_size < 2**20
@@ -518,7 +518,7 @@ def test_a_value_that_repeats_is_held_once(tmp_path: Path) -> None:
 
 
 def test_limit_reads_only_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And keeps the rows that it always kept: a permutation by the seed, in order."""
+    """The selected rows are the same as in earlier versions: a permutation by the seed, in order."""
     path = tmp_path / "x.parquet"
     rows = {"image": [{"bytes": grey(i), "path": None} for i in range(200)], "label": list(range(200)), "other": ["x" * 100] * 200}
     pq.write_table(pa.table(rows), path, row_group_size=10)

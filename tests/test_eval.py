@@ -284,7 +284,7 @@ def tiny(seed: int):
 
 @pytest.fixture
 def world(monkeypatch):
-    """Models, data, certifier and attacks of a small world; `world.calls` counts certificates, `world.radius` is what is proved."""
+    """Models, data, certifier and attacks of a small environment; `world.calls` counts certificates, `world.radius` is the certified radius."""
     state = SimpleNamespace(calls=[], radius=0.1, attacked=0.5, models={"good": tiny(1), "other": tiny(2)}, before=lambda model, threat: None)
     x = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 

@@ -69,7 +69,7 @@ def wide(*shape: int, seed: int, spread: float = 6.0) -> Tensor:
 
 
 def stage(weight: Tensor, bias: Tensor, curve=None, linear: Tensor | None = None) -> DenseStage:
-    """An affine map that is exact as it stands."""
+    """An affine map without rounding errors."""
     linear = torch.zeros(len(weight), dtype=torch.bool) if linear is None else linear
     return DenseStage(weight, bias, 0.0, 0.0, curve, linear, float(weight.norm()) * (1 + 1e-12), float(bias.norm()) * (1 + 1e-12))
 
@@ -390,7 +390,7 @@ def test_offsets_hold_at_the_clean_point_in_exact_arithmetic() -> None:
 @pytest.mark.parametrize("spoil", ["nothing", "the factor", "the solution", "both"])
 @pytest.mark.parametrize("radius", [0.3, 1.0])
 def test_offsets_hold_whatever_the_factorisation_answers(spoil, radius, monkeypatch) -> None:
-    """The quadratic part is at least what is claimed at every v of the domain, for factors and solutions that are wrong."""
+    """The quadratic part is at least the claimed minimum at every v of the domain, also for inaccurate factors and solutions."""
     factorise, solve = torch.linalg.cholesky_ex, torch.linalg.solve_triangular
     if spoil in ("the factor", "both"):
         monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: (1.05 * factorise(m)[0], factorise(m)[1]))
@@ -507,7 +507,7 @@ def test_gains_of_rows_hold_in_exact_arithmetic() -> None:
 
 
 def test_gains_of_rows_that_cancel_hold_in_exact_arithmetic() -> None:
-    """Rows nearly orthogonal to the only direction that X has: what is left of cᵀXc is rounding, and it counts."""
+    """Rows nearly orthogonal to the only direction of X: cᵀXc consists of rounding error, which has to be counted."""
     for seed in range(80):
         v, c = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         x = torch.outer(v, v)
@@ -537,7 +537,7 @@ def test_errors_of_coefficients_count_at_the_size_of_what_they_meet() -> None:
 
 
 def test_radii_of_programs_are_not_forgotten() -> None:
-    """Weights that are known up to an error: the matrix of the program encloses that of each of them, and what is proved holds for the largest."""
+    """Weights known up to an error: the matrix of the program encloses that of each of them, and the result holds for the largest."""
     middle, wrong = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[0.5]], dtype=torch.float64)
     relu = sdp_quadratic.elementwise(0.5, 0.5, 1)
     network = sdp_network.ConstraintNetwork(((Enclosure(middle, wrong), relu),), Enclosure(torch.ones(1, 1, dtype=torch.float64)))
@@ -600,7 +600,7 @@ def test_a_pair_of_logits_moves_by_root_two_of_all() -> None:
 
 
 def test_a_network_in_front_of_which_numbers_are_divided() -> None:
-    """Normalize by channel: the smallest std is the one that counts, for the stage it stands in front of."""
+    """Normalize per channel: the smallest std determines the bound of the next stage."""
     linear = nn.Linear(2, 3).double().requires_grad_(False)
     model = as_chain(nn.Sequential(Normalize([0.0, 0.0], [0.1, 2.0]).double(), linear, nn.ReLU(), nn.Linear(3, 2).double()))
     first = sdp_network.network_of(model).stages[0][0]
@@ -661,7 +661,7 @@ def test_two_logits_round_in_methods_of_expansions(method, monkeypatch) -> None:
 @pytest.mark.parametrize("mode", ["zeros", "circular", "replicate", "reflect"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rounding_that_arrives_at_a_convolution_is_passed_on(mode, stride) -> None:
-    """Rounding in front is a change like any other: behind, it is at least what the convolution makes of the worst one."""
+    """A rounding error before a convolution is treated like a change: after it, the bound is at least the convolution of the worst one."""
     torch.manual_seed(2)
     layer = nn.Conv2d(2, 3, 3, padding=1, stride=stride, padding_mode=mode).double().requires_grad_(False)
     n = 2 * 5 * 4

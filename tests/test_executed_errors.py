@@ -54,7 +54,7 @@ JOINS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", JOINS)
 def test_joins_alone_lie_within_the_bounds_at_a_point(name: str, dtype: torch.dtype) -> None:
-    """No layer beside them rounds, so the bounds have nothing else to hide behind."""
+    """No other layer rounds, so the error of this one cannot be hidden by others."""
     torch.manual_seed(0)
     model, x = as_chain(nn.Sequential(JOINS[name]())), torch.randn(400, 5).to(dtype)
     model.register_parameter("device", nn.Parameter(torch.zeros(1)))  # says where the model is
@@ -170,7 +170,7 @@ SUMS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_in_any_order_are_off_by_no_more(name: str, dtype: torch.dtype) -> None:
-    """Positive products in front of a large bias: each is rounded away at the size of the sum. No factor above 100 is given away."""
+    """Positive products before a large bias: each is rounded away at the size of the sum. The bound is at most a factor of 100 too large."""
     torch.manual_seed(0)
     build, shape = SUMS[name]
     layer = build().requires_grad_(False)

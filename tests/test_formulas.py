@@ -184,7 +184,7 @@ def test_what_is_no_expression_is_refused(wrong) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NORMS)
 def test_executed_errors_of_written_normalisations(name, dtype) -> None:
-    """Tokens whose numbers nearly cancel, tiny, large and far from 0, against float64: what the rule says of tokens of that very size."""
+    """Tokens whose numbers nearly cancel, tiny, large and far from 0, compared with float64: the rule's bound for tokens of that size."""
     width, eps = 6, 1e-2
     written = NORMS[name](width, eps).to(dtype)
     g = torch.Generator().manual_seed(1)

@@ -263,7 +263,7 @@ def test_the_required_attack_runs(place, capsys):
 
 
 def exaggerate(monkeypatch, factor: float) -> None:
-    """A certifier that claims `factor` times what is proved."""
+    """A certifier that claims `factor` times the proved radius."""
     honest = certifiers.certify
 
     def lying(model, x, y, threat, *more, **options):
@@ -273,7 +273,7 @@ def exaggerate(monkeypatch, factor: float) -> None:
 
 
 def test_wrong_predictions_are_never_certified(model, monkeypatch):
-    """Whatever a certifier says of a sample whose prediction is not its label."""
+    """For every claim about a sample whose prediction differs from its label."""
     honest = certifiers.certify
 
     def lying(*given, **options):

@@ -32,7 +32,7 @@ def points(count: int = 8) -> Tensor:
 
 
 class Ending(nn.Module):
-    """A model whose answer is `end` of what is in front."""
+    """A model that returns `end` of its logits."""
 
     def __init__(self, body: nn.Module, end: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Ending(nn.Module):
 @pytest.mark.parametrize("method", [name for name in ALL if name != "sdp"])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_one_linear_logit_has_its_exact_radius(method: str, norm: str) -> None:
-    """|z|/‖w‖ in the dual norm, of either class: a factor of √2 too many or too few would be seen."""
+    """|z|/‖w‖ in the dual norm, for both classes: a wrong factor of √2 would be visible."""
     torch.manual_seed(0)
     model = Chain(nn.Linear(6, 1)).double().requires_grad_(False)
     x = points().double()

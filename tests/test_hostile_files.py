@@ -84,7 +84,7 @@ READERS = {
 
 
 def test_the_files_of_this_test_are_good(capsys: pytest.CaptureFixture[str]) -> None:
-    """Otherwise every refusal below would be of something else."""
+    """So that the refusals below are for the intended reason."""
     assert run(*CERTIFY, "--json", "certificate.json") == 0
     for kind, verb in READERS.items():
         assert run(*verb(f"{kind}.json" if kind == "certificate" else f"{kind}.toml")) == 0, (kind, capsys.readouterr().err)

@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def loader() -> Iterator[subprocess.Popen[str]]:
-    """A process that loads what it is told to, so that its memory can be measured and its end does not end the tests."""
+    """A separate process that loads a file, so that its memory can be measured and its crash does not end the tests."""
     with subprocess.Popen([sys.executable, "-c", LOADS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
         assert process.stdin is not None
@@ -58,7 +58,7 @@ LOADER: subprocess.Popen[str] | None = None
 
 
 def ends(path: Path, **options: str) -> str:
-    """What is said of the file, after little time and within little memory."""
+    """The error message for the file, after little time and with little memory."""
     assert LOADER is not None and LOADER.stdin is not None and LOADER.stdout is not None
     LOADER.stdin.write(json.dumps([str(path), options]) + "\n")
     LOADER.stdin.flush()
@@ -150,7 +150,7 @@ SCHEMA = [element("schema", children=2), element("image", BYTE_ARRAY), element("
 
 
 def two_columns(path: Path, image: list[bytes], rows: int, unpacked: int = 1000, dictionary: bool = False, groups: int = 1) -> Path:
-    """A file of `rows` rows a group: labels 0, and the pages of `image`, of which the footer says that they unpack to so much."""
+    """A file with `rows` rows per group: labels 0, and the pages of `image`, for which the footer states the decompressed size."""
     labels = page(rows, b"\0" * (8 * rows), "zstd")
     first = len(image[0]) if dictionary else 0
     body = b"".join(image)
@@ -170,7 +170,7 @@ def plain(values: list[bytes]) -> bytes:
 
 
 def test_files_written_here_by_hand_are_parquet(tmp_path: Path) -> None:
-    """So that what follows is refused for what it says, and not for how it is written."""
+    """So that the following files are refused for their contents and not for their format."""
     data = load_data(str(two_columns(tmp_path / "x.parquet", [page(3, plain([png()] * 3), "zstd")], 3)))
     assert data.x.shape == (3, 1, 8, 8)
     parts = [page(1, plain([png()]), "zstd", kind=2), page(3, b"\1\6\0", "zstd", encoding=8)]

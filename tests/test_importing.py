@@ -744,7 +744,7 @@ def test_links_and_devices_are_refused(mode, sentence, tmp_path) -> None:
 
 
 def patched(path: Path, *changes: tuple[bytes, int, bytes]) -> Path:
-    """The file with bytes replaced at an offset behind the last place of a signature."""
+    """The file with bytes replaced at an offset after the last occurrence of a signature."""
     data = bytearray(path.read_bytes())
     for signature, offset, new in changes:
         at = data.rindex(signature) + offset

@@ -120,7 +120,7 @@ class Executed:
         return out
 
     def hidden(self, layers, x):
-        """Everything in front of the last linear layer; x is a vector, or a list of tokens."""
+        """All layers before the last linear layer; x is a vector, or a list of tokens."""
         for layer in layers:
             if isinstance(layer, nn.Flatten):
                 continue

@@ -124,7 +124,7 @@ def test_global_sums_and_concatenations_attain_their_bounds() -> None:
 
 
 def test_what_branches_rounded_arrives_behind_a_sum() -> None:
-    """Twice and three times the same numbers: an error in front is five times as large behind."""
+    """The sum of twice and three times the same numbers: an error before it is five times as large after it."""
     one = torch.ones(1, dtype=torch.float64)
     front = State(one, 0 * one, 1e-3 * one, "l2", 1, 4)
     behind = rule_for(Sum(nn.Identity())).step(Sum(nn.Identity(), nn.Identity(), weights=(2.0, -3.0)), front, Context(torch.float64, {}))

@@ -28,7 +28,7 @@ CLASSES, HIDDEN = 20_000, 16
 
 
 def large(seed: int = 0, classes: int = CLASSES) -> tuple[Chain, Chain]:
-    """(the model, the same with its first 12 classes alone): all others are too far behind to matter."""
+    """(the model, the same with only its first 12 classes): all other classes have logits too low to matter."""
     torch.manual_seed(seed)
     small = Chain(nn.Linear(6, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 12)).double().requires_grad_(False)
     whole = copy.deepcopy(small)
@@ -134,7 +134,7 @@ def test_sequences_of_large_vocabularies_prove_what_those_of_small_ones_do(monke
 
 
 def test_what_sets_rivals_aside_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst direction of each rival, to first order, and random ones: at every radius, in float64; and it says more than norms do."""
+    """The worst first-order direction of each class, and random ones, at every radius, in float64; the bound is sharper than norms."""
     monkeypatch.setattr(dual, "ALL_RIVALS", 3)
     model, x, y = tokens(4)
     for parameter in model.parameters():

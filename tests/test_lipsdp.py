@@ -474,7 +474,7 @@ def test_no_multipliers_whatsoever_prove_less_than_is_true() -> None:
 
 
 def test_a_guess_that_is_too_small_is_not_believed(monkeypatch) -> None:
-    """Plain float64 says half of the truth about ρ, or about X: what comes out is proved all the same, or infinite."""
+    """Plain float64 is inaccurate by a factor of two for ρ or for X: the result is proved in any case, or infinite."""
     network = network_of(mlp([4, 6, 6, 3], "gelu", 3))
     program = program_of(network, network.head)
     start = program.join(fast_multipliers(network, 1.5)[0])
@@ -496,7 +496,7 @@ def test_a_guess_that_is_too_small_is_not_believed(monkeypatch) -> None:
 
 
 def test_a_cholesky_factor_that_is_wrong_proves_nothing(monkeypatch) -> None:
-    """Whatever LAPACK says: a factor that is not one, of a matrix that is not positive, is found out by its residual."""
+    """If LAPACK returns a wrong factor of a matrix that is not positive, its residual reveals it."""
     factorise = torch.linalg.cholesky_ex
 
     def wrong(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -612,7 +612,7 @@ def methods() -> None:
 
 @cache
 def shared(widths: tuple[int, ...], kind: str, seed: int) -> Chain:
-    """One model for all norms: its constants are those of l2, kept with it. Nobody may change it."""
+    """One model for all norms: its constants for l2 are cached with it. Tests must not change it."""
     return mlp(list(widths), kind, seed, gain=2.0).float().requires_grad_(False)
 
 

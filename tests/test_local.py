@@ -416,7 +416,7 @@ def into(v: Tensor, radius: Tensor, space: str) -> Tensor:
 
 @dataclass
 class Attacked:
-    """Largest fractions of what is promised, by radius: of the radius behind, of the nonlinear part, of the dual-weighted loss."""
+    """Largest ratios of observed to bounded values, by radius: of the radius after the layer, of the nonlinear part, of the dual-weighted loss."""
 
     radius: Tensor
     error: Tensor
@@ -494,7 +494,7 @@ def test_what_an_expansion_promises_is_never_exceeded(name) -> None:
 
 
 def test_an_expansion_of_a_table_of_tokens() -> None:
-    """Embedding: its rows do not move by a radius in front, and by all of ‖E‖ where its table changes."""
+    """Embedding: a radius before it does not change its rows; a change of its table changes them by ‖E‖."""
     torch.manual_seed(3)
     layer = nn.Embedding(11, D).double().requires_grad_(False)
     ids = torch.arange(6).view(2, 3)

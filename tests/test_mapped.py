@@ -123,7 +123,7 @@ def fractions(t: Tensor) -> list[Fraction]:
 
 
 def test_bounds_at_a_point_hold_what_float64_loses(mapped) -> None:
-    """Radius 0, numbers that nearly cancel: what is left of a bound is rounding, judged in fractions."""
+    """Radius 0, numbers that nearly cancel: the remaining bound is rounding error, compared in fractions."""
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 3, padding=1, stride=2).double().requires_grad_(False)
     net = network(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)))
@@ -171,7 +171,7 @@ def test_networks_with_too_many_rows_are_refused(monkeypatch) -> None:
 
 
 def test_maps_larger_than_any_matrix_prove_the_same(monkeypatch) -> None:
-    """Where rows are not remembered they are made when asked."""
+    """If rows are not cached, they are computed on demand."""
     x = points(4)
     y = drawn(NETS["resnet"](), 3)(x).argmax(-1)
     found = []

@@ -31,7 +31,7 @@ def drawn(layer: nn.Module, seed: int) -> nn.Module:
 
 
 def dense(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(A (m, n), b (m,)) of a layer, by what it makes of unit vectors."""
+    """(A (m, n), b (m,)) of a layer, from its values at unit vectors."""
     n = math.prod(shape)
     zero = layer(torch.zeros(1, *shape, dtype=torch.float64))
     return (layer(torch.eye(n, dtype=torch.float64).view(n, *shape)) - zero).flatten(1).mT, zero.flatten()

@@ -132,7 +132,7 @@ def test_nan_of_a_method_loses_no_proof(mlp, monkeypatch):
 
 
 class Recorder:
-    """Radii of a method, and which inputs it was asked for."""
+    """The radii of a method, and the inputs for which it was called."""
 
     def __init__(self, radii) -> None:
         self.radii, self.seen = radii, []

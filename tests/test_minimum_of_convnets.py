@@ -42,7 +42,7 @@ def test_strong_pgd_finds_next_to_nothing_one_percent_below() -> None:
 
 
 def rugged() -> nn.Module:
-    """A convnet trained on large l2 balls: near its boundary the loss has many local maxima, and attacks from few starts end too far out."""
+    """A convnet trained on large l2 balls: near its boundary the loss has many local maxima, so attacks with few starts find too large radii."""
     train, g = load_data("digits:train"), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     layers = (nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))

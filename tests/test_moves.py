@@ -117,7 +117,7 @@ def test_one_line_adds_a_move_and_what_computes_is_found_out(monkeypatch) -> Non
 
 
 def test_tokens_that_are_mixed_are_bounded_together() -> None:
-    """(T, D) turned: each row behind has a number of every token, so √T times what one token moves by."""
+    """(T, D) transposed: each resulting row has a number of every token, so √T times the change of one token."""
     one = torch.ones(1, dtype=torch.float64)
     before = State(one, one, 0 * one, "l2", 9, 4)
     behind = rule_for(Permute(0, 2, 1)).step(Permute(0, 2, 1), before, Context(torch.float64, {}))

@@ -50,7 +50,7 @@ def bits(value: object) -> object:
 
 
 def check(one: Any, asked: list[Question]) -> None:
-    """Each question to a copy that was asked nothing else, then all to one, from first to last and back: the same answers, and it stays as it was."""
+    """Compares copies that get one call each with an object that gets all calls, in both orders: equal results, and the object does not change."""
     before = bits(one)
     alone = [bits(ask(copy.deepcopy(one))) for ask in asked]
     for order in (range(len(asked)), reversed(range(len(asked)))):
@@ -206,7 +206,7 @@ def reference_at(threat: Threat) -> tuple[Reference, Tensor]:
 
 @pytest.mark.parametrize("name", THREATS)
 def test_references_answer_the_same_in_any_order(name) -> None:
-    """ε is no state: neither the weights' radius of the last walk nor what was learned at it."""
+    """ε is not stored: neither the radius of weights of the last pass nor bounds at that ε."""
     threat = THREATS[name]
     radii = [torch.linspace(0.5, 1.0, 4, dtype=torch.float64) * size for size in (0.01, 0.3, 0.0)]
     still = torch.ones(4, dtype=torch.float64)
@@ -263,7 +263,7 @@ def of_self(node: ast.expr) -> bool:
 
 
 def changes_of_self(function: ast.AST) -> list[int]:
-    """Lines that write into self: attributes, entries, tensors and lists that it holds."""
+    """Lines that write into self: attributes, entries, tensors and lists in it."""
     found = []
     for node in ast.walk(function):
         targets: list[ast.expr] = []

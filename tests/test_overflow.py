@@ -122,7 +122,7 @@ def bounds(layer: nn.Module, x: torch.Tensor, name: str, dtype: torch.dtype) -> 
 
 
 def overflows(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether one of the kernels that torch may choose makes something else than numbers of x."""
+    """Whether one of torch's kernels returns values that are not finite for x."""
     found = False
     for backends in ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         for grad in (False, True):

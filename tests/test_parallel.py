@@ -165,7 +165,7 @@ ROUNDING = 5e-5
 @processes
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, modes in RUNS.items() for mode in modes])
 def test_two_processes_end_with_the_weights_of_one(both: Both, name: str, mode: str) -> None:
-    """Weights, momenta and the figures of the card; one state file of whole tensors, one model, one card, nothing else."""
+    """Weights, momenta and the values on the card; one state file of whole tensors, one model, one card, nothing else."""
     path, one = Path(both.same(f"{name}-{mode}")), both.out / name
     assert sorted(p.name for p in path.parent.iterdir() if p.name != ".lock") == ["tiny.safetensors", "tiny.state.safetensors", "tiny.toml"]
     assert furthest(states(one), states(path.parent)) < ROUNDING
@@ -183,7 +183,7 @@ def test_two_processes_end_with_the_weights_of_one(both: Both, name: str, mode: 
 @processes
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_goes_on_with_another_number_of_processes(both: Both, mode: str) -> None:
-    """Three steps by two processes and the rest by one, and the other way round: as one process without a stop."""
+    """Three steps by two processes and the rest by one, and the reverse: the same as one process without interruption."""
     assert both.same(f"stopped-{mode}") == ["Stop", ""]
     folder = both.out / f"stopped-{mode}"
     assert load_tensors(folder / "tiny.state.safetensors")[1]["step"] == 3 and not (folder / "tiny.safetensors").exists()
@@ -247,7 +247,7 @@ def test_what_two_processes_cannot_do_as_one_is_refused(both: Both, name: str) -
 
 @processes
 def test_the_command_line_under_torchrun(both: Both) -> None:
-    """robustlip train RECIPE, as it is: the first process alone speaks, and the run is that of one process."""
+    """robustlip train RECIPE: only the first process prints, and the run is that of one process."""
     said = both.seen[0]["command"]
     assert both.seen[1]["command"] == "" and said.count("device: cpu") == said.count("model: ") == 1 and "2 processes (ddp)" in said
     assert furthest(states(both.out / "mlp"), states(both.out / "command")) < ROUNDING

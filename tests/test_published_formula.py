@@ -60,7 +60,7 @@ def test_an_audit_breaks_a_claim_that_leaves_out_the_factor() -> None:
 
 
 def test_an_audit_breaks_a_claim_that_leaves_out_the_division() -> None:
-    """Tokens near 0 behind RMSNorm: 1/√eps more sensitive than published."""
+    """Tokens near 0 after RMSNorm: 1/√eps more sensitive than published."""
     small = model(norm="rmsnorm")
     with torch.no_grad():
         small[0].weight.mul_(1e-3)

@@ -34,7 +34,7 @@ def on_meta(recipe: Recipe) -> torch.nn.Module:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_complete(path: Path) -> None:
-    """Named as their files, told what they are, with a model, optimisers and a constraint that fit together."""
+    """Named like their files, described, with a model, optimisers and a constraint that fit together."""
     recipe = load_recipe(path)
     assert recipe.name == path.stem and recipe.description.endswith(".") and recipe.caveats.endswith(".")
     model = on_meta(recipe)

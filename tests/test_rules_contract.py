@@ -560,7 +560,7 @@ def test_single_head_bound_is_nearly_attained() -> None:
 
 
 def test_domain_has_to_be_enlarged_by_the_threat() -> None:
-    """A finite perturbation leaves the clean ball: adversarial weights and inputs exceed the bound that holds inside it."""
+    """A finite perturbation leaves the clean ball: adversarial weights and inputs exceed the bound that holds only inside it."""
     a, epsilon = 0.2, 2.0
     layer = Attention(8, 1, scale=8.0, rope=False).double().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
@@ -613,7 +613,7 @@ VERTICES = [
 @pytest.mark.parametrize("space", ["linf", "l1"])
 @pytest.mark.parametrize("name", VERTICES)
 def test_infinity_and_one_balls_through_every_layer(name, space) -> None:
-    """Changes inside ℓ∞ and ℓ1 balls, random and at vertices, measured in the norm that the rule says it bounds."""
+    """Changes inside ℓ∞ and ℓ1 balls, random and at vertices, measured in the norm of the rule's bound."""
     build, _ = CASES[name]
     torch.manual_seed(3)
     layer, shape = build().double(), shape_of(name)
@@ -738,7 +738,7 @@ def test_tables_of_tokens(dtype) -> None:
 
 
 def test_lookups_have_no_bound() -> None:
-    """Behind a lookup stands the ball; nothing is said of weights in front of it."""
+    """The ball is defined after a lookup; weight threats before it are not supported."""
     table = torch.randn(5, 4)
     arguments = {"weight": {"tensor": 0}, "indices": {"value": 0}, "padding_idx": -1, "scale_grad_by_freq": False, "sparse": False}
     layer = Lookup([("embedding", "default", arguments)], [table], 4)

@@ -83,7 +83,7 @@ def test_counts_that_cannot_be_are_refused(successes, draws, alpha) -> None:
 @pytest.mark.parametrize("sigma", [0.25, 1.0])
 @pytest.mark.parametrize("kind", ["plain", "normalized", "float64"])
 def test_radii_approach_the_distance_to_the_boundary(sigma, kind) -> None:
-    """σ counts in raw input units, in front of any preprocessing: the closed form holds for a normalised model with the same boundary."""
+    """σ is in raw input units, before any normalisation: the closed form holds for a normalised model with the same boundary."""
     model, x, y = at_distance(0.6 * sigma, dims=3, dtype=torch.float64 if kind == "float64" else torch.float32)
     if kind == "normalized":
         shifted = copy.deepcopy(model[0])

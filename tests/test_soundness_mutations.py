@@ -93,7 +93,7 @@ def test_domain_contains_the_perturbed_points(threat) -> None:
 
 
 def test_domain_of_attention_is_enlarged_in_certificates(monkeypatch) -> None:
-    """Every state in front of an attention layer, while certifying, holds the clean norm and the radius tried."""
+    """Every state before an attention layer contains, during certification, the clean norm and the tested radius."""
     seen = []
     rule = rule_for(Attention(4, 1))
     plain = type(rule).step
@@ -123,7 +123,7 @@ def test_tightened_norms_keep_change_and_two_roundings() -> None:
 
 
 class Noisy(nn.Module):
-    """Rounds as badly as its rule allows: in favour of the label at the clean point, against it everywhere else."""
+    """Rounds by the full bound of its rule: in favour of the label at the clean point, against it everywhere else."""
 
     clean, amount = 3.0, 0.5
 
@@ -247,7 +247,7 @@ def test_logits_that_are_not_finite_get_no_radius_whatever_the_method_says(monke
 
 
 def test_cast_of_the_given_point_is_taken_off(monkeypatch) -> None:
-    """float16 holds 0.3 only near 0.2998: what was moved by the cast counts against the radius around the given point."""
+    """In float16 0.3 is rounded to about 0.2998: the rounding of the given point is subtracted from the radius."""
     ones = lambda chain, x, *rest: (torch.ones(len(x), dtype=torch.float64),) * 2  # noqa: E731
     monkeypatch.setitem(certifiers.METHODS, "global", replace(certifiers.METHODS["global"], radii=ones))
     layer = nn.Linear(1, 2).half()
@@ -275,7 +275,7 @@ def test_norms_hold_whatever_the_eigensolver_answers(spoil, monkeypatch) -> None
 
 
 def test_every_mutation_still_has_its_line() -> None:
-    """A run over all mutations takes a quarter of an hour: that a line has moved is said here, and not in the middle of it."""
+    """A run of all mutations takes a quarter of an hour; this test finds a moved line at once."""
     root = Path(__file__).parent.parent
     found = runpy.run_path(str(root / "benchmarks" / "mutations.py"))["MUTATIONS"]
     assert len(found) > 100

@@ -168,7 +168,7 @@ def test_documents_that_cannot_be_used(tmp_path: Path, lines: Path) -> None:
 
 
 def test_the_hub_is_asked_by_name_and_configuration(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What load_dataset is told; the network is not there in tests."""
+    """A substitute for load_dataset, because tests have no network."""
     import datasets
 
     real, asked = datasets.load_dataset, []
@@ -348,7 +348,7 @@ def recipe(name: str, **changes: object) -> Recipe:
 
 
 def test_a_batch_is_a_function_of_the_step(source: str) -> None:
-    """Whatever was asked for before: rows are consecutive windows, targets one token behind, and machines can share the rows of a step."""
+    """Independent of earlier calls: rows are consecutive windows, targets are the next tokens, and machines can share the rows of a step."""
     spec = recipe(source)
     made, wanted = Source(spec, None), whole()
     for step in (0, 1, 5, 2, 40):

@@ -271,7 +271,7 @@ def test_the_picture(tmp_path) -> None:
 
 
 def test_labels_do_not_cover_each_other() -> None:
-    """Near points that are told the same share a label; those that are told different things get places of their own."""
+    """Nearby points with equal texts share a label; different labels do not overlap."""
     points = [(1.0, "a", 1.0, 0.9), (1.0, "b", 1.1, 0.91), (1.0, "c", 500.0, 0.9)]
     points += [(2.0, "a", 1.15, 0.9), (4.0, "a", 1.12, 0.9), (8.0, "a", 1000.0, 0.1)]
     rows = [

@@ -84,7 +84,7 @@ def test_texts_are_encoded_whole_with_marks_and_without_padding(folders, table, 
 
 
 def test_a_file_of_text_is_read_to_its_end(folders) -> None:
-    """A tokenizer.json may say that texts are to be cut or filled up."""
+    """A tokenizer.json may request truncation and padding."""
     words = load(f"hf:{folders['bert']}").vocabulary
     assert len(words.encode("the cat " * 20)) > 20 and 1 not in words.encode("the").tolist()
 

@@ -272,7 +272,7 @@ MOMENTS = [("step", 27, 20), ("half", 2, 10), ("half", 1, None), ("before", 4, 3
 @forks
 @pytest.mark.parametrize("moments", [MOMENTS[:2], pytest.param(MOMENTS[2:], marks=pytest.mark.slow)], ids=["few", "others"])
 def test_a_killed_run_ends_like_one_that_was_not(moments, tmp_path) -> None:
-    """kill -9 between steps, inside a write, just before and after a file gets its name: what is there is whole, and the end is the same."""
+    """kill -9 between steps, during a write, just before and after a file gets its name: the files are complete, and the result is the same."""
     folders = [tmp_path / f"{mode}-{when}" for mode, when, _ in moments]
     codes = children([(mode, when, out) for (mode, when, _), out in zip(moments, folders, strict=True)])
     assert codes == [-signal.SIGKILL] * len(moments)

@@ -101,7 +101,7 @@ def test_a_run_does_not_go_on_with_another_text(tmp_path: Path) -> None:
 
 
 def test_overrides_count_in_their_order() -> None:
-    """The last pattern that matches wins, so two orders are two recipes; an order that sorting keeps is what it always was."""
+    """The last matching pattern is used, so two orders are two recipes; a sorted order keeps its old identity."""
     first, second = ({"method": "soft-cap", "overrides": o} for o in ({"linear1*": 0.1, "*": 3.0}, {"*": 3.0, "linear1*": 0.1}))
     assert identity(recipe(constraint=first)) != identity(recipe(constraint=second))
     assert identity(recipe(constraint=second)) == identity(recipe(constraint={"method": "soft-cap", "overrides": dict(second["overrides"])}))
@@ -165,7 +165,7 @@ def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], message:
 
 
 def test_a_run_starts_from_a_model(tmp_path: Path) -> None:
-    """Its weights, inside the new caps, before the first step; the card says which; anything else is refused."""
+    """Its weights, projected into the new caps, before the first step; the card names them; other weights are refused."""
     first = train(recipe(), tmp_path / "first")
     weights, header = load_tensors(first)
     rate, steps = {"name": "muon", "lr": 1e-9, "adamw_lr": 1e-9}, {"steps": 1, "batch": 16}

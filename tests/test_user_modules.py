@@ -143,7 +143,7 @@ def test_a_forward_that_fails_passes_no_gate(capsys: pytest.CaptureFixture[str],
 
 
 def test_errors_in_the_forward_name_file_and_line() -> None:
-    """Whatever part of a command runs it: the frames of the traceback say whose it is."""
+    """In every part of a command: the traceback shows whether the error is in the user's module."""
     write(f"{HEAD}def f():\n    raise KeyError('a')\n")
     import their_model
 

@@ -166,7 +166,7 @@ def program(model: Chain, box: Any, shape: tuple[int, ...]) -> ExecutedNetwork:
 
 @pytest.mark.parametrize("kind", ["dense", "images", "shifted", "tanh"])
 def test_bounds_hold_for_what_is_executed_and_rounding_counts(kind) -> None:
-    """In bfloat16, on boxes of a single point: there the bound is of rounding alone, and what is executed is often below the exact value."""
+    """In bfloat16, on boxes of a single point: there the bound consists of rounding only, and the executed value is often below the exact one."""
     torch.manual_seed(3)
     shape: tuple[int, ...] = (6,)
     model = network(6, 32, 24, 4, seed=1)
@@ -202,7 +202,7 @@ def test_bounds_hold_for_what_is_executed_and_rounding_counts(kind) -> None:
 
 
 def test_roundings_that_add_up_are_covered() -> None:
-    """Twenty additions in bfloat16 that each round back to 1: what is executed is 8 units of 1 below the exact sum, and a relu behind it is on."""
+    """Twenty additions in bfloat16 that each round back to 1: the executed value is 8 below the exact sum, and a relu after it is active."""
     shifts = [Shift(torch.tensor([0.4 * 2.0**-7])) for _ in range(20)]
     behind, last = nn.Linear(1, 1), nn.Linear(1, 2)
     with torch.no_grad():

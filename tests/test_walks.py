@@ -149,7 +149,7 @@ def test_a_walk_refuses_a_layer_that_it_does_not_name(name, walk) -> None:
 
 @pytest.mark.parametrize("walk", sorted(WALKS.keys() - {"quadratic constraints"}))  # which does not know the last two kinds
 def test_the_same_walks_accept_what_they_name(walk) -> None:
-    """The refusals above are not those of something else in the model."""
+    """The refusals above are not caused by something else in the model."""
     WALKS[walk](around(nn.Tanh()))
 
 
@@ -223,7 +223,7 @@ def test_curves_and_constraints_are_of_named_layers() -> None:
 
 
 def test_the_quadratic_dual_takes_no_other_curve_for_relu() -> None:
-    """Whatever `sdp_why_not` says, the form itself is of relu."""
+    """The form itself is for relu only, independently of `sdp_why_not`."""
     model = around(nn.Tanh()).double()
     net = mlp_network.network_of(model, (6,), context())
     ball = linear.Ball(X.double(), torch.full((2,), 0.1, dtype=torch.float64), "l2")
@@ -232,7 +232,7 @@ def test_the_quadratic_dual_takes_no_other_curve_for_relu() -> None:
 
 
 def test_tokens_of_layers_that_nobody_named_may_move() -> None:
-    """What moves the tokens in front of the last one is not proved by the method for single tokens."""
+    """A layer that changes tokens before the last one is not covered by the method for single tokens."""
 
     def chain(*layers: nn.Module) -> Chain:
         parts = {"embed_tokens": nn.Embedding(7, 4), **{f"layer{i}": layer for i, layer in enumerate(layers)}, "head": nn.Linear(4, 7)}
@@ -304,7 +304,7 @@ def small(layer: type[nn.Module]) -> nn.Module:
 
 
 def test_tables_of_slope_one_have_slope_one() -> None:
-    """Training takes these layers for 1-Lipschitz and for monotone: so say their rules."""
+    """Training assumes that these layers are 1-Lipschitz and monotone; their rules confirm it."""
     one = torch.ones(1, dtype=torch.float64)
     for kind in {*losses._ONE, *ibp._MONOTONE}:
         layer = small(kind).double()

@@ -117,7 +117,7 @@ def test_certificates_verify_from_their_files(path) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_callable_whose_weights_are_not_finite_is_refused(monkeypatch, value) -> None:
-    """By `load`, as by every command: the file of one of ours is checked in the same way."""
+    """Files of robustlip are checked in the same way by `load` and by every command."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     monkeypatch.setitem(sys.modules, "spoiled_for_this_test", SimpleNamespace(model=model))
     assert load("spoiled_for_this_test:model") is not model
