@@ -135,8 +135,8 @@ class Attack(ABC):
     @property
     def described(self) -> str:
         """Its name and settings on one line, for tables."""
-        said = ", ".join(f"{key} {_plain(value)}" for key, value in self.settings.items() if value is not None)
-        return f"{self.name} ({said})" if said else self.name
+        options = ", ".join(f"{key} {_plain(value)}" for key, value in self.settings.items() if value is not None)
+        return f"{self.name} ({options})" if options else self.name
 
     def check_threat(self, threat: Threat) -> None:  # noqa: B027  (most attacks take every threat)
         """Raises BadInput for a threat that this attack does not support for any model."""

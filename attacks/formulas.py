@@ -337,10 +337,10 @@ def explain(model: nn.Module, claim: Claim) -> str:
     if claim.formula == "newhouse2025":
         repaired = {i: newhouse2025(model, {i}).value for i in (1, 2, 4, 7)}
         worst = max(repaired, key=lambda i: repaired[i])
-        said = newhouse2025(model).value
-        if repaired[worst] <= said * (1 + 1e-9):
+        uncorrected = newhouse2025(model).value
+        if repaired[worst] <= uncorrected * (1 + 1e-9):
             return f"None of its mistakes alone lowers this value (docs/theory.md, section 5): {MISTAKES[5]}."
-        instead = f"corrected, the formula gives {repaired[worst]:.4g} instead of {said:.4g} (RMS)"
+        instead = f"corrected, the formula gives {repaired[worst]:.4g} instead of {uncorrected:.4g} (RMS)"
         return f"Mistake {worst} of the published formula: {MISTAKES[worst]}; {instead}."
     if claim.formula == "product":
         kinds = {type(m) for m in model.modules()}

@@ -65,7 +65,7 @@ def _read(path: Path, tensors_of: Callable[[Any], dict[str, Tensor]]) -> tuple[d
     from safetensors import SafetensorError, safe_open
 
     if not is_file(path):
-        raise BadInput(f"expected a .safetensors file, got {path}, which is not there; check the path")
+        raise BadInput(f"expected a .safetensors file, got {path}, which does not exist; check the path")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata, tensors = file.metadata() or {}, tensors_of(file)
@@ -140,6 +140,6 @@ def load_into(path: Path, build: Build) -> nn.Module:
     model.load_state_dict(tensors)
     check_finite_weights(model, path.name)
     if weights_sha256(model) != header.get("weights_sha256"):
-        said = str(header.get("weights_sha256"))[:12]
-        raise BadInput(f"expected weights with SHA-256 {said}… in {path.name}, got others; the file was altered")
+        stated = str(header.get("weights_sha256"))[:12]
+        raise BadInput(f"expected weights with SHA-256 {stated}… in {path.name}, got others; the file was altered")
     return model.eval()

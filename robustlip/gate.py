@@ -247,7 +247,7 @@ def gate(
     """
     if policy.require_attack and attack is None:
         raise BadInput(f"expected the attack {policy.attack!r} that the policy requires, got none; pass attack=")
-    chain, refusal = _as_asked(model, policy.dtype, data.x)
+    chain, refusal = _in_policy_dtype(model, policy.dtype, data.x)
     found = _Found()
     try:
         usable = _verified(found, policy, model, data, certificates or (), refusal, batch_size, advance)
@@ -367,14 +367,14 @@ def _so_far(stopped: Interrupted, data: Dataset, radius: float) -> str:
     return f"{NOT_MEASURED} after {stopped.done} of {stopped.total} samples, {certified} of them certified"
 
 
-def _as_asked(model: nn.Module, dtype: str, x: torch.Tensor) -> tuple[nn.Module, str]:
+def _in_policy_dtype(model: nn.Module, dtype: str, x: torch.Tensor) -> tuple[nn.Module, str]:
     """The model in the dtype of the policy, and the reason why it cannot be certified under any threat ('' if it can)."""
-    asked = cast(model, dtype)
+    converted = cast(model, dtype)
     try:
-        chain_of(asked, x)
+        chain_of(converted, x)
     except UnsupportedLayer as error:
-        return asked, str(error)
-    return asked, ""
+        return converted, str(error)
+    return converted, ""
 
 
 def _proof(

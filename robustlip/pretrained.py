@@ -186,10 +186,10 @@ def _check_size(model: nn.Module, weights: list[Path], folder: Path) -> None:
 def _normalize(folder: Path) -> Normalize:
     """The normalisation of the folder's image processor, for images in [0, 1] of the right size."""
     path = folder / "preprocessor_config.json"
-    said = _table(path) if path.is_file() else {}
-    if not said.get("do_normalize", bool(said)):
+    config = _table(path) if path.is_file() else {}
+    if not config.get("do_normalize", bool(config)):
         return Normalize()
-    return _normalized(said.get("image_mean", (0.0,) * 3), said.get("image_std", (1.0,) * 3), folder)
+    return _normalized(config.get("image_mean", (0.0,) * 3), config.get("image_std", (1.0,) * 3), folder)
 
 
 def _normalized(mean: Any, std: Any, folder: Path) -> Normalize:

@@ -55,7 +55,7 @@ def as_samples(x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(x, DataLoader | TorchDataset | Dataset):
         if y is not None:
-            raise BadInput(f"expected labels from the {type(x).__name__} alone, got others beside it; leave y out")
+            raise BadInput(f"expected labels from the {type(x).__name__} only, got y too; leave y out")
         x, y = (x.x, x.y) if isinstance(x, Dataset) else _loaded(x)
         return _inputs(x), _labels(y, len(x))
     x = _inputs(x)

@@ -44,7 +44,7 @@ def errors_of(*specs: str) -> Iterator[None]:
         if guilty is None:
             raise
         raise BadInput(
-            f"expected a model that runs, got {described(error)} from {guilty!r}{place(error, guilty)}; call it by itself on such inputs to see why"
+            f"expected a model that runs, got {described(error)} from {guilty!r}{place(error, guilty)}; run it on such inputs to see why"
         ) from error
 
 

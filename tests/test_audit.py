@@ -359,7 +359,7 @@ def test_the_command_exits_with_3_on_the_published_formula_and_0_on_ours(tmp_pat
         (("digits-mlp-lipschitz", "--claim", "3", "--units", "miles"), "units"),
         (("digits-mlp-lipschitz", "--domain", "3"), "--claim"),
         (("digits-mlp-lipschitz", "--claim", "3", "--worst-weights"), "formula"),
-        (("digits-mlp-lipschitz", "--witness", "nowhere.safetensors"), "not there"),
+        (("digits-mlp-lipschitz", "--witness", "nowhere.safetensors"), "does not exist"),
         (("nonsense",), "zoo model"),
     ],
 )

@@ -824,7 +824,7 @@ def test_cut_files_and_other_files_are_refused(tmp_path) -> None:
     zipped(path, {"args.npy": HEADER + npy_object({})}, comment=b"x" * 40)
     with pytest.raises(BadInput, match="comment"):
         members(path)
-    with pytest.raises(BadInput, match="not there"):
+    with pytest.raises(BadInput, match="does not exist"):
         members(tmp_path / "nowhere.npz")
 
 
@@ -918,7 +918,7 @@ def test_the_command_reads_logs(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "more", "sentence"),
     [
-        ("nowhere.npz", None, (), "not there"),
+        ("nowhere.npz", None, (), "does not exist"),
         ("x.npz", b"PK\x03\x04 nothing", (), "zip"),
         ("x.bin", b"\x00\x01\x02\x03", (), "neither"),
         ("x.pkl", pickle.dumps(SHELL), (), "neither"),

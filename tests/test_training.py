@@ -606,7 +606,7 @@ def test_model_files_round_trip_and_lies_are_refused(tmp_path) -> None:
     (tmp_path / "flip.safetensors").write_bytes(flipped)
     with pytest.raises(BadInput, match="SHA-256"):
         load_into(tmp_path / "flip.safetensors", build)
-    with pytest.raises(BadInput, match="not there"):
+    with pytest.raises(BadInput, match="does not exist"):
         load_into(tmp_path / "none.safetensors", build)
 
     tensors, header = load_tensors(path)

@@ -27,8 +27,8 @@ def worst_layers(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[W
     if chain.embedding_depth == 0:
         module, x = worst_mlp(chain)
         model = as_chain(module)
-        said = formulas.claim_of(model, claim.formula).in_units(claim.units)
-        out.append(_worst_layer("model", "mlp", "every matrix's spectral norm", model, said, x[None, None], x.shape[0], seed, steps))
+        bound = formulas.claim_of(model, claim.formula).in_units(claim.units)
+        out.append(_worst_layer("model", "mlp", "every matrix's spectral norm", model, bound, x[None, None], x.shape[0], seed, steps))
         return tuple(out)
     seen: set[tuple[Any, ...]] = set()
     for name, layer, domain in formulas.norms_in_front(chain, claim.formula):
@@ -42,17 +42,17 @@ def worst_layers(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[W
             for per_head in (False, True) if claim.formula == "ours" else (False,):
                 found = worst_attention_like(layer, domain=domain, per_head=per_head, tokens=max(3, min(layer.heads, 8)), seed=seed)
                 kept = "every head's spectral norm" if per_head else "every matrix's spectral norm"
-                said = formulas.layer_claim(found.layer, claim.formula, domain)
+                bound = formulas.layer_claim(found.layer, claim.formula, domain)
                 module = nn.Sequential(found.layer)
                 out.append(
-                    _worst_layer(name, "attention", kept, module, said, found.x, found.x.shape[1:], seed, steps, found.direction)
+                    _worst_layer(name, "attention", kept, module, bound, found.x, found.x.shape[1:], seed, steps, found.direction)
                 )
         else:
             assert isinstance(layer, nn.Sequential)
             module, x = worst_mlp(layer, domain)
-            said = formulas.layer_claim(module, claim.formula, domain)
+            bound = formulas.layer_claim(module, claim.formula, domain)
             out.append(
-                _worst_layer(name, "mlp", "every matrix's spectral norm", module, said, x[None, None], (1, len(x)), seed, steps)
+                _worst_layer(name, "mlp", "every matrix's spectral norm", module, bound, x[None, None], (1, len(x)), seed, steps)
             )
     if not out:
         raise BadInput("expected attention or MLP layers in the paper's form for --worst-weights, got none; audit the weights as they are")
@@ -60,15 +60,15 @@ def worst_layers(chain: Chain, claim: Claim, seed: int, steps: Steps) -> tuple[W
 
 
 def _worst_layer(
-    name: str, part: str, kept: str, module: nn.Sequential, said: Claim, x: Tensor, shape: Any, seed: int, steps: Steps,
+    name: str, part: str, kept: str, module: nn.Sequential, bound: Claim, x: Tensor, shape: Any, seed: int, steps: Steps,
     direction: Tensor | None = None,
 ) -> WorstLayer:  # fmt: skip
     tokens = isinstance(shape, (tuple, torch.Size))
-    f = Map(copy.deepcopy(module), tuple(shape) if tokens else (shape,), tokens=tokens, domain=said.domain)
+    f = Map(copy.deepcopy(module), tuple(shape) if tokens else (shape,), tokens=tokens, domain=bound.domain)
     generator = torch.Generator().manual_seed(seed)
-    size = said.domain if said.domain is not None else 1.0
+    size = bound.domain if bound.domain is not None else 1.0
     if direction is None:
         direction = torch.zeros_like(x)
         direction[..., 0] = 1.0
     a, b, found, *_ = find_pair(f, x.double(), size, replace(steps, ascent=min(steps.ascent, 20)), generator, direction)
-    return WorstLayer(said.formula, name, part, kept, said.value, found * said.unit(), said.units, said.domain, tokens, module, a, b)
+    return WorstLayer(bound.formula, name, part, kept, bound.value, found * bound.unit(), bound.units, bound.domain, tokens, module, a, b)

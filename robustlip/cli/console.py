@@ -93,9 +93,9 @@ class Out:
 
         # Piped text has no width of its own, unless COLUMNS gives one: 120 columns fit every table.
         stream = sys.stderr if self.json_to == STDOUT else sys.stdout
-        asked = os.environ.get("COLUMNS", "")
-        said = stream.isatty() or (len(asked) < 5 and asked.isdecimal() and int(asked) >= 20)
-        return Console(file=stream, width=None if said else WIDTH, highlight=False, soft_wrap=False)
+        columns = os.environ.get("COLUMNS", "")
+        has_width = stream.isatty() or (len(columns) < 5 and columns.isdecimal() and int(columns) >= 20)
+        return Console(file=stream, width=None if has_width else WIDTH, highlight=False, soft_wrap=False)
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr if self.json_to == STDOUT else sys.stdout, flush=True)
@@ -171,21 +171,21 @@ class Progress:
         self._bar.stop()
 
 
-def choose_device(asked: str | None, out: Out) -> str:
+def choose_device(requested: str | None, out: Out) -> str:
     """The device to compute on; its name is printed. Raises BadInput if the requested device is not available."""
     import torch
 
-    if asked is None:
+    if requested is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     else:
         try:
-            if torch.device(asked).type == "meta":
+            if torch.device(requested).type == "meta":
                 raise RuntimeError("tensors on it have no values")
-            device = str(torch.device(asked))
+            device = str(torch.device(requested))
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = first_line(error, 120)
-            raise BadInput(f"expected a device that torch can use here, got {asked!r} ({reason}); leave --device out or use cpu") from None
+            raise BadInput(f"expected a device that torch can use here, got {requested!r} ({reason}); leave --device out or use cpu") from None
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{(n := torch.get_num_threads())} thread{'s' if n > 1 else ''}"
     out.say(f"device: {device} ({name})")
     return device

@@ -45,7 +45,7 @@ def import_(
         named = ", ".join(f"--{option.replace('_', '-')}" for option in columns)
         raise BadInput(f"expected {named} with --data, got it without, so that nothing is measured; name the data, or leave it out")
     if not file.is_file():
-        raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which is not there; check the path")
+        raise BadInput(f"expected a checkpoint (.npz) or log (.json), got {file}, which does not exist; check the path")
     with file.open("rb") as stream:
         start = stream.read(4)
     if start[:2] != b"PK":
@@ -72,7 +72,7 @@ def _characters(path: Path) -> str:
     from robustlip.data.text import read_text
 
     if not path.is_file():
-        raise BadInput(f"expected a text file with the characters of token ids, got {path}, which is not there; check the path")
+        raise BadInput(f"expected a text file with the characters of token ids, got {path}, which does not exist; check the path")
     return read_text(path)
 
 

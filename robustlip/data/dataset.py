@@ -82,7 +82,7 @@ def choose_rows(total: int, limit: int | None, seed: int) -> np.ndarray:
     """
     check_limit(limit)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise BadInput(f"expected a seed from 0 to 2**32 - 1, got {seed!r}; give such an integer")
+        raise BadInput(f"expected an integer seed from 0 to 2**32 - 1, got {seed!r}; give one")
     if limit is None or limit >= total:
         return np.arange(total, dtype=np.int64)
     return np.sort(np.random.RandomState(seed).permutation(total)[:limit]).astype(np.int64)

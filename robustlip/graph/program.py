@@ -238,9 +238,9 @@ def _export(module: nn.Module, example: Tensor) -> tuple[torch.export.ExportedPr
         ) from error
 
 
-def _guarded(said: str) -> str:
+def _guarded(message: str) -> str:
     """The condition on the batch size that torch.export reports, other than that it exceeds 1; '' if there is none."""
-    guards = re.findall(r"satisfy the generated guard ([^\n]*)", said)
+    guards = re.findall(r"satisfy the generated guard ([^\n]*)", message)
     plain = re.compile(r"[^<>=!]*(2 <= L\['x'\]\.size\(\)\[0\]|L\['x'\]\.size\(\)\[0\] != 1)\.?\s*")
     return next((guard for guard in guards if not plain.fullmatch(guard)), "")
 

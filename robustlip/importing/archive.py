@@ -25,7 +25,7 @@ _HEADER = re.compile(r"\{'descr': '(\|O)', 'fortran_order': (?:True|False), 'sha
 
 def _listed(path: Path) -> dict[str, zipfile.ZipInfo]:
     if not path.is_file():
-        raise BadInput(f"expected a checkpoint file, got {path}, which is not there; check the path")
+        raise BadInput(f"expected a checkpoint file, got {path}, which does not exist; check the path")
     if path.stat().st_size > MAX_FILE:
         raise BadInput(f"expected a checkpoint of at most {MAX_FILE} bytes, got {path.name} with {path.stat().st_size}; it is not one of the paper's")
     try:

@@ -212,10 +212,10 @@ def _confirm(checkpoint: Checkpoint, names: list[str]) -> str:
     worst = max(off, key=lambda name: off[name])
     if off[worst] <= AGREEMENT:
         return f"the {len(shared)} norms in the log agree with those of the weights, by name, to {off[worst]:.1e}"
-    said = f"the norm of {worst} in the log is off by {100 * min(off[worst], 9.99):.1f} %"
+    difference = f"the norm of {worst} in the log is off by {100 * min(off[worst], 9.99):.1f} %"
     if not _same_step(log, checkpoint):
-        return f"{said}: it was logged at another step than these weights were saved, so it does not confirm their order"
-    raise BadInput(f"expected weights with the norms that the file logs for them, but {said}; the file was altered, or comes from other code")
+        return f"{difference}: it was logged at another step than these weights were saved, so it does not confirm their order"
+    raise BadInput(f"expected weights with the norms that the file logs for them, but {difference}; the file was altered, or comes from other code")
 
 
 def _same_step(log: Log, checkpoint: Checkpoint) -> bool:

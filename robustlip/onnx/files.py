@@ -37,7 +37,7 @@ TORCH = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: tor
 
 @dataclass
 class Node:
-    """One operation of a graph. attributes: numbers, texts, tensors and lists of them. asked: the names of attributes that were read.
+    """One operation of a graph. attributes: numbers, texts, tensors and lists of them. used_attributes: those that were read.
 
     opset: of the file; it determines the version of the operation.
     """
@@ -48,7 +48,7 @@ class Node:
     outputs: list[str]
     attributes: dict[str, Any]
     opset: int
-    asked: set[str] = field(default_factory=set)
+    used_attributes: set[str] = field(default_factory=set)
 
     @property
     def where(self) -> str:
@@ -63,7 +63,7 @@ class Node:
 
     def get(self, name: str, kind: type, default: Any) -> Any:
         """An attribute of that kind; list means a list of integers."""
-        self.asked.add(name)
+        self.used_attributes.add(name)
         if name not in self.attributes:
             return default
         value = self.attributes[name]

@@ -71,7 +71,7 @@ class Reading:
             found = list(made) if isinstance(made, list | tuple) else [made]
             if any(name and i >= len(found) for i, name in enumerate(node.outputs)):
                 raise node.refuse("it has outputs that are not supported")
-            if unread := sorted(set(node.attributes) - node.asked - {"consumed_inputs"}):
+            if unread := sorted(set(node.attributes) - node.used_attributes - {"consumed_inputs"}):
                 raise node.refuse(f"its attribute {shown(unread[0], 60)} is not supported")
             for name, value in zip(node.outputs, found, strict=False):
                 if name in self.values:
@@ -567,7 +567,7 @@ def _dropout(b: Builder, node: Node, args: list[Argument]) -> Value:
 def _cast(b: Builder, node: Node, args: list[Argument]) -> Value:
     count(node, args, 1, 1)
     x, to = dependent(node, args), node.attributes.get("to")
-    node.asked |= {"to", "saturate", "round_mode"}
+    node.used_attributes |= {"to", "saturate", "round_mode"}
     names = {"FLOAT": 1, "DOUBLE": 11, "INT64": 7, "INT32": 6, "BOOL": 9, "FLOAT16": 10}
     to = names.get(to, to) if isinstance(to, str) else to
     if to not in TORCH:
@@ -849,7 +849,7 @@ def _constant(b: Builder, node: Node, args: list[Argument]) -> Tensor:
     if len(node.attributes) != 1:
         raise node.refuse("it does not contain one constant", "correct the file")
     ((name, value),) = node.attributes.items()
-    node.asked.add(name)
+    node.used_attributes.add(name)
     if name == "value" and isinstance(value, Tensor):
         return value
     if name in ("value_float", "value_floats") and isinstance(value, float | list):
@@ -864,7 +864,7 @@ def _constant_of_shape(b: Builder, node: Node, args: list[Argument]) -> Tensor:
     count(node, args, 1, 1)
     shape = integers(node, args, 0, "shape")
     value = node.attributes.get("value", torch.zeros(1))
-    node.asked.add("value")
+    node.used_attributes.add("value")
     if shape is None or any(n < 0 for n in shape) or math.prod(shape) > LARGEST_VALUE // 8 or not isinstance(value, Tensor) or value.numel() != 1:
         raise node.refuse(f"its shape is {shape and shape[:9]}, or its value is not a number", "correct the file")
     return value.reshape([1] * len(shape)).expand(shape).clone()

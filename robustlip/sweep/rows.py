@@ -104,9 +104,9 @@ def _check_proved(row: Row, place: Path) -> None:
     from robustlip.models.zoo import load
 
     model = load(place / f"{row.name}.safetensors")
-    said = [row.weights_sha256 == weights_sha256(model), 0 <= (row.accuracy or 0.0) <= 1]
+    agrees = [row.weights_sha256 == weights_sha256(model), 0 <= (row.accuracy or 0.0) <= 1]
     bound = lipschitz_bound(model)
     for value, key in ((row.bound_rms, "rms"), (row.bound_l2, "l2")):
-        said.append(value is not None and (value == bound[key] or math.isclose(value, float(bound[key]), rel_tol=1e-6)))
-    if not all(said):
+        agrees.append(value is not None and (value == bound[key] or math.isclose(value, float(bound[key]), rel_tol=1e-6)))
+    if not all(agrees):
         raise BadInput(f"expected the row of the model in its folder in {place / 'row.json'}, got other values; remove that file to train it again")
