@@ -388,7 +388,7 @@ def test_a_killed_run_goes_on_at_its_place_in_the_data(source: str, tmp_path: Pa
 
     def restore(self: TokenStream, state: dict) -> None:
         real(self, state)
-        read.append(self._pieces[0].document)
+        read.append(self._tokenised[0].document)
 
     monkeypatch.setattr(TokenStream, "restore", restore)
     resumed, uninterrupted = train(spec, tmp_path / "parts"), train(spec, tmp_path / "whole")
