@@ -288,7 +288,7 @@ def test_certify_says_why_nothing_is_proved_and_whose_weights(capsys) -> None:
     digits = "digits-mlp-lipschitz"
     assert run("certify", digits, "--data", "digits:test", "--limit", "3", "--method", "global", "--dtype", "bfloat16", "--json", "c.json") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "not certified because the margin is not above what bfloat16 rounding and the bound can move (3)" in shown
+    assert "not certified because the margin does not exceed the error bound of bfloat16 rounding (3)" in shown
     model = zoo.load(digits)
     own, cast = weights_sha256(model), weights_sha256(model.to(torch.bfloat16))
     assert f"weights {own}" in shown and f"as bfloat16 {cast}" in shown and own != cast

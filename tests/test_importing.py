@@ -797,10 +797,10 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path) -> None:
     with pytest.raises(BadInput, match="bytes"):
         read_object(path, "args")
     many = zipped(tmp_path / "y.npz", {f"w{i}.npy": HEADER for i in range(11)}, zipfile.ZIP_STORED)
-    # The unpacked size stands behind a packed size, which is the same here.
+    # The decompressed size follows a compressed size, which is the same here.
     size = struct.pack("<I", len(HEADER))
     many.write_bytes(many.read_bytes().replace(size + size + b"\x06\x00", size + struct.pack("<I", 150 * 2**20) + b"\x06\x00"))
-    with pytest.raises(BadInput, match="unpacked"):
+    with pytest.raises(BadInput, match="decompressed bytes"):
         members(many)
 
 

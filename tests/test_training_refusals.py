@@ -221,8 +221,8 @@ def test_a_checked_model_trains_as_before(tmp_path: Path) -> None:
     ("config", "sentence"),
     [
         ({"kind": "mlp", "widths": [4, 3], "colour": 1}, "got colour;"),
-        ({"kind": "lipschitz-gpt", "vocabulary": "ab", "heads": 4.0}, "whole number as heads"),
-        ({"kind": "lipschitz-gpt", "vocabulary": "ab", "blocks": True}, "whole number as blocks"),
+        ({"kind": "lipschitz-gpt", "vocabulary": "ab", "heads": 4.0}, "integer as heads"),
+        ({"kind": "lipschitz-gpt", "vocabulary": "ab", "blocks": True}, "integer as blocks"),
         ({"kind": "mlp"}, "widths"),
         ({"kind": "mlp", "widths": "abc"}, "check the recipe"),
         ({"kind": "mlp", "widths": [4, 3.5]}, "check the recipe"),
