@@ -61,7 +61,7 @@ def lipschitz_blocks(
     alpha = 1 / (2 * blocks) if alpha is None else alpha
     hidden = 4 * width if hidden is None else hidden
     if type(hidden) is not int or hidden < 1 or (activation == "maxmin" and hidden % 2):
-        raise BadInput(f"expected an MLP width of at least 1, even for maxmin, which takes pairs, got {hidden!r}; give such a number")
+        raise BadInput(f"expected an MLP width of at least 1, even for maxmin, which takes pairs, got {hidden!r}; give one")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(blocks):
         attention: nn.Module = Attention(width, heads, scale=scale, causal=causal, distance_bias=distance_bias, distance_peaks=distance_peaks)

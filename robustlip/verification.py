@@ -353,7 +353,7 @@ def _compare(
             if by_search:
                 why = f"the search of method {sample.method!r} ended at another point here; certify again, or with a method that does not search"
             elif excused:
-                why = f"rounding where it was made (torch {file.versions['torch']}, {file.device}) can explain it; certify on this machine"
+                why = f"rounding on the machine that made it (torch {file.versions['torch']}, {file.device}) can explain it; certify on this machine"
             found.append(Finding("radius", f"{sentence}; {why}", sample.index, unsound=not excused))
         elif p != sample.prediction:
             sentence = f"expected the prediction {p} for sample {sample.index} (recomputed), got {sample.prediction} in the file; certify again"

@@ -317,7 +317,7 @@ def test_all_methods_in_one_table_and_one_document(place, capsys):
     assert set(ran) == set(METHODS) - {"lipsdp"} and set(document["left_out"]) == {"lipsdp"}
     for name in METHODS:
         assert name in shown
-    assert "no certificate" in shown and "lipsdp left out: takes minutes" in shown and "attack 'min'" in shown
+    assert "not a certificate" in shown and "lipsdp left out: takes minutes" in shown and "attack 'min'" in shown
     assert all(0 <= row["fraction_of_attack"] <= 1 and row["seconds"] > 0 for row in ran.values())
     assert ran["sdp"]["fraction_of_attack"] > ran["global"]["fraction_of_attack"] > 0
     assert document["best_of_these"]["median_radius"] >= max(row["median_radius"] for row in ran.values())
