@@ -37,7 +37,7 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
                 raise BadInput(
-                    f"expected a folder that no other process writes to, got {folder}, in which a {what} is running; wait for its end, or name another"
+                    f"expected a folder that no other process writes to, got {folder}, in which a {what} is running; wait, or name another"
                 ) from None
         yield
     finally:
