@@ -58,7 +58,7 @@ def test_gain_is_above_the_true_norm_for_every_option(seed, size, kernel, stride
     assert math.prod(constants.out) == matrix.shape[0]
     truth = float(torch.linalg.matrix_norm(matrix, 2))
     assert truth <= constants.gain * (1 + 1e-12)
-    assert truth <= float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) * constants.reach * (1 + 1e-12)
+    assert truth <= float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) * constants.window_gain * (1 + 1e-12)
     assert float(matrix.norm(dim=0).max()) <= constants.from_l1 * (1 + 1e-12)
     signs = torch.where(torch.randn(64, matrix.shape[1], dtype=torch.float64) > 0, 1.0, -1.0).double()
     cube = (torch.cat([signs, matrix.sign()]) @ matrix.T).norm(dim=-1).max()
@@ -66,7 +66,7 @@ def test_gain_is_above_the_true_norm_for_every_option(seed, size, kernel, stride
     # Rounding: |W| as a convolution, in ℓ2.
     with torch.no_grad():
         layer.weight.abs_()
-    assert float(torch.linalg.matrix_norm(dense(layer, shape), 2)) <= constants.reach * constants.frobenius * (1 + 1e-12)
+    assert float(torch.linalg.matrix_norm(dense(layer, shape), 2)) <= constants.window_gain * constants.frobenius * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
@@ -76,7 +76,7 @@ def test_gain_is_near_the_true_norm(mode) -> None:
     truth = float(torch.linalg.matrix_norm(dense(layer, (3, 12, 12)), 2))
     gain = change(layer, (3, 12, 12))
     assert truth <= gain <= truth * (1.001 if mode == "circular" else 1.1)
-    assert gain < Convolution.of(layer, (3, 12, 12)).reach * float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2))
+    assert gain < Convolution.of(layer, (3, 12, 12)).window_gain * float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2))
 
 
 def test_a_matrix_norm_alone_is_no_bound() -> None:

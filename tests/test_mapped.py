@@ -21,7 +21,7 @@ from robustlip.domains.lines.stages import DenseStage, MapStage
 from robustlip.domains.norms import Context
 from robustlip.errors import UnsupportedLayer
 from robustlip.layers import GroupSort, MaxMin, Residual, as_chain
-from robustlip.ops.maps import Mixing, OnPart, ScaleMap, Series, map_of
+from robustlip.ops.maps import Mixing, PartialMap, ScaleMap, Series, map_of
 from robustlip.threats import InputBall
 
 NETS = {
@@ -186,7 +186,7 @@ def test_series_of_maps_and_mixtures_have_their_adjoints() -> None:
     torch.manual_seed(0)
     inner = map_of(nn.Conv2d(2, 3, 2).double().requires_grad_(False), (2, 3, 3))
     mixing = Mixing.of(18, (torch.randint(18, (22,)), 0.5), (torch.randint(18, (22,)), torch.randn(22, dtype=torch.float64)))
-    parts = (mixing, OnPart.of(inner, 4), Mixing.of(16, (torch.arange(16).flip(0), -1.0)))
+    parts = (mixing, PartialMap.of(inner, 4), Mixing.of(16, (torch.arange(16).flip(0), -1.0)))
     series = Series.of(parts)
     matrix = series.apply(torch.eye(18, dtype=torch.float64)).mT
     torch.testing.assert_close(series.adjoint(torch.eye(16, dtype=torch.float64)), matrix, rtol=1e-12, atol=1e-12)

@@ -19,7 +19,7 @@ from robustlip.layers import Clamp, ScaledGELU
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.ops import Elementwise, elementwise_layers, elementwise_of, is_elementwise, register_elementwise
 from robustlip.ops.elementwise import RELU, kinks, ulps
-from robustlip.ops.piecewise import stated
+from robustlip.ops.piecewise import parameter_error
 
 # How to make a layer of each class; a registered class without a line here is made without arguments.
 MADE: dict[str, nn.Module] = {
@@ -177,14 +177,14 @@ def test_the_minimum_is_where_it_is_said(facts) -> None:
 
 
 def test_bend_bounds_what_is_beyond_the_tangent(facts) -> None:
-    if facts.bend is None:
+    if facts.local_curvature is None:
         return
     g = torch.Generator().manual_seed(0)
     z = 4 * torch.randn(4000, 1, dtype=torch.float64, generator=g)
     reach = 10 ** (4 * torch.rand(4000, 1, dtype=torch.float64, generator=g) - 3)
     step = reach * torch.linspace(-1, 1, 41, dtype=torch.float64)
     rest = facts.value(z + step) - facts.value(z) - facts.derivative(z) * step
-    convex, concave = (k.clamp_min(0) for k in facts.bend(z.abs(), reach))
+    convex, concave = (k.clamp_min(0) for k in facts.local_curvature(z.abs(), reach))
     assert bool((rest <= 0.5 * convex * step**2 + 1e-14).all()) and bool((rest >= -0.5 * concave * step**2 - 1e-14).all())
 
 
@@ -259,7 +259,7 @@ def test_rounded_parameters_are_counted() -> None:
             lost = (layer(x).double() - facts.value(x.double())).abs()
             assert bool((lost > 0).any()) and bool((lost <= facts.error(x.double().abs(), 1.0, Arithmetic(dtype))).all())
     half = Arithmetic(torch.bfloat16)
-    assert stated(0.75, half) == 0.0 and stated(0.1, half) >= abs(float(torch.tensor(0.1).bfloat16()) - 0.1) > 0
+    assert parameter_error(0.75, half) == 0.0 and parameter_error(0.1, half) >= abs(float(torch.tensor(0.1).bfloat16()) - 0.1) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is true of an operation, each fact once; one file per family. Every domain of bounds reads these."""
+"""Facts of operations: bounds of values, slopes, curvature and executed rounding errors; one file per family. All domains of bounds use these."""
 
 from robustlip.ops import formulas, piecewise, smooth  # noqa: F401  (each registers its functions)
 from robustlip.ops.elementwise import Elementwise, elementwise_layers, elementwise_of, is_elementwise, register_elementwise

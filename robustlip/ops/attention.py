@@ -1,8 +1,8 @@
-"""Attention, head by head: what execution loses in each of its steps. docs/theory.md, section 3.
+"""Attention, head by head: the execution error of each of its steps. docs/theory.md, section 3.
 
-x_t → q, k, v of width d → rotation → logits c·q·k + mask → softmax → weighted sum; c = s/d in the paper. All kernels that a certificate covers
-compute these steps, in any order of summation: torch's fused ones (a blockwise softmax calls exp once more per block of at least 16 keys), and
-matmul, a product or quotient, a mask, softmax, matmul ('logits', 'query' and 'divide' of `Attention`).
+x_t → q, k, v of width d → rotation → logits c·q·k + mask → softmax → weighted sum; c = s/d in the paper. All covered kernels compute these steps, in
+any order of summation: torch's fused kernels (a blockwise softmax calls exp once more per block of at least 16 keys), and matmul, a product or
+quotient, a mask, softmax, matmul ('logits', 'query' and 'divide' of `Attention`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from robustlip.ops.elementwise import FUNCTION_ULPS
 
 
 def projection_error(frobenius: Tensor, norm: Tensor, width: int, head_width: int, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(W_h x) − W_h x‖₂ of one head's queries, keys or values, for ‖W_h‖_F ≤ frobenius, ‖x‖₂ ≤ norm, W_h (head_width, width)."""
+    """‖fl(W_h x) − W_h x‖₂ for the queries, keys or values of one head, ‖W_h‖_F ≤ frobenius, ‖x‖₂ ≤ norm, W_h (head_width, width)."""
     root = math.sqrt(head_width)
     error = arithmetic.gamma(width) * frobenius * norm + width * root * arithmetic.tiny
     return error + math.sqrt(width) * (frobenius + root * norm) * arithmetic.flushed  # subnormal inputs and weights
 
 
 def table_error(norm: Tensor, head_width: int, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(Rx) − Rx‖₂ of a query or key rotated by tables of cos and sin, for ‖x‖₂ ≤ norm: `rotation_error`, and numbers of the tables that vanish."""
+    """‖fl(Rx) − Rx‖₂ of a query or key rotated by tables of cos and sin, ‖x‖₂ ≤ norm: `rotation_error`, and table entries that are flushed."""
     return rotation_error(norm, head_width, arithmetic) + 2 * (norm + math.sqrt(head_width)) * arithmetic.flushed
 
 
 def rotation_error(norm: Tensor, head_width: int, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(Rx) − Rx‖₂ of a rotated query or key: cos and sin are rounded once, each number is a difference of two products, at most 6u of ‖x‖₂."""
+    """‖fl(Rx) − Rx‖₂ of a rotated query or key: cos and sin round once, and each entry is a difference of two products: at most 6u‖x‖₂."""
     return 6 * arithmetic.unit * norm + 4 * head_width * arithmetic.tiny
 
 
@@ -49,22 +49,22 @@ def logit_error(
 
 
 def shifted(error: Tensor, logit: Tensor, bias: float, arithmetic: RoundingModel) -> Tensor:
-    """The error of a logit once the bias (|bias| ≤ bias) was added and the row's maximum subtracted: both round at the size of the logits."""
+    """The error of a logit after the bias (|·| ≤ bias) is added and the row's maximum subtracted; both round at the size of the logits."""
     return error + 3 * arithmetic.unit * (2 * (logit + bias) + error)
 
 
 def mixing_error(length: int, arithmetic: RoundingModel) -> float:
-    """Relative error of Σ_j softmax_j v_j from exp on: exp (once more per block), the sum, the division, the weighted sum of `length` values."""
+    """The relative error of Σ_j softmax_j v_j from exp on: exp (once more per block), the sum, the division, the weighted sum of `length` values."""
     return arithmetic.gamma(2 * length + FUNCTION_ULPS * (2 + length // 16))
 
 
 def mixing_underflow(length: int, value: Tensor, head_width: int, arithmetic: RoundingModel) -> Tensor:
-    """What underflow takes from that sum, for ‖v_j‖₂ ≤ value: weights that vanish, and each of the products, `head_width` of them a token."""
+    """The underflow error of that sum for ‖v_j‖₂ ≤ value: of the weights, and of each of `head_width` products per token."""
     return 2 * length * arithmetic.tiny * (value + math.sqrt(head_width))
 
 
 def scaled_error(lost: Tensor, scale: float, norm: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
-    """The error of scale·y, `width` numbers, for ‖y‖₂ ≤ norm and |scale|·(the error of y) ≤ lost: the product and the scalar round."""
+    """The error of scale·y with `width` entries, for ‖y‖₂ ≤ norm and |scale|·(the error of y) ≤ lost: the product and the scalar round."""
     by, root = abs(scale), math.sqrt(width)
     lost = lost + 3 * arithmetic.unit * (by * norm + lost) + root * arithmetic.tiny
     return lost + (by * root + norm) * arithmetic.flushed
@@ -73,19 +73,20 @@ def scaled_error(lost: Tensor, scale: float, norm: Tensor, width: int, arithmeti
 def largest_in_kernel(
     projected: Tensor, value: Tensor, scale: float, tokens: int, dtype: torch.dtype, explicit: str | None = None
 ) -> Tensor:
-    """The largest number that a kernel may hold beside the logits. projected: of queries, keys and values; value: of values; scale: of the logits.
+    """The largest intermediate value of a kernel other than the logits. projected: bounds queries, keys and values; value: values; scale: of the
+    logits.
 
-    Rotations add two products; queries and keys may be multiplied by √scale each, queries by scale where a program does so; a blockwise softmax
-    sums e^(S_j − max)·v_j over all tokens before it divides. Sums of float16 numbers are float32, of which so many do not overflow.
+    Rotations add two products. Queries and keys may be multiplied by √scale each, or queries by scale. A blockwise softmax sums e^(S_j − max)·v_j
+    over all tokens before it divides. Sums of float16 numbers are computed in float32, where so many terms do not overflow.
     """
     turned = max(2.0, {None: math.sqrt(scale), "query": scale}.get(explicit, 1.0)) * projected
     return turned if dtype == torch.float16 else torch.maximum(turned, tokens * value)
 
 
 def within_mask(largest: Tensor, depth: float) -> Tensor:
-    """The largest logit that a kernel may hold, infinite where keys that a mask hides `depth` below 0 could be seen all the same.
+    """The largest logit that a kernel computes, or infinity where keys hidden by a mask of `depth` below 0 might have a weight.
 
-    A hidden key's weight is at most e^(2·largest − depth); less than e^(−10⁴) counts for zero in every dtype.
+    The weight of a hidden key is at most e^(2·largest − depth); values below e^(−10⁴) are 0 in every dtype.
     """
     if depth == math.inf:
         return largest

@@ -1,12 +1,12 @@
-"""Convolutions and pools of signals, images and volumes: windows, guaranteed constants, what execution loses. docs/theory.md, sections 1, 2 and 3.
+"""Convolutions and pooling of signals, images and volumes: windows, guaranteed constants, execution errors. docs/theory.md, sections 1, 2 and 3.
 
-All are the same three maps in a row. Padding copies numbers: with a number copied at most m times, ‖pad(x)‖₂ ≤ √m‖x‖₂. Windows copy numbers:
-with a number read by at most c windows and taps (padding included), ‖patches(x)‖_F ≤ √c‖x‖₂. Then a matrix, a mean or a maximum acts on each
-window. c is a product over the dimensions, so it is counted along each.
+All are three maps in series. Padding copies entries: if an entry is copied at most m times, ‖pad(x)‖₂ ≤ √m‖x‖₂. Windows copy entries: if an entry is
+read by at most c windows and taps (padding included), ‖patches(x)‖_F ≤ √c‖x‖₂. Then a matrix, a mean or a maximum acts on each window. c is a product
+over the dimensions.
 
-A convolution W without stride, on images already padded to (P, Q), is a part of the rows of the circular one on the torus (P, Q), since no window
-wraps; a stride deletes rows. So its operator norm is at most that of the circular convolution, max over frequencies of a norm of an out×in matrix
-(Sedghi, Gupta & Long 2019), and also at most √c·‖W as (out, in·kh·kw)‖₂. The second holds for a perturbation E of that matrix as well.
+A convolution W with stride 1, on images padded to (P, Q), consists of rows of the circular convolution on the torus (P, Q), because no window wraps
+around; a stride deletes rows. So its operator norm is at most that of the circular convolution, a maximum over frequencies of norms of out×in
+matrices (Sedghi, Gupta & Long 2019), and also at most √c·‖W as (out, in·kh·kw)‖₂. The second bound also holds for a perturbation E of that matrix.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Mean = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d | nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
 Maximum = nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d
-# What samples are called that have so many dimensions after their channels.
+# The names of samples by their number of dimensions after the channels.
 SAMPLES = {1: "signals (N, C, L)", 2: "images (N, C, H, W)", 3: "volumes (N, C, D, H, W)"}
 
 
 def for_signals(layer: nn.Module) -> bool:
-    """Whether a layer, or one inside of it, is for signals (N, C, L), whose samples have the shape of tokens."""
+    """Whether the layer, or one inside it, is for signals (N, C, L), whose samples have as many dimensions as tokens."""
     return any(type(m) in (CONVOLUTIONS[0], TRANSPOSED[0], *MEANS[::3], MAXIMA[0]) for m in layer.modules())
 
 
 def dimensions(layer: nn.Module) -> int:
-    """How many dimensions after the channels a layer of torch is for: 2 of Conv2d."""
+    """The number of dimensions after the channels of a torch layer: 2 for Conv2d."""
     return int(type(layer).__name__[-2])
 
 
@@ -59,17 +59,20 @@ def pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def padded_from(size: int, before: int, behind: int, mode: str = "zeros") -> Tensor:
-    """Which of `size` pixels each pixel of the padded row is a copy of, counted from 1; 0 is padding. mode: as in nn.Conv2d."""
+def padded_from(size: int, before: int, after: int, mode: str = "zeros") -> Tensor:
+    """The pixel, counted from 1, that each entry of the padded row is a copy of; 0 for padding. mode: as in nn.Conv2d."""
     source = torch.arange(1, size + 1, dtype=torch.float64)[None, None]
-    if before or behind:
-        source = F.pad(source, (before, behind), mode={"zeros": "constant"}.get(mode, mode))
+    if before or after:
+        source = F.pad(source, (before, after), mode={"zeros": "constant"}.get(mode, mode))
     return source[0, 0].long()
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How windows slide along one dimension. positions: how many; reads, copies: how often one number is read by windows, or copied by padding."""
+    """Windows along one dimension. positions: their number; reads, copies: how often an entry is read by windows, or copied by padding, at most.
+
+    padded: the padded size.
+    """
 
     positions: int
     reads: int
@@ -94,9 +97,9 @@ class Windows:
 
 
 def image_shape(layer: nn.Module, whole: tuple[int, ...] | None) -> Shape:
-    """(C, H, W) of the images before the layer, (C, L) of signals, (C, D, H, W) of volumes, whichever it is for.
+    """(C, H, W) of the images before the layer, (C, L) of signals, (C, D, H, W) of volumes.
 
-    Raises BadInput where samples are none, or nothing is known of their shape (None).
+    Raises BadInput where the samples are of another kind, or where their shape is not known (None).
     """
     count = dimensions(layer)
     if whole is None or len(whole) != count + 1:
@@ -107,15 +110,15 @@ def image_shape(layer: nn.Module, whole: tuple[int, ...] | None) -> Shape:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Guaranteed constants of one convolution on samples of one size."""
+    """Guaranteed constants of a convolution on samples of one size."""
 
-    gain: float  # ℓ2 → ℓ2, of the weights as they are
+    gain: float  # ℓ2 → ℓ2, of the unperturbed weights
     from_linf: float
     from_l1: float
-    matrix: float  # ‖W as (out, in·kh·kw)‖₂, which a relative WeightBall is measured by
-    reach: float  # √c: what a perturbation's matrix norm is multiplied by
-    frobenius: float  # of one group, the largest
-    bias: float | None  # ℓ2 norm of what is added, None where nothing is
+    matrix: float  # ‖W as (out, in·kh·kw)‖₂, the unit of a relative WeightBall
+    window_gain: float  # √c: ‖E as a convolution‖ ≤ window_gain·‖E as a matrix‖₂
+    frobenius: float  # the largest of all groups
+    bias: float | None  # ℓ2 norm of the added bias, None without one
     terms: int
     rank: float  # √rank of the matrix of one group
     out: Shape
@@ -126,20 +129,20 @@ class Convolution:
         groups, kernel, mode = layer.groups, weight.shape[2:], layer.padding_mode
         windows = windows_of(layer, shape)
         dilation, padded = along(layer.dilation, len(kernel)), tuple(w.padded for w in windows)
-        reach = math.sqrt(math.prod(w.reads for w in windows)) * (1 + 1e-15)
+        window_gain = math.sqrt(math.prod(w.reads for w in windows)) * (1 + 1e-15)
         copies = math.prod(w.copies for w in windows)
         grouped = weight.unflatten(0, (groups, -1))  # (G, out/G, in/G, kh, kw): groups act on channels of their own
         matrices = spectral_norm_bound(grouped.flatten(2))
-        gain = float(matrices.amax()) * reach
+        gain = float(matrices.amax()) * window_gain
         if len(kernel) < 3 or symbol_work(grouped[0], padded) * groups <= LARGEST_SYMBOL:
             symbols = [float(symbol_bound(w, padded, dilation)) * math.sqrt(copies) for w in grouped]
             circular = max(symbols) * (1 + 1e-15)
             if mode == "circular" and all(p - d * (k - 1) <= size for p, d, k, size in zip(padded, dilation, kernel, shape[1:], strict=True)):
-                # No more outputs than pixels: they are rows of the circular convolution of the image itself, each at most once.
+                # At most as many outputs as pixels: they are distinct rows of the circular convolution of the unpadded image.
                 circular = max(float(symbol_bound(w, shape[1:], dilation)) for w in grouped)
             gain = min(circular, gain)
         positions = math.prod(w.positions for w in windows)
-        sums = norm_up(weight.double().abs().flatten(1).sum(-1), 0)  # |W| on pixels of size 1, padded by 0 or copies
+        sums = norm_up(weight.double().abs().flatten(1).sum(-1), 0)  # |W| on pixels of absolute value 1, padded by zeros or copies
         by_rows = float(sums) * math.sqrt(positions) * (1 + 1e-12)
         # A unit input at one pixel, copied at most `copies` times; each copy meets every tap at most once.
         column = float(norm_up(grouped.movedim(2, 1).flatten(2)).amax()) * copies
@@ -149,7 +152,7 @@ class Convolution:
             from_linf=min(by_rows, gain * math.sqrt(math.prod(shape)) * (1 + 1e-15)),
             from_l1=min(column, gain),
             matrix=float(spectral_norm_bound(weight.flatten(1))),
-            reach=reach,
+            window_gain=window_gain,
             frobenius=float(norm_up(grouped.flatten(1)).amax()),
             bias=bias,
             terms=weight[0].numel(),
@@ -159,7 +162,7 @@ class Convolution:
 
     @classmethod
     def transposed(cls, layer: Transposed, shape: Shape) -> Convolution:
-        """A transposed convolution: the adjoint A of a convolution B, whose norm and whose |B|'s are its own. B reads what A puts out."""
+        """A transposed convolution A: the adjoint of a convolution B with the same norms of B and |B|. B's inputs are A's outputs."""
         weight, groups, count = layer.weight.detach(), layer.groups, dimensions(layer)
         out = transposed_out(layer, shape)
         kernel, stride, dilation, padding = (
@@ -169,14 +172,14 @@ class Convolution:
         back = make(out[0], weight.shape[0], kernel, stride, padding, dilation, groups, bias=False, device="meta")
         back.weight = nn.Parameter(weight, requires_grad=False)
         inner = cls.of(back, out)
-        sums = norm_up(weight.double().abs().unflatten(0, (groups, -1)).sum((1, *range(3, 3 + count))).flatten(), 0)  # |A| on numbers of size 1
+        sums = norm_up(weight.double().abs().unflatten(0, (groups, -1)).sum((1, *range(3, 3 + count))).flatten(), 0)  # |A|·1
         positions = math.prod(out[1:])
         return cls(
             gain=inner.gain,
             from_linf=min(float(sums) * math.sqrt(positions) * (1 + 1e-12), inner.gain * math.sqrt(math.prod(shape)) * (1 + 1e-15)),
-            from_l1=min(float(norm_up(weight.flatten(1)).amax()), inner.gain),  # one number in front meets every tap at most once
+            from_l1=min(float(norm_up(weight.flatten(1)).amax()), inner.gain),  # one input entry meets every tap at most once
             matrix=math.nan,
-            reach=inner.reach,
+            window_gain=inner.window_gain,
             frobenius=inner.frobenius,
             bias=None if layer.bias is None else float(norm_up(layer.bias.detach(), 0)) * math.sqrt(positions) * (1 + 1e-15),
             terms=weight.shape[0] // groups * math.prod(kernel),
@@ -186,19 +189,19 @@ class Convolution:
 
     @property
     def shift(self) -> float:
-        """‖bias‖₂ of all that is added, 0 without one."""
+        """‖bias‖₂ over all outputs, 0 without a bias."""
         return 0.0 if self.bias is None else self.bias
 
     def gain_from(self, space: str) -> float:
-        """‖Ax‖₂ ≤ this·‖x‖, the norm of x that of the space: 'l1', 'l2' or 'linf'."""
+        """‖Ax‖₂ ≤ this·‖x‖ with ‖x‖ in the norm of the space: 'l1', 'l2' or 'linf'."""
         return {"linf": self.from_linf, "l1": self.from_l1, "l2": self.gain}[space]
 
     def perturbed_frobenius(self, change: Tensor | float) -> Tensor | float:
         """≥ the norm of |W + E| as a convolution, for a convolution E of norm at most `change`: √c(‖W‖_F + √rank‖E as a matrix‖₂)."""
-        return self.reach * self.frobenius + self.rank * change
+        return self.window_gain * self.frobenius + self.rank * change
 
     def largest(self, norm: Tensor, change: Tensor | float) -> Tensor:
-        """≥ every partial sum of every number after, for ‖x‖₂ ≤ norm."""
+        """≥ every partial sum of every output entry, for ‖x‖₂ ≤ norm."""
         return self.perturbed_frobenius(change) * norm + self.shift
 
     def error(self, norm: Tensor, change: Tensor | float, arithmetic: RoundingModel) -> Tensor:
@@ -207,7 +210,7 @@ class Convolution:
         γ_n|W + E|*|x| in any order of summation, underflow of products and subnormal operands, and the sum with the bias.
         """
         frobenius, width = self.perturbed_frobenius(change), math.prod(self.out)
-        lost = (self.terms + frobenius * math.sqrt(self.terms)) * math.sqrt(width) * arithmetic.tiny  # products that vanish
+        lost = (self.terms + frobenius * math.sqrt(self.terms)) * math.sqrt(width) * arithmetic.tiny  # products that underflow
         fresh = arithmetic.gamma(self.terms) * frobenius * norm + lost
         fresh = fresh + math.sqrt(self.terms) * math.sqrt(width) * norm * arithmetic.flushed  # subnormal weights
         if self.bias is not None:
@@ -227,19 +230,19 @@ def transposed_out(layer: Transposed, shape: Shape) -> Shape:
     return (layer.out_channels, *sizes)
 
 
-# Products that bounds of a volume's convolution over all frequencies may take.
+# The most multiplications for the bound of a volume's convolution over all frequencies.
 LARGEST_SYMBOL = 2**40
 
 
 def windows_of(layer: Conv, shape: Shape) -> list[Windows]:
-    """How the windows of a convolution slide along each dimension after the channels."""
+    """The windows of a convolution along each dimension after the channels."""
     count = dimensions(layer)
     kernel, stride, dilation = layer.weight.shape[2:], along(layer.stride, count), along(layer.dilation, count)
     return [Windows.along(shape[1 + i], kernel[i], stride[i], dilation[i], *sides(layer, i, kernel[i]), layer.padding_mode) for i in range(count)]
 
 
 def sides(layer: Conv, i: int, kernel: int) -> Pair:
-    """(before, after): how much dimension i of the images is padded; torch puts the odd one of 'same' after."""
+    """(before, after): the padding of dimension i; for 'same' torch puts the odd entry after."""
     count = dimensions(layer)
     if layer.padding == "same":
         total = along(layer.dilation, count)[i] * (kernel - 1)
@@ -249,7 +252,7 @@ def sides(layer: Conv, i: int, kernel: int) -> Pair:
 
 
 def check_algorithm(layer: nn.Module) -> None:
-    """Raises UnsupportedLayer where torch may choose Winograd or FFT, whose rounding no rule here bounds."""
+    """Raises UnsupportedLayer where torch may use Winograd or FFT algorithms, whose rounding is not bounded here."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if weight.device.type == "cuda" and torch.backends.cudnn.enabled:
@@ -267,9 +270,9 @@ def check_algorithm(layer: nn.Module) -> None:
 
 
 def pooled(layer: Mean | Maximum, shape: Shape) -> tuple[int, int, Shape]:
-    """(c: how many windows read one number at most, numbers in a window, shape after).
+    """(c: how many windows read one entry at most, number of entries of a window, shape after).
 
-    Raises UnsupportedLayer where windows may see only padding.
+    Raises UnsupportedLayer where a window may contain only padding.
     """
     if layer.ceil_mode:
         raise UnsupportedLayer(f"expected {type(layer).__name__} with ceil_mode=False, got True; pad the images instead")
@@ -284,7 +287,7 @@ def pooled(layer: Mean | Maximum, shape: Shape) -> tuple[int, int, Shape]:
 
 @dataclass(frozen=True)
 class Average:
-    """Means of windows of `size` numbers, each number read at most `reads` times: |mean|² ≤ Σ|x|²/n, so √(c/n) in ℓ2, c/n in ℓ1, 1 in ℓ∞."""
+    """Means of windows of `size` entries, each read by c = `reads` at most: |mean|² ≤ Σ|x|²/n, so the gain is √(c/n) in ℓ2, c/n in ℓ1, 1 in ℓ∞."""
 
     reads: int
     size: int
@@ -292,7 +295,7 @@ class Average:
 
     @classmethod
     def of(cls, layer: Mean, shape: Shape) -> Average:
-        """Raises UnsupportedLayer for options that other windows come of."""
+        """Raises UnsupportedLayer for options that change the windows or the divisor."""
         name = type(layer).__name__
         if isinstance(layer, GLOBAL_MEANS):
             if not is_global(layer):
@@ -309,24 +312,24 @@ class Average:
         return math.sqrt(self.reads / self.size) * (1 + 1e-15)
 
     def gain_in(self, space: str) -> float:
-        """The same with both norms those of the space."""
+        """The gain with both norms in the space."""
         return {"l2": self.gain, "l1": self.reads / self.size * (1 + 1e-15), "linf": 1.0}[space]
 
     def largest(self, norm: Tensor) -> Tensor:
-        """≥ the sum of every window, before it is divided, for ‖x‖₂ ≤ norm."""
+        """≥ the sum of every window before the division, for ‖x‖₂ ≤ norm."""
         return math.sqrt(self.size) * norm
 
     def error(self, norm: Tensor, arithmetic: RoundingModel) -> Tensor:
-        """‖fl(means) − means‖₂ for ‖x‖₂ ≤ norm: a sum and a division a window."""
+        """‖fl(means) − means‖₂ for ‖x‖₂ ≤ norm: a sum and a division per window."""
         return arithmetic.gamma(self.size + 2) * self.gain * norm + 2 * math.sqrt(math.prod(self.out)) * arithmetic.tiny
 
 
 def is_global(layer: nn.Module) -> bool:
-    """Whether an adaptive mean is the mean of each channel."""
+    """Whether an adaptive mean averages each channel as a whole."""
     size = layer.output_size
     return all(n == 1 for n in (size if isinstance(size, tuple | list) else (size,)))
 
 
 def maxima_error(out: Shape, arithmetic: RoundingModel) -> float:
-    """‖executed − exact‖₂ of maxima of windows: subnormals count for zero, or are not told apart. Nothing else rounds."""
+    """‖executed − exact‖₂ of maxima of windows: subnormals may be flushed to zero. Nothing else rounds."""
     return 2 * math.sqrt(math.prod(out)) * arithmetic.flushed

@@ -1,13 +1,14 @@
-"""Elementwise operations: what is true of a function φ of one number. docs/theory.md, section 3.
+"""Elementwise operations: facts of a function φ of one number. docs/theory.md, section 3.
 
-All bounds of a domain (global constants, expansions, linear relaxations, quadratic constraints) follow from the facts below, so a new operation
-is its facts and one call of `register_elementwise`:
+The bounds of all domains (norm bounds, expansions, linear relaxations, quadratic constraints) follow from these facts, so a new operation needs only
+its facts and one call of `register_elementwise`:
 
     facts = Elementwise(value=torch.atan, derivative=..., slope=(0.0, 1.0), curvature=0.6495191, executed=ulps(64))
     register_elementwise(MyAtan, lambda layer: facts)
 
-tests/test_ops.py checks every registered operation: extremes of φ' and φ'', kinks, the minimum, the growth, executed errors by dtype. Here are the
-facts themselves and those of ReLU, tanh, the sigmoid, GELU and SiLU; other functions are in piecewise.py (kinks and lines) and smooth.py.
+tests/test_ops.py checks every registered operation: the extreme values of φ' and φ'', kinks, the minimum, the growth, and execution errors in each
+dtype. This file has the class of facts and the facts of ReLU, tanh, the sigmoid, GELU and SiLU; piecewise.py (piecewise linear functions) and
+smooth.py have others.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from robustlip.layers.activations import ScaledGELU
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.plugins import plugins
 
-# How many units in the last place (of |x|, not of the result) an elementwise function of torch may be off in any dtype. Its vectorised
-# erf, tanh and exp are good to 1 to 20 ulp (SLEEF and the flash kernel's exp_u20); 64 leaves room for both and for the products around.
+# The largest error of torch's elementwise functions in any dtype, in units in the last place of |x| (not of the result). Its vectorised erf, tanh and
+# exp have errors of 1 to 20 ulp (SLEEF and the flash kernel's exp_u20); 64 covers these and the products around them.
 FUNCTION_ULPS = 64
 
 Function = Callable[[Tensor], Tensor]
-# (‖x‖₂ ≤ norm, √n of n numbers, the arithmetic) → a bound of ‖fl(φ(x)) − φ(x)‖₂, before the divisor's own rounding is added.
+# (‖x‖₂ ≤ norm, √n for n entries, the arithmetic) → a bound of ‖fl(φ(x)) − φ(x)‖₂, without the rounding error of the divisor.
 Executed = Callable[[Tensor, float, Arithmetic], Tensor]
-# (|z|, reach) → (κ⁺, κ⁻) ≥ 0 with −κ⁻ ≤ φ'' ≤ κ⁺ on average over [z, z + Δ] for |Δ| ≤ reach, see `Elementwise.curvatures`.
-Bend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (|z|, reach) → (κ⁺, κ⁻) ≥ 0 with −½κ⁻Δ² ≤ φ(z + Δ) − φ(z) − φ'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ reach, before the divisor.
+LocalCurvature = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Kink(NamedTuple):
-    """Where φ' jumps: its place, φ' to the left of it and φ' to the right."""
+    """A jump of φ': its position, φ' on the left and φ' on the right of it."""
 
     place: float
     left: float
@@ -49,7 +50,7 @@ class Kink(NamedTuple):
 
     @property
     def jump(self) -> float:
-        """right − left, rounded away from 0 by more than the two may be off where they are no integers."""
+        """right − left, rounded away from 0 unless both are integers."""
         exact = Fraction(self.right) - Fraction(self.left)
         return float(exact) if exact.denominator == 1 else float(exact) * (1 + 2.0**-50)
 
@@ -60,20 +61,20 @@ class Kink(NamedTuple):
 
 
 def kinks(*of: tuple[float, float, float]) -> tuple[Kink, ...]:
-    """(place, left, right) where φ' may jump; where both are equal there is no kink."""
+    """Kinks from triples (place, left, right); triples with left = right are left out."""
     return tuple(Kink(*kink) for kink in of if kink[1] != kink[2])
 
 
 @dataclass(frozen=True)
 class Elementwise:
-    """The facts of y = φ(x)/divisor, number entry by entry. φ is continuous, and smooth between its kinks.
+    """The facts of y = φ(x)/divisor, applied to each entry. φ is continuous, and smooth between its kinks.
 
-    value, derivative: φ and φ' of float64 tensors of any shape (and of any other dtype); at a kink any slope between the left and the right one.
-    slope: (lower, upper) bounds of φ', rounded outward. curvature: ≥ sup|φ''| between kinks, 0 where φ is piecewise linear. kinks: in order.
-    executed: the error of torch's kernel for finite x, as a bound of norms. at_zero: φ(0). bounded: sup|φ|, infinite unless given.
-    growth: |φ(x) − φ(0)| ≤ growth·|x|; sup|φ'| unless given. lowest: (place, value) of the only minimum of a φ that falls and then rises, place to
-    ±10⁻³, value rounded down; None where φ rises. bend: sharper bounds of φ'' near a point.
-    largest: the largest number on the way to φ(x) for |x| ≤ the norm, if above it. divisor: above 0.
+    value, derivative: φ and φ' for float64 tensors of any shape (and any other dtype); at a kink any slope between the left and the right one.
+    slope: (lower, upper) bounds of φ', rounded outward. curvature: ≥ sup|φ''| between kinks, 0 if φ is piecewise linear. kinks: in increasing order.
+    executed: a norm bound of the error of torch's kernel for finite x. at_zero: φ(0). bounded: sup|φ|, infinite by default.
+    growth: |φ(x) − φ(0)| ≤ growth·|x|; by default sup|φ'|. lowest: (place, value) of the only minimum of a φ that decreases and then increases, place
+    with an error of at most 10⁻³, value rounded down; None if φ is increasing. local_curvature: sharper bounds of φ'' near a point.
+    largest: the largest intermediate value for |x| ≤ norm, if above norm. divisor: above 0. Raises BadInput for facts that contradict each other.
     """
 
     value: Function
@@ -86,7 +87,7 @@ class Elementwise:
     growth: float | None = None
     bounded: float = math.inf
     lowest: tuple[float, float] | None = None
-    bend: Bend | None = None
+    local_curvature: LocalCurvature | None = None
     largest: Function | None = None
     divisor: float = 1.0
 
@@ -113,7 +114,7 @@ class Elementwise:
         return max(abs(self.slope[0]), abs(self.slope[1]))
 
     def size(self, norm: Tensor, root: float) -> Tensor:
-        """‖φ(x)‖₂ ≤ this for n numbers of ‖x‖₂ ≤ norm, root = √n; without the divisor."""
+        """‖φ(x)‖₂ ≤ this for n entries with ‖x‖₂ ≤ norm, root = √n; without the divisor."""
         growth = self.steepest if self.growth is None else self.growth
         if self.at_zero == 0.0 and growth == 1.0:
             size = norm
@@ -121,28 +122,28 @@ class Elementwise:
             size = root * abs(self.at_zero) + norm * growth
         return size if self.bounded == math.inf else size.clamp_max(root * self.bounded)
 
-    def on_the_way(self, norm: Tensor) -> Tensor:
-        """The largest number that execution holds on its way to φ(x), for |x| ≤ norm; without the divisor."""
+    def largest_intermediate(self, norm: Tensor) -> Tensor:
+        """The largest intermediate value of the execution for |x| ≤ norm; without the divisor."""
         return norm if self.largest is None else self.largest(norm)
 
     def executed_error(self, norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-        """‖fl(y) − y‖₂ ≤ this for n numbers of ‖x‖₂ ≤ norm, root ≥ √n, where nothing overflows (see `error`)."""
+        """‖fl(y) − y‖₂ ≤ this for n entries with ‖x‖₂ ≤ norm, root ≥ √n, if nothing overflows (see `error`)."""
         lost = self.executed(norm, root, arithmetic)
         return lost if self.divisor == 1.0 else lost / self.divisor + root * arithmetic.tiny
 
     def error(self, norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-        """`executed_error`, infinite where execution may overflow or divide by what counts for zero."""
-        largest = torch.maximum(self.on_the_way(norm), self.size(norm, root) / self.divisor)
+        """`executed_error`, or infinity where the execution may overflow or divide by a flushed number."""
+        largest = torch.maximum(self.largest_intermediate(norm), self.size(norm, root) / self.divisor)
         return arithmetic.infinite_if_flushed(arithmetic.infinite_if_overflow(self.executed_error(norm, root, arithmetic), largest), self.divisor)
 
 
 def exact(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-    """Of comparisons and choices: exact, but that subnormal operands may count for zero."""
+    """The error of comparisons and selections: exact, but subnormal operands may be flushed to zero."""
     return torch.zeros_like(norm) + root * arithmetic.flushed
 
 
 def ulps(count: float, underflows: int = 1) -> Executed:
-    """Of a function whose result is off by at most `count` units in the last place of |x|, or by so many underflows on its way."""
+    """The error of a function with at most `count` units in the last place of |x| and `underflows` underflows."""
 
     def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
         return count * arithmetic.unit * norm + underflows * root * arithmetic.tiny
@@ -160,9 +161,9 @@ _C, _A = math.sqrt(2 / math.pi), 0.044715
 GELU_SLOPE = {"none": 1.1289042, "tanh": 1.1289932}
 SILU_SLOPE = 1.0998394
 GELU_CURVATURE = 0.7978846
-# sup of the size of gelu's third derivative, φ(z)·z(z² − 4) for the normal density φ.
+# sup of |gelu'''|, φ(z)·z(z² − 4) for the normal density φ.
 GELU_THIRD = 0.7787700
-# The lowest value of gelu'', at z = 2, rounded up in size.
+# −min gelu'', at z = 2, rounded up.
 GELU_CONCAVE = 0.107982
 
 
@@ -175,17 +176,17 @@ def gelu_prime(z: Tensor) -> Tensor:
 
 
 def gelu_tanh_prime(z: Tensor, c: float = _C, a: float = _A) -> Tensor:
-    # Beyond ±20 tanh is ±1 in float64, and z² would only overflow.
+    # Beyond ±20 tanh is ±1 in float64; clamping avoids an overflow of z².
     z = z.clamp(-20, 20)
     t = torch.tanh(c * (z + a * z**3))
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * a * z * z)
 
 
-def gelu_bend(distance: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu'' = φ(z)(2 − z²) is even: it falls from z = 0 on, is 0 at √2, lowest at 2, then rises to 0.
+def gelu_local_curvature(distance: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds (κ⁺, κ⁻) of gelu'' = φ(z)(2 − z²), an even function that decreases from z = 0, is 0 at √2, minimal at 2, and then increases to 0.
 
-    −½κ⁻Δ² ≤ gelu(z + Δ) − gelu(z) − gelu'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ reach, where the middle is ∫(1 − τ)gelu''(z + τΔ)dτ·Δ²: gelu'' may be taken
-    where it is largest on the interval, or at z with a third of the largest third derivative times `reach` more.
+    −½κ⁻Δ² ≤ gelu(z + Δ) − gelu(z) − gelu'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ reach, where the middle is ∫(1 − τ)gelu''(z + τΔ)dτ·Δ². Two bounds of gelu'' hold:
+    its extreme value on the interval, and its value at z plus a third of sup|gelu'''| times `reach`.
     """
 
     def at(z: Tensor) -> Tensor:
@@ -204,13 +205,13 @@ def _silu_prime(z: Tensor) -> Tensor:
 
 
 def _silu_executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-    # Where exp(−x) overflows the result is 0 instead of less than |x|/max: added once.
+    # Where exp(−x) overflows, the result is 0 instead of a number below |x|/max; this error is added once.
     lost = (FUNCTION_ULPS + 2) * arithmetic.unit * norm + norm / arithmetic.largest
     return lost + root * arithmetic.tiny * (1 + norm)
 
 
 def _sigmoid_executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-    # Relative to the result. Where exp(−x) overflows it is 0 instead of less than 1/max: added once.
+    # Relative to the result. Where exp(−x) overflows, the result is 0 instead of a number below 1/max; this error is added once.
     size = (root / 2 + norm / 4).clamp_max(root)
     return FUNCTION_ULPS * arithmetic.unit * size + root * (arithmetic.tiny + 1 / arithmetic.largest)
 
@@ -223,21 +224,21 @@ def _gelu(layer: nn.GELU | ScaledGELU) -> Elementwise:
     return Elementwise(
         value=lambda z: F.gelu(z, approximate=form),
         derivative=gelu_prime if plain else gelu_tanh_prime,
-        # Φ(x) + Φ(−x) = 1, so the slopes at x and −x sum to 1: the smallest is 1 − the largest. The same holds of tanh and of the sigmoid.
+        # Φ(x) + Φ(−x) = 1, so the slopes at x and −x sum to 1, and the smallest slope is 1 minus the largest. This also holds for the tanh form.
         slope=(1 - GELU_SLOPE[form], GELU_SLOPE[form]),
         curvature=GELU_CURVATURE,
         growth=1.0,  # |gelu x| ≤ |x|
         lowest=(-0.7517916, -0.1699713) if plain else (-0.7524614, -0.1700410),
-        bend=gelu_bend if plain else None,
-        executed=ulps(FUNCTION_ULPS + 2, underflows=2),  # half of x, and its product with 1 + erf or 1 + tanh
-        # The tanh form cubes its argument.
+        local_curvature=gelu_local_curvature if plain else None,
+        executed=ulps(FUNCTION_ULPS + 2, underflows=2),  # x/2 and its product with 1 + erf or 1 + tanh
+        # The tanh form computes x³.
         largest=None if plain else lambda norm: torch.maximum(norm, norm**3),
         divisor=layer.divisor if isinstance(layer, ScaledGELU) else 1.0,
     )
 
 
 def parameter(layer: nn.Module, name: str, value: float | None = None, low: float = -1e6, high: float = 1e6) -> float:
-    """A layer's parameter (its attribute of that name unless given), from low to high. Beyond 10⁶ no proof here was made. Raises UnsupportedLayer."""
+    """A layer's parameter (its attribute `name` by default), checked to lie in [low, high]; the proofs cover up to 10⁶. Raises UnsupportedLayer."""
     value = float(getattr(layer, name)) if value is None else value
     if not low <= value <= high:
         raise UnsupportedLayer(f"expected {type(layer).__name__} with {name} from {low:g} to {high:g}, got {value}; change it")
@@ -248,9 +249,9 @@ _FACTS: dict[type[nn.Module], Callable[[Any], Elementwise]] = {}
 
 
 def register_elementwise(layer: type[nn.Module], facts: Callable[[Any], Elementwise]) -> None:
-    """From now on, layers of exactly this class (not of subclasses, whose forward may differ) are the operation whose facts `facts(layer)` gives.
+    """Registers the facts of exactly this layer class (not of subclasses, whose forward may differ): `facts(layer)` returns an `Elementwise`.
 
-    The facts are the whole proof: bounds of every domain rest on them. A package of yours registers its own by an entry point (`robustlip.plugins`).
+    The bounds of all domains rest on these facts, so they have to be proved. Other packages register theirs by an entry point (`robustlip.plugins`).
     Raises BadInput for a class that has facts already.
     """
     if layer in _FACTS:
@@ -260,13 +261,13 @@ def register_elementwise(layer: type[nn.Module], facts: Callable[[Any], Elementw
 
 @functools.cache
 def _load_plugins() -> None:
-    """Calls the entry points of 'robustlip.ops', once, when an operation is first looked for that is not ours."""
+    """Calls the entry points of 'robustlip.ops', once, when the first operation that is not built in is looked up."""
     for register in plugins("robustlip.ops").values():
         register()
 
 
 def is_elementwise(layer: nn.Module) -> bool:
-    """Whether the facts of a layer's class are registered."""
+    """Whether the layer's class has registered facts."""
     if type(layer) in _FACTS:
         return True
     _load_plugins()
@@ -282,7 +283,7 @@ def elementwise_of(layer: nn.Module) -> Elementwise:
 
 
 def elementwise_layers() -> tuple[type[nn.Module], ...]:
-    """The classes with facts, in the order in which they were registered."""
+    """The classes with facts, in order of registration."""
     _load_plugins()
     return tuple(_FACTS)
 

@@ -1,7 +1,7 @@
-"""Which expressions (`robustlip.layers.formulas`) are functions with proved bounds: GELU in three forms, SiLU and Hardswish; RMSNorm and LayerNorm.
+"""Expressions (`robustlip.layers.formulas`) that are functions with proved bounds: GELU in three forms, SiLU, Hardswish, RMSNorm and LayerNorm.
 
-An expression is recognised whatever the order of its products and sums; its numbers have to be those of the function. It runs as it is written, so
-what it loses is counted of the order that rounds most. docs/theory.md, section 3.
+An expression is recognised for any order of its products and sums, if its constants are those of the function. It is executed as written, so the
+execution error is that of the order with the most roundings. docs/theory.md, section 3.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from robustlip.ops.elementwise import (
     GELU_TANH,
     SILU,
     Elementwise,
-    gelu_bend,
+    gelu_local_curvature,
     gelu_prime,
     gelu_tanh_prime,
     register_elementwise,
 )
 from robustlip.ops.smooth import HARDSWISH
 
-# The expressions that are proved have fewer operations, and numbers between these.
+# The proofs cover expressions of at most MOST operations, with constants between SMALLEST and LARGEST.
 MOST, SMALLEST, LARGEST = 16, 1e-3, 1e3
 
 
@@ -40,7 +40,7 @@ def _number(part: Expression) -> bool:
 
 
 def numbers(part: Expression) -> Iterator[float]:
-    """All numbers of an expression, those of exponents and bounds too."""
+    """All constants of an expression, those of exponents and bounds too."""
     if isinstance(part, tuple):
         for argument in part[1:]:
             yield from numbers(argument)
@@ -49,7 +49,7 @@ def numbers(part: Expression) -> Iterator[float]:
 
 
 def operations(part: Expression, most: int = 10**6) -> int:
-    """How many operations stand in an expression, those that stand in it twice counted twice; more than `most` are not counted on."""
+    """The number of operations of an expression (repeated ones counted again); counting stops above `most`."""
     count = 0
     if isinstance(part, tuple):
         count = 1
@@ -59,7 +59,7 @@ def operations(part: Expression, most: int = 10**6) -> int:
 
 
 def factors(part: Expression) -> tuple[float, list[Expression]]:
-    """(number, parts): what a part is the product of, whatever the order."""
+    """(number, parts): the factors of a product, in any order."""
     if _number(part):
         return float(part), []
     if not isinstance(part, tuple):
@@ -82,7 +82,7 @@ def factors(part: Expression) -> tuple[float, list[Expression]]:
 
 
 def terms(part: Expression) -> tuple[float, list[Expression]]:
-    """(number, parts): what a part is the sum of, whatever the order."""
+    """(number, parts): the terms of a sum, in any order."""
     if _number(part):
         return float(part), []
     if isinstance(part, tuple) and part[0] == "add":
@@ -91,21 +91,21 @@ def terms(part: Expression) -> tuple[float, list[Expression]]:
     return 0.0, [part]
 
 
-def _of_x(parts: list[Expression]) -> Expression | None:
-    """f of parts x·f."""
+def _cofactor_of_x(parts: list[Expression]) -> Expression | None:
+    """f for the parts of x·f, else None."""
     if len(parts) != 2 or X not in parts:
         return None
     return parts[1] if parts[0] == X else parts[0]
 
 
 def _scaled_x(part: Expression) -> float | None:
-    """β of β·x."""
+    """β for β·x, else None."""
     number, parts = factors(part)
     return number if parts == [X] else None
 
 
 def _cubic(part: Expression) -> tuple[float, float] | None:
-    """(c, a) of c·(x + a·x³) or c·x·(1 + a·x²)."""
+    """(c, a) for c·(x + a·x³) or c·x·(1 + a·x²), else None."""
     number, parts = factors(part)
     if len(parts) == 1:
         constant, summed = terms(parts[0])
@@ -113,7 +113,7 @@ def _cubic(part: Expression) -> tuple[float, float] | None:
             return None
         a, cubed = factors(summed[1] if summed[0] == X else summed[0])
         return (number, a) if cubed == [X, X, X] else None
-    inner = _of_x(parts)
+    inner = _cofactor_of_x(parts)
     if inner is None:
         return None
     constant, summed = terms(inner)
@@ -124,7 +124,7 @@ def _cubic(part: Expression) -> tuple[float, float] | None:
 
 
 def _rounded(count: float) -> Callable[[Tensor, float, Arithmetic], Tensor]:
-    """count·u·|x|, and what fewer than 64 underflows lose of the result or of a factor of x. Where exp overflows a sigmoid is 0, not 1/max: once."""
+    """count·u·|x| plus fewer than 64 underflows of the result or of a factor of x. Where exp overflows, a sigmoid is 0 instead of 1/max, once."""
 
     def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
         lost = (count * arithmetic.unit + 1 / arithmetic.largest) * norm
@@ -133,38 +133,38 @@ def _rounded(count: float) -> Callable[[Tensor, float, Arithmetic], Tensor]:
     return executed
 
 
-def _grown(part: Expression) -> tuple[float, float]:
-    """(how much larger products by numbers may be on the way than x and its powers are, the sum of what numbers add)."""
+def _growth(part: Expression) -> tuple[float, float]:
+    """(the largest factor of intermediate products relative to x and its powers, the sum of all added constants)."""
     if not isinstance(part, tuple):
         return 1.0, 0.0
     name, *arguments = part
-    room, added = 1.0, 0.0
+    factor, added = 1.0, 0.0
     for i, argument in enumerate(arguments):
         if not _number(argument):
-            more, its = _grown(argument)
-            room, added = room * more, added + its
+            more, its = _growth(argument)
+            factor, added = factor * more, added + its
         elif name == "mul" and argument:
-            room *= max(1.0, abs(argument))
+            factor *= max(1.0, abs(argument))
         elif name == "div" and argument:
-            room *= max(1.0, 1 / abs(argument)) if i else max(1.0, abs(argument))
+            factor *= max(1.0, 1 / abs(argument)) if i else max(1.0, abs(argument))
         elif name in ("add", "sub"):
             added += abs(argument)
-    return room, added
+    return factor, added
 
 
 def facts_of(expression: Expression) -> Elementwise | None:
-    """The facts of the function that an expression is, None where it is none of those that are known.
+    """The facts of the function that an expression is; None for an expression that is not recognised.
 
-    Executed, with at most 16 operations, of which fewer than 10 stand inside of tanh, erf or the sigmoid, each with at most two roundings (its own
-    and its number's): the inner product is off by ρ ≤ 20u of itself to first order (sums there have terms of one sign). tanh and erf are concave
-    above 0 and odd, so they move by at most ρ of themselves, and lose ku (k = FUNCTION_ULPS); 1 + T loses 2u more: ½|x|(20 + k + 2)u·(1 + small).
-    A sigmoid moves by at most ¼ρ and loses ku: |x|(5 + k)u. relu6(x + 3) is off by 6u. Products outside add 12u|x|. The counts below leave room for
-    second orders in 16 bits.
+    Execution, for at most 16 operations, of which fewer than 10 are inside tanh, erf or the sigmoid, with at most two roundings each (its own and its
+    constant's): the relative error of the inner product is ρ ≤ 20u to first order (the terms of its sums have one sign). tanh and erf are odd and
+    concave above 0, so they change by at most ρ of themselves, and have an error of ku (k = FUNCTION_ULPS); 1 + T adds 2u: ½|x|(20 + k + 2)u·(1 +
+    small). A sigmoid changes by at most ¼ρ and has an error of ku: |x|(5 + k)u. The error of relu6(x + 3) is 6u. Products outside add 12u|x|. The
+    counts below include higher orders in 16 bits.
     """
     if operations(expression) > MOST or not all(SMALLEST <= abs(number) <= LARGEST for number in numbers(expression) if number):
         return None
     number, parts = factors(expression)
-    gate = _of_x(parts)
+    gate = _cofactor_of_x(parts)
     if gate is None:
         return None
     constant, summed = terms(gate)
@@ -179,11 +179,11 @@ def facts_of(expression: Expression) -> Elementwise | None:
             found = replace(HARDSWISH, executed=_rounded(24)) if terms(inner) == (3.0, [X]) else None
     if found is None:
         return None
-    room, added = _grown(expression)
+    factor, added = _growth(expression)
 
     def largest(norm: Tensor) -> Tensor:
-        # `fits` leaves room for four times this, and 1 + erf is at most 2.
-        return room * (added + (norm if found.largest is None else found.largest(norm)))
+        # `fits` leaves factor for four times this, and 1 + erf is at most 2.
+        return factor * (added + (norm if found.largest is None else found.largest(norm)))
 
     layer = Formula(expression)
     return replace(found, value=layer.forward, largest=largest)
@@ -196,7 +196,7 @@ def _gelu(function: str, inner: Expression) -> Elementwise | None:
         if numbers_of is None:
             return None
         c, a = numbers_of
-        # A c that is off by 10⁻⁹ moves slopes by less than 3·10⁻⁹, which their rounding to seven digits holds.
+        # A c with a relative error of 10⁻⁹ changes slopes by less than 3·10⁻⁹, which their rounding to seven digits covers.
         if abs(c / GELU_TANH[0] - 1) > 1e-9 or abs(a / GELU_TANH[1] - 1) > 1e-15:
             return None
         return Elementwise(
@@ -212,7 +212,8 @@ def _gelu(function: str, inner: Expression) -> Elementwise | None:
     return Elementwise(
         value=torch.abs, derivative=lambda z: gelu_prime(z if exact else s * z), slope=(1 - GELU_SLOPE["none"], GELU_SLOPE["none"]),
         curvature=GELU_CURVATURE if exact else GELU_CURVATURE * s * (1 + 1e-12), growth=1.0,
-        lowest=(-0.7517916, -0.1699713 * max(1.0, (1 + 1e-12) / s)), bend=gelu_bend if exact else None, executed=_rounded(FUNCTION_ULPS + 16),
+        lowest=(-0.7517916, -0.1699713 * max(1.0, (1 + 1e-12) / s)), local_curvature=gelu_local_curvature if exact else None,
+        executed=_rounded(FUNCTION_ULPS + 16),
     )  # fmt: skip
 
 
@@ -246,9 +247,9 @@ register_elementwise(Formula, _formula)
 
 @dataclass(frozen=True)
 class Norm:
-    """What an expression divides a token's numbers c (times a gain) by: √(‖c‖²/count + eps), or ‖c‖/√count + eps where `outside`.
+    """The divisor of an expression of a token's entries c (times a gain): √(‖c‖²/count + eps), or ‖c‖/√count + eps if `outside`.
 
-    centred: c is x less its mean.
+    centred: whether c is x minus its mean.
     """
 
     centred: bool
@@ -258,7 +259,7 @@ class Norm:
 
 
 def norm_of(expression: Expression, width: int) -> Norm | None:
-    """What an expression of tokens of that width is, None where it is no normalisation."""
+    """The normalisation that an expression of tokens of that width is, None for other expressions."""
     if not isinstance(expression, tuple) or len(expression) != 3 or expression[0] not in ("mul", "div"):
         return None
     name, first, second = expression
@@ -282,7 +283,7 @@ def _centred(part: Expression) -> bool | None:
 
 
 def _spread(part: Expression, width: int) -> tuple[bool, int] | None:
-    """(whether it is of x less its mean, by which number the sum of squares is divided) of a mean square or a variance."""
+    """(whether x is centred, the number by which the sum of squares is divided) of a mean square or variance."""
     if not isinstance(part, tuple):
         return None
     if part[0] == "var" and _centred(part[1]) is not None:
@@ -299,14 +300,14 @@ def _spread(part: Expression, width: int) -> tuple[bool, int] | None:
 
 
 def _stable(part: Expression, width: int) -> Norm | None:
-    """Of v + eps."""
+    """For v + eps."""
     constant, summed = terms(part)
     found = _spread(summed[0], width) if len(summed) == 1 else None
     return None if found is None else Norm(*found, constant, False)
 
 
 def _root(part: Expression, width: int) -> Norm | None:
-    """Of √(v + eps), or of √v + eps."""
+    """For √(v + eps), or √v + eps."""
     if not isinstance(part, tuple):
         return None
     if part[0] == "sqrt" or (part[0] == "pow" and part[2] == 0.5):
@@ -322,7 +323,7 @@ def _root(part: Expression, width: int) -> Norm | None:
 
 
 def _inverse(part: Expression, width: int) -> Norm | None:
-    """Of 1/√(v + eps), or of 1/(√v + eps)."""
+    """For 1/√(v + eps), or 1/(√v + eps)."""
     number, parts = factors(part)
     if number != 1.0 or len(parts) != 1 or not isinstance(parts[0], tuple):
         return None
@@ -335,7 +336,7 @@ def _inverse(part: Expression, width: int) -> Norm | None:
 
 
 def norm_facts(layer: WrittenNorm) -> Norm:
-    """What the layer divides by. Raises UnsupportedLayer for expressions that are no normalisation, and without an eps above 0."""
+    """The divisor of the layer. Raises UnsupportedLayer for an expression that is no normalisation, or has no eps above 0."""
     found = norm_of(layer.expression, layer.width)
     if found is None or found.count < 1:
         raise UnsupportedLayer(f"expected an expression that is RMSNorm or LayerNorm written out, got {written(layer.expression)}; use torch's")

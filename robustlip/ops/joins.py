@@ -1,4 +1,4 @@
-"""Joins of branches and averages. docs/theory.md, section 3."""
+"""Execution errors of joins of branches and of averages. docs/theory.md, section 3."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from robustlip.numerics.rounding import norm_up
 
 
 def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width: int, arithmetic: RoundingModel) -> tuple[Tensor, Tensor]:
-    """(‖fl(y) − y‖₂, ‖y‖₂) at most, for y = Σ_i a_i·u_i with ‖u_i‖₂ ≤ norms[i], |a_i| = scalars[i], of `width` numbers.
+    """Bounds (‖fl(y) − y‖₂, ‖y‖₂) for y = Σ_i a_i·u_i with ‖u_i‖₂ ≤ norms[i], |a_i| = scalars[i], and `width` entries.
 
-    In every term the scalar, the product and the sums round: k terms, k + 2 roundings each, with what they multiply to.
+    In every term the scalar, the product and the sums round: k terms with k + 2 roundings each.
     """
     norm = sum((a * n for a, n in zip(scalars, norms, strict=True)), start=0 * norms[0])
     terms, root = len(norms), math.sqrt(width)
@@ -27,15 +27,15 @@ def weighted_sum_error(scalars: Sequence[float], norms: Sequence[Tensor], width:
 
 
 def product_error(norm: Tensor, first: Tensor, second: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(a∘b) − a∘b‖₂ for executed ‖a∘b‖₂ ≤ norm, ‖a‖₂ ≤ first, ‖b‖₂ ≤ second, a and b of `width` numbers: one rounding each."""
-    # Products vanish, and so may a or b where a processor takes subnormals for zero.
+    """‖fl(a∘b) − a∘b‖₂ for executed ‖a∘b‖₂ ≤ norm, ‖a‖₂ ≤ first, ‖b‖₂ ≤ second, and `width` entries: one rounding each."""
+    # Products may underflow, and a processor may flush a or b to zero.
     return 2 * arithmetic.unit * norm + math.sqrt(width) * arithmetic.tiny + (first + second) * arithmetic.flushed
 
 
 def spread_over(shape: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How often each number of the second branch of a product stands beside one of the first. Shapes of samples, (C, H, W), (T, D) or (n,).
+    """How often each entry of a product's second factor is used. Shapes of samples: (C, H, W), (T, D) or (n,).
 
-    Raises BadInput for shapes that torch would spread otherwise, or not at all.
+    Raises BadInput for shapes that torch would broadcast differently, or not at all.
     """
     if shape == other:
         return 1
@@ -47,10 +47,10 @@ def spread_over(shape: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def root_of_squares(norms: Sequence[Tensor]) -> Tensor:
-    """‖(u_1, u_2, …)‖₂ of vectors side by side, ‖u_i‖₂ ≤ norms[i], rounded up."""
+    """‖(u_1, u_2, …)‖₂ of concatenated vectors with ‖u_i‖₂ ≤ norms[i], rounded up."""
     return norm_up(torch.stack(list(norms), -1))
 
 
 def mean_error(norm: Tensor, tokens: int, width: int, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(y) − y‖₂ of y = mean_t x_t, for ‖x_t‖₂ ≤ norm: a sum of T numbers and one division round at most T times."""
+    """‖fl(y) − y‖₂ for y = mean_t x_t with ‖x_t‖₂ ≤ norm: a sum of T terms and one division round at most T times."""
     return arithmetic.gamma(tokens + 1) * norm + math.sqrt(width) * arithmetic.tiny * tokens

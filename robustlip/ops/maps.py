@@ -1,7 +1,7 @@
-"""Linear layers as maps y = Ax + b of the numbers of one sample: A, Aᵀ and |A| by what they do, no matrix written. docs/theory.md, section 3.
+"""Linear layers as matrix-free maps y = Ax + b of one sample's entries: A, Aᵀ and |A| as functions. docs/theory.md, section 3.
 
-Each class of layer has one entry in a table (`register_map`); `map_of` makes its map for samples of one shape. In float64, computed with any
-order of summation: fl(Ax) is off by at most γ|A||x|, γ of `terms` and of `relative`, and fl(Aᵀg) by γ|A|ᵀ|g|, γ of `adjoint_terms`.
+Each layer class has one entry in a table (`register_map`); `map_of` makes its map for samples of one shape. All maps are in float64. For any order of
+summation the error of Ax is at most γ|A||x|, with γ of `terms` plus `relative`, and that of Aᵀg at most γ|A|ᵀ|g|, with γ of `adjoint_terms`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ Sample = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A and b on samples of `shape`, all float64.
+    """A and b for samples of `shape`, all float64.
 
-    out: the shape after. terms, adjoint_terms: how many products are summed for one number of Ax, of Aᵀg, at most (roundings beside them
-    counted in). relative: what the entries of A in use are off by, as a fraction of each. bias: (m,) or None; bias_error: (m,) or None for exact.
+    out: the shape after. terms, adjoint_terms: the most products summed in one entry of Ax and of Aᵀg (other roundings counted in). relative: the
+    relative error of the entries of A. bias: (m,) or None; bias_error: (m,), or None for an exact bias.
     """
 
     shape: Sample
@@ -71,35 +71,35 @@ class LinearMap:
 
     @property
     def loss(self) -> float:
-        """|fl(Ax) − Ax| ≤ loss·|A||x|, number entry by entry."""
+        """|fl(Ax) − Ax| ≤ loss·|A||x| for each entry."""
         return gamma(self.terms + 2, U64) + self.relative * 1.01
 
     @property
     def adjoint_loss(self) -> float:
-        """|fl(Aᵀg) − Aᵀg| ≤ adjoint_loss·|A|ᵀ|g|, number entry by entry."""
+        """|fl(Aᵀg) − Aᵀg| ≤ adjoint_loss·|A|ᵀ|g| for each entry."""
         return gamma(self.adjoint_terms + 2, U64) + self.relative * 1.01
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
-        """Ax (…, m) of x (…, n), without b; absolute: at least |A|x for x ≥ 0, and just that where padding copies no numbers."""
+        """Ax (…, m) for x (…, n), without b. absolute: at least |A|x for x ≥ 0, and equal to it if padding copies no entries."""
         raise NotImplementedError
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
-        """Aᵀg (…, n) of g (…, m); absolute: at least |A|ᵀg for g ≥ 0."""
+        """Aᵀg (…, n) for g (…, m). absolute: at least |A|ᵀg for g ≥ 0."""
         raise NotImplementedError
 
     def row_norms(self, norm: str) -> Tensor:
-        """(m,) ≥ how far each number of Ax goes for ‖x‖ ≤ 1 in 'l1', 'l2' or 'linf': the dual norms of the rows of A."""
+        """(m,) ≥ the largest change of each entry of Ax for ‖x‖ ≤ 1 in 'l1', 'l2' or 'linf': the dual norms of the rows of A."""
         raise NotImplementedError
 
     def magnitude(self) -> float:
-        """≥ the ℓ2 norm of |A|, and so of A: the root of its largest row sum times its largest column sum (Schur)."""
+        """≥ the ℓ2 norm of |A|, hence of A: the root of its largest row sum times its largest column sum (Schur)."""
         x, g = (torch.ones(n, dtype=torch.float64, device=self.device) for n in (self.inputs, self.outputs))
         rows, columns = self.apply(x, absolute=True), self.adjoint(g, absolute=True)
         return float(up((rows.amax() * columns.amax() * (1 + self.loss + self.adjoint_loss)).sqrt()))
 
     @property
     def device(self) -> torch.device:
-        """Of its tensors."""
+        """The device of its tensors."""
         return torch.device("cpu")
 
     def affine(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class MatrixMap(LinearMap):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleMap(LinearMap):
-    """One factor for each number."""
+    """One factor for each entry."""
 
     weight: Tensor
 
@@ -174,7 +174,7 @@ class ConvolutionMap(LinearMap):
 
     def _convolved(self, images: Tensor, weight: Tensor) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.padding) - 1]
-        if self.mode == "zeros" and all(before == behind for before, behind in self.padding):
+        if self.mode == "zeros" and all(before == after for before, after in self.padding):
             return convolve(images, weight, None, self.stride, tuple(before for before, _ in self.padding), self.dilation, self.groups)
         around = [n for both in reversed(self.padding) for n in both]
         padded = F.pad(images, around, mode={"zeros": "constant"}.get(self.mode, self.mode))
@@ -186,20 +186,20 @@ class ConvolutionMap(LinearMap):
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
         weight = self.weight.abs() if absolute else self.weight
-        size = [self.shape[1 + i] + sum(both) for i, both in enumerate(self.padding)]  # of the padded images
+        size = [self.shape[1 + i] + sum(both) for i, both in enumerate(self.padding)]  # the size of the padded images
         images = g.reshape(-1, *self.out)
         back = (conv1d_input, conv2d_input, conv3d_input)[len(size) - 1]
         spread = back((len(images), self.shape[0], *size), weight, images, self.stride, 0, self.dilation, self.groups)
         return self._unpadded(spread).reshape(*g.shape[:-1], self.inputs)
 
     def _unpadded(self, padded: Tensor) -> Tensor:
-        """The adjoint of padding: numbers of padding dropped, those of copies added where they come from."""
-        for i, (before, behind) in enumerate(self.padding):
+        """The adjoint of padding: entries of the padding are dropped, copies are added to the entry they come from."""
+        for i, (before, after) in enumerate(self.padding):
             dim, size = 2 + i, self.shape[1 + i]
-            if self.mode == "zeros" or (before, behind) == (0, 0):
+            if self.mode == "zeros" or (before, after) == (0, 0):
                 padded = padded.narrow(dim, before, size)
                 continue
-            source = padded_from(size, before, behind, self.mode).to(padded.device) - 1
+            source = padded_from(size, before, after, self.mode).to(padded.device) - 1
             shape = list(padded.shape)
             shape[dim] = size
             padded = padded.new_zeros(shape).index_add(dim, source, padded)
@@ -213,15 +213,15 @@ class ConvolutionMap(LinearMap):
         if norm == "linf":
             return up(self._convolved(ones, self.weight.abs()).reshape(-1) * (1 + self.loss))
         largest = self.weight.abs().amax()
-        scale = torch.where(largest > 0, largest, torch.ones_like(largest))  # squares of small weights do not vanish
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))  # so that squares of small weights do not underflow
         squares = self._convolved(ones, (self.weight / scale).square()).reshape(-1)
-        # A pixel that a window meets k ≤ copies times has (Σ w)² ≤ kΣ w².
+        # A pixel that a window reads k ≤ copies times contributes (Σ w)² ≤ kΣ w².
         return up((self.copies * squares * (1 + self.loss + 8 * U64)).sqrt() * scale + 2.0**-500 * scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransposedMap(LinearMap):
-    """The adjoint of a convolution: weight (in, out/groups, kh, kw), options as in nn.ConvTranspose2d, with as many numbers as dimensions."""
+    """The adjoint of a convolution: weight (in, out/groups, kh, kw), options as in nn.ConvTranspose2d, one number for each dimension."""
 
     weight: Tensor
     stride: tuple[int, ...]
@@ -246,26 +246,26 @@ class TransposedMap(LinearMap):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
         weight = self.weight.abs() if absolute else self.weight
         x = convolve(g.reshape(-1, *self.out), weight, None, self.stride, self.padding, self.dilation, self.groups)
-        for i, n in enumerate(self.shape[1:]):  # more than the stride after the end would be windows of their own
+        for i, n in enumerate(self.shape[1:]):  # more than the stride at the end would add windows
             x = x.narrow(2 + i, 0, n)
         return x.reshape(*g.shape[:-1], self.inputs)
 
     def row_norms(self, norm: str) -> Tensor:
-        grouped = self.weight.abs().unflatten(0, (self.groups, -1))  # a number after meets each number in front in one tap at most
+        grouped = self.weight.abs().unflatten(0, (self.groups, -1))  # an output entry meets each input entry in one tap at most
         if norm == "l1":
             return up(grouped.amax((1, *range(3, grouped.dim()))).view(-1, *[1] * len(self.stride)).expand(self.out).reshape(-1))
         ones = torch.ones(1, *self.shape, dtype=torch.float64, device=self.weight.device)
         if norm == "linf":
             return up(self._spread(ones, self.weight.abs()).reshape(-1) * (1 + self.loss))
         largest = self.weight.abs().amax()
-        scale = torch.where(largest > 0, largest, torch.ones_like(largest))  # squares of small weights do not vanish
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))  # so that squares of small weights do not underflow
         squares = self._spread(ones, (self.weight / scale).square()).reshape(-1)
         return up((squares * (1 + self.loss + 8 * U64)).sqrt() * scale + 2.0**-500 * scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageMap(LinearMap):
-    """Means of windows of each channel, padding counted as 0."""
+    """Means of windows of each channel; padding counts as 0."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -318,14 +318,14 @@ class ResamplingMap(LinearMap):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing(LinearMap):
-    """Few numbers in front for each after: y_i = Σ_j factor_ij·x[index_ij], index and factor (m, k)."""
+    """A sparse map: y_i = Σ_j factor_ij·x[index_ij], index and factor (m, k) with small k."""
 
     index: Tensor
     factor: Tensor
 
     @classmethod
     def of(cls, inputs: int, *terms: tuple[Tensor, float | Tensor]) -> Mixing:
-        """Of `inputs` numbers, terms (index (m,), factor) that are added."""
+        """The sum of terms (index (m,), factor) of `inputs` entries."""
         index = torch.stack([i for i, _ in terms], -1)
         factor = torch.stack([torch.zeros(len(i), dtype=torch.float64, device=i.device) + f for i, f in terms], -1)
         used = torch.bincount(index[factor != 0], minlength=1)
@@ -356,35 +356,36 @@ class Mixing(LinearMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPart(LinearMap):
-    """(x₁, x₂) → (x₁, Ax₂): the first `held` numbers stay. Its bias is that of A."""
+class PartialMap(LinearMap):
+    """(x₁, x₂) → (x₁, Ax₂): the first `unchanged` entries stay. Its bias is that of A."""
 
     inner: LinearMap
-    held: int
+    unchanged: int
 
     @classmethod
-    def of(cls, inner: LinearMap, held: int) -> LinearMap:
-        if held == 0:
+    def of(cls, inner: LinearMap, unchanged: int) -> LinearMap:
+        if unchanged == 0:
             return inner
-        return cls((held + inner.inputs,), (held + inner.outputs,), inner.terms, inner.adjoint_terms, inner.relative, inner=inner, held=held)
+        shape, out = (unchanged + inner.inputs,), (unchanged + inner.outputs,)
+        return cls(shape, out, inner.terms, inner.adjoint_terms, inner.relative, inner=inner, unchanged=unchanged)
 
     @property
     def device(self) -> torch.device:
         return self.inner.device
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
-        return torch.cat([x[..., : self.held], self.inner.apply(x[..., self.held :], absolute)], -1)
+        return torch.cat([x[..., : self.unchanged], self.inner.apply(x[..., self.unchanged :], absolute)], -1)
 
     def adjoint(self, g: Tensor, absolute: bool = False) -> Tensor:
-        return torch.cat([g[..., : self.held], self.inner.adjoint(g[..., self.held :], absolute)], -1)
+        return torch.cat([g[..., : self.unchanged], self.inner.adjoint(g[..., self.unchanged :], absolute)], -1)
 
     def sizes(self, x: Tensor) -> Tensor:
-        return torch.cat([x[..., : self.held], self.inner.sizes(x[..., self.held :])], -1)
+        return torch.cat([x[..., : self.unchanged], self.inner.sizes(x[..., self.unchanged :])], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series(LinearMap):
-    """A_k…A_1, by one map after the other; |A| is |A_k|…|A_1|, which is no less."""
+    """A_k…A_1, applied one after the other. Its |A| is |A_k|…|A_1|, which is at least |A_k…A_1|."""
 
     maps: tuple[LinearMap, ...]
 
@@ -399,7 +400,7 @@ class Series(LinearMap):
 
     @property
     def device(self) -> torch.device:
-        return next((m.device for m in self.maps if m.device.type != "cpu"), torch.device("cpu"))  # means have no tensors
+        return next((m.device for m in self.maps if m.device.type != "cpu"), torch.device("cpu"))  # means have no tensors of their own
 
     def apply(self, x: Tensor, absolute: bool = False) -> Tensor:
         for m in self.maps:
@@ -434,7 +435,7 @@ class PadMap(LinearMap):
 
 
 def dual_norms(rows: Tensor, norm: str) -> Tensor:
-    """(m,) ≥ how far ⟨row, x⟩ can go for ‖x‖ ≤ 1 in the norm 'l1', 'l2' or 'linf': rows (m, n), float64."""
+    """(m,) ≥ |⟨row, x⟩| for ‖x‖ ≤ 1 in the norm 'l1', 'l2' or 'linf'; rows (m, n), float64."""
     if norm == "linf":
         return up(rows.abs().sum(-1) * (1 + 1e-12))
     return rows.abs().amax(-1) if norm == "l1" else norm_up(rows)
@@ -448,9 +449,9 @@ _MAPS: dict[type, tuple[Make, Callable[[Any], str]]] = {}
 
 
 def register_map(*layers: type, refuses: Callable[[Any], str] = lambda layer: "") -> Callable[[Make], Make]:
-    """Function decorator: this makes the map of exactly these layer classes, from (layer, shape of a sample).
+    """Function decorator: makes the map of exactly these layer classes, from (layer, shape of a sample).
 
-    refuses: '' or the layer with those of its options that the map does not cover.
+    refuses: '' where a layer of the class has a map, else its name with the unsupported options.
     """
 
     def add(make: Make) -> Make:
@@ -472,12 +473,12 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def unmapped(layer: nn.Module) -> str:
-    """'' where the layer has a map, in whatever mode it is; otherwise its class, with its options where those are what is not covered."""
+    """'' where the layer has a map, in any mode; else its class name, with its options where these are not supported."""
     return _MAPS[type(layer)][1](layer) if is_linear(layer) else type(layer).__name__
 
 
 def map_of(layer: nn.Module, shape: Sample) -> LinearMap:
-    """The layer on samples of that shape. Raises UnsupportedLayer for classes and options without a map, and for shapes that do not fit."""
+    """The map of the layer on samples of that shape. Raises UnsupportedLayer for unsupported classes and options, and for shapes that do not fit."""
     if why := unmapped(layer):
         raise UnsupportedLayer(f"expected a linear layer that has a map, got {why}; use method 'global'")
     return _MAPS[type(layer)][0](layer, tuple(shape))
@@ -515,7 +516,7 @@ def _convolution(layer: Conv, shape: Sample) -> LinearMap:
 
 
 def _spread(bias: Tensor | None, out: Sample) -> Tensor | None:
-    """One number a channel, entry by entry (n,)."""
+    """One value per channel, repeated for each entry (n,)."""
     return None if bias is None else bias.detach().double().view(-1, *[1] * (len(out) - 1)).expand(out).reshape(-1)
 
 
@@ -570,7 +571,7 @@ def _resampled(shape: Sample, facts: Resampling) -> LinearMap:
 def _scale(
     layer: nn.Module, shape: Sample, gain: Tensor, shift: Tensor, relative: float, error: Tensor, channels_first: bool = False
 ) -> LinearMap:
-    """gain·x + shift by channel. relative, error: of the gain as a fraction, of the shift. channels_first: of samples of any rank."""
+    """gain·x + shift by channel. relative: relative error of the gain; error: that of the shift. channels_first: for samples of any rank."""
     if any(t.numel() not in (1, shape[0]) for t in (gain, shift)) or (len(shape) not in (1, 3) and not channels_first):
         raise UnsupportedLayer(f"expected a {type(layer).__name__} by channel of images or vectors, got samples of shape {shape}; flatten first")
     view = (-1, *[1] * (len(shape) - 1)) if channels_first or len(shape) == 3 else (-1,)
@@ -579,7 +580,7 @@ def _scale(
 
 
 def _constant(value: Tensor, shape: Sample) -> Tensor:
-    """One number, one a channel or a table, entry by entry (n,)."""
+    """A constant, one per channel or a table, repeated for each entry (n,)."""
     if value.dim() > 1:
         return value.reshape(value.shape[-len(shape) :]).expand(shape).reshape(-1)
     view = (-1, 1, 1) if len(shape) == 3 and len(value) > 1 else (-1,)

@@ -1,7 +1,7 @@
-"""Operations that move numbers: each number after is one of those in front, or a constant. docs/theory.md, section 3.
+"""Operations that rearrange entries: each output entry is an input entry or a constant. docs/theory.md, section 3.
 
-Each class of layer has one entry in a table (`register_move`), and nothing else is needed: `moves_of` runs the layer on the numbers' places. A number
-that is read c times at most makes norms at most √c times as large in ℓ2, c times in ℓ1, and not at all in ℓ∞. Copies are exact in every dtype.
+Each layer class has one entry in a table (`register_move`); `moves_of` runs the layer on the indices of the entries. If an entry is read at most c
+times, norms grow by at most √c in ℓ2, by c in ℓ1, and not at all in ℓ∞. Copies are exact in every dtype.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 
 Sample = tuple[int, ...]
-# Numbers of a sample, in front and after, at most: their places are written down.
+# The most entries of a sample before and after: their indices are stored.
 LARGEST = 2**26
 
 
 @dataclass(frozen=True)
 class Moves:
-    """y_i = x[source_i], or fixed_i where source_i is −1; samples of `shape` in front and `out` after.
+    """y_i = x[source_i], or fixed_i where source_i is −1; samples have `shape` before and `out` after the layer.
 
-    source: (m,) int64; fixed: (m,) float64, 0 where numbers are moved. copies: how often one number is read at most; size: ‖fixed‖₂, rounded up.
-    token_size: the same of the rows of `out` (T, D), the largest. by_token: whether what is one vector of all its numbers in front is tokens after.
+    source: (m,) int64; fixed: (m,) float64, 0 at moved entries. copies: how often one entry is read at most; size: ‖fixed‖₂, rounded up.
+    token_size: the largest norm of a row of fixed as `out` (T, D). by_token: whether one vector before becomes tokens after the layer.
     rounds: whether the constants are rounded to the dtype.
     """
 
@@ -46,7 +46,7 @@ class Moves:
 
     @classmethod
     def of(cls, layer: nn.Module, shape: Sample) -> Moves:
-        """Raises what the layer itself raises for samples of another shape."""
+        """Raises the layer's own errors for other shapes, and BadInput or UnsupportedLayer where it is too large or does more than rearrange."""
         entry, count = _MOVES[type(layer)], math.prod(shape)
         if count > LARGEST:
             raise BadInput(f"expected samples of at most {LARGEST} numbers before {type(layer).__name__}, got {count}; use smaller ones")
@@ -60,7 +60,7 @@ class Moves:
             raise BadInput(f"expected samples of at most {LARGEST} numbers after {type(layer).__name__}, got {found.numel()}; use smaller ones")
         out = tuple(found.shape)
         fixed, found = fixed.flatten(), found.flatten()
-        # A number that is moved is 0 in the first and its place in the second; a constant is the same in both.
+        # A moved entry is 0 in the first run and its index in the second; a constant is the same in both.
         moved = found != fixed
         source = torch.where(moved, found, 0.0).long() - 1
         if bool((fixed[moved] != 0).any()) or bool((source[moved] != found[moved] - 1).any()) or not bool(((source >= -1) & (source < count)).all()):
@@ -76,16 +76,16 @@ class Moves:
         return len(self.source)
 
     def growth(self, space: str) -> float:
-        """‖after‖ ≤ this·‖in front‖, both norms those of the space: 'l1', 'l2' or 'linf'."""
+        """‖after‖ ≤ this·‖before‖, both in the norm of the space: 'l1', 'l2' or 'linf'."""
         return growth(self.copies, space)
 
-    def lost(self, size: float, count: int, arithmetic: RoundingModel) -> float:
-        """What rounding of `count` constants of norm `size` comes to."""
+    def rounding_error(self, size: float, count: int, arithmetic: RoundingModel) -> float:
+        """The rounding error of `count` constants of norm `size`."""
         return arithmetic.unit * size + math.sqrt(count) * (arithmetic.tiny + arithmetic.flushed) if self.rounds and size else 0.0
 
     @functools.cached_property
     def tokens(self) -> ByToken | None:
-        """How tokens (T, D) become tokens (T', D'), where each of those after is made of one in front; None where tokens are mixed."""
+        """How tokens (T, D) become tokens (T', D') if each output token is made of one input token; None where tokens are mixed."""
         if len(self.shape) != 2 or len(self.out) not in (1, 2):
             return None
         source = self.source.reshape(-1, self.out[-1])
@@ -94,7 +94,7 @@ class Moves:
         if bool(((owner != first[:, None]) & (owner >= 0)).any()):
             return None
         places = torch.where(source < 0, -1, source)
-        # How often one number stands in one row: runs of equal places, once sorted.
+        # How often an entry occurs in one row: runs of equal indices, after sorting.
         ordered = places.sort(-1).values
         longest, run = 1, torch.ones(len(ordered), dtype=torch.long)
         if self.copies > 1:
@@ -106,15 +106,16 @@ class Moves:
 
     @functools.cached_property
     def read(self) -> Tensor:
-        """Which tokens (T, D) are read at all (k,)."""
+        """The tokens (T, D) that are read at all (k,)."""
         return torch.unique(self.source[self.source >= 0] // self.shape[-1])
 
 
 @dataclass(frozen=True)
 class ByToken:
-    """owner: (T',) which token in front each after is made of, −1 for a constant one; copies: how often one number stands in one token after.
+    """How output tokens are made of input tokens.
 
-    apart: whether every token after is either a constant or has no constants.
+    owner: (T',) the input token of each output token, −1 for a constant one; copies: how often an entry occurs in one output token at most.
+    apart: whether every output token is either constant or without constants.
     """
 
     owner: Tensor
@@ -123,7 +124,7 @@ class ByToken:
 
 
 def growth(copies: int, space: str) -> float:
-    """What copying each number at most so often does to a norm."""
+    """The growth of a norm if each entry is copied at most so often."""
     return {"l2": math.sqrt(copies) * (1 + 1e-15) if copies > 1 else 1.0, "l1": float(max(1, copies)), "linf": 1.0}[space]
 
 
@@ -131,8 +132,9 @@ def growth(copies: int, space: str) -> float:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """rank: of the samples, where the class is for one alone; by_token, rounds: as in `Moves`; refuses: '' or what of a layer is not covered."""
+class MoveEntry:
+    """An entry of the table. rank: number of dimensions of the samples, None for any; by_token, rounds: as in `Moves`; refuses: '' or what is
+    unsupported."""
 
     rank: int | None
     by_token: bool
@@ -140,15 +142,15 @@ class Entry:
     refuses: Callable[[Any], str]
 
 
-_MOVES: dict[type, Entry] = {}
+_MOVES: dict[type, MoveEntry] = {}
 
 
 def register_move(
     *layers: type, rank: int | None = None, by_token: bool = False, rounds: bool = False, refuses: Callable[[Any], str] = lambda layer: ""
 ) -> None:
-    """These layer classes move numbers and do nothing else, in eval mode and for every number of samples. See `Entry`."""
+    """Registers layer classes that only rearrange entries, in eval mode and for every number of samples. See `MoveEntry`."""
     for layer in layers:
-        _MOVES[layer] = Entry(rank, by_token, rounds, refuses)
+        _MOVES[layer] = MoveEntry(rank, by_token, rounds, refuses)
 
 
 def moving_layers() -> tuple[type, ...]:
@@ -162,9 +164,9 @@ def is_move(layer: nn.Module) -> bool:
 
 
 def moves_of(layer: nn.Module, whole: Sample | None, tokens: int, width: int) -> Moves:
-    """The layer on samples of shape `whole`, or (tokens, width) where that is None: a single one of those may be a vector (width,) too.
+    """The layer on samples of shape `whole`, or (tokens, width) if that is None; a single token may also be a vector (width,).
 
-    Raises BadInput where the layer is not for such samples, or does another thing to vectors than to single tokens.
+    Raises BadInput where the layer does not accept such samples, or treats vectors and single tokens differently.
     """
     rank = _MOVES[type(layer)].rank
     if whole is not None:
@@ -198,5 +200,5 @@ register_move(View, Permute, Select, Slice, Flip, nn.Unflatten, nn.PixelShuffle,
 _COPYING = ("Reflection", "Replication", "Circular")
 _PADS = {f"{mode}Pad{n}d": getattr(nn, f"{mode}Pad{n}d") for mode in (*_COPYING, "Constant", "Zero") for n in (1, 2, 3)}
 for _name, _pad in _PADS.items():
-    if _pad is not nn.ZeroPad2d:  # a map of its own
+    if _pad is not nn.ZeroPad2d:  # it has its own linear map
         register_move(_pad, rank=int(_name[-2]) + 1, rounds=_name.startswith("Constant"))

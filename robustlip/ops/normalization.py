@@ -1,8 +1,8 @@
-"""Numbers divided by their own size, group by group: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, x the D numbers of a group, P centring or identity.
+"""Normalisation of groups of entries: y = γ·c/s + β, c = Px, s² = ‖c‖²/D + eps, x the D entries of a group, P the centring or the identity.
 
-LayerNorm and RMSNorm: a group is a token, or the last dimensions of a sample together. GroupNorm: some channels with all their places; InstanceNorm
-without running statistics: one channel. `WrittenNorm` runs LayerNorm or RMSNorm as a model wrote them: without β, perhaps with D − 1 in the place of
-D (m below), or with s = ‖c‖/√m + eps.
+LayerNorm and RMSNorm: a group is a token, or the last dimensions of a sample. GroupNorm: a group is some channels with all their positions;
+InstanceNorm without running statistics: one channel. `WrittenNorm` executes LayerNorm or RMSNorm as a model writes them: without β, perhaps with D −
+1 instead of D (m below), or with s = ‖c‖/√m + eps.
 
 Batch norm in eval mode is affine: y = g·x + (β − g·mean) by channel, g = γ/sqrt(var + eps) of the running statistics.
 
@@ -28,24 +28,25 @@ from robustlip.ops.formulas import norm_facts
 
 # ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√D s²), C = 2/√3 = 1.1547005… rounded up.
 CURVATURE = 1.15471
-# The same of s = ‖c‖/√m + eps: 2, at c = 0 and u along c.
+# The same constant for s = ‖c‖/√m + eps: 2, at c = 0 and u along c.
 CURVATURE_OUTSIDE = 2.0
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# Of the last dimensions of a sample, and of channels with their places. Instance norms without running statistics: the others are affine.
+# Groups over the last dimensions of a sample, and groups of channels. Instance norms with running statistics are affine and not among these.
 OF_TOKENS, OF_CHANNELS = (nn.LayerNorm, nn.RMSNorm, WrittenNorm), (nn.GroupNorm, *INSTANCE_NORMS)
 NORMALIZATIONS = (*OF_TOKENS, *OF_CHANNELS)
 Normalization = Union[nn.LayerNorm, nn.RMSNorm, WrittenNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d]
 
 
 def is_normalization(layer: nn.Module) -> bool:
-    """Whether a layer divides numbers by their own size. Instance norms with running statistics divide by those: captures have batch norms."""
+    """Whether the layer divides entries by their own norm. (Instance norms with running statistics divide by those; captures have batch norms
+    instead.)"""
     return type(layer) in (*OF_TOKENS, nn.GroupNorm) or (type(layer) in INSTANCE_NORMS and layer.running_mean is None and layer.running_var is None)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A vector that is normalised as `count` groups, one after the other, of `width` numbers each."""
+    """A vector that is normalised as `count` consecutive groups of `width` entries each."""
 
     count: int
     width: int
@@ -57,17 +58,17 @@ class Groups:
 
 
 def own_shape(layer: Normalization) -> tuple[int, ...]:
-    """The last dimensions that LayerNorm and its like normalise together."""
+    """The last dimensions that LayerNorm, RMSNorm and WrittenNorm normalise together."""
     return (layer.width,) if isinstance(layer, WrittenNorm) else tuple(layer.normalized_shape)
 
 
 def stays_whole(layer: Normalization, whole: tuple[int, ...]) -> bool:
-    """Whether a sample that is one vector of all its numbers stays so before the layer: all but tokens (T, D), each normalised by itself."""
+    """Whether a sample that is bounded as one vector may stay one before the layer: not where each token (T, D) is normalised separately."""
     return len(whole) != 2 or type(layer) in OF_CHANNELS or len(own_shape(layer)) > 1
 
 
 def check_normalization(layer: Normalization) -> float:
-    """eps. Raises UnsupportedLayer for layers that no constant here is proved for."""
+    """eps of the layer. Raises UnsupportedLayer for layers whose constants are not proved here."""
     name = type(layer).__name__
     if isinstance(layer, WrittenNorm):
         return float(norm_facts(layer).eps)
@@ -81,9 +82,9 @@ def check_normalization(layer: Normalization) -> float:
 
 
 def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int, width: int) -> Groups:
-    """The groups of what a bound holds of at once: a sample of that shape, where `whole` is not None, or one of `tokens` of that width.
+    """The groups of one vector: of a sample of shape `whole`, or, if that is None, of one of `tokens` tokens of that width.
 
-    Raises BadInput for other shapes than the layer is for, UnsupportedLayer as `check_normalization`, and where groups reach beyond a token.
+    Raises BadInput for shapes that the layer does not accept, UnsupportedLayer as `check_normalization`, and where groups extend over several tokens.
     """
     eps, name, shape = check_normalization(layer), type(layer).__name__, whole or (width,)
     if type(layer) not in OF_CHANNELS:
@@ -101,7 +102,7 @@ def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int,
         channels, count = layer.num_channels, layer.num_groups
     else:
         shape = image_shape(layer, whole)
-        # Without a gain torch normalises however many channels there are.
+        # Without a gain torch accepts any number of channels.
         channels = count = layer.num_features if layer.affine else shape[0]
     if shape[0] != channels:
         raise BadInput(f"expected {channels} channels before {name}, got {shape[0]}; match them")
@@ -109,12 +110,12 @@ def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int,
 
 
 def centres(layer: Normalization) -> bool:
-    """Whether the mean of a group is taken off before it is divided."""
+    """Whether the mean of a group is subtracted."""
     return norm_facts(layer).centred if isinstance(layer, WrittenNorm) else not isinstance(layer, nn.RMSNorm)
 
 
 def divided_by(layer: Normalization, groups: Groups) -> tuple[int, bool]:
-    """(m, whether eps stands outside of the root): what a group's numbers are divided by, √(‖c‖²/m + eps) or ‖c‖/√m + eps."""
+    """(m, whether eps is added outside the root): the divisor is √(‖c‖²/m + eps), or ‖c‖/√m + eps."""
     if isinstance(layer, WrittenNorm):
         facts = norm_facts(layer)
         return facts.count, facts.outside
@@ -127,22 +128,22 @@ def largest_gain(layer: Normalization) -> float:
 
 
 def spread(layer: Normalization, constant: Tensor, groups: Groups) -> Tensor:
-    """γ or β as it stands beside each number (count, width), float64."""
+    """γ or β for each entry (count, width), float64."""
     constant = constant.detach().double().flatten()
-    if type(layer) in OF_CHANNELS:  # one for each channel, of several places
+    if type(layer) in OF_CHANNELS:  # one per channel, repeated over its positions
         return constant.repeat_interleave(groups.numbers // len(constant)).view(groups.count, groups.width)
     return constant.expand(groups.count, groups.width)
 
 
 def gains(layer: Normalization, groups: Groups) -> Tensor | float:
-    """‖γ‖_∞ of each group (count,), or one number where all groups have the same."""
+    """‖γ‖_∞ of each group (count,), or one number if all groups have the same γ."""
     if type(layer) in OF_TOKENS or layer.weight is None:
         return largest_gain(layer)
     return layer.weight.detach().double().abs().unflatten(0, (groups.count, -1)).amax(-1)
 
 
 def largest_shift(layer: Normalization, groups: Groups) -> float:
-    """‖β‖₂ of all groups together, rounded up; 0 without one."""
+    """‖β‖₂ of all groups together, rounded up; 0 without β."""
     bias = getattr(layer, "bias", None)
     if bias is None:
         return 0.0
@@ -151,22 +152,22 @@ def largest_shift(layer: Normalization, groups: Groups) -> float:
 
 
 def least_size(layer: Normalization) -> float:
-    """s ≥ this of every group: √eps, or eps where it stands outside of the root."""
+    """s ≥ this for every group: √eps, or eps if it is added outside the root."""
     eps = check_normalization(layer)
     return eps if isinstance(layer, WrittenNorm) and norm_facts(layer).outside else math.sqrt(eps)
 
 
 def curvature(layer: Normalization) -> float:
-    """C of ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√m s²)."""
+    """The constant C in ‖d²y[u, u]‖ ≤ ‖γ‖_∞·C‖u‖²/(√m s²)."""
     return CURVATURE_OUTSIDE if isinstance(layer, WrittenNorm) and norm_facts(layer).outside else CURVATURE
 
 
 def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float, groups: Groups) -> Tensor:
-    """A Lipschitz constant (…), float64, of the layer on the ℓ2 balls of `radius` (…) around the groups x (…, D): ‖f(x') − f(x)‖₂ ≤ it·‖x' − x‖₂.
+    """A Lipschitz constant (…), float64, of the layer on the ℓ2 balls of `radius` (…) around the groups x (…, D).
 
-    x: (…, count, D) where gains differ from group to group. The Jacobian at x' is γ(I − ccᵀ/(m s²))/s·P with c = Px', s² = ‖c‖²/m + eps, of norm
-    at most ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the ball, which is convex. With s = ‖c‖/√m + eps it is (I − ccᵀ/(√m‖c‖s))/s.
-    Exact arithmetic; rounding comes on top.
+    x: (…, count, D) where gains differ between groups. The Jacobian at x' is γ(I − ccᵀ/(m s²))/s·P with c = Px', s² = ‖c‖²/m + eps, of norm at most
+    ‖γ‖_∞/s, and ‖Px'‖ ≥ ‖Px‖ − r on the ball, which is convex. With s = ‖c‖/√m + eps it is (I − ccᵀ/(√m‖c‖s))/s. The constant is that of exact
+    arithmetic.
     """
     check_normalization(layer)
     width, eps = groups.width, groups.eps
@@ -175,7 +176,7 @@ def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float, gro
     count, outside = divided_by(layer, groups)
     x = x.detach().double()
     centred = x - x.mean(-1, keepdim=True) if centres(layer) else x
-    # The computed ‖Px‖ is off by γ_{D+4} of itself and, through the mean, of ‖x‖.
+    # The error of the computed ‖Px‖ is γ_{D+4} of itself and, through the mean, of ‖x‖.
     size = torch.linalg.vector_norm(centred, dim=-1) * (1 - 2 * gamma(width + 8, U64)) - 2 * gamma(width + 8, U64) * norm_up(x)
     least = ((size - radius) * (1 - 8 * U64)).clamp_min(0.0)
     if outside:
@@ -184,49 +185,50 @@ def local_lipschitz(layer: Normalization, x: Tensor, radius: Tensor | float, gro
 
 
 def normalization_error(
-    layer: Normalization, groups: Groups, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
+    layer: Normalization, groups: Groups, norm: Tensor, out_norm: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
 ) -> Tensor:
-    """‖fl(y) − y‖₂ of these groups together for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ after and 1/s ≤ inverse of each; infinite where nothing is known.
+    """‖fl(y) − y‖₂ of these groups together for ‖x‖₂ ≤ norm, ‖y‖₂ ≤ out_norm and 1/s ≤ inverse of each; infinite where no bound holds.
 
-    Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: off by at most D·u·(v + |μ|√v) (Chan, Golub and LeVeque
-    1983), so 1/s by a relative ½D·u(1 + |μ|√v/s²), twice that here, where |μ| ≤ ‖x‖/√D and √v/s² ≤ min(1/s, 1/(2√eps)). RMSNorm subtracts no mean.
-    GroupNorm of channels-last images takes Σx²/D − μ̂²: with q² = ‖x‖²/D ≥ μ² that is off by γ_{D+2}q² + 2γ_{D+2}q² + 4uq² ≤ 4γ_{D+8}q², so 1/s by a
-    relative 4γ_{D+8}q²/s² while that is below ½; 4γ_{D+8} ≤ 2g. Both may run.
+    Mean: γ_D‖x‖. Variance by Welford's or a two-pass formula, as torch computes it: an error of at most D·u·(v + |μ|√v) (Chan, Golub and LeVeque
+    1983), so a relative error of 1/s of ½D·u(1 + |μ|√v/s²), doubled here, where |μ| ≤ ‖x‖/√D and √v/s² ≤ min(1/s, 1/(2√eps)). RMSNorm subtracts no
+    mean. GroupNorm of channels-last images computes Σx²/D − μ̂²: with q² = ‖x‖²/D ≥ μ² the error is γ_{D+2}q² + 2γ_{D+2}q² + 4uq² ≤ 4γ_{D+8}q², so
+    the relative error of 1/s is 4γ_{D+8}q²/s² as long as that is below ½; 4γ_{D+8} ≤ 2g. Both kernels are covered.
     """
     if isinstance(layer, WrittenNorm):
-        return _written_error(layer, groups, norm, behind, inverse, arithmetic)
+        return _written_error(layer, groups, norm, out_norm, inverse, arithmetic)
     width, eps = groups.width, groups.eps
     centred = centres(layer)
     root = math.sqrt(width)
     g = arithmetic.gamma(2 * width + 16)
-    # Squares that vanish (torch sums them in float32 at least) move s² by a tiny/eps.
+    # Squares that underflow (torch sums them in float32 at least) change s² by a relative tiny/eps.
     relative = g + 2 * TINY[torch.float32] / eps + 0 * norm
     if centred:
         inverse = torch.as_tensor(inverse, dtype=norm.dtype, device=norm.device)
         relative = relative + g * (norm / root) * inverse.clamp_max(1 / (2 * math.sqrt(eps)))
     if type(layer) in OF_CHANNELS:
         relative = relative + 2 * g * (norm / root * inverse).square()
-    # The first-order form holds while the variance keeps its size; beyond, its square root may be of anything.
+    # The first-order form is valid while the relative error of the variance is small; beyond that there is no bound.
     relative = torch.where(relative < 0.5, relative, torch.full_like(relative, math.inf))
     gain = largest_gain(layer) * inverse
     centring = g * norm * gain * (1 + relative) if centred else 0 * norm
     every = math.sqrt(groups.numbers)
-    lost = 4 * every * arithmetic.tiny * (1 + behind)
+    lost = 4 * every * arithmetic.tiny * (1 + out_norm)
     lost = lost + 2 * every * (gain + (1 + norm) / math.sqrt(eps)) * arithmetic.flushed  # subnormal x, γ
-    # 0·inf is NaN: a bound that holds for no number.
-    return (centring + (relative + 8 * arithmetic.unit) * behind + lost).nan_to_num(math.inf, math.inf)
+    # 0·inf is NaN: no bound.
+    return (centring + (relative + 8 * arithmetic.unit) * out_norm + lost).nan_to_num(math.inf, math.inf)
 
 
 def _written_error(
-    layer: WrittenNorm, groups: Groups, norm: Tensor, behind: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
+    layer: WrittenNorm, groups: Groups, norm: Tensor, out_norm: Tensor | float, inverse: Tensor | float, arithmetic: RoundingModel
 ) -> Tensor:
-    """`normalization_error` of an expression that runs operation by operation, in any of the orders that `norm_of` knows.
+    """`normalization_error` of an expression that is executed operation by operation, in any order that `norm_of` recognises.
 
-    The mean is off by γ_D‖x‖/√D and the difference by u, so the computed ĉ by ‖e‖ ≤ E = g‖x‖, g = γ_{D+8}. Squares, their sum, the quotient, eps
-    (its number and the sum) round to γ_{D+3} of s², the root halves that and rounds; ĉ in the place of c moves s by at most E/√m. A kernel that takes
-    the variance itself loses ½D·u(1 + |μ|√v/s²), as above, |μ| ≤ ‖x‖/√m. Squares that vanish move s² by 4·tiny, outside s by 2√tiny. Together s is
-    off by ρ = g(1 + ‖x‖/(√m s)) + what vanished while that is below 0.3, its inverse by ρ/(1 − ρ), and a kernel of rsqrt or pow by k·u
-    (k = FUNCTION_ULPS). So y = γĉ/ŝ is off by ‖γ‖_∞E/ŝ, by that fraction of ‖y‖, and by the roundings of two products.
+    The error of the mean is γ_D‖x‖/√D and that of the difference u, so ‖ĉ − c‖ ≤ E = g‖x‖, g = γ_{D+8}. Squares, their sum, the quotient and eps (its
+    value and the sum) round to γ_{D+3} of s²; the root halves that and rounds; ĉ instead of c changes s by at most E/√m. A kernel that computes the
+    variance has an error of ½D·u(1 + |μ|√v/s²), as above, |μ| ≤ ‖x‖/√m. Squares that underflow change s² by 4·tiny, and s by 2√tiny if eps is outside
+    the root. Together the relative error of s is ρ = g(1 + ‖x‖/(√m s)) plus underflow as long as that is below 0.3; that of its inverse is ρ/(1 − ρ),
+    plus k·u for a kernel of rsqrt or pow (k = FUNCTION_ULPS). So the error of y = γĉ/ŝ is ‖γ‖_∞E/ŝ, plus that fraction of ‖y‖, plus the roundings of
+    two products.
     """
     width, eps = groups.width, groups.eps
     count, outside = divided_by(layer, groups)
@@ -238,14 +240,14 @@ def _written_error(
     relative = relative + FUNCTION_ULPS * arithmetic.unit * (1 + relative)
     gain = largest_gain(layer) * inverse
     moved = (g * norm * centres(layer) + 2 * root * (arithmetic.tiny + arithmetic.flushed)) * gain * (1 + relative)
-    lost = 4 * root * arithmetic.tiny * (1 + inverse + gain + behind) + 2 * root * inverse * (1 + norm) * arithmetic.flushed  # a subnormal gain
-    return (moved + (relative + 4 * arithmetic.unit * (1 + relative)) * behind + lost).nan_to_num(math.inf, math.inf)
+    lost = 4 * root * arithmetic.tiny * (1 + inverse + gain + out_norm) + 2 * root * inverse * (1 + norm) * arithmetic.flushed  # a subnormal gain
+    return (moved + (relative + 4 * arithmetic.unit * (1 + relative)) * out_norm + lost).nan_to_num(math.inf, math.inf)
 
 
 def _batch_error(norm: Tensor, reach: Tensor, gain: Tensor, mean: Tensor, variance: Tensor, width: int, arithmetic: RoundingModel) -> Tensor:
-    """‖fl(y) − y‖₂ of batch norm for ‖x‖₂ ≤ norm, ‖g∘x‖₂ + ‖β‖₂ + ‖g·mean‖₂ ≤ reach, x of `width` numbers.
+    """‖fl(y) − y‖₂ of batch norm for ‖x‖₂ ≤ norm, ‖g∘x‖₂ + ‖β‖₂ + ‖g·mean‖₂ ≤ reach, x with `width` entries.
 
-    A handful of roundings each of γ/sqrt(var + eps), g·x, g·mean and the sums, in any order; a tiny var + eps may itself be rounded by `tiny`.
+    A few roundings each of γ/sqrt(var + eps), g·x, g·mean and the sums, in any order; a tiny var + eps may itself have an error of `tiny`.
     """
     relative = arithmetic.gamma(16) + 2 * arithmetic.tiny / variance
     relative = torch.where(relative < 1, relative, torch.full_like(relative, math.inf))
@@ -255,7 +257,7 @@ def _batch_error(norm: Tensor, reach: Tensor, gain: Tensor, mean: Tensor, varian
 
 
 def batch_errors(layer: BatchNorm, read: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """|fl(y) − y| (N, C, …), number by number, for |x| ≤ read (N, C, …), float64; infinite where nothing is known or execution may overflow."""
+    """|fl(y) − y| (N, C, …) for each entry, |x| ≤ read (N, C, …), float64; infinite where no bound holds or the execution may overflow."""
     check_batch(layer)
     assert layer.running_mean is not None and layer.running_var is not None
     view = (-1, *[1] * (read.dim() - 2))
@@ -272,7 +274,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def check_batch(layer: BatchNorm) -> None:
-    """Raises where samples would change each other: BadInput in train mode, UnsupportedLayer without running statistics."""
+    """Raises BadInput in train mode and UnsupportedLayer without running statistics: samples would influence each other."""
     name = type(layer).__name__
     if layer.training:
         raise BadInput(f"expected {name} in eval mode, got it in train mode, where samples change each other; call model.eval()")
@@ -281,7 +283,7 @@ def check_batch(layer: BatchNorm) -> None:
 
 
 def batch_positions(layer: BatchNorm, whole: tuple[int, ...] | None, tokens: int, width: int) -> int:
-    """How many numbers a channel has: those of an image, or 1 of a vector. Raises BadInput for other samples than the layer is for."""
+    """The number of entries of a channel: those of an image, or 1 for a vector. Raises BadInput for samples that the layer does not accept."""
     if not isinstance(layer, nn.BatchNorm1d):
         whole = image_shape(layer, whole)
     elif (whole is None and tokens != 1) or (whole is not None and len(whole) != 2):
@@ -294,7 +296,10 @@ def batch_positions(layer: BatchNorm, whole: tuple[int, ...] | None, tokens: int
 
 @dataclass(frozen=True)
 class BatchScale:
-    """gain: max|g|; shift: ‖β‖ + ‖g·mean‖ over channels; mean: max|mean|, all rounded up; variance: the smallest var + eps, rounded down."""
+    """The constants of a batch norm. gain: max|g|; shift: ‖β‖ + ‖g·mean‖ over channels; mean: max|mean|, all rounded up.
+
+    variance: the smallest var + eps, rounded down.
+    """
 
     gain: float
     shift: float
@@ -314,15 +319,15 @@ class BatchScale:
         beta = 0.0 if layer.bias is None else float(norm_up(layer.bias.detach(), 0))
         return cls(float(gains.amax()), float(up(shift)) + beta, float(layer.running_mean.abs().amax()), float(variance.min()) * (1 - 1e-12))
 
-    def reach(self, norm: Tensor, positions: int) -> Tensor:
-        """‖y‖₂, and of all terms of its sum, for ‖x‖₂ ≤ norm."""
+    def output_norm(self, norm: Tensor, positions: int) -> Tensor:
+        """≥ ‖y‖₂ and the norms of all terms of its sum, for ‖x‖₂ ≤ norm."""
         return self.gain * norm + self.shift * math.sqrt(positions) * (1 + 1e-12)
 
     def error(self, norm: Tensor, positions: int, width: int, arithmetic: RoundingModel) -> Tensor:
-        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, x of `width` numbers, `positions` a channel; infinite where nothing is known."""
+        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm, x with `width` entries, `positions` per channel; infinite where no bound holds."""
         gain, mean, variance = (torch.tensor(n, dtype=torch.float64, device=norm.device) for n in (self.gain, self.mean, self.variance))
-        return _batch_error(norm, self.reach(norm, positions), gain, mean, variance, width, arithmetic)
+        return _batch_error(norm, self.output_norm(norm, positions), gain, mean, variance, width, arithmetic)
 
     def largest(self, norm: Tensor) -> Tensor:
-        """≥ every number on the way."""
+        """≥ every intermediate value."""
         return (norm + self.mean) * (1 + self.gain) / math.sqrt(min(1.0, self.variance))

@@ -1,7 +1,7 @@
 """Piecewise linear functions of one number: LeakyReLU, PReLU, clamps, Hardsigmoid, |x|, soft thresholding. docs/theory.md, section 3.
 
-Slopes and kinks are read off the formula, so they are exact but for products; a curvature there is none. What execution loses is proved at each. A
-parameter reaches the kernel rounded to the dtype (16-bit kernels may keep it in float32 and round the result): `stated` bounds what that loses.
+Slopes and kinks follow from the formula, exact except for products; the curvature is 0. Each function states its execution error. A parameter reaches
+the kernel rounded to the dtype (16-bit kernels may keep it in float32 and round the result); `parameter_error` bounds this error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.ops.elementwise import Elementwise, exact, kinks, parameter, register_elementwise, ulps
 
 
-def stated(value: float, arithmetic: Arithmetic) -> float:
-    """How far a parameter may be from what the kernel of that dtype makes of it: 0 where the dtype holds it."""
+def parameter_error(value: float, arithmetic: Arithmetic) -> float:
+    """The largest difference between a parameter and its value in a kernel of that dtype: 0 where the dtype represents it."""
     rounded = float(torch.tensor(value, dtype=torch.float64).to(arithmetic.dtype))
     return 0.0 if rounded == value else 1.01 * arithmetic.unit * abs(value) + arithmetic.tiny
 
 
 def slopes(*pieces: float) -> tuple[float, float]:
-    """(lower, upper) of φ'. Where all pieces have nearly one slope the upper one is a little more: quadratic constraints divide by the difference."""
+    """(lower, upper) of φ'. If all slopes are nearly equal, upper is raised slightly, because quadratic constraints divide by the difference."""
     low, high = min(pieces), max(pieces)
     return low, max(high, low + 5e-7 * max(1.0, abs(low)))
 
@@ -34,8 +34,8 @@ def slopes(*pieces: float) -> tuple[float, float]:
 def two_slopes(slope: float) -> Elementwise:
     """x above 0 and slope·x below, for any slope.
 
-    Executed: x is kept above 0. Below, the slope is rounded, the product is, and in 16 bits the result once more: 3u|slope·x| and a little. A slope
-    that counts for zero loses less than tiny·|x|, an x that does less than flushed·max(1, |slope|), an underflow tiny.
+    Execution: x is exact above 0. Below, the slope, the product, and in 16 bits the result round: 3u|slope·x|. Flushing the slope to zero has an
+    error below tiny·|x|, flushing x one below flushed·max(1, |slope|), an underflow one of tiny.
     """
     size = max(1.0, abs(slope))
 
@@ -68,14 +68,15 @@ def _prelu(layer: nn.PReLU) -> Elementwise:
 
 
 def clamped(low: float, high: float, value: Callable[[Tensor], Tensor]) -> Elementwise:
-    """min(max(x, low), high), low < high, one of them finite.
+    """min(max(x, low), high), low < high, at least one of them finite.
 
-    Executed: comparisons are exact, so only the rounding of the bounds counts, and where 0 lies between them a number that meets one is as large.
+    Execution: comparisons are exact, so only the rounding of the bounds counts; if 0 lies between the bounds, |x| is at least |bound| where it is
+    clamped.
     """
     bounds = [b for b in (low, high) if math.isfinite(b)]
 
     def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-        lost = torch.full_like(norm, root * max(stated(b, arithmetic) for b in bounds))
+        lost = torch.full_like(norm, root * max(parameter_error(b, arithmetic) for b in bounds))
         if low <= 0 <= high:
             lost = torch.minimum(lost, 1.03 * arithmetic.unit * norm + root * arithmetic.tiny)
         return lost + root * arithmetic.flushed
@@ -106,7 +107,7 @@ def _clamp(layer: Clamp) -> Elementwise:
 
 
 def _threshold(layer: nn.Threshold) -> Elementwise:
-    """x above the threshold and `value` at most there: continuous, a clamp from below, where both are equal."""
+    """x above the threshold, `value` otherwise: continuous, a clamp from below, if both are equal."""
     threshold, value = parameter(layer, "threshold"), parameter(layer, "value")
     if threshold != value:
         raise UnsupportedLayer(f"expected a continuous function, got {layer}, which jumps at {threshold}; use Clamp, or one number for both")
@@ -114,12 +115,15 @@ def _threshold(layer: nn.Threshold) -> Elementwise:
 
 
 def _hardsigmoid(_: nn.Hardsigmoid) -> Elementwise:
-    """min(max(x + 3, 0), 6)/6. Executed: a sum, a quotient or a product with 1/6 rounded, in 16 bits the result: 4u of it, at most 1/2 + |x|/6."""
+    """min(max(x + 3, 0), 6)/6.
+
+    Execution: a sum, a quotient or product with 1/6, and in 16 bits the result round: 4u of the result, at most 1/2 + |x|/6.
+    """
 
     def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
         return 4.1 * arithmetic.unit * (root / 2 + norm / 6).clamp_max(root) + 2 * root * arithmetic.tiny
 
-    sixth = 1 / 6  # as float64 has it: below the true sixth by less than its rounding, which `slope` adds
+    sixth = 1 / 6  # in float64: below 1/6 by less than its rounding error, which `slope` adds
     return Elementwise(
         value=F.hardsigmoid,
         derivative=lambda z: ((z > -3) & (z < 3)).to(z.dtype) * sixth,
@@ -138,7 +142,7 @@ ABS = Elementwise(
 
 
 def _softshrink(layer: nn.Softshrink) -> Elementwise:
-    """x less λ, towards 0 and not beyond. Executed: λ is rounded (|x| > λ where that counts), the difference is, in 16 bits the result: 3u|x|."""
+    """x shrunk by λ towards 0. Execution: λ (where |x| > λ), the difference, and in 16 bits the result round: 3u|x|."""
     size = parameter(layer, "lambd", low=0.0)
     return Elementwise(
         value=lambda z: F.softshrink(z, size),
@@ -152,7 +156,7 @@ def _softshrink(layer: nn.Softshrink) -> Elementwise:
 
 
 def _hardshrink(layer: nn.Hardshrink) -> Elementwise:
-    """Continuous, and then the identity, at λ = 0 alone. (A number that counts for zero stays, or becomes 0.)"""
+    """Continuous only for λ = 0, where it is the identity. (A flushed number stays or becomes 0.)"""
     size = parameter(layer, "lambd", low=0.0)
     if size > 0:
         raise UnsupportedLayer(f"expected a continuous function, got {layer}, which jumps at ±{size}; use Softshrink")

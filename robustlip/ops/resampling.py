@@ -1,8 +1,8 @@
-"""Means of adaptive windows and interpolation: one matrix along each dimension after the channels, entries ≥ 0. docs/theory.md, section 3.
+"""Means of adaptive windows, and interpolation: one matrix with entries ≥ 0 along each dimension after the channels. docs/theory.md, section 3.
 
 A = P₁ ⊗ P₂ ⊗ …, so ‖A‖ is the product of the ‖P_d‖, each at most the root of its largest row sum times its largest column sum (Schur). Entries are
-exact fractions, rounded once. Executed interpolation computes places in float32 at least: each is off by at most 4u(n + 1), and the interpolant
-is continuous and moves by at most that times the four numbers around, however the place was rounded down.
+exact fractions, rounded once. Executed interpolation computes positions in float32 or wider, with an error of at most 4u(n + 1). The interpolant is
+continuous and changes by at most this error times the four entries around the position, even if the position is rounded down.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.ops.convolution import GLOBAL_MEANS, Average, Mean, Shape, along, dimensions, image_shape, is_global
 
 UPSAMPLES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
-LINES = {"linear": 1, "bilinear": 2, "trilinear": 3}
-# Coordinates along one dimension, in front and after, at most.
+LINEAR_MODES = {"linear": 1, "bilinear": 2, "trilinear": 3}
+# The most positions along one dimension, before and after.
 LARGEST_SIZE = 2**14
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """matrices: (o, n) of each dimension, float64. around: next to how many places a number is, along each dimension, 0 where none is computed."""
+    """The matrices (o, n) of each dimension, float64. neighbours: next to how many positions an entry is, along each dimension, 0 if none is
+    computed.
+
+    out: the shape after. copies: whether entries are only copied.
+    """
 
     matrices: tuple[Tensor, ...]
     out: Shape
-    around: tuple[int, ...]
+    neighbours: tuple[int, ...]
     copies: bool
 
     @property
     def terms(self) -> int:
-        """How many numbers one after is made of, at most."""
+        """The most input entries of one output entry."""
         return math.prod(int((p != 0).sum(1).amax()) for p in self.matrices)
 
     def _gains(self, space: str) -> list[float]:
@@ -54,47 +58,47 @@ class Resampling:
         return self.gain_in("l2")
 
     def gain_in(self, space: str) -> float:
-        """The same with both norms those of the space."""
+        """The gain with both norms in the space."""
         return math.prod(self._gains(space)) * (1 + 1e-15)
 
     def largest(self, norm: Tensor) -> Tensor:
-        """≥ every sum on the way, for ‖x‖₂ ≤ norm: a window is summed before it is divided."""
+        """≥ every intermediate sum for ‖x‖₂ ≤ norm: a window is summed before it is divided."""
         return norm * (self.terms + 1)
 
     def error(self, norm: Tensor, arithmetic: RoundingModel) -> Tensor:
-        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm: weights, products and sums, places that are off, underflow."""
+        """‖fl(y) − y‖₂ for ‖x‖₂ ≤ norm: errors of weights, products, sums and positions, and underflow."""
         if self.copies:
             return 0 * norm
         unit, gains = min(arithmetic.unit, 2.0**-24), self._gains("l2")
-        off = [4 * unit * (p.shape[1] + 1) * math.sqrt(4 * n) for p, n in zip(self.matrices, self.around, strict=True)]
+        off = [4 * unit * (p.shape[1] + 1) * math.sqrt(4 * n) for p, n in zip(self.matrices, self.neighbours, strict=True)]
         grown = math.prod(g + e for g, e in zip(gains, off, strict=True)) * (1 + 1e-12)
         relative = arithmetic.gamma(self.terms + 4 * len(gains) + 8) * grown + (grown - math.prod(gains) * (1 - 1e-12) if any(off) else 0.0)
         return relative * norm + 4 * self.terms * math.sqrt(math.prod(self.out)) * (arithmetic.tiny + arithmetic.flushed)
 
 
 def average_of(layer: Mean | nn.Upsample, whole: Shape | None) -> Average | Resampling:
-    """Facts of a mean of windows, or of interpolation. Raises BadInput and UnsupportedLayer for samples and options that it is not for."""
+    """Facts of a mean of windows or of an interpolation. Raises BadInput and UnsupportedLayer for samples and options that are not supported."""
     if not isinstance(layer, nn.Upsample):
         shape = image_shape(layer, whole)
         if isinstance(layer, GLOBAL_MEANS) and not is_global(layer):
-            given = layer.output_size
-            wanted = along(given, dimensions(layer)) if given is not None else shape[1:]
+            size = layer.output_size
+            wanted = along(size, dimensions(layer)) if size is not None else shape[1:]
             return _resampling(shape, [_windows(n, n if o is None else o) for n, o in zip(shape[1:], wanted, strict=True)], False)
         return Average.of(layer, shape)
     if why := other_mode(layer):
         raise UnsupportedLayer(f"expected Upsample by copies or lines, got {why}; use mode='nearest' or 'bilinear'")
-    count = LINES.get(layer.mode)
+    count = LINEAR_MODES.get(layer.mode)
     if whole is None or not 2 <= len(whole) <= 4 or count not in (None, len(whole) - 1):
         raise BadInput(f"expected signals, images or volumes for {type(layer).__name__} in mode {layer.mode!r}, got {whole}; use another mode")
-    sizes = _behind(layer, whole[1:])
-    if layer.mode in LINES:
-        return _resampling(whole, [_lines(n, o, bool(layer.align_corners)) for n, o in zip(whole[1:], sizes, strict=True)], False)
+    sizes = _output_sizes(layer, whole[1:])
+    if layer.mode in LINEAR_MODES:
+        return _resampling(whole, [_linear(n, o, bool(layer.align_corners)) for n, o in zip(whole[1:], sizes, strict=True)], False)
     return _resampling(whole, [(_copies(layer, n, o), 0) for n, o in zip(whole[1:], sizes, strict=True)], True)
 
 
 def other_mode(layer: nn.Upsample) -> str:
-    """'' for copies and lines, otherwise the mode."""
-    return "" if layer.mode in (*LINES, "nearest", "nearest-exact") else f"mode {layer.mode!r}"
+    """'' for nearest and linear interpolation, else the mode."""
+    return "" if layer.mode in (*LINEAR_MODES, "nearest", "nearest-exact") else f"mode {layer.mode!r}"
 
 
 def _resampling(shape: Shape, parts: Sequence[tuple[Tensor, int]], copies: bool) -> Resampling:
@@ -107,18 +111,18 @@ def _sized(n: int, o: Any) -> int:
     return o
 
 
-def _behind(layer: nn.Upsample, before: Shape) -> list[int]:
+def _output_sizes(layer: nn.Upsample, before: Shape) -> list[int]:
     if layer.size is not None:
         return [_sized(n, o) for n, o in zip(before, along(layer.size, len(before)), strict=True)]
-    given = layer.scale_factor
-    factors = [float(f) for f in (given if isinstance(given, tuple | list) else [given] * len(before))]  # type: ignore[arg-type]
+    size = layer.scale_factor
+    factors = [float(f) for f in (size if isinstance(size, tuple | list) else [size] * len(before))]  # type: ignore[arg-type]
     if len(factors) != len(before) or any(n * f != math.floor(n * f) for n, f in zip(before, factors, strict=True)):
         raise UnsupportedLayer(f"expected factors that make whole sizes of {before}, got {factors}; state the size")
     return [_sized(n, int(n * f)) for n, f in zip(before, factors, strict=True)]
 
 
 def _windows(n: int, o: int) -> tuple[Tensor, int]:
-    """Means of ⌊i·n/o⌋ … ⌈(i + 1)·n/o⌉ − 1."""
+    """Means of the entries ⌊i·n/o⌋, …, ⌈(i + 1)·n/o⌉ − 1."""
     matrix = torch.zeros(_sized(n, o), n, dtype=torch.float64)
     for i in range(o):
         start, stop = i * n // o, -(-(i + 1) * n // o)
@@ -126,8 +130,8 @@ def _windows(n: int, o: int) -> tuple[Tensor, int]:
     return matrix, 0
 
 
-def _lines(n: int, o: int, corners: bool) -> tuple[Tensor, int]:
-    """Between the two numbers next to a place. Corners: the first and last of both are at the same places."""
+def _linear(n: int, o: int, corners: bool) -> tuple[Tensor, int]:
+    """Linear interpolation between the two entries next to a position. corners: the first and last positions coincide (align_corners)."""
     matrix = torch.zeros(_sized(n, o), n, dtype=torch.float64)
     floors = []
     for i in range(o):
@@ -145,7 +149,7 @@ def _lines(n: int, o: int, corners: bool) -> tuple[Tensor, int]:
 
 
 def _copies(layer: nn.Upsample, n: int, o: int) -> Tensor:
-    """Raises UnsupportedLayer where float32 or float64 rounds a place to another number than the exact one."""
+    """Nearest interpolation. Raises UnsupportedLayer where float32 or float64 rounds a position to another entry than the exact one."""
     exact = layer.mode == "nearest-exact"
     index = [min((2 * i + 1) * n // (2 * o) if exact else i * n // o, n - 1) for i in range(o)]
     options: dict[str, Any] = {"size": o}

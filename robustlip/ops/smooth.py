@@ -1,7 +1,8 @@
-"""Smooth functions of one number, and smooth ones with kinks: ELU, CELU, SELU, Softplus, LogSigmoid, Softsign, Tanhshrink, Mish, Hardswish.
+"""Smooth functions of one number, some with kinks: ELU, CELU, SELU, Softplus, LogSigmoid, Softsign, Tanhshrink, Mish, Hardswish.
 
-Suprema of |φ'| and |φ''| are in closed form unless said otherwise; tests/test_ops.py looks for larger ones. k stands for FUNCTION_ULPS, what torch's
-exp, expm1, log1p and tanh may lose, u for the unit roundoff. 16-bit kernels compute in float32 or in the dtype itself: bounds hold for both.
+Suprema of |φ'| and |φ''| are in closed form unless stated otherwise; tests/test_ops.py searches for larger values. k is FUNCTION_ULPS, the error of
+torch's exp, expm1, log1p and tanh in units in the last place; u is the unit roundoff. 16-bit kernels compute in float32 or in the dtype itself; the
+bounds hold for both.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from torch import Tensor, nn
 from robustlip.numerics.arithmetic import Arithmetic
 from robustlip.ops.elementwise import FUNCTION_ULPS, Elementwise, Executed, kinks, parameter, register_elementwise, ulps
 
-# sup and inf of mish', its least value and place, sup|mish''| at −0.0879: from 40 digits, rounded outward.
+# inf and sup of mish', the position and value of its minimum, sup|mish''| at −0.0879; computed with 40 digits, rounded outward.
 MISH_SLOPE = (-0.1125262, 1.0884982)
 MISH_LOWEST = (-1.1924312, -0.3088435)
 MISH_CURVATURE = 0.6442047
-# As torch has them. The kernel multiplies them.
+# The constants of torch; its kernel multiplies them.
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
 def _exponential(steepest: float, flat: float) -> Executed:
-    """Of scale·x above 0 and scale·α·expm1(x/flat) below, with slopes of at most `steepest`.
+    """The execution error of scale·x above 0 and scale·α·expm1(x/flat) below, with slopes of at most `steepest`.
 
-    Both factors are made of rounded parameters (3u); x/flat is off by 3u, which moves expm1 by at most 3u of itself as |t|eᵗ ≤ 1 − eᵗ for t ≤ 0;
-    expm1 loses ku and the product and a 16-bit result 2u: (k + 8)u of a result of at most steepest·|x|. Where x, the quotient, expm1 or the result
-    counts for zero, at most (steepest·(2·flat + 2) + 1)·tiny is lost, and where a factor does, tiny·|x| and steepest·flat·tiny·|x|.
+    Both factors are products of rounded parameters (3u). The error of x/flat is 3u, which changes expm1 by at most 3u of itself, since |t|eᵗ ≤ 1 − eᵗ
+    for t ≤ 0; that of expm1 is ku, those of the product and of a 16-bit result 2u: together (k + 8)u of a result of at most steepest·|x|. Flushing x,
+    the quotient, expm1 or the result has an error of at most (steepest·(2·flat + 2) + 1)·tiny, flushing a factor one of tiny·|x| +
+    steepest·flat·tiny·|x|.
     """
 
     def executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
@@ -39,7 +41,7 @@ def _exponential(steepest: float, flat: float) -> Executed:
 
 
 def _elu(layer: nn.ELU) -> Elementwise:
-    """x above 0, α(eˣ − 1) below: slopes 1 and αeˣ, second derivative αeˣ, a kink at 0 unless α = 1. With α < 0 it falls to 0 and rises."""
+    """x above 0, α(eˣ − 1) below: slopes 1 and αeˣ, second derivative αeˣ, a kink at 0 unless α = 1. For α < 0 it decreases, then increases from 0."""
     alpha = parameter(layer, "alpha")
     size = max(1.0, abs(alpha))
     return Elementwise(
@@ -67,7 +69,7 @@ def _celu(layer: nn.CELU) -> Elementwise:
 
 
 def _selu(_: nn.SELU) -> Elementwise:
-    """scale·x above 0, scale·α(eˣ − 1) below: a kink at 0 from scale·α to scale. The product is that of two float64 numbers, rounded upward."""
+    """scale·x above 0, scale·α(eˣ − 1) below: a kink at 0 from scale·α to scale. The product of the two float64 numbers is rounded up."""
     steep = math.nextafter(SELU_SCALE * SELU_ALPHA, math.inf)
     return Elementwise(
         value=F.selu,
@@ -80,11 +82,12 @@ def _selu(_: nn.SELU) -> Elementwise:
 
 
 def _softplus(layer: nn.Softplus) -> Elementwise:
-    """log(1 + exp(βx))/β: slope the sigmoid of βx, second derivative β·σ(1 − σ) ≤ β/4. torch's kernel jumps to x above βx = threshold.
+    """log(1 + exp(βx))/β: slope sigmoid(βx), second derivative β·σ(1 − σ) ≤ β/4. torch's kernel returns x where βx > threshold.
 
-    Executed, with E = exp(βx): fl(βx) is off by 2u|βx|, which moves log1p(exp(·)) by no more; E is off by ku, which moves it by at most 1.2ku; log1p
-    loses ku(log 2 + |βx|); a quotient and a 16-bit result are rounded. Over β that is (k + 6)u|x| + (2k + 4)u/β. The jump, at most
-    log1p(exp(−threshold))/β, may happen 4u·threshold early. Where exp overflows (a threshold of 88 and more in float32) the result is infinite.
+    Execution, with E = exp(βx): the error of βx is 2u|βx|, which changes log1p(exp(·)) by no more; that of E is ku, which changes it by at most
+    1.2ku; that of log1p is ku(log 2 + |βx|); a quotient and a 16-bit result round. Divided by β: (k + 6)u|x| + (2k + 4)u/β. The jump at the
+    threshold, at most log1p(exp(−threshold))/β, may occur 4u·threshold too early. Where exp overflows (thresholds of 88 and more in float32) the
+    result is infinite.
     """
     beta, threshold = parameter(layer, "beta", low=1e-6), parameter(layer, "threshold")
 
@@ -111,8 +114,8 @@ def _softplus(layer: nn.Softplus) -> Elementwise:
 
 
 def _logsigmoid_executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-    # min(0, x) − log1p(exp(−|x|)): exp is off by ku, which moves log1p by at most ku/1.5; log1p, at most log 2, loses ku; the difference is rounded,
-    # and in 16 bits the result: 2u(|x| + log 2).
+    # min(0, x) − log1p(exp(−|x|)): the error of exp is ku, which changes log1p by at most ku/1.5; that of log1p, at most log 2, is ku log 2. The
+    # difference and a 16-bit result round: 2u(|x| + log 2).
     return arithmetic.unit * (2.1 * norm + root * (1.4 * FUNCTION_ULPS + 2)) + 3 * root * arithmetic.tiny
 
 
@@ -122,8 +125,9 @@ def _mish_prime(z: Tensor) -> Tensor:
 
 
 def _mish_executed(norm: Tensor, root: float, arithmetic: Arithmetic) -> Tensor:
-    # x·tanh(L), L = log1p(exp(x)): exp moves L by 1.2ku at most, log1p loses kuL, and tanh' = 1/cosh² ≤ 1 with L/cosh²(L) ≤ 0.45; tanh loses ku;
-    # products 2u: (2.65k + 2)u|x|. Where exp or a product counts for zero, less than tiny·|x| + tiny. Where exp overflows tanh is 1, as it should be.
+    # x·tanh(L), L = log1p(exp(x)): exp changes L by at most 1.2ku, the error of log1p is kuL, tanh' = 1/cosh² ≤ 1 with L/cosh²(L) ≤ 0.45, the error
+    # of tanh is ku, those of the products 2u: (2.65k + 2)u|x|. Flushing exp or a product has an error below tiny·|x| + tiny. Where exp overflows,
+    # tanh is 1, which is correct.
     return ((3 * FUNCTION_ULPS + 3) * arithmetic.unit + arithmetic.tiny) * norm + 2 * root * arithmetic.tiny
 
 
@@ -131,13 +135,12 @@ LOGSIGMOID = Elementwise(
     value=F.logsigmoid, derivative=lambda z: torch.sigmoid(-z), slope=(0.0, 1.0), curvature=0.25, executed=_logsigmoid_executed,
     at_zero=-math.log(2), growth=1.0,
 )  # fmt: skip
-# Slope 1/(1 + |x|)², second derivative ∓2/(1 + |x|)³. A sum and a quotient are rounded.
+# Slope 1/(1 + |x|)², second derivative ∓2/(1 + |x|)³. A sum and a quotient round.
 SOFTSIGN = Elementwise(
     value=F.softsign, derivative=lambda z: (1 + z.abs()).square().reciprocal(), slope=(0.0, 1.0), curvature=2.0, executed=ulps(3, underflows=2),
     bounded=1.0,
 )  # fmt: skip
-# x − tanh x: slope tanh², second derivative 2·tanh·(1 − tanh²), that of tanh itself but for its sign. tanh loses ku|x|, then it is rounded, and so is
-# the difference.
+# x − tanh x: slope tanh², second derivative 2·tanh·(1 − tanh²), that of −tanh. The error of tanh is ku|x|; its result and the difference round.
 TANHSHRINK = Elementwise(
     value=F.tanhshrink, derivative=lambda z: torch.tanh(z).square(), slope=(0.0, 1.0), curvature=0.7698004,
     executed=ulps(FUNCTION_ULPS + 3, underflows=2), growth=1.0,
@@ -145,8 +148,8 @@ TANHSHRINK = Elementwise(
 MISH = Elementwise(
     value=F.mish, derivative=_mish_prime, slope=MISH_SLOPE, curvature=MISH_CURVATURE, growth=1.0, lowest=MISH_LOWEST, executed=_mish_executed,
 )  # fmt: skip
-# x·min(max(x + 3, 0), 6)/6: slope x/3 + 1/2 between −3 and 3, where it jumps from 0 to −1/2 and from 3/2 to 1. A sum, a product, a quotient or a
-# product with 1/6, a 16-bit result: 5u of it, at most 5u|x|; 6x stands on the way.
+# x·min(max(x + 3, 0), 6)/6: slope x/3 + 1/2 between −3 and 3, where it jumps from 0 to −1/2 and from 3/2 to 1. A sum, a product, a quotient or
+# product with 1/6, and a 16-bit result round: at most 5u|x|; the largest intermediate value is 6x.
 HARDSWISH = Elementwise(
     value=F.hardswish, derivative=lambda z: torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, z / 3 + 0.5)), slope=(-0.5, 1.5),
     curvature=math.nextafter(1 / 3, 1.0), kinks=kinks((-3.0, 0.0, -0.5), (3.0, 1.5, 1.0)), growth=1.0, lowest=(-1.5, -0.375),

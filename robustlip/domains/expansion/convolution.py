@@ -86,13 +86,13 @@ class ConvolutionExpansion(MapStep):
         self.constants: Convolution = convolution_of(layer, scope.whole, scope.context)
         super().__init__(layer, clean, scope, image_shape(layer, scope.whole))
         c = self.constants
-        self.sigma, self.gain, self.frobenius = c.gain, c.gain_from(scope.space), c.reach * c.frobenius
+        self.sigma, self.gain, self.frobenius = c.gain, c.gain_from(scope.space), c.window_gain * c.frobenius
         self.slack = self.adjoint_slack()
 
     def execution_error(self, norm: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
         c = self.constants
         check_weights(self.layer, ball.weight_radius is not None)
-        perturbed = self.scope.weight_change(ball, c.matrix) * c.reach
+        perturbed = self.scope.weight_change(ball, c.matrix) * c.window_gain
         return self.scope.both(lambda arithmetic: c.error(norm, perturbed, arithmetic)) + perturbed * norm, c.largest(norm, perturbed)
 
     def pair_rows(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:

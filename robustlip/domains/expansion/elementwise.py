@@ -50,14 +50,14 @@ class ElementwiseExpansion(Neurons):
     def _curvatures(self, each: Tensor) -> tuple[Tensor, Tensor]:
         """(κ⁺, κ⁻) (…, N, T, n) with −½κ⁻Δ² ≤ f(z + Δ) − f(z) − f'(z)Δ ≤ ½κ⁺Δ² for |Δ| ≤ each."""
         top = self.curvature
-        if self.facts.bend is None:
+        if self.facts.local_curvature is None:
             return torch.full_like(each, top), torch.full_like(each, top)
         scale = top / self.facts.curvature * (1 + 1e-7)
 
         def sized(kappa: Tensor) -> Tensor:
             return (kappa.clamp_min(0.0) * scale + 1e-15 * max(1.0, top)).clamp_max(top)
 
-        convex, concave = self.facts.bend(self.distance, each)
+        convex, concave = self.facts.local_curvature(self.distance, each)
         return sized(convex), sized(concave)
 
     def _away(self, kink: Kink) -> Tensor:

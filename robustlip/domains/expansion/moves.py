@@ -33,7 +33,7 @@ class MovesExpansion(Expansion):
         self.rounding_error = 0.0
         if m.rounds:
             size, count = (m.size, m.outputs) if self.by_tokens is None else (m.token_size, m.out[-1])
-            self.rounding_error = m.lost(size, count, scope) * (math.sqrt(count) * (1 + 1e-15) if scope.space == "l1" else 1.0)
+            self.rounding_error = m.rounding_error(size, count, scope) * (math.sqrt(count) * (1 + 1e-15) if scope.space == "l1" else 1.0)
 
     def advance(self, ball: Ball, remainder: bool = True) -> OutputBounds:
         in_space, in_l2 = growth(self.copies, self.space), growth(self.copies, "l2")

@@ -38,7 +38,7 @@ from robustlip.ops.maps import (
     ConvolutionMap,
     LinearMap,
     Mixing,
-    OnPart,
+    PartialMap,
     ResamplingMap,
     ScaleMap,
     TransposedMap,
@@ -137,7 +137,7 @@ class _Builder:
     def linear(self, layer: nn.Module, exact: bool = False) -> None:
         """exact: a map of ours that the model does not execute."""
         op = map_of(layer, self.shape)
-        self.steps.append(Step(OnPart.of(op, self.saved), None if exact else self._of_all_rows(_errors_of(layer, op))))
+        self.steps.append(Step(PartialMap.of(op, self.saved), None if exact else self._of_all_rows(_errors_of(layer, op))))
         self.of_images = self.of_images or isinstance(op, (ConvolutionMap, TransposedMap, AverageMap, ResamplingMap))
         self.shape, self.rows = op.out, self.saved + op.outputs
 
@@ -304,7 +304,7 @@ class _Builder:
         self.combine((torch.cat([self._indices(h), h + source.clamp_min(0)]), torch.cat([kept, moved])))
         if moves.size:
             m, fixed = moves.outputs, moves.fixed.to(self.device)
-            constants = OnPart.of(ScaleMap((m,), (m,), 2, 2, bias=fixed, weight=torch.ones_like(fixed)), h)
+            constants = PartialMap.of(ScaleMap((m,), (m,), 2, 2, bias=fixed, weight=torch.ones_like(fixed)), h)
             rounds = (lambda sizes, context: constant_errors(fixed, context).expand(len(sizes), -1)) if moves.rounds else None
             self.steps.append(Step(constants, self._of_all_rows(rounds)))
         self.shape = moves.out

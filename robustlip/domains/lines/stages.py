@@ -12,7 +12,7 @@ from robustlip.domains.lines.relaxations import Activation
 from robustlip.domains.norms import Context
 from robustlip.errors import UnsupportedLayer
 from robustlip.numerics.rounding import U64, gamma, norm_up, up
-from robustlip.ops.maps import LinearMap, MatrixMap, Mixing, OnPart, Series, dual_norms
+from robustlip.ops.maps import LinearMap, MatrixMap, Mixing, PartialMap, Series, dual_norms
 
 # (magnitudes (N, n), context) → bounds (N, m) of |executed − exact|, float64, as in robustlip.ops.executed.
 Errors = Callable[[Tensor, Context], Tensor]
@@ -267,7 +267,7 @@ def dense_stage(plan: Plan, device: torch.device) -> DenseStage:
             vector_error = size @ (vector_error + loss * vector.abs()) * (1 + 1e-9)
             matrix, vector = mixing @ matrix, mixing @ vector
             continue
-        op, h = (step.inner, step.held) if isinstance(step, OnPart) else (step, 0)
+        op, h = (step.inner, step.unchanged) if isinstance(step, PartialMap) else (step, 0)
         exact = op.weight if i == 0 and h == 0 and isinstance(op, MatrixMap) else None  # W·I = W without rounding
         plain = exact is not None
         loss = 0.0 if plain else op.loss
@@ -304,7 +304,7 @@ def map_stage(plan: Plan, device: torch.device) -> MapStage:
     vector = torch.zeros(plan.inputs, dtype=torch.float64, device=device)
     error = torch.zeros_like(vector)
     for step in plan.maps:
-        op, h = (step.inner, step.held) if isinstance(step, OnPart) else (step, 0)
+        op, h = (step.inner, step.unchanged) if isinstance(step, PartialMap) else (step, 0)
         moved, off = _apply_to_vector(op, vector[h:], error[h:], op.loss, True)
         vector, error = torch.cat([vector[:h], moved]), torch.cat([error[:h], off])
     steps = Series.of(plan.maps)

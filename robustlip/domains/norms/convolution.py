@@ -52,7 +52,7 @@ class ConvolutionRule(Rule):
 
     def step(self, layer: Conv | Transposed, state: State, context: Context) -> State:
         c = convolution_of(layer, state.whole, context)
-        perturbed = context.weight_change(c.matrix) * c.reach  # 0 for transposed convolutions: check_weights refuses weight threats
+        perturbed = context.weight_change(c.matrix) * c.window_gain  # 0 for transposed convolutions: check_weights refuses weight threats
         fresh = c.error(state.norm, perturbed, context)
         after = replace(
             state,

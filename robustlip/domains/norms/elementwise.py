@@ -26,7 +26,7 @@ class ElementwiseRule(Rule):
         fresh = facts.executed_error(state.norm, root, context)
         norm = facts.size(state.norm, root) / by + fresh
         after = replace(state, norm=norm, change=slope * state.change, rounding=slope * state.rounding + fresh)
-        return context.guard_flush(context.guard_overflow(after, facts.on_the_way(state.norm)), by)
+        return context.guard_flush(context.guard_overflow(after, facts.largest_intermediate(state.norm)), by)
 
 
 # All of these are the identity in eval mode.

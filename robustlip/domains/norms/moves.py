@@ -34,7 +34,7 @@ class MoveRule(Rule):
             tokens, width = (m.out[0], m.outputs // m.out[0]) if m.by_token else (1, m.outputs)
             whole = m.out if len(m.out) > 1 and not m.by_token else None
         root = growth(copies, "l2") * growth(many, "l2")
-        lost = m.lost(size, width, context)
+        lost = m.rounding_error(size, width, context)
         after = replace(
             state,
             norm=_with_constants(root * state.norm, size, apart) + lost,

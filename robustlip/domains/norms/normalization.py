@@ -63,6 +63,6 @@ class BatchNormRule(Rule):
         positions = batch_positions(layer, state.whole, state.tokens, state.width)
         scale: BatchScale = context.constant(layer, f"batch-{layer.eps}", lambda: BatchScale.of(layer))
         fresh = scale.error(state.norm, positions, state.width, context)
-        reach, gain = scale.reach(state.norm, positions), scale.gain
+        reach, gain = scale.output_norm(state.norm, positions), scale.gain
         after = replace(state, norm=reach + fresh, change=gain * state.change, rounding=gain * state.rounding + fresh)
         return context.guard_overflow(after, scale.largest(state.norm))
