@@ -1041,7 +1041,7 @@ MUTATIONS = [
              f"{MAPS} -k convolutions"),
     Mutation("maps: rows without the copies of padding", OPS_MAPS, "self.copies * squares", "squares", f"{MAPS} -k convolutions"),
     Mutation("maps: squares of small weights vanish", OPS_MAPS,
-             "torch.ones_like(largest))  # squares of small weights do not vanish\n        squares = self._conv",
+             "torch.ones_like(largest))  # so that squares of small weights do not underflow\n        squares = self._conv",
              "torch.ones_like(largest)) * 0 + 1\n        squares = self._conv", f"{MAPS} -k every_scale"),
     Mutation("maps: means at the border divided by the number of entries", OPS_MAPS,
              "self.kernel, self.stride, self.padding).reshape(*x", "self.kernel, self.stride, self.padding, count_include_pad=False).reshape(*x",

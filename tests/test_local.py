@@ -900,7 +900,7 @@ def test_what_single_tokens_know_of_the_layers_in_front_is_never_exceeded(activa
         ball = torch.full((n, 1), radius, dtype=torch.float64)
         bounds = rows.advance(Ball.of(ball)).bounds
         for l, rows_of_l in functionals.items():
-            weights = rows.questions[l][2]  # type: ignore[index]
+            weights = rows.functionals_by_part[l][2]  # type: ignore[index]
             for sign in (1.0, -1.0):  # each side alone, as the margin's own functional is bounded
                 g, groups = sign * rows_of_l.unsqueeze(2), []
                 for part in reversed(rows.parts[:l]):

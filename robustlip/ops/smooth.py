@@ -41,7 +41,7 @@ def _exponential(steepest: float, flat: float) -> Executed:
 
 
 def _elu(layer: nn.ELU) -> Elementwise:
-    """x above 0, α(eˣ − 1) below: slopes 1 and αeˣ, second derivative αeˣ, a kink at 0 unless α = 1. For α < 0 it decreases, then increases from 0."""
+    """x above 0, α(eˣ − 1) below: slopes 1 and αeˣ, second derivative αeˣ, a kink at 0 unless α = 1. For α < 0 it first decreases."""
     alpha = parameter(layer, "alpha")
     size = max(1.0, abs(alpha))
     return Elementwise(
