@@ -1,7 +1,7 @@
-"""The geometry of a threat: how long a perturbation is, the largest ⟨g, δ⟩, the steepest direction, the nearest point of the ball.
+"""The geometry of a threat: the norm of a perturbation, the largest ⟨g, δ⟩, the steepest direction, the projection onto the ball.
 
-Vectors are everything behind the first `keep` dimensions, one by default: x (N, …) → (N,). Radii are (N,). Numbers are as torch computes
-them in the dtype that comes in; a certifier rounds its own up. What a threat is, is in `robustlip.threats`.
+A vector consists of all dimensions after the first `keep` (default 1): x (N, …) → (N,). Radii are (N,). Values are computed by torch in the dtype of
+the input; certifiers round theirs up. `robustlip.threats` defines threats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, dual_order_of, o
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(N,) → (N, 1, …, 1), to be broadcast against `like` (N, …)."""
+    """(N,) → (N, 1, …, 1), which broadcasts against `like` (N, …)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -94,7 +94,7 @@ def project_l1(delta: Tensor, radius: Tensor) -> Tensor:
 
 
 def within(delta: Tensor, clean: Tensor, box: tuple[float, float] | None) -> Tensor:
-    """The change δ clamped so that clean + δ stays in the box: exact in float64, and 0 where the clean point sits on the border."""
+    """δ clamped so that clean + δ stays in the box: exact in float64, and 0 where the clean point is on the border."""
     if box is None:
         return delta
     clean = clean.to(delta.dtype)

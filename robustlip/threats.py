@@ -1,8 +1,7 @@
-"""Threats: what may change, in which norm, by how much.
+"""Threats: what a perturbation may change, in which norm, by how much.
 
-The same object goes to a certifier (which proves a lower bound on the robust radius) and to an attack
-(which finds an upper bound). Radii are in raw input units for `InputBall`, in units of the embedding for
-`EmbeddingBall`, and in units of a weight matrix (or fractions of its spectral norm) for `WeightBall`.
+A certifier proves a lower bound of the robust radius for a threat; an attack finds an upper bound for the same object. Radii are in raw input units
+for `InputBall`, in units of the embedding for `EmbeddingBall`, and in units of a weight matrix (or fractions of its spectral norm) for `WeightBall`.
 
 `radius=None` asks for the largest radius; a number asks whether that radius holds.
 """
@@ -15,7 +14,7 @@ from typing import ClassVar, Literal, Union
 
 from robustlip.errors import BadInput
 
-# The p of ‖·‖_p by name.
+# The p of ‖·‖_p for each name.
 ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 INPUT_NORMS = tuple(ORDERS)
 WEIGHT_NORMS = ("spectral", "frobenius")
@@ -32,7 +31,7 @@ def dual_order_of(norm: str) -> float:
 
 
 def l2_factor(norm: str, numbers: int) -> float:
-    """‖δ‖₂ ≤ this·‖δ‖ for δ of so many numbers, rounded up: √n in ℓ∞, 1 in ℓ2 and ℓ1."""
+    """‖δ‖₂ ≤ this·‖δ‖ for δ with that many entries, rounded up: √n in ℓ∞, 1 in ℓ2 and ℓ1."""
     return math.sqrt(numbers) * (1 + 1e-15) if ORDERS[norm] == math.inf else 1.0
 
 
@@ -73,12 +72,12 @@ class InputBall:
 
     @property
     def space(self) -> str:
-        """The norm in which the change in front of the first layer is bounded."""
+        """The norm that bounds the change before the first layer."""
         return self.norm
 
     @property
     def box(self) -> tuple[float, float] | None:
-        """What a perturbed input stays in, None for anything."""
+        """The box that perturbed inputs stay in, None without one."""
         return self.clip
 
     @property

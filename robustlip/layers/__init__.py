@@ -1,4 +1,4 @@
-"""The layers that robustlip models are made of; each has its rule of the same subject in `robustlip.domains.norms`."""
+"""The layers of robustlip models; `robustlip.domains.norms` has a rule for each, in files of the same names."""
 
 from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention

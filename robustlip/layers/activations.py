@@ -40,7 +40,7 @@ class Abs(nn.Module):
 
 
 class Clamp(nn.Module):
-    """min(max(x, low), high), elementwise, any shape. None: no bound on that side; one of the two has to be there."""
+    """min(max(x, low), high), elementwise, any shape. None means no bound on that side; at least one bound is required."""
 
     def __init__(self, low: float | None = None, high: float | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Multi-head self-attention: the paper's (logits s·q·k/d, rotary positions, output times 1/3, no biases), and the forms that other models have."""
+"""Multi-head self-attention: the paper's form (logits s·q·k/d, rotary positions, output times 1/3, no biases) and the forms of other models."""
 
 from __future__ import annotations
 
@@ -169,26 +169,26 @@ class Attention(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """What multiplies q·k."""
+        """The factor of q·k."""
         if self.divisor is not None:
             return 1 / self.divisor
         return self.scale / self.head_width if self.stated_scale is None else self.stated_scale
 
     @property
     def out_width(self) -> int:
-        """Numbers of a token after the layer."""
+        """The width of a token after the layer."""
         return self.heads * self.head_width if self.output is None else self.width
 
     @property
     def is_papers(self) -> bool:
-        """Whether the layer is the paper's form: four square matrices of their own, no biases, a mask and angles that are computed."""
+        """Whether the layer has the paper's form: four separate square matrices, no biases, and a computed mask and angles."""
         plain = self.head_width * self.heads == self.width and self.key_heads == self.heads and not any(self.biases) and not self.joined
         usual = self.mask is None and self.cos is None and self.explicit is None and self.stated_scale is None and self.output is not None
         return plain and usual
 
     @property
     def looks_back(self) -> bool:
-        """Whether no token sees one after it."""
+        """Whether the layer is causal: no token sees a later one."""
         return self.causal or (self.mask is not None and not bool(self.seen(self.mask.shape[-1]).triu(1).any()))
 
     @property
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         return inner if self.output is None else inner | {"output": self.output}
 
     def holders(self) -> dict[str, nn.Linear]:
-        """Which of the projections holds the matrix of query, key, value and output, the last where there is one."""
+        """The Linear layer that holds the matrix of query, key, value and output (if there is an output projection)."""
         found = self.projections()
         return {name: found.get(name, found.get("projection", self.output)) for name in self._names()}  # type: ignore[misc]
 
@@ -210,18 +210,18 @@ class Attention(nn.Module):
         return ("query", "key", "value") if self.output is None else ("query", "key", "value", "output")
 
     def _rows(self) -> list[int]:
-        """How many rows of a joined projection are of queries, keys and values."""
+        """The numbers of rows of a joined projection for queries, keys and values."""
         return [heads * self.head_width for heads in (self.heads, self.key_heads, self.key_heads)]
 
     def matrices(self) -> dict[str, torch.Tensor]:
-        """query (H·d, D), key and value (Hk·d, D), and output (D, H·d) where there is one, as the weights are now."""
+        """The present weights: query (H·d, D), key and value (Hk·d, D), and output (D, H·d) if there is one."""
         found = {name: linear.weight for name, linear in self.projections().items()}
         if self.joined:
             found = dict(zip(self._names()[:3], found["projection"].split(self._rows()), strict=True)) | found
         return {name: found[name] for name in self._names()}
 
     def offsets(self) -> dict[str, torch.Tensor | None]:
-        """The biases of the same matrices, None where there is none."""
+        """The biases of the same matrices, None without biases."""
         found: dict[str, torch.Tensor | None] = {name: linear.bias for name, linear in self.projections().items()}
         if self.joined:
             joined = found["projection"]
@@ -230,7 +230,7 @@ class Attention(nn.Module):
         return {name: found[name] for name in self._names()}
 
     def check_length(self, length: int) -> None:
-        """Raises BadInput for another number of tokens than mask and tables have."""
+        """Raises BadInput if the number of tokens does not fit the mask and tables."""
         fixed = self.mask.shape[-1] if self.mask is not None else length if self.cos is None else len(self.cos)
         if self.cos is not None and len(self.cos) != fixed:
             raise BadInput(f"expected tables of angles of as many tokens as the mask's {fixed}, got {len(self.cos)}; make both of one length")
@@ -238,7 +238,7 @@ class Attention(nn.Module):
             raise BadInput(f"expected {fixed} tokens, as Attention's mask or tables of angles have, got {length}; give sequences of that length")
 
     def seen(self, length: int) -> torch.Tensor:
-        """Which tokens j the query i sees: bool (T, T), or (H, T, T) where heads differ. Raises BadInput where a token sees nothing."""
+        """The attention mask: which tokens j query i sees, bool (T, T), or (H, T, T) if heads differ. Raises BadInput where a token sees none."""
         self.check_length(length)
         if self.mask is None:
             everything = torch.ones(length, length, dtype=torch.bool, device=next(self.parameters()).device)
@@ -250,7 +250,7 @@ class Attention(nn.Module):
         return seen
 
     def added(self, length: int) -> torch.Tensor | None:
-        """What is added to the logits that are seen, whatever the input: (T, T) or (H, T, T), 0 where nothing is seen; None for nothing at all."""
+        """The constant added to visible logits: (T, T) or (H, T, T), 0 at hidden ones; None where nothing is added."""
         if self.distance_bias is not None:
             position = torch.arange(length, device=self.distance_bias.device)
             return self.distance_bias[:, (position[:, None] - position[None, :]).abs().clamp_max(self.distance_bias.shape[1] - 1)]
@@ -259,7 +259,7 @@ class Attention(nn.Module):
         return self._mask_by_head().masked_fill(~self.seen(length), 0.0)
 
     def depth(self) -> float:
-        """What keys that are not seen lie below 0 at least: infinite, or the size of the number that says so."""
+        """How far hidden logits are below 0 at least: infinity, or the absolute value of the number that the mask adds."""
         if self.mask is None or self.mask.dtype == torch.bool or self.mask_fill:
             return math.inf
         return float((-self.mask.double()).masked_fill(self.mask > UNSEEN, torch.inf).amin())
@@ -288,12 +288,12 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_width)).transpose(-2, -3)
 
     def spread(self, x: torch.Tensor, dim: int = -3) -> torch.Tensor:
-        """Heads of keys or values, Hk of them in dimension `dim`, each repeated for the heads of queries that it serves."""
+        """Key or value heads, Hk of them in dimension `dim`, repeated for each query head that uses them."""
         group = self.heads // self.key_heads
         return x if group == 1 else x.repeat_interleave(group, dim)
 
     def turned(self, x: torch.Tensor, position: torch.Tensor | None = None, back: bool = False) -> torch.Tensor:
-        """Rx of queries or keys (…, T, d), or Rᵀx (back). position: of each token, as in `rotary`, 0 … T − 1 unless given."""
+        """Rx for queries or keys (…, T, d), or Rᵀx if `back`. position: of each token, as in `rotary`, by default 0 … T − 1."""
         if self.cos is not None and self.sin is not None:
             cos, sin = (table if position is None else table[position] for table in (self.cos.to(x.dtype), self.sin.to(x.dtype)))
             return x * cos - rotate_half(x * sin) if back else x * cos + rotate_half(x) * sin

@@ -1,4 +1,4 @@
-"""A model as a chain of layers, each with a rule: the one shape that certifiers, attacks and trainers see."""
+"""A model as a chain of layers with rules: the form that certifiers, attacks and trainers use."""
 
 from __future__ import annotations
 
@@ -14,24 +14,14 @@ from robustlip.execution import check_plain
 
 
 def two_logits(logits: torch.Tensor) -> torch.Tensor:
-    """(N, C) as they are; of a binary model's one logit z (N, 1) or (N,) the two logits (0, z), exactly: class 1 where z > 0, and z is the margin."""
+    """Logits (N, C) unchanged; a binary model's single logit z (N, 1) or (N,) becomes (0, z): class 1 where z > 0, with margin |z|."""
     if logits.dim() == 1:
         logits = logits.unsqueeze(1)
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.dim() == 2 and logits.shape[1] == 1 else logits
 
 
 class Chain(nn.Sequential):
-    """Layers applied one after the other.
-
-    embedding_depth: how many leading layers make the embedding (0: the model has none, and EmbeddingBall does not apply).
-    task: 'classification', logits (N, C), of a binary model one, (N, 1) (see `two_logits`); or 'next-token', logits (N, T, V), of which the last
-    position is the prediction.
-    vocabulary: the characters of token ids 0, 1, …, for next-token models; None otherwise.
-    config: what `robustlip.models.build` needs to make the model again; None for chains of other people's layers.
-    input_range: (low, high) that every number of a raw input lies in, or None for anything; samples outside are not certified.
-    final: of a capture, the function of its logits that the module ends with and the chain leaves out (`robustlip.graph.final`), or ''.
-    computes_weights: of a capture, whether a constant of it was computed from a matrix of the module.
-    """
+    """Layers in series."""
 
     embedding_depth: int = 0
     task: str = "classification"
@@ -42,12 +32,12 @@ class Chain(nn.Sequential):
     final: str = ""
 
     def check_inputs(self, x: torch.Tensor) -> None:
-        """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward: it waits for the device and reads values."""
+        """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward, because it reads values and waits for the device."""
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise BadInput("expected finite inputs, got NaN or infinity; clean the data")
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Raw inputs → embeddings (N, T, D). Raises BadInput when the model has no embedding."""
+        """Raw inputs → embeddings (N, T, D). Raises BadInput if the model has no embedding."""
         if self.embedding_depth == 0:
             raise BadInput("expected a model with an embedding (a transformer), got one without; use an input threat: l1, l2 or linf")
         for layer in list(self)[: self.embedding_depth]:
@@ -55,13 +45,13 @@ class Chain(nn.Sequential):
         return x
 
     def from_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, T, D) → logits, the rest of the forward pass."""
+        """Embeddings (N, T, D) → logits: the rest of the forward pass."""
         for layer in list(self)[self.embedding_depth :]:
             embeddings = layer(embeddings)
         return embeddings
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits (N, C) that the prediction is read from: the last position's for next-token models, of one logit z the two (0, z)."""
+        """The logits (N, C) of the prediction: of the last position for next-token models; (0, z) for a single logit z."""
         logits = logits[:, -1] if self.task == "next-token" else logits
         if logits.dim() == 2 and logits.shape[1] == 1 and type(self[len(self) - 1]) is nn.Sigmoid:
             raise BadInput(
@@ -79,12 +69,12 @@ class Chain(nn.Sequential):
 
 
 class TokenChain(Chain):
-    """A Chain of (Embedding or Lookup, blocks …, head) whose inputs are token ids (N, T) and whose logits are (N, C)."""
+    """A Chain of (Embedding or Lookup, blocks …, head) with token ids (N, T) as inputs and logits (N, C)."""
 
     embedding_depth = 1
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids (N, T) → embeddings (N, T, D). Raises BadInput for anything but integers in range."""
+        """Token ids (N, T) → embeddings (N, T, D). Raises BadInput for other inputs than integers in range."""
         if x.dtype not in (torch.int64, torch.int32) or x.dim() != 2:
             raise BadInput(f"expected token ids, integers of shape (N, T), got {x.dtype} of shape {tuple(x.shape)}; encode the text first")
         return super().embed(x)
@@ -162,7 +152,7 @@ def as_chain(model: nn.Module) -> Chain:
 
 
 def chain_or_module(model: nn.Module) -> nn.Module:
-    """The model as a chain, where it is one: certificates name and hash it so. Any other module is itself, and can be attacked, not certified."""
+    """The model as a chain if it is one, as certificates name and hash it; any other module unchanged (it can be attacked, not certified)."""
     try:
         return as_chain(model)
     except UnsupportedLayer:

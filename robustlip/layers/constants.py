@@ -14,7 +14,7 @@ from robustlip.layers.sorting import channel_dimension
 
 
 class _Constant(nn.Module):
-    """value: (1,), (C,) or a table, a buffer that shares its memory with a tensor that is given."""
+    """value: (1,), (C,) or a table; a buffer that shares memory with the tensor passed in."""
 
     value: torch.Tensor
 
@@ -28,7 +28,7 @@ class _Constant(nn.Module):
         self.register_buffer("value", held.detach())
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """The constant in a shape that torch spreads over x."""
+        """The constant in a shape that torch broadcasts over x."""
         if self.value.dim() > 1:
             check_spread(self, tuple(x.shape[1:]))
             return self.value
@@ -44,7 +44,7 @@ def _size(value: torch.Tensor) -> str:
 
 
 def check_spread(layer: _Constant, shape: tuple[int, ...]) -> None:
-    """Raises BadInput unless the table of the layer can be spread over samples of that shape, and makes none of them larger."""
+    """Raises BadInput unless the layer's table broadcasts to samples of that shape without enlarging them."""
     table = tuple(layer.value.shape)
     table = table[1:] if len(table) == len(shape) + 1 and table[0] == 1 else table  # one row for all samples
     if len(table) > len(shape) or any(a not in (1, b) for a, b in zip(reversed(table), reversed(shape), strict=False)):
@@ -52,7 +52,7 @@ def check_spread(layer: _Constant, shape: tuple[int, ...]) -> None:
 
 
 class Scale(_Constant):
-    """x·value; with divide x/value, whose value is nowhere 0."""
+    """x·value, or x/value with `divide` (value is nowhere 0)."""
 
     def __init__(self, value: float | list[float] | torch.Tensor, *, divide: bool = False) -> None:
         super().__init__(value)
@@ -68,7 +68,7 @@ class Scale(_Constant):
 
 
 class Shift(_Constant):
-    """x + value; with subtract x − value."""
+    """x + value, or x − value with `subtract`."""
 
     def __init__(self, value: float | list[float] | torch.Tensor, *, subtract: bool = False) -> None:
         super().__init__(value)

@@ -46,7 +46,7 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}
 
 
 def evaluate(expression: Expression, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The value of an expression at x, its operations in their order; what stands in it twice is computed once."""
+    """The value of an expression at x, operations in their order; repeated parts are computed once."""
     made: dict[int, Tensor] = {}
 
     def value(part: Expression) -> Any:
@@ -70,7 +70,7 @@ def evaluate(expression: Expression, x: Tensor, weight: Tensor | None = None) ->
 
 
 def written(expression: Expression) -> str:
-    """An expression as one would write it, numbers exactly."""
+    """An expression as text, with exact constants."""
     if not isinstance(expression, tuple):
         return str(expression)
     name, *arguments = expression
@@ -105,7 +105,7 @@ def check(expression: Expression, along: bool = False, weight: bool = False) -> 
 
 
 class Formula(nn.Module):
-    """An expression of each number of x by itself, any shape: GELU and its like, written out."""
+    """An expression of each entry of x, any shape: GELU and similar functions, written out."""
 
     def __init__(self, expression: Expression) -> None:
         super().__init__()

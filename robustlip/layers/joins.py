@@ -1,4 +1,4 @@
-"""Branches that read the same input and are joined: a sum, a concatenation, a product, a maximum; and a slice of channels, which splits."""
+"""Joins of branches with one input: sum, concatenation, product, maximum, minimum; and slices of channels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robustlip.layers.sorting import channel_dimension
 
 
 class Branching(nn.Module):
-    """Branches that read the same input."""
+    """Branches with the same input."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Branching(nn.Module):
             self.add_module(f"branch{i}", branch)
 
     def check_in_place(self) -> None:
-        """Raises BadInput for a layer in place inside of a branch: the next branch would read what it wrote."""
+        """Raises BadInput for an in-place layer in a branch: the next branch would read what it wrote."""
         if any(getattr(module, "inplace", False) is True for module in self.modules()):
             name = type(self).__name__
             raise BadInput(f"expected branches of {name} out of place, got a layer with inplace=True, whose input others read; leave inplace out")
@@ -60,7 +60,7 @@ class Sum(Branching):
 
 
 class Concatenate(Branching):
-    """x → (branch_1(x), branch_2(x), …) side by side: along channels of images (N, C, H, W), along the last dimension of anything else."""
+    """x → (branch_1(x), branch_2(x), …) concatenated: along channels of images (N, C, H, W), along the last dimension otherwise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_in_place()
@@ -69,7 +69,7 @@ class Concatenate(Branching):
 
 
 class _Two(Branching):
-    """Two branches, joined number entry by entry."""
+    """Two branches, joined entry by entry."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__(first, second)
@@ -81,7 +81,7 @@ class _Two(Branching):
 
 
 class Product(_Two):
-    """x → a(x)·b(x), number entry by entry: gates. Both put out one shape, or b one number a channel of images, (N, C, 1, 1) against (N, C, H, W)."""
+    """x → a(x)·b(x), entry by entry, e.g. gates. Both have one shape, or b has one value per channel, (N, C, 1, 1) against (N, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.both(x)
@@ -94,7 +94,7 @@ class Product(_Two):
 
 
 class Maximum(_Two):
-    """x → max(a(x), b(x)), number entry by entry; both put out one shape."""
+    """x → max(a(x), b(x)), entry by entry; both have one shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.maximum(*self.both(x))
@@ -109,14 +109,14 @@ class Maximum(_Two):
 
 
 class Minimum(Maximum):
-    """x → min(a(x), b(x)), number entry by entry; both put out one shape."""
+    """x → min(a(x), b(x)), entry by entry; both have one shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.minimum(*self.both(x))
 
 
 class Channels(nn.Module):
-    """The channels start … stop − 1: of images (N, C, H, W) along C, of anything else along the last dimension. 0 ≤ start < stop."""
+    """The channels start … stop − 1: along C for images (N, C, H, W), along the last dimension otherwise. 0 ≤ start < stop."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()

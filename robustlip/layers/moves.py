@@ -1,4 +1,4 @@
-"""Layers that move a sample's numbers and compute nothing. Dimensions are counted as torch counts them: 0 is that of the samples, which stays."""
+"""Layers that only rearrange the entries of a sample. Dimensions are counted as in torch; dimension 0 is that of the samples and stays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from robustlip.errors import BadInput
 
 
 def _inside(dim: int, rank: int, name: str) -> int:
-    """The dimension counted from the front. Raises BadInput for that of the samples, and for one that is not there."""
+    """The dimension counted from the front. Raises BadInput for the samples' dimension and for one that does not exist."""
     at = dim + rank if dim < 0 else dim
     if not 0 < at < rank:
         raise BadInput(f"expected {name} along a dimension from 1 to {rank - 1} of values of {rank} dimensions, got {dim}; leave samples apart")
@@ -17,7 +17,7 @@ def _inside(dim: int, rank: int, name: str) -> int:
 
 
 class View(nn.Module):
-    """Samples in another shape, their numbers in the same order: (N, …) → (N, *shape)."""
+    """Reshapes samples: (N, …) → (N, *shape), entries in the same order."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class View(nn.Module):
 
 
 class Permute(nn.Module):
-    """Dimensions in another order, the samples' first: Permute(0, 2, 1) turns tokens (N, T, D) into (N, D, T)."""
+    """Permutes dimensions, the samples' first: Permute(0, 2, 1) turns tokens (N, T, D) into (N, D, T)."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Permute(nn.Module):
 
 
 class Select(nn.Module):
-    """One place along a dimension, which is gone after it: x.select(dim, index)."""
+    """One index of a dimension, which is removed: x.select(dim, index)."""
 
     def __init__(self, dim: int, index: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Select(nn.Module):
 
 
 class Slice(nn.Module):
-    """The places start, start + step, … below stop along a dimension. 0 ≤ start < stop."""
+    """The indices start, start + step, … below stop of a dimension. 0 ≤ start < stop."""
 
     def __init__(self, dim: int, start: int, stop: int, step: int = 1) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Slice(nn.Module):
 
 
 class Flip(nn.Module):
-    """The order along some dimensions turned round: x.flip(dims)."""
+    """Reverses some dimensions: x.flip(dims)."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()

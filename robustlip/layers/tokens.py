@@ -76,7 +76,7 @@ class MeanTokens(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Images (N, C, H, W) → tokens (N, H·W, C), one a pixel; (N, C, …) → (N, product of the rest, C)."""
+    """Images (N, C, H, W) → tokens (N, H·W, C), one per pixel; (N, C, …) → (N, product of the rest, C)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 3:
@@ -85,7 +85,7 @@ class Tokens(nn.Module):
 
 
 class SelectToken(nn.Module):
-    """One token: (N, T, D) → (N, D). index: from 0, or from the last by −1."""
+    """One token: (N, T, D) → (N, D). index: from 0, or −1 for the last."""
 
     def __init__(self, index: int = 0) -> None:
         super().__init__()

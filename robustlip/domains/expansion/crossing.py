@@ -47,7 +47,7 @@ class KinkTerm(JointBound):
 
     @cached_property
     def crossing(self) -> Tensor:
-        """As a bound: ≥ R_n (N, T, n), number entry by entry."""
+        """As a bound: ≥ R_n (N, T, n), entry by entry."""
         assert self.near is not None and self.each is not None
         return self.height * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
 
@@ -112,7 +112,7 @@ class MatrixKinkTerm(JointBound):
 
     @cached_property
     def crossing(self) -> Tensor:
-        """As a bound: ≥ R_n (N, T, n), number entry by entry."""
+        """As a bound: ≥ R_n (N, T, n), entry by entry."""
         assert self.near is not None and self.each is not None
         return 2 * (1 + 1e-12) * (self.each - self.near).clamp_min(0.0)
 
