@@ -19,7 +19,7 @@ from torch import nn
 from robustlip.attacks.spaces import EmbeddingSpace, InputSpace, Space, round_down
 from robustlip.attacks.weight_space import WeightSpace
 from robustlip.checks import check_finite_weights, check_fit
-from robustlip.data.lengths import by_length
+from robustlip.data.lengths import NO_LABEL, by_length, counted, labels_of
 from robustlip.errors import BadInput, RobustlipError
 from robustlip.execution import covered_kernels
 from robustlip.geometry import length
@@ -30,6 +30,8 @@ from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall
 
 # How far the rounding of inputs to the model's dtype may move them, relative to the radius: the attack loses this part of its ball.
 MOVED = 0.01
+# Of labels by token, how many tokens of a text are attacked: those of the smallest margins.
+FRAGILE = 4
 
 
 @dataclass(frozen=True)
@@ -185,20 +187,76 @@ class Attack(ABC):
             )
         self.check_threat(threat)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        groups = by_length(x)
+        groups, one = by_length(x), self._of_tokens if y.dim() == 2 else self._at
         if len(groups) == 1:
-            return self._at(model, groups[0][1], y, threat, generator, index, weights_sha256)
-        if y.shape != (len(x),):
+            return one(model, groups[0][1], labels_of(y, *groups[0]) if y.dim() == 2 else y, threat, generator, index, weights_sha256)
+        if len(y) != len(x):
             raise BadInput(f"expected one label for each of {len(x)} samples, got labels of shape {tuple(y.shape)}; match them")
         ids = _check_index(index, len(x))
-        parts = [self._at(model, part, y[of.to(y.device)], threat, generator, ids[of.cpu().numpy()], weights_sha256) for of, part in groups]
+        parts = [one(model, part, labels_of(y, of, part), threat, generator, ids[of.cpu().numpy()], weights_sha256) for of, part in groups]
         return _together(parts, torch.cat([of for of, _ in groups]).argsort().cpu().numpy())
 
-    def _at(
+    def _of_tokens(
         self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: Threat, generator: torch.Generator, index: Any, weights_sha256: str
     ) -> Observation:
-        """`__call__` for samples of one shape."""
-        target = Target(model)
+        """`__call__` of texts of one length with a label for each token, y (N, T): a text is broken where any labelled token's prediction changes.
+
+        Attacked are the tokens of the smallest margins, one after the other; the nearest point at which any token is wrong counts. label and
+        predictions count the labelled tokens and those that are right.
+        """
+        if not isinstance(threat, EmbeddingBall):
+            raise BadInput(f"expected an embedding threat for labels by token, got {threat.name}; use embedding-l2")
+        asked, ids = y != NO_LABEL, _check_index(index, len(x))
+        if y.shape != x.shape or not bool(asked.any(1).all()):
+            raise BadInput(f"expected labels {tuple(x.shape)}, at least one a text, got {tuple(y.shape)}; give {NO_LABEL} to tokens without one")
+        target, asked, y = Target(model), asked.to(x.device), y.to(x.device)
+
+        @torch.no_grad()
+        def judged(points: torch.Tensor, embedded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """(which labelled tokens are right (N, T), their margins, which samples' logits are finite)."""
+            with preserved(model), in_eval_mode(model), covered_kernels(target.kind):
+                logits = target.scores_by_token(points, embedded).double()
+            known = y.masked_fill(~asked, 0)
+            _check_labels(known, logits.shape[-1])
+            own = logits.gather(-1, known.unsqueeze(-1)).squeeze(-1)
+            margin = own - logits.scatter(-1, known.unsqueeze(-1), -torch.inf).amax(-1)
+            return asked & (logits.argmax(-1) == known), torch.where(asked, margin, torch.inf), _finite(logits)
+
+        target.check_inputs(x)
+        right, margin, answered = judged(x, False)
+        with torch.no_grad():
+            points = target.embed(x).detach().clone()
+        radius = torch.full((len(x),), torch.inf, dtype=torch.float64)
+        distance, failure = torch.zeros_like(radius), [""] * len(x)
+        whole = (right == asked).all(1) & answered
+        weakest = torch.zeros_like(asked).scatter(1, margin.argsort(1)[:, :FRAGILE], True) & asked & whole[:, None]
+        for position in weakest.any(0).nonzero()[:, 0].tolist():
+            rows = weakest[:, position].nonzero()[:, 0]
+            part = self._at(model, x[rows], y[rows, position], threat, generator, ids[rows.cpu().numpy()], weights_sha256, position)
+            assert isinstance(part.adversarial, torch.Tensor)
+            for i, row in enumerate(rows.tolist()):
+                failure[row] = failure[row] or part.failure[i]
+                if part.radius[i] < radius[row] or (math.isinf(radius[row]) and part.distance[i] > distance[row]):
+                    radius[row], distance[row] = float(part.radius[i]), float(part.distance[i])
+                    points[row] = part.adversarial[int(part.group[i])]
+        there, _, landed = judged(points, True)
+        broken = ((there != asked).any(1) & whole & landed).cpu() | (~(right == asked).all(1) & answered).cpu()
+        why = ("expected finite logits, got NaN or infinity; find the layer that overflows", "")
+        return Observation(
+            threat=threat, attack=self.name, seed=generator.initial_seed(), dtype=str(target.dtype(x)).removeprefix("torch."),
+            weights_sha256=weights_sha256, index=ids, label=counted(y).cpu().numpy(),
+            prediction=torch.where(answered, right.sum(1), -1).cpu().numpy(),
+            success=broken.numpy(), distance=distance.numpy(), radius=torch.where(broken, distance, torch.inf).numpy(),
+            adversarial_prediction=there.sum(1).cpu().numpy(), adversarial=points, group=np.arange(len(x)), settings=self.settings,
+            failure=tuple(f or why[int(ok)] for f, ok in zip(failure, (answered & landed).tolist(), strict=True)),
+        )  # fmt: skip
+
+    def _at(
+        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: Threat, generator: torch.Generator, index: Any, weights_sha256: str,
+        position: int | None = None,
+    ) -> Observation:  # fmt: skip
+        """`__call__` of samples of one shape. position: the token that is judged, of models that answer with scores by token."""
+        target = Target(model, position)
         with preserved(model), in_eval_mode(model), covered_kernels(target.kind):
             check_finite_weights(model)
             for parameter in model.parameters():

@@ -29,7 +29,7 @@ RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS, OVER
     f"tests/test_{name}.py"
     for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals", "overflow")
 )
-FORMS, TEXTS = "tests/test_attention_forms.py", "tests/test_texts.py"
+FORMS, TEXTS, TOKENS = "tests/test_attention_forms.py", "tests/test_texts.py", "robustlip/graph/tokens.py"
 EXECUTED, OPS_EXECUTED, MLP_STAGES = "tests/test_executed_errors.py", "robustlip/ops/executed.py", "robustlip/domains/lines/stages.py"
 VNNLIB, OUTPUTS, BOXES = "tests/test_vnnlib.py", "robustlip/domains/lines/outputs.py", "robustlip/certifiers/boxes.py"
 EXACT, WALKS, OF_MLP, OF_SDP, CONVS, SEQUENCES, GATES, FILES = (
@@ -159,6 +159,13 @@ MUTATIONS = [
              f"{TEXTS} -k and_without"),
     Mutation("texts: the bound of the model is that of one token", "robustlip/certifiers/bounds.py", "_tokens_of(layers) if embedding else 1", "1",
              f"{TEXTS} -k and_without"),
+    Mutation("tokens: the last label counts", ENTRY, "torch.minimum(radius[at], found), torch.fmax", "found, torch.fmax",
+             f"{TEXTS} -k classifier_of_tokens"),
+    Mutation("tokens: the last token is read", "robustlip/domains/expansion/local.py", "row = 0 if model.position is None else model.position",
+             "row = 0 if model.position is None else -1", f"{TEXTS} -k classifier_of_tokens"),
+    Mutation("tokens: texts may hold the padding", TOKENS, '            found.add(int(a["other"]))\n', "", f"{TEXTS} -k padding_is_the_last"),
+    Mutation("tokens: a choice in another order of samples", TOKENS, "if not (isinstance(indices[0], PerBatchSize) and indices[0].counts):",
+             "if not isinstance(indices[0], PerBatchSize | torch.Tensor):", f"{TEXTS} -k another_choice"),
     Mutation("capture: a subtraction is a sum", LOWER, 'sign = 1.0 if node.op == "add" else -1.0', "sign = 1.0", f"{CAPTURE} -k random"),
     # ---- joins
     Mutation("sums: weights of branches counted as 1", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = [1.0 for w in layer.weights]",

@@ -347,13 +347,14 @@ def _evaluate(
     import torch
 
     from robustlip.attacks import by_name
+    from robustlip.data.lengths import counted
     from robustlip.target import Target
 
     x = torch.as_tensor(data.x[batch]).to(settings.device)
     y = torch.as_tensor(data.y[batch]).to(settings.device)
     index = np.asarray(data.index[batch], dtype=np.int64)
     ball = threat.threat()
-    rows: list[dict[str, Any]] = [{"index": int(i), "label": int(label)} for i, label in zip(index, y.tolist(), strict=True)]
+    rows: list[dict[str, Any]] = [{"index": int(i), "label": int(label)} for i, label in zip(index, counted(y).tolist(), strict=True)]
     points: dict[int, dict[str, torch.Tensor]] = {}
 
     if threat.radii:

@@ -30,7 +30,7 @@ from torch import Tensor
 from robustlip.certificates import ABSTAINED, CERTIFIED, MISCLASSIFIED, Certificate
 from robustlip.certifiers import methods
 from robustlip.data import Dataset
-from robustlip.data.lengths import by_length
+from robustlip.data.lengths import by_length, labels_of
 from robustlip.data.load import FILES, parse_spec
 from robustlip.errors import BadInput
 from robustlip.files import json_text, read_limited, write_text
@@ -318,9 +318,9 @@ def row_hashes(x: Tensor, y: Tensor) -> list[str]:
     groups = by_length(x)
     if len(groups) > 1:
         rows = torch.cat([rows for rows, _ in groups]).argsort().tolist()
-        found = [sha for of, part in groups for sha in row_hashes(part, y[of])]
+        found = [sha for of, part in groups for sha in row_hashes(part, labels_of(y, of, part))]
         return [found[row] for row in rows]
-    x = groups[0][1]
+    x, y = groups[0][1], labels_of(y, *groups[0])
     array = np.ascontiguousarray(x.detach().cpu().numpy())
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     head = f"{str(x.dtype).removeprefix('torch.')}\0{tuple(array.shape[1:])}\0"

@@ -31,7 +31,7 @@ from robustlip.certifiers.chains import chain_of
 from robustlip.certifiers.methods import check_method
 from robustlip.checks import check_fit
 from robustlip.data import Dataset, load_data
-from robustlip.data.lengths import by_length, in_order
+from robustlip.data.lengths import NO_LABEL, by_length, counted, in_order, labels_of
 from robustlip.data.load import chosen, is_text, parse_spec
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput, RobustlipError, UnsupportedLayer
@@ -264,7 +264,7 @@ def gate(
         remark = NOT_MEASURED if found.interrupted else "no usable certificate"
         clean = Requirement("clean accuracy", policy.min_clean_accuracy, None, False, remark=remark)
     else:
-        clean = _share("clean accuracy", policy.min_clean_accuracy, found.prediction == data.y.numpy())
+        clean = _share("clean accuracy", policy.min_clean_accuracy, found.prediction == counted(data.y).numpy())
     count = Requirement("samples", policy.min_samples, len(data), len(data) >= policy.min_samples)
     notes = list(found.notes)
     if is_training(data):
@@ -350,7 +350,7 @@ def _measure(
         file, checked = max(matching, key=lambda pair: float(np.mean(_counted(pair[0], pair[1], data) >= wanted.radius)))
         radius = _counted(file, checked, data)
     assert found.prediction is not None
-    right = found.prediction == data.y.numpy()
+    right = found.prediction == counted(data.y).numpy()
     found.lines[key] = replace(_share(what, required, right & (radius >= wanted.radius)), remark=remark)
     for key, what, required in after:
         broken = _broken(attack, chain, data, ball, radius, policy.seed)
@@ -362,7 +362,7 @@ def _so_far(stopped: Interrupted, data: Dataset, radius: float) -> str:
     """The part of an interrupted certification that is finished."""
     if stopped.proof is None:
         return f"{NOT_MEASURED} after 0 of {stopped.total} samples"
-    right = stopped.proof.prediction == data.y.numpy()[: stopped.done]
+    right = stopped.proof.prediction == counted(data.y).numpy()[: stopped.done]
     certified = int(np.sum(right & (stopped.proof.radius >= radius)))
     return f"{NOT_MEASURED} after {stopped.done} of {stopped.total} samples, {certified} of them certified"
 
@@ -395,12 +395,16 @@ def _predictions(model: nn.Module, data: Dataset, batch_size: int) -> np.ndarray
     found = []
     with random_state_kept(), covered_kernels(target.kind), in_eval_mode(model):
         for start in range(0, len(data), batch_size):
-            groups = by_length(data.x[start : start + batch_size])
+            groups, labels = by_length(data.x[start : start + batch_size]), data.y[start : start + batch_size]
             parts = []
-            for _, x in groups:
+            for rows, x in groups:
                 x = x.to(target.device(x), target.dtype(x) if x.is_floating_point() else x.dtype)
                 target.check_inputs(x)
                 check_fit(model, x)
+                if labels.dim() == 2:
+                    y = labels_of(labels, rows, x).to(x.device)
+                    parts.append(((target.scores_by_token(x).argmax(-1) == y) & (y != NO_LABEL)).sum(1).cpu())
+                    continue
                 logits = target.compare_batches(x)
                 if int(data.y.max()) >= logits.shape[1]:
                     raise BadInput(f"expected labels in [0, {logits.shape[1] - 1}], got {int(data.y.max())}; use the model's own classes")

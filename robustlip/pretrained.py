@@ -30,7 +30,7 @@ MAX_LAYERS = 1_000
 TIMES_FILES = 8
 _HEADS = {
     "ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM", "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForImageClassification": "AutoModelForImageClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification", "ForImageClassification": "AutoModelForImageClassification",
 }  # fmt: skip
 
 
@@ -100,8 +100,8 @@ def read_hugging_face(folder: Path) -> Pretrained:
         raise BadInput(f"expected weights for all of {name}, got none that fit {sorted(map(str, wrong))[0]} in {str(folder)!r}; save the whole model")
     model.config.use_cache = False
     normalize = _normalize(folder) if head.endswith("ImageClassification") else None
-    task = "next-token" if head == "AutoModelForCausalLM" else "classification"
-    classes = _classes(model.config) if task == "classification" else None
+    task = {"AutoModelForCausalLM": "next-token", "AutoModelForTokenClassification": "token-classification"}.get(head, "classification")
+    classes = _classes(model.config) if task != "next-token" else None
     if head.endswith("SequenceClassification") and model.config.pad_token_id is None:
         model.config.pad_token_id = NO_TOKEN  # no text contains it, so the last token is the last one of the text
     return Pretrained(model, normalize, task, None if head.endswith("ImageClassification") else _tokenizer(folder, classes)).eval()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from robustlip.data.dataset import Dataset
-from robustlip.data.lengths import NO_TOKEN, joined
+from robustlip.data.lengths import NO_LABEL, NO_TOKEN, joined
 from robustlip.errors import BadInput, first_line
 from robustlip.modes import random_state_kept
 from robustlip.threats import EmbeddingBall, InputBall, Threat, WeightBall, parse_threat
@@ -57,9 +57,10 @@ def as_samples(x: Any, y: Any = None) -> tuple[Tensor, Tensor | None]:
         if y is not None:
             raise BadInput(f"expected labels from the {type(x).__name__} only, got y too; leave y out")
         x, y = (x.x, x.y) if isinstance(x, Dataset) else _loaded(x)
-        return _inputs(x), _labels(y, len(x))
+        x = _inputs(x)
+        return x, _labels(y, len(x), x)
     x = _inputs(x)
-    return x, None if y is None else _labels(y, len(x))
+    return x, None if y is None else _labels(y, len(x), x)
 
 
 def _inputs(x: Any) -> Tensor:
@@ -74,7 +75,7 @@ def _inputs(x: Any) -> Tensor:
     return x if x.is_floating_point() else x.long()
 
 
-def _texts(x: Any) -> Any:
+def _texts(x: Any, behind: int = NO_TOKEN) -> Any:
     """Rows of token ids of several lengths as one tensor; anything else is returned unchanged."""
     if not isinstance(x, list | tuple) or not all(isinstance(row, list | tuple | np.ndarray | Tensor) and len(np.shape(row)) == 1 for row in x):
         return x
@@ -83,7 +84,9 @@ def _texts(x: Any) -> Any:
     rows = [_tensor(row, "token ids", "give integers") for row in x if len(row)]
     if any(row.is_floating_point() or row.dtype == torch.bool for row in rows):
         return x
-    return joined([_tensor(row, "token ids", "give integers") if len(row) else torch.zeros(0) for row in x])
+    found = joined([_tensor(row, "token ids", "give integers") if len(row) else torch.zeros(0) for row in x])
+    count = torch.tensor([len(row) for row in x])
+    return found.masked_fill(torch.arange(found.shape[1]) >= count[:, None], behind)
 
 
 def _encoded(x: Mapping[str, Any]) -> Tensor:
@@ -109,9 +112,11 @@ def _encoded(x: Mapping[str, Any]) -> Tensor:
     return ids.masked_fill(seen != 1, NO_TOKEN)
 
 
-def _labels(y: Any, count: int) -> Tensor:
+def _labels(y: Any, count: int, of: Tensor | None = None) -> Tensor:
     what = f"labels as an integer tensor ({count},)"
-    y = _tensor(y, what, "give one class number per sample")
+    y = _tensor(_texts(y, NO_LABEL), what, "give one class number per sample")
+    if of is not None and not of.is_floating_point() and y.shape == of.shape and y.dtype in (torch.int64, torch.int32):
+        return y.long()  # a label for each token
     if y.shape != (count,) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         onehot = y.dim() == 2 and len(y) == count and y.shape[1] > 1
         remedy = "give class numbers, e.g. y.argmax(1) of one-hot rows" if onehot else "give one class number per sample"

@@ -33,17 +33,21 @@ class Target:
     element is a matrix with one row per sample. A binary model may return one number z per sample; its logits are (0, z), so class 1 is predicted
     if z > 0. Models of the next token (a Chain whose task says so, a module with task = 'next-token', or a causal
     language model of Hugging Face) return (N, T, V), and the last position is the prediction; their sequences must not be padded.
+    position: for scores by token, the token whose scores are used; callers that go through all tokens pass it.
     sample_by_sample: samples influence each other in this model, so each is evaluated separately (see `compare_batches`).
     Raises BadInput if the model is not a module, and for weights without values.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, position: int | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise BadInput(f"expected a model that is an nn.Module, got {type(model).__name__}; wrap it in a module with a forward")
         check_values(model)
         self.module, self.source = model, inner(model)
         name = type(self.source).__name__
         self.next_token = getattr(self.source, "task", None) == "next-token" or name.endswith(_CAUSAL)
+        self.position = position if position is not None else -1 if self.next_token else None
+        if self.position is None and isinstance(self.source, Chain):
+            self.position = self.source.position
         self.input_range: tuple[float, float] | None = getattr(self.source, "input_range", None)
         self.sample_by_sample = False
         self.one_logit = ""  # for a model with one number per sample: 'z' (a logit) or 'p' (a probability); '' while unknown
@@ -97,6 +101,17 @@ class Target:
             return self._one_by_one(self.source.from_embeddings, embeddings)
         return self._one_by_one(lambda part: self.module(inputs_embeds=part), embeddings)
 
+    def scores_by_token(self, x: Tensor, embedded: bool = False) -> Tensor:
+        """Token ids (N, T), or embeddings (N, T, D) in their place, → the logits (N, T, C) of every token. Raises BadInput for another answer."""
+        if embedded and isinstance(self.source, Chain):
+            answer = self.source.from_embeddings(x.clone())
+        else:
+            answer = self.module(inputs_embeds=x.clone()) if embedded else self.module(x.clone())
+        logits = logits_of(answer, len(x))
+        if logits.dim() != 3 or logits.shape[:2] != x.shape[:2] or not logits.is_floating_point():
+            raise BadInput(f"expected logits {(*x.shape[:2], 'C')} for labels by token, got {tuple(logits.shape)}; give one label a sample")
+        return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
+
     def _table(self) -> Callable[[Tensor], Tensor]:
         get = getattr(self.source, "get_input_embeddings", None)
         table = get() if callable(get) else None
@@ -116,14 +131,14 @@ class Target:
         logits = logits_of(answer, count)
         if not logits.is_floating_point():
             raise BadInput(f"expected logits that are floating-point numbers, got {logits.dtype}; return the scores, not the class")
-        if self.next_token and logits.dim() == 3:
-            logits = logits[:, -1]
+        if self.position is not None and logits.dim() == 3:
+            logits = logits[:, self.position]
         if logits.shape in ((count,), (count, 1)):
             logits = two_logits(self._one_logit(logits))
         if logits.dim() == 3:
             raise BadInput(
                 f"expected logits ({count}, C), got {tuple(logits.shape)}, scores per token; "
-                f"set task = 'next-token' on the model if the last position is the prediction, or return one row per sample"
+                f"set task = 'next-token' on the model if the last position is the prediction, return one row per sample, or give labels (N, T)"
             )
         check_logits(logits, count)
         return logits

@@ -45,6 +45,7 @@ from robustlip.certificates import Certificate, concatenate
 from robustlip.certifiers import chains
 from robustlip.certifiers.methods import check_method
 from robustlip.data import Dataset, load_data
+from robustlip.data.lengths import counted
 from robustlip.data.load import FILES, chosen, is_text, parse_spec
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput
@@ -309,7 +310,7 @@ def _rows_differ(file: CertificateFile, data: Dataset) -> list[Finding]:
     present = [sample for sample in file.samples if sample.index in position]
     at = [position[sample.index] for sample in present]
     hashes = row_hashes(data.x[at], data.y[at]) if at else []
-    labels = data.y[at].tolist() if at else []
+    labels = counted(data.y[at]).tolist() if at else []
     for sample in file.samples:
         if sample.index not in position:
             sentence = f"expected row {sample.index} among the rows of {file.data.spec}, got none; use the data, limit and seed that were certified"

@@ -24,13 +24,19 @@ KINDS = {
         {**{k: v for k, v in SMALL.items() if k != "vocab_size"}, "image_size": 8, "patch_size": 4, "num_labels": 3},
     ),
 }  # fmt: skip
+# Loaded by the same function; their labels are others than those of KINDS.
+OTHERS = {
+    "gpt2-classifier": ("GPT2ForSequenceClassification", "GPT2Config", {**KINDS["gpt2"][2], "num_labels": 3}),
+    "llama-classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**KINDS["llama"][2], "num_labels": 3, "pad_token_id": 1}),
+    "bert-tokens": ("BertForTokenClassification", "BertConfig", {**SMALL, "num_labels": 3}),
+}
 TEXT = "the cat sat on the mat and the dog sat on the cat. " * 30
 
 
 def saved(kind: str, folder: Path, marks: bool = False) -> Path:
     """A small model with random weights as `save_pretrained` writes it, and its tokenizer; marks: one that marks beginning and end, cuts and pads."""
     transformers = import_module("transformers")
-    name, config, options = KINDS[kind]
+    name, config, options = (KINDS | OTHERS)[kind]
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
     with torch.no_grad():  # random weights of 0.02 say nothing

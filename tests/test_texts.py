@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,16 @@ import torch
 from command_line import run
 from hugging_face import saved
 
+from robustlip import capture
 from robustlip.attacks import MinimumRadius, by_name
 from robustlip.certificate_file import row_hashes
 from robustlip.certificates import concatenate
 from robustlip.certifiers import certify
 from robustlip.certifiers.chains import identity_of
 from robustlip.data import load_data
-from robustlip.data.lengths import NO_TOKEN, by_length, joined, lengths
-from robustlip.errors import BadInput
-from robustlip.layers import MeanTokens, TokenChain
+from robustlip.data.lengths import NO_LABEL, NO_TOKEN, by_length, joined, lengths
+from robustlip.errors import BadInput, UnsupportedLayer
+from robustlip.layers import MeanTokens, NextTokenChain, OneTokenChain, TokenChain, TokenLabelChain
 from robustlip.models.zoo import load
 from robustlip.samples import as_samples
 from robustlip.target import Target
@@ -247,3 +249,201 @@ def test_the_verbs_take_a_table_of_texts(folders, table, tmp_path, monkeypatch) 
         ''
     )
     assert run("eval", "suite.toml", "--out", "run", "--device", "cpu") == 0
+
+
+# ---- a label for each token, and the token that is read
+
+
+class Mixing(torch.nn.Module):
+    """A residual block of self-attention."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.causal = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8), causal
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Tagger(torch.nn.Module):
+    """Labels of tokens, or of the text by the last token that is not `padding`."""
+
+    def __init__(self, causal: bool = False, padding: int | None = None, read: str = "argmax") -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.mix, self.head = torch.nn.Embedding(12, 8), Mixing(causal), torch.nn.Linear(8, 3)
+        self.padding, self.read = padding, read
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.words
+
+    def forward(self, x: torch.Tensor | None = None, *, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.head(self.mix(self.words(x) if inputs_embeds is None else inputs_embeds))
+        if self.padding is None:
+            return logits
+        rows = torch.arange(logits.shape[0])
+        if x is None:
+            return logits[rows, -1]
+        places = torch.arange(x.shape[-1])
+        if self.read == "argmax":
+            return logits[rows, ((x != self.padding).int() * places).argmax(-1)]
+        if self.read == "sum":
+            return logits[rows, x.ne(self.padding).sum(-1) - 1]
+        if self.read == "id":  # a place that depends on which words there are
+            return logits[rows, x[:, 0].remainder(4)]
+        if self.read == "other":
+            return logits[rows, (x.gt(self.padding).int() * places).argmax(-1)]
+        if self.read == "rows":
+            return logits[rows.flip(0), -1]
+        return logits[rows + 0, (x.ne(self.padding).int() * places).argmax(0)[:1]]
+
+
+@pytest.mark.parametrize(("causal", "read"), [(True, "argmax"), (False, "sum")])
+def test_the_last_token_that_is_no_padding_is_the_last(read, causal) -> None:
+    model, x = Tagger(causal, 0, read).eval(), torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(0))
+    chain = capture(model, x)
+    assert type(chain) is OneTokenChain and chain.position == -1 and chain.without == {0}
+    assert torch.equal(chain.scores(x), model(x))
+    y = right(model, x)
+    for name in ("embedding-l2", "embedding-l2@-1"):
+        found = {method: certify(model, x, y, name, method) for method in ("local", "dual")}
+        attacked = MinimumRadius(steps=2, descent=8)(model, x, y, name).radius
+        assert all((certificate.radius > 0).all() and (certificate.radius <= attacked).all() for certificate in found.values())
+        if causal and name == "embedding-l2@-1":  # one token moves alone: the same as the model of the next token
+            twin = NextTokenChain(OrderedDict(chain.named_children()))
+            assert np.array_equal(certify(twin, x, y, name, "dual").radius, found["dual"].radius)
+    with pytest.raises(BadInput, match="without the token 0"):
+        certify(model, x.masked_fill(x == x[0, 1], 0), y, "embedding-l2")
+    ragged = x.clone()
+    ragged[1, 3:] = NO_TOKEN
+    assert (certify(model, ragged, right(model, ragged), "embedding-l2", "local").radius > 0).all()
+
+
+@pytest.mark.parametrize("read", ["id", "other", "rows", "columns"])
+def test_another_choice_of_a_token_is_refused(read) -> None:
+    with pytest.raises(UnsupportedLayer):
+        capture(Tagger(True, 0, read).eval(), torch.randint(1, 12, (3, 5), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_classifier_of_tokens_keeps_every_label(causal) -> None:
+    model, x = Tagger(causal).eval(), RAGGED[:2]
+    with torch.no_grad():
+        y = torch.full(x.shape, NO_LABEL)
+        for row, ids in enumerate(x):
+            own = ids[ids != NO_TOKEN]
+            y[row, : len(own)] = model(own[None])[0].argmax(-1)
+    y[0, 1] = NO_LABEL
+    chain = capture(model, x[:1, :4])
+    assert type(chain) is TokenLabelChain and torch.equal(chain(x[:1, :4]), model(x[:1, :4]))
+    for threat in (EmbeddingBall(), EmbeddingBall(tokens=(0,))):
+        found = certify(model, x, y, threat, "dual")
+        assert (found.radius > 0).all() and found.label.tolist() == found.prediction.tolist() == [3, 2]
+        # The smallest over its tokens, each read by itself.
+        for row, ids in enumerate(x):
+            own = ids[ids != NO_TOKEN][None]
+            alone, program = [], capture(model, own)
+            for t in range(own.shape[1]):
+                if y[row, t] != NO_LABEL:
+                    one = OneTokenChain(OrderedDict(program.named_children()), t)
+                    alone.append(certify(one, own, y[row, t : t + 1], threat, "dual").radius[0])
+            assert found.radius[row] == pytest.approx(min(alone), rel=1e-3) and len(set(alone)) > 1
+        if threat.tokens:
+            continue
+        attacked = MinimumRadius(steps=2, descent=8)(model, x, y, threat)
+        assert (found.radius <= attacked.radius).all() and np.isfinite(attacked.radius).all() and attacked.success.all()
+        for row, ids in enumerate(x):  # a labelled token changes there
+            own = len(ids[ids != NO_TOKEN])
+            point = attacked.adversarial[row : row + 1, :own]
+            with torch.no_grad():
+                there, moved = model(inputs_embeds=point)[0].argmax(-1), (point - model.words(ids[:own])[None]).norm(dim=-1).max()
+            wrong = (there != y[row, :own]) & (y[row, :own] != NO_LABEL)
+            assert int((~wrong & (y[row, :own] != NO_LABEL)).sum()) == attacked.adversarial_prediction[row] < attacked.label[row]
+            assert float(moved) == pytest.approx(attacked.distance[row], rel=1e-4)
+    y[1, 1] = (y[1, 1] + 1) % 3
+    found, attacked = certify(model, x, y, EmbeddingBall(), "local"), by_name("pgd", steps=2)(model, x, y, EmbeddingBall(1e-6))
+    assert found.status == ("certified", "misclassified") and found.prediction[1] == 1 and found.radius[1] == 0
+    assert attacked.status == ("withstood", "misclassified") and attacked.radius[1] == 0
+    lists = [[1, 2, 3], [4, 5]]
+    assert as_samples(lists, [[0, 1, 2], [1, NO_LABEL]])[1].tolist() == [[0, 1, 2], [1, NO_LABEL, NO_LABEL]]
+    for labels in (torch.zeros(2).long(), torch.full(x.shape, NO_LABEL), y.masked_fill(y == NO_LABEL, 0), y.masked_fill(y == 1, 3)):
+        with pytest.raises(BadInput):
+            certify(model, x, labels, EmbeddingBall())
+        with pytest.raises(BadInput):
+            by_name("pgd", steps=1)(model, x, labels, EmbeddingBall(0.1))
+
+
+def test_every_position_of_a_model_of_the_next_token() -> None:
+    chain = NextTokenChain(OrderedDict(capture(Tagger(True).eval(), RAGGED[:1]).named_children()))
+    x = RAGGED[:1]
+    with torch.no_grad():
+        y = chain(x).argmax(-1)
+    found = certify(chain, x, y, EmbeddingBall(), "local")
+    assert found.label[0] == 4 and 0 < found.radius[0] <= certify(chain, x, y[:, -1], EmbeddingBall(), "local").radius[0]
+    assert chain.position == -1
+
+
+WORDS = "-DOCSTART- -X- O O\n\nthe DT LABEL_0\ncat NN LABEL_1\n\nthe DT 0\ndog NN 2\nsat VB LABEL_0\non IN 1\nmat NN 1\n"
+
+
+def test_words_and_their_labels_are_read(tmp_path, folders) -> None:
+    path = tmp_path / "t.conll"
+    path.write_text(WORDS)
+    words = load(f"hf:{folders['bert']}").vocabulary
+    data = load_data(str(path), vocabulary=words)
+    assert data.y.shape == data.x.shape == (2, int(lengths(data.x).max())) and data.classes == 3
+    for row, (text, tags) in enumerate(((("the", "cat"), (0, 1)), (("the", "dog", "sat", "on", "mat"), (0, 2, 0, 1, 1)))):
+        ids, labels = [0], [NO_LABEL]
+        for word, tag in zip(text, tags, strict=True):
+            own = words.encode(word).tolist()
+            ids, labels = ids + own, labels + [tag] + [NO_LABEL] * (len(own) - 1)
+        rest = data.x.shape[1] - len(ids) - 1
+        assert data.x[row].tolist() == [*ids, 2, *[NO_TOKEN] * rest] and data.y[row].tolist() == [*labels, NO_LABEL, *[NO_LABEL] * rest]
+    assert (load_data(str(path), vocabulary=words, context=5).y != NO_LABEL).sum(1).min() >= 1
+    assert row_hashes(data.x, data.y)[0] == row_hashes(data.x[:1, : lengths(data.x)[0]], data.y[:1, : lengths(data.x)[0]])[0]
+    assert row_hashes(data.x, data.y)[0] != row_hashes(data.x, torch.where(data.y == 0, 2, data.y))[0]
+    wrong = {"the LABEL_7": "among the model's classes", "the": "in line 1", "\n\n": "at least one sentence", "the 5": r"\[0, 2\]"}
+    for content, message in wrong.items():
+        path.write_text(content)
+        with pytest.raises(BadInput, match=message):
+            load_data(str(path), vocabulary=words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2-classifier", "llama-classifier"])
+def test_classifiers_by_the_last_token(kind, tmp_path) -> None:
+    model, ids = load(f"hf:{saved(kind, tmp_path, marks=True)}"), joined([torch.tensor(row) for row in ([0, 5, 6, 7, 2], [9, 8, 2])])
+    y = right(model, ids)
+    for name in ("embedding-l2", "embedding-l2@-1"):
+        found = certify(model, ids, y, name, "dual")
+        assert (found.radius > 0).all() and (found.radius <= MinimumRadius(steps=2, descent=8)(model, ids, y, name).radius).all()
+
+
+@pytest.mark.slow
+def test_the_verbs_take_words_with_labels(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"hf:{saved('bert-tokens', tmp_path / 'model', marks=True)}"
+    model, path = load(name), Path("t.conll")
+    path.write_text(WORDS)
+    data = load_data(str(path), vocabulary=model.vocabulary)
+    lines: list[str] = []
+    for row, (ids, labels) in enumerate(zip(data.x, data.y, strict=True)):
+        own = ids[ids != NO_TOKEN]
+        with torch.no_grad():
+            found = model(own[None])[0].argmax(-1)[labels[: len(own)] != NO_LABEL].tolist()
+        texts = ("the cat", "the dog sat on mat")[row].split()
+        lines += [f"{word}\tLABEL_{tag}" for word, tag in zip(texts, found, strict=True)] + [""]
+    path.write_text("\n".join(lines))
+    base = ("--data", path, "--device", "cpu", "--threat", "embedding-l2@0")
+    assert run("certify", name, *base, "--method", "local", "--json", "c.json") == 0
+    told = json.loads(Path("c.json").read_text())["samples"]
+    assert [(s["status"], s["label"], s["prediction"]) for s in told] == [("certified", 2, 2), ("certified", 5, 5)]
+    assert run("verify", "c.json", "--model", name, "--device", "cpu") == 0
+    Path("policy.toml").write_text(
+        'data = "t.conll"\ndtype = "float32"\nmin_samples = 2\nmin_clean_accuracy = 1.0\nmethods = ["local"]\nrequire_attack = true\nattack = "pgd"\n'
+        '[[threat]]\nname = "embedding-l2@0"\nradius = 1e-6\nmin_certified_accuracy = 1.0\nmethod = "local"\n'
+    )
+    assert run("gate", name, "--policy", "policy.toml", "--device", "cpu") == 0
+    assert run("attack", name, *base, "--attack", "pgd", "--radius", "0.01") == 0

@@ -33,7 +33,7 @@ from robustlip.certifiers.samples import (
 )  # fmt: skip
 from robustlip.certifiers.trace import scores_and_norms
 from robustlip.checks import check_is_logit, check_logits
-from robustlip.data.lengths import by_length
+from robustlip.data.lengths import NO_LABEL, by_length, counted, labels_of
 from robustlip.domains.norms import Context
 from robustlip.errors import BadInput
 from robustlip.execution import EXACT, execution_of, proving
@@ -68,8 +68,10 @@ def certify(
     model: a Chain, an nn.Sequential of supported layers, or any module that `robustlip.capture` supports.
     x: raw inputs: images (N, C, H, W), vectors (N, n) or token ids (N, T). Texts of different lengths (see `robustlip.samples`) are certified as they
     are run: all texts of one length together, without padding, with the program for that length.
-    y: labels (N,); for next-token models, the token after the window. `robustlip.samples` lists the accepted forms of x, y and threat: tensors,
-    arrays, columns, lists, a data loader instead of x and y, the name of a threat.
+    y: labels (N,); for next-token models, the token after the window. For classifiers of tokens (N, T), −100 where a token has none: the radius is
+    one within which no labelled token's prediction changes, and `label` and `prediction` count the labels and the right predictions of a text.
+    `robustlip.samples` lists the accepted forms of x, y and threat: tensors, arrays, columns, lists, a data loader instead of x and y, the name of a
+    threat.
     method: a key of `methods()`, or 'best'. 'best' takes, for each sample, the largest radius of all applicable methods and records which method
     proved it. If threat.radius is set, the more expensive methods run only on the samples for which this radius is not proved yet.
     dtype: None certifies the model as executed in the dtype of its weights, rounding errors included. 'real' certifies exact arithmetic
@@ -84,7 +86,7 @@ def certify(
     x, y, threat = as_request(x, y, threat)
     if len(groups := by_length(x)) > 1:
         return _by_length(model, groups, y, threat, method, dtype, index, batch_size)
-    x = groups[0][1]
+    x, y = groups[0][1], labels_of(y, *groups[0]) if y.dim() == 2 and len(y) == len(x) else y
     chain, source = chain_of(model, x)
     subject = model
     own = check_model(chain)
@@ -101,9 +103,10 @@ def certify(
         if source is not None and threat.place == "weights":
             check_weights_of(chain, subject)
         check_arithmetic(chain, covers)
-        check_in_place(chain, x)
+        with chain.reading(chain.position if y.dim() == 1 else 0):
+            check_in_place(chain, x)
         training = train_mode_reason(chain)
-        with evaluated(chain):
+        with evaluated(chain), chain.reading(chain.position if y.dim() == 1 else 0):
             return _certify(chain, x, y, threat, method, covers, dtype == "real", index, batch_size, training, source, subject)
 
 
@@ -117,7 +120,7 @@ def _by_length(
         raise BadInput(f"expected one label for each of {len(rows)} samples, got labels of shape {tuple(y.shape)}; match them")
     numbers = np.arange(len(rows)) if index is None else np.asarray(index, dtype=np.int64)
     parts = [
-        certify(model, part, y[of.to(y.device)], threat, method, dtype=dtype, index=numbers[of.cpu().numpy()], batch_size=batch_size)
+        certify(model, part, labels_of(y, of, part), threat, method, dtype=dtype, index=numbers[of.cpu().numpy()], batch_size=batch_size)
         for of, part in groups
     ]  # fmt: skip
     return reordered(concatenate(parts), rows.argsort().numpy())
@@ -146,13 +149,18 @@ def _certify(
         xb, yb = x[part].to(device, copy=True), y[part].to(device).long()
         original = xb
         xb = xb.to(covers) if xb.is_floating_point() else xb
+        if source is not None:
+            check_outputs(chain, subject, xb)  # the certified chain computes what the caller's module computes
+        if yb.dim() == 2:
+            *found, winner = _of_tokens(chain, xb, yb, threat, method, context)
+            winners += winner
+            parts.append(tuple(found))
+            continue
         logits, clean = scores_and_norms(chain, xb)
         if type(chain[len(chain) - 1]) is not nn.Linear and chain(xb[:1]).shape[-1] == 1:
             check_is_logit(logits[:, 1])
         check_labels(yb, logits.shape[-1])
         check_logits(logits, len(xb))
-        if source is not None:
-            check_outputs(chain, subject, xb)  # the certified chain computes what the caller's module computes
         final_error = 0.0 if real else lost(chain.final, logits.shape[1], covers, device_type(chain))
         radii, bounds, winner = radii_of_method(method, chain, xb, yb, logits, threat, replace(context, clean=clean, final_error=final_error))
         winners += winner
@@ -162,9 +170,43 @@ def _certify(
     radius = torch.where(finite & ~outside & (training is None), radius, torch.zeros_like(radius)).nan_to_num(0.0)
     name = "real" if real else _name(covers)
     return _assemble(
-        chain, context, y.cpu(), threat, method, name, source or sha, architecture, index, radius, bound, prediction, finite,
+        chain, context, counted(y).cpu(), threat, method, name, source or sha, architecture, index, radius, bound, prediction, finite,
         refused, winners, {} if x.is_floating_point() or x.dim() != 2 else {x.shape[1]: architecture},
     )  # fmt: skip
+
+
+def _of_tokens(
+    chain: Chain, x: Tensor, y: Tensor, threat: Threat, method: str, context: Context
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """(radius, bound, how many labelled tokens are predicted right, whether all logits are finite, method), each (N,), of labels y (N, T).
+
+    The radius of a text is the smallest of its labelled tokens': each is certified as the token that is read (docs/theory.md, section 4).
+    """
+    asked = y != NO_LABEL
+    whole = chain(x)
+    finite = torch.isfinite(whole).flatten(1).all(1)
+    right = torch.zeros_like(asked)
+    for position in asked.any(0).nonzero()[:, 0].tolist():
+        with chain.reading(position):
+            logits = chain.decide(whole)
+        check_labels(y[asked[:, position], position], logits.shape[-1])
+        right[:, position] = asked[:, position] & (logits.argmax(-1) == y[:, position])
+    radius = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    bound, winners = torch.full_like(radius, torch.nan), [""] * len(x)
+    todo = (right == asked).all(1) & finite
+    for position in asked.any(0).nonzero()[:, 0].tolist():
+        rows = (asked[:, position] & todo).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        with chain.reading(position):
+            logits, clean = scores_and_norms(chain, x[rows])
+            check_logits(logits, len(rows))
+            found, bounds, names = radii_of_method(method, chain, x[rows], y[rows, position], logits, threat, replace(context, clean=clean))
+        at = rows.cpu()
+        for row, name, nearer in zip(at.tolist(), names, (found < radius[at]).tolist(), strict=True):
+            winners[row] = name if nearer else winners[row]
+        radius[at], bound[at] = torch.minimum(radius[at], found), torch.fmax(bound[at], bounds)
+    return torch.where(todo.cpu(), radius, 0.0), bound, right.sum(1).cpu(), finite.cpu(), winners
 
 
 def _batch_size(chain: Chain, x: Tensor, method: str) -> int:

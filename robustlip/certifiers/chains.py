@@ -61,6 +61,7 @@ def _captured(model: nn.Module, x: Tensor) -> tuple[Chain, str]:
     if known is not None and known.computes_weights == chain.computes_weights and architecture_of(known, "") == architecture_of(chain, ""):
         # These attributes are not hashed: take their present values.
         known.input_range, known.final, known.embedding_depth = chain.input_range, chain.final, chain.embedding_depth
+        known.without = chain.without
         chain = known
     kept[shape] = chain  # the last ones last
     while len(kept) > max(1, min(_KEPT, _KEPT_WEIGHTS // max(1, sum(p.numel() for p in chain.parameters())))):

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from robustlip.checks import check_fit
+from robustlip.data.lengths import NO_LABEL
 from robustlip.domains.norms import rule_for
 from robustlip.errors import BadInput, UnsupportedLayer
 from robustlip.execution import check_program, check_weights, execution_of, lower_precision
@@ -113,7 +114,14 @@ def check_samples(model: Chain, x: Tensor, y: Tensor) -> None:
     """Raises BadInput for inputs that are not finite or do not fit the model, and for labels that do not match the inputs."""
     if x.shape[0] == 0:
         raise BadInput("expected at least one sample, got none; check the data's limit")
-    if y.dim() != 1 or y.shape[0] != x.shape[0]:
+    if y.dim() == 2 or model.task == "token-classification":
+        by_token = model.position is not None or model.task == "token-classification"
+        if not by_token or y.shape != x.shape or not bool((y != NO_LABEL).any(1).all()):
+            raise BadInput(
+                f"expected labels {tuple(x.shape)} of a classifier of tokens, at least one in each text ({NO_LABEL} where a token has none), or "
+                f"one a sample, got {tuple(y.shape)} of a model for {model.task}; give labels of the model's kind"
+            )
+    elif y.dim() != 1 or y.shape[0] != x.shape[0]:
         raise BadInput(f"expected one label for each of {x.shape[0]} samples, got labels of shape {tuple(y.shape)}; match them")
     if y.dtype.is_floating_point or y.dtype == torch.bool:
         raise BadInput(f"expected integer labels, got {y.dtype}; convert them to class numbers")

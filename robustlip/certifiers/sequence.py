@@ -49,7 +49,7 @@ def sequence_radii(model: nn.Module, tokens: Tensor, threat: EmbeddingBall = LAS
     """
     chain = as_chain(model)
     dtype = check_model(chain)
-    if not is_causal(chain):
+    if chain.task != "next-token" or not is_causal(chain):
         raise UnsupportedLayer("expected a causal next-token model, got another; certify its samples one by one")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise BadInput(f"expected token ids of shape (T,), T >= 2, got {tuple(tokens.shape)}; pass one sequence")

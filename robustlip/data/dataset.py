@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustlip.data.lengths import NO_LABEL
 from robustlip.data.subwords import Subwords
 from robustlip.errors import BadInput
 
@@ -19,7 +20,8 @@ class Dataset:
 
     name: 'digits', 'mnist', …, or the stem of a file name. split: the name of the split. kind: 'image' or 'text'.
     x: images float32 (N, C, H, W) in [0, 1], or token ids int64 (N, T). y: int64 (N,), the label, or the token that
-    follows the window. index: int64 (N,), the row in the split, or the window's offset in the split's token stream.
+    follows the window; of labels by token int64 (N, T), −100 where there is none. index: int64 (N,), the row in the split,
+    or the window's offset in the split's token stream.
     classes: labels lie in [0, classes). vocabulary: the characters of ids 0, 1, …, or a tokenizer; None for images.
     note: what tables have to show about the source: '', 'subset', 'shipped page'. names: of classes 0, 1, …, if the source has names.
     options: the configuration and columns passed to load_data (`robustlip.data.load.OPTIONS`); they are needed to load the same rows.
@@ -40,14 +42,18 @@ class Dataset:
 
     def __post_init__(self) -> None:
         n = len(self.x)
-        if self.y.shape != (n,) or self.index.shape != (n,):
+        by_token = self.y.dim() == 2 and self.y.shape == self.x.shape
+        if (self.y.shape != (n,) and not by_token) or self.index.shape != (n,):
             raise BadInput(
                 f"expected one label and one index for each of the {n} samples of {self.name}, got shapes "
                 f"{tuple(self.y.shape)} and {tuple(self.index.shape)}; give tensors of shape ({n},)"
             )
         if self.names is not None and len(self.names) != self.classes:
             raise BadInput(f"expected {self.classes} names of classes of {self.name}, got {len(self.names)}; give one name per class")
-        check_labels(self.y, self.classes, self.name)
+        if by_token:
+            check_labels(self.y.flatten(), self.classes, self.name, but=NO_LABEL)
+        else:
+            check_labels(self.y, self.classes, self.name)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -60,9 +66,10 @@ class Dataset:
         return replace(self, x=self.x[:limit], y=self.y[:limit], index=self.index[:limit])
 
 
-def check_labels(y: Tensor, classes: int, name: str) -> None:
-    """Raises BadInput, naming the first such row, unless every label of y (N,) lies in [0, classes)."""
-    outside = ((y < 0) | (y >= classes)).nonzero()
+def check_labels(y: Tensor, classes: int, name: str, but: int | None = None) -> None:
+    """Raises BadInput, naming the first such row, unless every label of y (N,) lies in [0, classes). but: the number that stands for no label."""
+    wrong = (y < 0) | (y >= classes)
+    outside = (wrong if but is None else wrong & (y != but)).nonzero()
     if len(outside):
         row = int(outside[0, 0])
         raise BadInput(f"expected labels of {name} in [0, {classes - 1}], got {int(y[row])} in row {row}; correct or drop that row")

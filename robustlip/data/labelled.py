@@ -1,4 +1,5 @@
-"""Texts with one class each: tables (.csv, .tsv, parquet) with a text and a label column, encoded by the model's tokenizer.
+"""Texts with one class each: tables (.csv, .tsv, parquet) with a text and a label column, encoded by the model's tokenizer. And sentences with one
+class for each word: .conll files.
 
 Every text is encoded separately: with the tokenizer's tokens for its beginning and end, without padding (`robustlip.data.lengths`).
 """
@@ -17,10 +18,10 @@ import torch
 
 from robustlip.data.dataset import Dataset, as_index, check_labels, choose_rows
 from robustlip.data.labels import declared_names, integer_labels, label_columns, named_labels
-from robustlip.data.lengths import joined
+from robustlip.data.lengths import NO_LABEL, joined
 from robustlip.data.subwords import Subwords
 from robustlip.data.tables import MAX_ROWS, Table, is_text, pick
-from robustlip.data.text import MAX_TEXT, encode
+from robustlip.data.text import MAX_TEXT, encode, read_text
 from robustlip.errors import BadInput, first_line
 from robustlip.files import read_limited
 
@@ -105,8 +106,7 @@ def labelled_texts(
     """
     if vocabulary is None:
         raise BadInput(f"expected a model with a tokenizer for the texts of {name}, got none; use hf:FOLDER with a tokenizer.json")
-    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
-        raise BadInput(f"expected a context of at least 1 token, got {context!r}; give a positive integer")
+    check_context(context)
     label = pick(table, label_column, label_columns(table), "label", "--label-column")
     column = pick(table, text_column, [c for c in table.types if c in TEXT_COLUMNS], "text", "--text-column")
     if not is_text(table.types[column]):
@@ -142,3 +142,63 @@ def labelled_texts(
     return Dataset(
         name, split, "text", joined(texts), labels[torch.from_numpy(rows)], as_index(rows), classes, vocabulary, note, names
     )  # fmt: skip
+
+
+def labelled_words(path: Path, limit: int | None, seed: int, vocabulary: str | Subwords | None, context: int | None) -> Dataset:
+    """The sentences of a .conll file with a label for each word: x int64 (N, T), NO_TOKEN behind the end, y int64 (N, T), else NO_LABEL.
+
+    A line holds a word first and its label last, with blanks or tabs between; an empty line ends a sentence; lines of -DOCSTART- are left out. The
+    first token of a word has its label. vocabulary, context: as in `labelled_texts`. Labels are the names of the model's classes, or their numbers.
+    """
+    name = path.stem
+    if not isinstance(vocabulary, Subwords):
+        raise BadInput(f"expected a model with a tokenizer for the words of {name}, got none; use hf:FOLDER with a tokenizer.json")
+    check_context(context)
+    sentences = _sentences(path)
+    rows = choose_rows(len(sentences), limit, seed)
+    known = {tag: i for i, tag in enumerate(vocabulary.classes or ())}
+    texts, labels = [], []
+    for row in rows.tolist():
+        words, tags = zip(*sentences[row], strict=True)
+        ids, begins = vocabulary.of_words(list(words), context)
+        texts.append(ids)
+        labels.append(torch.tensor([NO_LABEL if word is None else _number(tags[word], known, row, name) for word in begins]))
+        if not bool((labels[-1] != NO_LABEL).any()):
+            raise BadInput(f"expected a word in every sentence of {name} within the context, got none in sentence {row}; raise the context")
+    x = joined(texts)
+    if x.numel() > MAX_TOKENS:
+        raise BadInput(f"expected texts of at most {MAX_TOKENS} tokens in all, the longest for each, in {name}, got more; give a --context")
+    y = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=NO_LABEL)
+    classes = len(vocabulary.classes) if vocabulary.classes else int(y.max()) + 1
+    return Dataset(name, "all", "text", x, y, as_index(rows), classes, vocabulary, "", vocabulary.classes)
+
+
+def _number(tag: str, known: dict[str, int], row: int, name: str) -> int:
+    if tag in known:
+        return known[tag]
+    if tag.isascii() and tag.isdigit() and len(tag) < 10:
+        return int(tag)
+    raise BadInput(f"expected labels of {name} among the model's classes ({', '.join(known)[:200]}), got {tag[:60]!r} in sentence {row}; correct it")
+
+
+def _sentences(path: Path) -> list[list[tuple[str, str]]]:
+    """(word, label) of each word, sentence by sentence."""
+    found: list[list[tuple[str, str]]] = [[]]
+    for at, line in enumerate(read_text(path).split("\n")):
+        cells = line.split()
+        if not cells or cells[0] == "-DOCSTART-":
+            found += [[]] if found[-1] else []
+        elif len(cells) < 2:
+            raise BadInput(f"expected a word and its label in each line of {path.name!r}, got {line[:60]!r} in line {at + 1}; add the label")
+        else:
+            found[-1].append((cells[0], cells[-1]))
+    found = [sentence for sentence in found if sentence]
+    if not found:
+        raise BadInput(f"expected at least one sentence in {path.name!r}, got none; give a file with words and labels")
+    return found
+
+
+def check_context(context: int | None) -> None:
+    """Raises BadInput for a number of tokens that is none."""
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise BadInput(f"expected a context of at least 1 token, got {context!r}; give a positive integer")

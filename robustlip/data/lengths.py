@@ -13,6 +13,8 @@ from torch import Tensor
 from robustlip.errors import BadInput
 
 NO_TOKEN = -1
+# In labels (N, T), one for each token: a token without a label, as in libraries of token classifiers.
+NO_LABEL = -100
 
 
 def joined(texts: Sequence[Tensor]) -> Tensor:
@@ -50,3 +52,18 @@ def in_order(parts: Sequence[Tensor], groups: Sequence[tuple[Tensor, Tensor]]) -
         return parts[0]
     rows = torch.cat([rows for rows, _ in groups]).to(parts[0].device)
     return torch.cat(list(parts))[rows.argsort()]
+
+
+def labels_of(y: Tensor, rows: Tensor, part: Tensor) -> Tensor:
+    """The labels of the texts `part` (M, L), which are `rows` of all: y (N,) → (M,), y (N, T) → (M, L). Raises BadInput for labels behind an end."""
+    found = y[rows.to(y.device)]
+    if y.dim() != 2:
+        return found
+    if bool((found[:, part.shape[1] :] != NO_LABEL).any()):
+        raise BadInput(f"expected {NO_LABEL} as labels behind the end of a text, got others; give a label for each token alone")
+    return found[:, : part.shape[1]]
+
+
+def counted(y: Tensor) -> Tensor:
+    """The labels (N,) as certificates and records have them: y itself, or of labels by token (N, T) how many a text has."""
+    return (y != NO_LABEL).sum(1) if y.dim() == 2 else y

@@ -16,7 +16,7 @@ from robustlip.data.dataset import Dataset, as_index, check_limit, choose_rows
 from robustlip.data.folders import Split, local_copies, split_files, splits_of
 from robustlip.data.hub import HUB_NAMES, from_hub
 from robustlip.data.images import load_digits_split, table_to_dataset
-from robustlip.data.labelled import Separated, is_separated, labelled_texts
+from robustlip.data.labelled import Separated, is_separated, labelled_texts, labelled_words
 from robustlip.data.subwords import Subwords
 from robustlip.data.tables import HubTable, Parquet, Table, pick
 from robustlip.data.tables import is_text as column_of_text
@@ -26,12 +26,13 @@ from robustlip.files import is_file
 from robustlip.modes import random_state_kept
 from robustlip.plugins import added
 
-_FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a .parquet, .txt, .tsv, .csv or .vnnlib file"
+_FORMS = "digits, mnist, cifar10, tiny_shakespeare, page, a hub name (owner/name), or a .parquet, .txt, .tsv, .csv, .conll or .vnnlib file"
 _ALIASES = {repository: name for name, repository in HUB_NAMES.items()}
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXTS = ("tiny_shakespeare", "page")
+WORDS = ".conll"  # sentences with one class for each word
 # Files with only one split.
-FILES = (".parquet", ".tsv", *BOXES)
+FILES = (".parquet", ".tsv", WORDS, *BOXES)
 OPTIONS = ("subset", "image_column", "label_column", "text_column")  # configuration and columns; certificates record them
 
 
@@ -54,7 +55,7 @@ def load_data(
     spec: 'name' or 'name:split' (default split: 'test'). Names: digits, mnist, cifar10, tiny_shakespeare, page
     (text that is part of robustlip), a hub name 'owner/name' of an image data set, or a path: a .parquet file (one split, so
     no ':split') with an image and a label column, a .txt file (UTF-8, the first 90 % train, the rest test), a .csv or .tsv file of texts and their
-    classes, or a .vnnlib file or an instances.csv of properties that require a class in a box (`robustlip.data.vnnlib.boxes_as_samples`).
+    classes, a .conll file of words and their classes, or a .vnnlib file or an instances.csv of properties that require a class in a box (`robustlip.data.vnnlib.boxes_as_samples`).
     The data is searched in data_dir, then in the folder ROBUSTLIP_DATA, then on the hub.
     limit: maximum number of samples, a random subset drawn with `seed`, in the order of the source.
     context: tokens per window (default 64); for texts with classes the maximum number of tokens per text (default: all). vocabulary: the
@@ -102,6 +103,9 @@ def _load(
     if name in sources():
         _refuse_unused(name, columns, OPTIONS, "the data set of another package")
         return _of_others(name, split or "test", data_dir, limit, seed)
+    if name.endswith(WORDS):
+        _refuse_unused(name, columns, OPTIONS, "the words")
+        return labelled_words(Path(name), limit, seed, vocabulary, context)
     if is_separated(name, text_column):
         _refuse_unused(name, columns, ("subset", "image_column"), "the texts")
         table: Table = Separated(Path(name))
@@ -196,7 +200,7 @@ def parse_spec(spec: str) -> tuple[str, str | None]:
 
 def is_text(name: str, text_column: str | None = None) -> bool:
     """Whether a name means text: the name of a text, or any name with a text column."""
-    return name in _TEXTS or name.endswith(".txt") or text_column is not None or is_separated(name)
+    return name in _TEXTS or name.endswith((".txt", WORDS)) or text_column is not None or is_separated(name)
 
 
 def _labelled(

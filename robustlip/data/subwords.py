@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,18 +37,29 @@ class Subwords:
 
     def whole(self, text: str, most: int | None = None) -> Tensor:
         """Token ids int64 (T,) of a text with special tokens, as `tokenizer(text)` returns them, truncated to at most `most` tokens."""
+        return torch.tensor(self._encoded(text, most).ids, dtype=torch.int64)
+
+    def of_words(self, words: list[str], most: int | None = None) -> tuple[Tensor, list[int | None]]:
+        """(token ids int64 (T,) of words, with the marks of a text; which word each token begins, None for marks and for the rest of a word)."""
+        found = self._encoded(words, most)
+        places = list(found.word_ids)
+        return torch.tensor(found.ids, dtype=torch.int64), [word if i == 0 or word != places[i - 1] else None for i, word in enumerate(places)]
+
+    def _encoded(self, text: str | list[str], most: int | None) -> Any:
+        """What the tokenizer makes of a text or of words, with its marks."""
+        options = {"is_pretokenized": True} if isinstance(text, list) else {}
         if most is None:
-            return torch.tensor(self.tokenizer.encode(text).ids, dtype=torch.int64)
+            return self.tokenizer.encode(text, **options)
         try:
             self.tokenizer.enable_truncation(most)
-            ids = self.tokenizer.encode(text).ids
+            found = self.tokenizer.encode(text, **options)
         except Exception as error:  # the library raises Exception itself
             raise BadInput(f"expected space for the special tokens within {most} tokens, got {str(error)[:200]}; raise --context") from error
         finally:
             self.tokenizer.no_truncation()
-        if len(ids) > most:
-            raise BadInput(f"expected space for the special tokens within {most} tokens, got {len(ids)}; raise --context")
-        return torch.tensor(ids, dtype=torch.int64)
+        if len(found.ids) > most:
+            raise BadInput(f"expected space for the special tokens within {most} tokens, got {len(found.ids)}; raise --context")
+        return found
 
     def decode(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))

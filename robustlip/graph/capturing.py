@@ -12,10 +12,23 @@ from robustlip.execution import check_capturable
 from robustlip.graph.attention import with_attention
 from robustlip.graph.final import finished, without_final
 from robustlip.graph.lower import lowered
-from robustlip.graph.program import FREEZE, Program, check_apart, recorded
+from robustlip.graph.operations import source_of
+from robustlip.graph.program import FREEZE, Program, check_apart, needed, recorded
 from robustlip.graph.simplify import simplified
-from robustlip.graph.tokens import with_embedding
-from robustlip.layers import AddPositions, Attention, Chain, NextTokenChain, Patchify, PrependToken, Shift, TokenChain, Tokens
+from robustlip.graph.tokens import with_chosen_token, with_embedding
+from robustlip.layers import (
+    AddPositions,
+    Attention,
+    Chain,
+    NextTokenChain,
+    OneTokenChain,
+    Patchify,
+    PrependToken,
+    Shift,
+    TokenChain,
+    TokenLabelChain,
+    Tokens,
+)
 from robustlip.modes import evaluated, random_state_kept
 from robustlip.target import logits_of
 
@@ -70,37 +83,53 @@ def capture(module: nn.Module, example: Tensor) -> Chain:
     example = example if len(example) > 1 else torch.cat([example, example])
     module = LogitsOnly(module)
     with evaluated(module), torch.no_grad():
-        program = with_attention(with_embedding(recorded(module, example)))
+        program, without = with_chosen_token(recorded(module, example))
+        program = with_attention(with_embedding(program))
         check_apart(program)
         program, final = without_final(simplified(program))
+        program, position = _read_token(program)
         layers = lowered(program)
         if not layers:
             raise UnsupportedLayer("expected a model with at least one operation, got one that returns its input; give it a layer")
-        chain = _kind(program, layers, getattr(module.module, "task", None)).eval()
+        chain = _kind(program, layers, getattr(module.module, "task", None), position).eval()
         chain.input_range = getattr(module.module, "input_range", None)
         chain.final = final
         chain.computes_weights = program.computes_weights
+        chain.without = without
+        if isinstance(chain, TokenChain):
+            chain.check_inputs(example)
         check_same(chain, module, example)
     return chain
 
 
-def _kind(program: Program, layers: OrderedDict[str, nn.Module], task: str | None) -> Chain:
+def _read_token(program: Program) -> tuple[Program, int | None]:
+    """(the program up to the logits of all tokens, the token that it selects of them), if it ends so; otherwise (the program, None)."""
+    node, source = program.output, source_of(program.output)
+    if node.op != "select" or source is None or source.op != "linear" or len(source.shape) != 2 or node.arguments["dim"] % 3 != 1:
+        return program, None
+    if program.input.dtype is None or program.input.dtype.is_floating_point:
+        return program, None
+    position = int(node.arguments["index"]) % source.shape[0]
+    last = position == source.shape[0] - 1
+    return Program(program.input, source, needed(source), program.computes_weights), -1 if last else position
+
+
+def _kind(program: Program, layers: OrderedDict[str, nn.Module], task: str | None, position: int | None) -> Chain:
     """The layers as a Chain whose kind follows from its inputs and outputs: takes token ids, returns a row of logits per token, or neither.
 
     task: the task that the module declares. Scores per token are logits of the next token if it declares that, or if there is one per row of the
-    embedding table.
+    embedding table and it declares nothing else; otherwise they are of labels of tokens. position: the token that the module reads at its end.
     """
     assert program.input.dtype is not None
     if not program.input.dtype.is_floating_point:
+        if position is not None:
+            return OneTokenChain(layers, position)
         if len(program.output.shape) != 2:
             return TokenChain(layers)
         words = int(next(iter(layers.values())).num_embeddings)  # type: ignore[arg-type]
-        if task != "next-token" and program.output.shape[-1] != words:
-            raise UnsupportedLayer(
-                f"expected one row of logits per sample, or {words} logits per token for a model of the next token, got {program.output.shape[-1]} "
-                f"scores per token; classifiers of tokens are not supported; a model of the next token needs task = 'next-token'"
-            )
-        return NextTokenChain(layers)
+        if task == "next-token" or (task != "token-classification" and program.output.shape[-1] == words):
+            return NextTokenChain(layers)
+        return TokenLabelChain(layers)
     chain = Chain(layers)
     chain.embedding_depth = _embedding_depth(list(chain))
     return chain
@@ -122,7 +151,7 @@ def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     if isinstance(chain, TokenChain):
         size = int(chain[0].num_embeddings)  # type: ignore[arg-type]
-        batches = [example, *(torch.randint(size, (n, *example.shape[1:]), generator=generator).to(example) for n in TRIED)]
+        batches = [example, *(_allowed(torch.randint(size, (n, *example.shape[1:]), generator=generator), size, chain).to(example) for n in TRIED)]
     else:
         batches = _random(example, generator)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -135,6 +164,14 @@ def check_same(chain: Chain, module: nn.Module, example: Tensor) -> None:
     if changed:
         name = changed[0].removeprefix("module.")
         raise UnsupportedLayer(f"expected a model that does not change its own weights and buffers, got one that changes {name}; {FREEZE}")
+
+
+def _allowed(ids: Tensor, size: int, chain: Chain) -> Tensor:
+    """Token ids with another id in place of each that texts must not contain."""
+    other = next(i for i in range(size) if i not in chain.without)
+    for padding in chain.without:
+        ids = ids.masked_fill(ids == padding, other)
+    return ids
 
 
 def _random(example: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -162,7 +199,8 @@ def check_outputs(chain: Chain, module: nn.Module, x: Tensor) -> None:
         ) from error
     try:
         with torch.no_grad():
-            ours = finished(chain.final, chain(x.detach().clone()))
+            ours = chain(x.detach().clone())
+            ours = finished(chain.final, ours[:, chain.position] if type(chain) is OneTokenChain else ours)
     except (RuntimeError, IndexError) as error:
         raise UnsupportedLayer(
             f"expected layers that compute what the model does, got {type(error).__name__} from them: {first_line(error)[:200]}; attack the model"

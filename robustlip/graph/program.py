@@ -393,7 +393,7 @@ class _Reader:
         args = [self._for_all(a, node) for a in args]
         kwargs = {key: self._for_all(a, node) for key, a in kwargs.items()}
         flat = list(_flat([*args, *kwargs.values()]))
-        if name not in _TAKES_SIZES and any(isinstance(a, PerBatchSize) for a in flat):
+        if name not in _TAKES_SIZES and any(isinstance(a, PerBatchSize) and not (a.counts and name == "index") for a in flat):
             raise UnsupportedLayer(f"expected the number of samples in shapes only, got it in {name} of {path}; keep samples separate")
         if node.target is operator.getitem:
             arguments: dict[str, Any] = {"self": args[0], "index": args[1]}
@@ -432,7 +432,7 @@ class _Reader:
         read = [part for a in flat for part in (_flat(a.values.values()) if isinstance(a, PerBatchSize) else [a]) if isinstance(part, Tensor)]
         if any(isinstance(a, PerBatchSize) for a in flat):
             values = {n: node.target(*at(args, n), **{key: at(a, n) for key, a in kwargs.items()}) for n in TRIED}  # type: ignore[operator]
-            made: Any = PerBatchSize(values, _repeats(_name_of(node), args, kwargs))
+            made: Any = PerBatchSize(values, _repeats(_name_of(node), args, kwargs), _counts(node, args))
             parts = [part for part in _flat(made.values.values()) if isinstance(part, Tensor)]
         else:
             made = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -454,6 +454,8 @@ class _Reader:
         if isinstance(value, list):
             return [self._for_all(part, node) for part in value]
         if not isinstance(value, PerBatchSize) or (value.repeats and not all(isinstance(part, Tensor) for part in value.values.values())):
+            return value
+        if value.counts and _name_of(node) == "index":  # a choice in each sample (`robustlip.graph.tokens`)
             return value
         row = _row(value.values) if value.repeats else None
         if row is None:
@@ -511,10 +513,12 @@ class PerBatchSize:
     """A constant that depends on the batch size: its values for the batch sizes `TRIED`.
 
     repeats: whether it is proved to follow the same pattern for every batch size: a polynomial in the size, or a tensor that repeats its rows.
+    counts: whether it is 0, 1, …, N − 1 for every batch size N.
     """
 
     values: dict[int, Any]
     repeats: bool = True
+    counts: bool = False
 
 
 def at(value: Any, samples: int) -> Any:
@@ -522,6 +526,14 @@ def at(value: Any, samples: int) -> Any:
     if isinstance(value, list):
         return [at(part, samples) for part in value]
     return value.values[samples] if isinstance(value, PerBatchSize) else value
+
+
+def _counts(node: fx.Node, args: list[Any]) -> bool:
+    """Whether an operation is arange(N), or arange(0, N) with step 1, for the batch size N."""
+    if _name_of(node) != "arange" or not 1 <= len(args) <= 2 or (len(args) == 2 and args[0] != 0):
+        return False
+    size = args[-1]
+    return isinstance(size, PerBatchSize) and size.repeats and all(value == n for n, value in size.values.items())
 
 
 def _repeats(name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robustlip.errors import UnsupportedLayer
@@ -43,6 +44,73 @@ def with_embedding(program: Program) -> Program:
     else:
         made = replace(first, op="lookup", arguments={"self": program.input, "layer": _lookup(program.input, first)})
     return rewritten(program, {first: made})
+
+
+def with_chosen_token(program: Program) -> tuple[Program, frozenset[int]]:
+    """(the program in which x[arange(N), k] is x[:, k] where k is one place for all texts without certain ids; these ids).
+
+    Classifiers read the last token that is not padding, say argmax((ids != pad)·arange(T)). In a text without that id `ids != pad` is True
+    everywhere: then k is a constant. Whoever runs the program has to refuse texts with such an id.
+    """
+    replaced: dict[Node, Node] = {}
+    without: set[int] = set()
+    for node in program.nodes:
+        indices = node.arguments.get("indices")
+        source = source_of(node)
+        if node.op != "index" or source is None or not isinstance(indices, list) or not 1 <= len(indices) <= 2:
+            continue
+        if not (isinstance(indices[0], PerBatchSize) and indices[0].counts):
+            continue
+        if len(indices) == 1:
+            replaced[node] = replace(node, op="alias", arguments={"self": source})
+            continue
+        place = _place(indices[1], program.input, without)
+        if place is not None and len(source.shape) >= 2 and -source.shape[0] <= place < source.shape[0]:
+            replaced[node] = replace(node, op="select", arguments={"self": source, "dim": 1, "index": place})
+    return (rewritten(program, replaced), frozenset(without)) if replaced else (program, frozenset())
+
+
+# Operations that compute each number of a result from the numbers at its place, and those that reduce a dimension.
+_PLACES = frozenset("to _to_copy type_as mul add sub remainder contiguous clone".split())
+_REDUCED = frozenset("argmax sum".split())
+
+
+def _place(index: Any, ids: Node, without: set[int]) -> int | None:
+    """The value of an index (N,) in all texts without certain ids, which are added to `without`; None if it is not proved to be one value."""
+    found: set[int] = set()
+
+    def value(part: Any) -> Any:
+        if isinstance(part, list):
+            return [value(p) for p in part]
+        return of(part) if isinstance(part, Node) else part
+
+    def of(node: Node) -> Tensor:
+        a = node.arguments
+        if node.op in ("ne", "eq") and a["self"] is ids:
+            if not isinstance(a["other"], int) and not (isinstance(a["other"], Tensor) and a["other"].numel() == 1):
+                raise _Unclear
+            found.add(int(a["other"]))
+            return torch.full((2, *ids.shape), node.op == "ne")
+        if node.op in _REDUCED and isinstance(a["dim"], int | list):
+            dims = a["dim"] if isinstance(a["dim"], list) else [a["dim"]]
+            if not dims or any(d % (len(node.inputs[0].shape) + 1) == 0 for d in dims):
+                raise _Unclear
+        elif node.op not in _PLACES:
+            raise _Unclear
+        return node.target(**{name: value(argument) for name, argument in a.items()})  # type: ignore[no-any-return]
+
+    try:
+        places = of(index) if isinstance(index, Node) else index
+    except (_Unclear, RuntimeError, TypeError):
+        return None
+    if not isinstance(places, Tensor) or places.is_floating_point() or places.dim() > 1 or len(places.unique()) != 1:
+        return None
+    without |= found
+    return int(places.unique())
+
+
+class _Unclear(Exception):
+    """A choice that may differ from text to text."""
 
 
 def _lookup(start: Node, end: Node) -> Lookup:

@@ -2,7 +2,7 @@
 
 from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
-from robustlip.layers.chain import Chain, NextTokenChain, TokenChain, as_chain, chain_or_module, two_logits
+from robustlip.layers.chain import Chain, NextTokenChain, OneTokenChain, TokenChain, TokenLabelChain, as_chain, chain_or_module, two_logits
 from robustlip.layers.constants import Scale, Shift
 from robustlip.layers.formulas import Formula, WrittenNorm
 from robustlip.layers.joins import Channels, Concatenate, Maximum, Minimum, Product, Sum
@@ -29,6 +29,7 @@ __all__ = [
     "MeanTokens",
     "Minimum",
     "NextTokenChain",
+    "OneTokenChain",
     "Normalize",
     "Patchify",
     "Permute",
@@ -43,6 +44,7 @@ __all__ = [
     "Slice",
     "Sum",
     "TokenChain",
+    "TokenLabelChain",
     "Tokens",
     "View",
     "WrittenNorm",

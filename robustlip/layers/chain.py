@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ class Chain(nn.Sequential):
     input_range: tuple[float, float] | None = None
     computes_weights: bool = False
     final: str = ""
+    position: int | None = None
+    without: frozenset[int] = frozenset()
 
     def check_inputs(self, x: torch.Tensor) -> None:
         """Raises BadInput for raw inputs that cannot be evaluated. Not part of forward, because it reads values and waits for the device."""
@@ -52,12 +56,24 @@ class Chain(nn.Sequential):
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits (N, C) of the prediction: of the last position for next-token models; (0, z) for a single logit z."""
-        logits = logits[:, -1] if self.task == "next-token" else logits
+        if self.position is not None:
+            logits = logits[:, self.position]
+        elif self.task == "token-classification":
+            raise BadInput("expected labels by token (N, T) for a classifier of tokens, got one a text; give them, −100 where there is none")
         if logits.dim() == 2 and logits.shape[1] == 1 and type(self[len(self) - 1]) is nn.Sigmoid:
             raise BadInput(
                 "expected one logit, of class 1 where it is above 0, got the probability after a Sigmoid; leave it out, or give an nn.Sequential"
             )
         return two_logits(logits)
+
+    @contextmanager
+    def reading(self, position: int | None) -> Iterator[None]:
+        """Within it the prediction is that of one token, of logits (N, T, C)."""
+        before, self.position = self.position, position
+        try:
+            yield
+        finally:
+            self.position = before
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Raw inputs → the logits (N, C) of the prediction."""
@@ -84,6 +100,12 @@ class TokenChain(Chain):
         size = int(self[0].num_embeddings)  # type: ignore[arg-type]
         if x.numel() and not (0 <= int(x.min()) and int(x.max()) < size):
             raise BadInput(f"expected token ids in [0, {size - 1}], got {int(x.min())} to {int(x.max())}; use the model's own vocabulary")
+        for padding in sorted(self.without):
+            if bool((x == padding).any()):
+                raise BadInput(
+                    f"expected texts without the token {padding}, which the model takes for padding (config.pad_token_id), got one with it; pass "
+                    f"texts of different lengths as they are, or with their attention_mask"
+                )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.from_embeddings(self.embed(x))
@@ -93,6 +115,24 @@ class NextTokenChain(TokenChain):
     """A TokenChain whose logits are (N, T, V)."""
 
     task = "next-token"
+    position = -1
+
+
+class OneTokenChain(TokenChain):
+    """A TokenChain whose layers compute logits (N, T, C), of which those of one token classify the text."""
+
+    def __init__(self, layers: OrderedDict[str, nn.Module], position: int) -> None:
+        super().__init__(layers)
+        self.position = int(position)
+
+    def extra_repr(self) -> str:
+        return f"position={self.position}"
+
+
+class TokenLabelChain(TokenChain):
+    """A TokenChain whose logits are (N, T, C), a label for each token."""
+
+    task = "token-classification"
 
 
 # A certificate speaks of the layers in their order; a subclass that overrides any of these could do something else between them.

@@ -154,7 +154,7 @@ _BY_TOKEN = (
 
 
 def is_causal(model: Chain) -> bool:
-    """Whether every logit of a next-token model depends only on tokens up to its own: attention has to be causal, all other layers act by token."""
+    """Whether the logits of each token depend only on the tokens up to it: attention has to be causal, all other layers act by token."""
     layers = [m for layer in model for m in layer.modules()]
 
     def alone(m: nn.Module) -> bool:
@@ -162,12 +162,13 @@ def is_causal(model: Chain) -> bool:
             return len(m.normalized_shape) == 1  # type: ignore[arg-type]
         return type(m) in _BY_TOKEN or is_elementwise(m)
 
-    return model.task == "next-token" and all(m.looks_back if type(m) is Attention else alone(m) for m in layers)
+    return model.position is not None and all(m.looks_back if type(m) is Attention else alone(m) for m in layers)
 
 
 def only_last_token_moves(model: Chain, threat: Threat, tokens: int) -> bool:
-    """Whether the threat perturbs only the last token of a causal next-token model; the other tokens then change by rounding only."""
-    return isinstance(threat, EmbeddingBall) and threat.positions(tokens) == [tokens - 1] and is_causal(model)
+    """Whether the threat perturbs only the last token of a causal model that is read at this token; the other tokens then change by rounding only."""
+    last = isinstance(threat, EmbeddingBall) and threat.positions(tokens) == [tokens - 1] and model.position in (-1, tokens - 1)
+    return last and is_causal(model)
 
 
 def single_token_reference(reference: Reference, sample: Tensor, position: Tensor, *, jacobians: bool = True) -> Reference:

@@ -136,7 +136,7 @@ def reference_of(model: Chain, x: Tensor, y: Tensor, threat: Threat, context: Co
     if body.space != "l2":
         # No layer mixed coordinates: the hidden state is the input, and the distances of the head's rows are in ℓ2.
         body = body.then(ToL2(body.clean, body.space))
-    row = -1 if model.task == "next-token" else 0
+    row = 0 if model.position is None else model.position
     last = body.clean[:, row]
     if head is None:
         rows = bias = None

@@ -31,7 +31,7 @@ def layers_after_threat(model: Chain, x: Tensor, threat: Threat) -> tuple[list[n
         inside = model.embed(x)
         threat.positions(inside.shape[1])
         layers = list(model)[model.embedding_depth :]
-    elif isinstance(threat, InputBall) and model.task == "next-token":
+    elif isinstance(threat, InputBall) and model.position is not None:
         raise BadInput(f"expected an embedding or weight threat for token ids, got {threat.name}; use embedding-l2 or weights-spectral")
     else:
         inside, layers = x, list(model)
