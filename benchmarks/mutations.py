@@ -164,8 +164,6 @@ MUTATIONS = [
     Mutation("tokens: the last token is read", "robustlip/domains/expansion/local.py", "row = 0 if model.position is None else model.position",
              "row = 0 if model.position is None else -1", f"{TEXTS} -k classifier_of_tokens"),
     Mutation("tokens: texts may hold the padding", TOKENS, '            found.add(int(a["other"]))\n', "", f"{TEXTS} -k padding_is_the_last"),
-    Mutation("tokens: a choice in another order of samples", TOKENS, "if not (isinstance(indices[0], PerBatchSize) and indices[0].counts):",
-             "if not isinstance(indices[0], PerBatchSize | torch.Tensor):", f"{TEXTS} -k another_choice"),
     Mutation("capture: a subtraction is a sum", LOWER, 'sign = 1.0 if node.op == "add" else -1.0', "sign = 1.0", f"{CAPTURE} -k random"),
     # ---- joins
     Mutation("sums: weights of branches counted as 1", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = [1.0 for w in layer.weights]",
