@@ -964,7 +964,7 @@ MUTATIONS = [
     Mutation("sequence: only the first token moves", SEQUENCE,
              "first = epsilon[:, None, None].expand(-1, 1, length)", "first = epsilon[:, None, None] * (torch.arange(length) == 0)",
              f"{SEQUENCES} -k 'as_their_windows'"),
-    Mutation("sequence: tokens after the next one affect a prediction", SEQUENCE, "if not is_causal(chain):", "if False:",
+    Mutation("sequence: tokens after the next one affect a prediction", SEQUENCE, 'if chain.task != "next-token" or not is_causal(chain):', "if False:",
              f"{SEQUENCES} {WALKS} -k 'no_sequence or nobody_named_may'"),
     Mutation("dual: tokens of unlisted layers do not move", BY_DUAL,
              "return type(m) in _BY_TOKEN or is_elementwise(m)", "return True",

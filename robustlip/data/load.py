@@ -55,7 +55,8 @@ def load_data(
     spec: 'name' or 'name:split' (default split: 'test'). Names: digits, mnist, cifar10, tiny_shakespeare, page
     (text that is part of robustlip), a hub name 'owner/name' of an image data set, or a path: a .parquet file (one split, so
     no ':split') with an image and a label column, a .txt file (UTF-8, the first 90 % train, the rest test), a .csv or .tsv file of texts and their
-    classes, a .conll file of words and their classes, or a .vnnlib file or an instances.csv of properties that require a class in a box (`robustlip.data.vnnlib.boxes_as_samples`).
+    classes, a .conll file of words and their classes, or a .vnnlib file or an instances.csv of properties that require a class in a box
+    (`robustlip.data.vnnlib.boxes_as_samples`).
     The data is searched in data_dir, then in the folder ROBUSTLIP_DATA, then on the hub.
     limit: maximum number of samples, a random subset drawn with `seed`, in the order of the source.
     context: tokens per window (default 64); for texts with classes the maximum number of tokens per text (default: all). vocabulary: the

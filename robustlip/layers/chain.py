@@ -32,7 +32,9 @@ class Chain(nn.Sequential):
     input_range: tuple[float, float] | None = None
     computes_weights: bool = False
     final: str = ""
+    # For logits (N, T, C): the token whose logits are the prediction. None for logits (N, C), and if every token has its own label (`reading`).
     position: int | None = None
+    # Token ids that a text must not contain: the padding of a classifier that reads the last token that is not padding.
     without: frozenset[int] = frozenset()
 
     def check_inputs(self, x: torch.Tensor) -> None:
