@@ -305,6 +305,7 @@ def test_no_attack_succeeds_inside_the_radius_of_a_module(name) -> None:
         assert (radius <= broken).all()
 
 
+TABLE = torch.linspace(-0.5, 0.6, 8)
 ELEMENTWISE = {
     "leaky_relu": lambda x: F.leaky_relu(x, 0.1), "elu": F.elu, "celu": lambda x: F.celu(x, 0.5), "selu": F.selu, "softplus": F.softplus,
     "softsign": F.softsign, "tanhshrink": F.tanhshrink, "hardtanh": lambda x: F.hardtanh(x, -0.5, 2), "relu6": F.relu6, "hardswish": F.hardswish,
@@ -313,6 +314,11 @@ ELEMENTWISE = {
     "softshrink": lambda x: F.softshrink(x, 0.1), "inplace": lambda x: F.leaky_relu(x * 1.5, 0.2, inplace=True),
     "minimum with a constant": lambda x: torch.clamp(x, max=0.7), "maximum with a tensor": lambda x: torch.maximum(x, torch.full((), -0.3)),
     "min with a tensor": lambda x: torch.min(x, torch.full((1,), 0.4)),
+    "max with a table": lambda x: torch.maximum(TABLE, x), "min with a table": lambda x: torch.fmin(x, TABLE[None]),
+    "clamp by tables": lambda x: x.clamp(TABLE - 0.2, TABLE + 0.1), "clamp by a table and a number": lambda x: torch.clamp(x, max=TABLE).clamp_min(-0.3),
+    "where": lambda x: torch.where(TABLE > 0.1, x, TABLE), "masked fill": lambda x: x.masked_fill(TABLE < -0.2, 0.7),
+    "a mask": lambda x: x * (TABLE > 0) + torch.add(TABLE, x, alpha=2), "alpha": lambda x: torch.sub(x, TABLE, alpha=0.5) + torch.rsub(x, TABLE, alpha=4),
+    "a constant beside": lambda x: torch.cat([x[:, :4], TABLE[None, :4].expand(x.shape[0], -1)], 1),
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from robustlip.layers import (
     Channels,
     Clamp,
     Concatenate,
+    Constant,
     Flip,
     GroupSort,
     Householder,
@@ -246,6 +247,9 @@ CASES = {
     "image-product-mean": (lambda: Product(nn.Identity(), nn.AdaptiveAvgPool2d(1)), 3.0),
     "maximum": (lambda: Maximum(nn.Linear(D, 5), nn.Sequential(nn.Linear(D, 5), nn.Tanh())), 3.0),
     "image-minimum": (lambda: Minimum(nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(4, 3, 1)), 3.0),
+    "maximum-constant": (lambda: Maximum(nn.Linear(D, 5), Constant(torch.randn(T, 5))), 3.0),
+    "image-minimum-constant": (lambda: Minimum(Constant(torch.randn(4, 6, 5)), nn.Conv2d(4, 4, 3, padding=1)), 3.0),
+    "vector-concatenate-constant": (lambda: Concatenate(Constant(torch.randn(3)), nn.Identity()), 2.0),
     "scale": (lambda: Scale(torch.linspace(-2, 3, D)), 3.0),
     "scale-divide": (lambda: Scale(-0.3, divide=True), 3.0),
     "vector-scale-divide": (lambda: Scale(torch.linspace(0.2, 3, D), divide=True), 3.0),
@@ -747,8 +751,17 @@ def test_lookups_have_no_bound() -> None:
         rule_for(layer).step(layer, state(1.0, 0.1), context(torch.float32))
 
 
-# Rules whose input is no vector of numbers: by a test of their own.
-BY_HAND = {nn.Embedding: test_tables_of_tokens, Lookup: test_lookups_have_no_bound}
+@pytest.mark.parametrize("space", ["l2", "l1", "linf"])
+def test_constants_do_not_change(space) -> None:
+    layer = Constant(torch.arange(6.0).view(2, 3))
+    for before, size in ((state(2.0, 0.5, SHAPES["image"], space), 55**0.5), (state(2.0, 0.5, (4, D), space), 50**0.5)):
+        behind = rule_for(layer).step(layer, replace(before, rounding=0 * before.norm + 0.1), context())
+        assert float(behind.change) == float(behind.rounding) == 0.0
+        assert size <= float(behind.norm) * (1 + 1e-12)
+
+
+# Rules whose input is no vector of numbers, or has none: by a test of their own.
+BY_HAND = {nn.Embedding: test_tables_of_tokens, Lookup: test_lookups_have_no_bound, Constant: test_constants_do_not_change}
 
 
 def test_every_rule_has_a_case() -> None:

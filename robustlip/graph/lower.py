@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import UnsupportedLayer
-from robustlip.graph.operations import JOINS, is_channel, layer_of, refuse
+from robustlip.graph.operations import JOINS, is_channel, layer_of, power_of_two, refuse
 from robustlip.graph.program import Node, Program, dominators
-from robustlip.layers import Concatenate, Maximum, Minimum, PrependToken, Product, Residual, Sum
+from robustlip.layers import Concatenate, Constant, Maximum, Minimum, PrependToken, Product, Residual, Sum
 
 # Branches that share many values are written out once each; more layers than this are refused.
 MOST_LAYERS = 20_000
 # Elementwise operations of two values that commute bit by bit.
-_PAIRS = {"mul": Product, "multiply": Product, "maximum": Maximum, "max": Maximum, "minimum": Minimum, "min": Minimum}
+_PAIRS = {"mul": Product, "multiply": Product, "maximum": Maximum, "max": Maximum, "fmax": Maximum, "minimum": Minimum, "min": Minimum,
+          "fmin": Minimum}  # fmt: skip
 # The largest depth of nested branches: a deeper nesting exceeds Python's recursion limit.
 DEEPEST = 50
 
@@ -71,22 +72,21 @@ class _Lowering:
             if rank == 3 and dim % rank == 1 and isinstance(parts[-1], Node) and all(isinstance(part, Tensor) for part in parts[:-1]):
                 rows = [_one_row(node, part) for part in parts[:-1]]
                 return PrependToken(rows[0] if len(rows) == 1 else torch.cat(rows, 1)), parts[-1]
-            if any(not isinstance(part, Node) for part in parts):
-                raise refuse(node, "it concatenates a constant, but not before tokens")
             if not is_channel(dim, rank):
                 raise refuse(node, f"it concatenates along dimension {dim % rank} of {rank}; supported is the channel dimension")
-            return Concatenate(*(self.branch(part, source) for part in parts)), source
+            return Concatenate(*(self.branch(part, source) if isinstance(part, Node) else _constant(node, part) for part in parts)), source
         first, second = node.arguments["self"], node.arguments["other"]
         if node.op in _PAIRS:
             return self._pair(node, first, second, source), source
-        if node.arguments["alpha"] != 1:
-            raise refuse(node, f"it multiplies the second term by alpha={node.arguments['alpha']}")
+        alpha = node.arguments["alpha"]
+        if not power_of_two(alpha):
+            raise refuse(node, f"it multiplies the second term by alpha={alpha}, no power of 2")
         if first.shape != second.shape:
             raise refuse(node, f"its terms have shapes {first.shape} and {second.shape}, and one of them is broadcast")
-        if node.op == "add" and source in (first, second):
+        if node.op == "add" and alpha == 1 and source in (first, second):
             # Addition commutes bit by bit.
             return Residual(self.branch(second if source is first else first, source)), source
-        sign = 1.0 if node.op == "add" else -1.0
+        sign = float(alpha) if node.op == "add" else -float(alpha)
         return Sum(self.branch(first, source), self.branch(second, source), weights=(1.0, sign)), source
 
     def _pair(self, node: Node, first: Node, second: Node, source: Node) -> nn.Module:
@@ -98,6 +98,14 @@ class _Lowering:
         if any(shape != node.shape for shape in shapes):
             raise refuse(node, f"its factors have shapes {first.shape} and {second.shape}, and one of them is broadcast other than over pixels")
         return kind(self.branch(first, source), self.branch(second, source))
+
+
+def _constant(node: Node, constant: Tensor) -> Constant:
+    """A constant part of a concatenation. Raises UnsupportedLayer if it differs between samples, or has another dtype."""
+    rank = len(node.shape) + 1
+    if constant.dim() != rank or constant.dtype != node.dtype or not torch.equal(constant, constant[:1].expand_as(constant)):
+        raise refuse(node, "it concatenates a constant that differs between samples, or of another dtype")
+    return Constant(constant[0])
 
 
 def _one_row(node: Node, constant: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,11 +19,14 @@ from robustlip.layers import (
     Abs,
     Channels,
     Clamp,
+    Constant,
     Flip,
     Formula,
     GroupSort,
+    Maximum,
     MaxMin,
     MeanTokens,
+    Minimum,
     Permute,
     Product,
     Scale,
@@ -41,9 +45,10 @@ from robustlip.ops.normalization import BATCH_NORMS, INSTANCE_NORMS
 Maker = Callable[[Node], nn.Module]
 LAYERS: dict[str, Maker] = {}
 # Joins of several values, which `lower` translates.
-JOINS = ("add", "sub", "cat", "mul", "multiply", "maximum", "minimum", "max", "min")
+JOINS = ("add", "sub", "cat", "mul", "multiply", "maximum", "minimum", "max", "min", "fmax", "fmin")
 # Operations of two terms, either of which may be the constant.
 _TERMS = ("add", "sub", "mul", "subtract", "multiply", "rsub")
+_EXTREMES = ("maximum", "minimum", "max", "min", "fmax", "fmin")
 
 
 def operation(*names: str) -> Callable[[Maker], Maker]:
@@ -75,7 +80,7 @@ def layer_of(node: Node) -> nn.Module:
     if len(node.inputs) > 1 and node.op in (*_TERMS, "div", "divide", "true_divide"):
         raise refuse(node, "both of its terms depend on the input")
     for name, value in node.arguments.items():
-        if isinstance(value, Node) and name not in ("self", "input", "tensors", "indices") and node.op not in _TERMS:
+        if isinstance(value, Node) and name not in ("self", "input", "tensors", "indices") and node.op not in (*_TERMS, *_EXTREMES):
             raise refuse(node, f"its {name} depends on the input")
     try:
         return make(node).eval()
@@ -516,15 +521,27 @@ def _by_channel(node: Node, value: Any) -> Tensor:
 
 
 def _typed(node: Node, value: Tensor) -> Tensor:
-    """A plain number, converted as torch converts it for the dtype of the samples; a tensor is returned unchanged."""
+    """A plain number, converted as torch converts it for the dtype of the samples; a tensor of floating-point numbers is returned unchanged.
+
+    Masks and whole numbers become the same numbers in the dtype of the samples, as in torch. Raises UnsupportedLayer if they do not fit.
+    """
+    if node.dtype is not None and not value.is_floating_point():
+        if not torch.equal(value.to(node.dtype).double(), value.double()):
+            raise refuse(node, f"its constant has whole numbers too large for {node.dtype}")
+        return value.to(node.dtype)
     return value.to(node.dtype) if value.dtype == torch.float64 and node.dtype is not None else value
+
+
+def power_of_two(value: Any) -> bool:
+    """Whether a product with this number only changes the exponent."""
+    return isinstance(value, int | float) and math.isfinite(value) and 2.0**-16 <= abs(value) <= 2.0**16 and abs(math.frexp(value)[0]) == 0.5
 
 
 def _plain_terms(node: Node) -> tuple[Any, bool]:
     """(the constant of a node of two terms, whether it is the first term)."""
     first, second = node.arguments["self"], node.arguments["other"]
-    if node.arguments.get("alpha", 1) != 1:
-        raise refuse(node, f"it multiplies the second term by alpha={node.arguments['alpha']}")
+    if not power_of_two(node.arguments.get("alpha", 1)):
+        raise refuse(node, f"it multiplies the second term by alpha={node.arguments['alpha']}, no power of 2")
     return (second, False) if isinstance(first, Node) else (first, True)
 
 
@@ -563,11 +580,29 @@ def _neg(node: Node) -> nn.Module:
 def _shift(node: Node) -> nn.Module:
     value, front = _plain_terms(node)
     constant = _typed(node, _by_channel(_facing(node), value))
-    if node.op == "add":
-        return Shift(constant)
-    if front != (node.op == "rsub"):  # constant − x
-        return nn.Sequential(Scale(_typed(node, torch.tensor([-1.0], dtype=torch.float64))), Shift(constant))
-    return Shift(constant, subtract=True)
+    alpha = float(node.arguments.get("alpha", 1))  # of the second term; of rsub, other − alpha·self, the first
+    of_input = alpha if front != (node.op == "rsub") else 1.0
+    constant = constant if of_input != 1 or alpha == 1 else constant * alpha
+    if node.op != "add" and front != (node.op == "rsub"):  # constant − x
+        return nn.Sequential(Scale(_typed(node, torch.tensor([-of_input], dtype=torch.float64))), Shift(constant))
+    shift = Shift(constant, subtract=node.op != "add")
+    return shift if of_input == 1 else nn.Sequential(Scale(_typed(node, torch.tensor([of_input], dtype=torch.float64))), shift)
+
+
+@operation("where", "masked_fill")
+def _where(node: Node) -> nn.Module:
+    """A value where a constant mask says so, a constant elsewhere: x·1 + 0 and x·0 + c, which are exact."""
+    a = node.arguments
+    fills = node.op == "masked_fill"
+    mask, first, second = (a["mask"], a["value"], a["self"]) if fills else (a["condition"], a["self"], a["other"])
+    if isinstance(mask, Node) or isinstance(first, Node) == isinstance(second, Node):
+        raise refuse(node, "its mask depends on the input, or both of its values do")
+    value = first if isinstance(second, Node) else second
+    kept = ~mask if isinstance(second, Node) else mask
+    facing = replace(node, arguments={"self": second if isinstance(second, Node) else first})
+    masks = table(facing, kept.to(node.dtype)).value
+    filled = table(facing, value.to(node.dtype) if isinstance(value, Tensor) else value).value
+    return nn.Sequential(Scale(masks), Shift(torch.where(masks != 0, torch.zeros_like(filled), filled)))
 
 
 def _facing(node: Node) -> Node:
@@ -577,21 +612,47 @@ def _facing(node: Node) -> Node:
     return replace(node, arguments={**node.arguments, "self": node.arguments["other"], "other": node.arguments["self"]})
 
 
+def _bounded(node: Node, above: Any, below: Any) -> nn.Module:
+    """min(max(x, above), below), either bound None: a clamp where both are numbers, else joins with constants."""
+
+    def number(bound: Any) -> float | None:
+        if not isinstance(bound, Tensor):
+            return None if bound is None else float(bound)
+        return float(bound) if bound.numel() == 1 else math.nan
+
+    numbers = number(above), number(below)
+    if math.nan not in [n if n is None or n == n else math.nan for n in numbers]:
+        return Clamp(*numbers)
+    joins = [kind(nn.Identity(), table(node, bound)) for kind, bound in ((Maximum, above), (Minimum, below)) if bound is not None]
+    return joins[0] if len(joins) == 1 else nn.Sequential(*joins)
+
+
+def table(node: Node, value: Any) -> Constant:
+    """A constant in the shape of the samples in front of a node. Raises UnsupportedLayer if its shape does not fit, or its dtype is another."""
+    source = source_of(node)
+    assert source is not None
+    if isinstance(value, Tensor) and value.dim() and value.dtype != node.dtype:
+        raise refuse(node, f"its constant has dtype {value.dtype}, its samples {node.dtype}")
+    shape = source.shape
+    found = _by_channel(node, value).to(node.dtype)
+    if found.dim() == 1 and len(found) > 1 and len(shape) == 3:
+        found = found.view(-1, 1, 1)
+    return Constant(found.expand(shape).contiguous())
+
+
 @operation("clamp", "clamp_min", "clamp_max")
 def _clamp(node: Node) -> nn.Module:
-    low, high = node.arguments.get("min"), node.arguments.get("max")
-    if any(isinstance(bound, Tensor | Node) for bound in (low, high)):
-        raise refuse(node, "its bounds are tensors; supported are plain numbers")
-    return Clamp(low, high)
+    return _bounded(node, node.arguments.get("min"), node.arguments.get("max"))
 
 
-@operation("maximum", "minimum", "max", "min")
-def _bounded(node: Node) -> nn.Module:
-    """maximum or minimum of a value and one number: a clamp."""
+@operation("maximum", "minimum", "max", "min", "fmax", "fmin")
+def _extreme(node: Node) -> nn.Module:
+    """maximum or minimum of a value and a constant."""
+    node = _facing(node) if "other" in node.arguments else node
     bound = node.arguments.get("other")
-    if not isinstance(bound, Tensor) or bound.numel() != 1 or bound.dtype != node.dtype or not isinstance(node.arguments["self"], Node):
-        raise refuse(node, "it acts along a dimension, or its constant is more than one number")
-    return Clamp(float(bound), None) if node.op.startswith("max") else Clamp(None, float(bound))
+    if not isinstance(bound, Tensor) or not isinstance(node.arguments["self"], Node):
+        raise refuse(node, "it acts along a dimension")
+    return _bounded(node, bound, None) if "max" in node.op else _bounded(node, None, bound)
 
 
 @operation("abs")

@@ -3,7 +3,7 @@
 from robustlip.layers.activations import Abs, Clamp, ScaledGELU
 from robustlip.layers.attention import Attention
 from robustlip.layers.chain import Chain, NextTokenChain, OneTokenChain, TokenChain, TokenLabelChain, as_chain, chain_or_module, two_logits
-from robustlip.layers.constants import Scale, Shift
+from robustlip.layers.constants import Constant, Scale, Shift
 from robustlip.layers.formulas import Formula, WrittenNorm
 from robustlip.layers.joins import Channels, Concatenate, Maximum, Minimum, Product, Sum
 from robustlip.layers.moves import Flip, Permute, Select, Slice, View
@@ -19,6 +19,7 @@ __all__ = [
     "Channels",
     "Clamp",
     "Concatenate",
+    "Constant",
     "Flip",
     "Formula",
     "GroupSort",

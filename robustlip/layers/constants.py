@@ -1,4 +1,4 @@
-"""Multiplication by constants and addition of constants: one for all numbers, one a channel, or a table.
+"""Multiplication by constants and addition of constants: one for all numbers, one a channel, or a table; a constant sample.
 
 Channels are dimension 1 of images (N, C, H, W), the last dimension of anything else. A table has two dimensions or more, which are spread over the
 last ones of a sample as torch spreads them, and never make it larger.
@@ -79,3 +79,24 @@ class Shift(_Constant):
 
     def extra_repr(self) -> str:
         return f"{_size(self.value)}, subtract={self.subtract}"
+
+
+class Constant(nn.Module):
+    """The same sample whatever the input, (N, …) → (N, *value.shape): a branch of a join.
+
+    value: a buffer that shares its memory with the tensor that is given, its numbers of one sample.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        if not value.dim() or not value.numel() or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise BadInput(f"expected finite numbers of one sample in Constant, got {tuple(value.shape)}, {value.dtype}; give those")
+        self.register_buffer("value", value.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.value.expand(len(x), *self.value.shape)
+
+    def extra_repr(self) -> str:
+        return "×".join(map(str, self.value.shape))

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustlip.errors import BadInput
+from robustlip.layers import Clamp, Constant, Maximum, Minimum, Shift
 from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 
@@ -44,6 +45,20 @@ def spread_over(shape: tuple[int, ...], other: tuple[int, ...]) -> int:
     raise BadInput(
         f"expected branches of Product that put out one shape, or (C, 1, 1) after the second of images, got {shape} and {other}; match them"
     )
+
+
+def bounded_by(layer: Maximum) -> tuple[nn.Module, nn.Sequential] | None:
+    """Of the maximum or minimum of a branch and a constant c: that branch, and what follows it. None for two branches of another kind.
+
+    max(a, c) = c + relu(a − c), min(a, c) = c + min(a − c, 0): the same function in exact arithmetic, of which bounds are tighter than of any two
+    branches. What its sums round is more than the maximum itself, which is exact.
+    """
+    held = [branch for branch in layer.branches if type(branch) is Constant]
+    if len(held) != 1:
+        return None
+    (c,), (other,) = held, [branch for branch in layer.branches if branch is not held[0]]
+    bend = Clamp(None, 0.0) if type(layer) is Minimum else nn.ReLU()
+    return other, nn.Sequential(Shift(c.value, subtract=True), bend, Shift(c.value))
 
 
 def root_of_squares(norms: Sequence[Tensor]) -> Tensor:

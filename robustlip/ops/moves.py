@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlip.errors import BadInput, UnsupportedLayer
-from robustlip.layers import Flip, Permute, PrependToken, Select, SelectToken, Slice, Tokens, View
+from robustlip.layers import Constant, Flip, Permute, PrependToken, Select, SelectToken, Slice, Tokens, View
 from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up
 
@@ -96,7 +96,7 @@ class Moves:
         places = torch.where(source < 0, -1, source)
         # How often an entry occurs in one row: runs of equal indices, after sorting.
         ordered = places.sort(-1).values
-        longest, run = 1, torch.ones(len(ordered), dtype=torch.long)
+        longest, run = min(1, self.copies), torch.ones(len(ordered), dtype=torch.long)
         if self.copies > 1:
             for j in range(1, ordered.shape[1]):
                 run = torch.where((ordered[:, j] == ordered[:, j - 1]) & (ordered[:, j] >= 0), run + 1, 1)
@@ -125,7 +125,7 @@ class ByToken:
 
 def growth(copies: int, space: str) -> float:
     """The growth of a norm if each entry is copied at most so often."""
-    return {"l2": math.sqrt(copies) * (1 + 1e-15) if copies > 1 else 1.0, "l1": float(max(1, copies)), "linf": 1.0}[space]
+    return {"l2": math.sqrt(copies) * (1 + 1e-15) if copies > 1 else float(copies), "l1": float(copies), "linf": float(min(1, copies))}[space]
 
 
 # ---- the table
@@ -196,7 +196,7 @@ def moves_of(layer: nn.Module, whole: Sample | None, tokens: int, width: int) ->
 
 register_move(SelectToken, PrependToken, rank=2)
 register_move(Tokens, by_token=True)
-register_move(View, Permute, Select, Slice, Flip, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+register_move(Constant, View, Permute, Select, Slice, Flip, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 _COPYING = ("Reflection", "Replication", "Circular")
 _PADS = {f"{mode}Pad{n}d": getattr(nn, f"{mode}Pad{n}d") for mode in (*_COPYING, "Constant", "Zero") for n in (1, 2, 3)}
 for _name, _pad in _PADS.items():

@@ -41,7 +41,9 @@ Normalization = Union[nn.LayerNorm, nn.RMSNorm, WrittenNorm, nn.GroupNorm, nn.In
 def is_normalization(layer: nn.Module) -> bool:
     """Whether the layer divides entries by their own norm. (Instance norms with running statistics divide by those; captures have batch norms
     instead.)"""
-    return type(layer) in (*OF_TOKENS, nn.GroupNorm) or (type(layer) in INSTANCE_NORMS and layer.running_mean is None and layer.running_var is None)
+    if isinstance(layer, INSTANCE_NORMS):
+        return type(layer) in INSTANCE_NORMS and layer.running_mean is None and layer.running_var is None
+    return type(layer) in (*OF_TOKENS, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Groups:
 
 def own_shape(layer: Normalization) -> tuple[int, ...]:
     """The last dimensions that LayerNorm, RMSNorm and WrittenNorm normalise together."""
-    return (layer.width,) if isinstance(layer, WrittenNorm) else tuple(layer.normalized_shape)
+    if isinstance(layer, WrittenNorm):
+        return (layer.width,)
+    assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
+    return tuple(layer.normalized_shape)
 
 
 def stays_whole(layer: Normalization, whole: tuple[int, ...]) -> bool:
@@ -101,6 +106,7 @@ def normalized(layer: Normalization, whole: tuple[int, ...] | None, tokens: int,
     if isinstance(layer, nn.GroupNorm):
         channels, count = layer.num_channels, layer.num_groups
     else:
+        assert isinstance(layer, INSTANCE_NORMS)
         shape = image_shape(layer, whole)
         # Without a gain torch accepts any number of channels.
         channels = count = layer.num_features if layer.affine else shape[0]

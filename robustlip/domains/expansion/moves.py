@@ -46,7 +46,7 @@ class MovesExpansion(Expansion):
             read = self.moves.read.to(ball.radius.device)
             radius = length(ball.radius[..., read], self.space, ball.radius.dim() - 1).unsqueeze(-1) * (1 + 1e-12)
             error = torch.linalg.vector_norm(ball.error[..., read], dim=-1, keepdim=True) * (1 + 1e-12)
-        if self.copies > 1 or self.tokens > 1:
+        if self.copies != 1 or self.tokens > 1:
             radius, error = up(radius * in_space), up(error * in_l2)
         if self.by_tokens is None and self.moves.by_token:
             radius, error = (r.expand(*r.shape[:-1], self.clean.shape[1]) for r in (radius, error))

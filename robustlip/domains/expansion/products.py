@@ -23,7 +23,7 @@ from robustlip.layers import Channels, Concatenate, Maximum, MaxMin, Minimum, Pr
 from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.numerics.spectral import infinity_to_two_bound, one_to_two_bound, spectral_norm_bound
-from robustlip.ops.joins import product_error, root_of_squares, spread_over
+from robustlip.ops.joins import bounded_by, product_error, root_of_squares, spread_over
 from robustlip.threats import l2_factor
 
 
@@ -122,10 +122,13 @@ class Stacked(AffineStep):
 
 @register(Maximum, Minimum, any_space=True, keeps="images")
 def _maximum(layer: Maximum, clean: Tensor, scope: Scope) -> Expansion:
-    """The first (second) half of MaxMin of both branches' concatenation; two Linear layers are expanded together with it.
+    """The first (second) half of MaxMin of both branches' concatenation; two Linear layers are expanded together with it; a constant is a kink.
 
-    The layers made here have no cached constants.
+    The layers made here have no cached constants, but for those of a constant branch, which are cached themselves.
     """
+    bounded = scope.context.constant(layer, "bounded", lambda: bounded_by(layer))
+    if bounded is not None:
+        return ChainExpansion(bounded, clean, scope)
     together = [expand(branch, clean, scope) for branch in layer.branches if type(branch) is nn.Linear]
     if len(together) == 2:
         first, second = together

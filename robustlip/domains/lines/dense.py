@@ -32,7 +32,7 @@ from robustlip.numerics.rounding import U64, gamma, norm_up, up
 from robustlip.ops import elementwise_of, is_elementwise
 from robustlip.ops.elementwise import FUNCTION_ULPS
 from robustlip.ops.executed import constant_errors, elementwise_errors, errors_of, is_bounded, product_errors, sorting_errors, sum_errors
-from robustlip.ops.joins import spread_over
+from robustlip.ops.joins import bounded_by, spread_over
 from robustlip.ops.maps import (
     AverageMap,
     ConvolutionMap,
@@ -284,6 +284,10 @@ class _Builder:
 
     def maximum(self, layer: Maximum) -> None:
         """The maximum (minimum) of two branches is the first (second) half of MaxMin of their concatenation."""
+        bounded = bounded_by(layer)
+        if bounded is not None:
+            self.layers(bounded)
+            return
         self.join(Concatenate(*layer.branches))
         self.sort(MaxMin())
         channels = self.shape[0]
