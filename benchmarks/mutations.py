@@ -37,6 +37,7 @@ EXACT, WALKS, OF_MLP, OF_SDP, CONVS, SEQUENCES, GATES, FILES = (
 )
 
 
+RESIDUAL, OPS_RESIDUAL, NORMS_JOINS = "tests/test_residual.py", "robustlip/ops/residual.py", "robustlip/domains/norms/joins.py"
 LARGE, HEADS = "tests/test_large.py", "tests/test_heads.py"
 
 
@@ -573,6 +574,26 @@ MUTATIONS = [
     Mutation("local: LayerNorm's gain at the centre", AT_NORMALIZATION,
              "gain = local_lipschitz(self.layer, self.input, each,", "gain = local_lipschitz(self.layer, self.input, 0 * each,",
              f"{LOCAL} -k 'promises and (layernorm or rmsnorm)'"),
+    Mutation("a block that cancels: what the fit leaves not counted", OPS_RESIDUAL, "max(abs(end) for end in ends) + steepest * left",
+             "max(abs(end) for end in ends)", f"{RESIDUAL} -k every_slope"),
+    Mutation("a block that cancels: the step too far not counted", OPS_RESIDUAL, "(max(abs(end) for end in ends)", "(abs(ends[1])",
+             f"{RESIDUAL} -k every_slope"),
+    Mutation("a block that cancels: factors of the other sign left out", OPS_RESIDUAL, "for s in (fit, -fit))]", "for s in (fit, 0 * fit))]",
+             f"{RESIDUAL} -k every_slope"),
+    Mutation("a block that cancels: slopes below 0 left out", OPS_RESIDUAL, "max(high, 0.0), max(-low, 0.0)", "max(high, 0.0), 0.0",
+             f"{RESIDUAL} -k every_slope"),
+    Mutation("a block that cancels: a convolution for its adjoint", OPS_RESIDUAL, "turned.flip(list(range(2, turned.dim())))", "turned",
+             f"{RESIDUAL} -k 'field or geometry'"),
+    Mutation("x + conv(x): the middle of the kernel missed", OPS_RESIDUAL, "*(n // 2 for n in first", "*(0 * n for n in first",
+             f"{RESIDUAL} -k linear_residuals"),
+    Mutation("a block that cancels: its own rounding left out", NORMS_JOINS, "constant * state.rounding + fresh", "constant * state.rounding",
+             f"{RULES} {RESIDUAL} -k 'norm_and_rounding and cancelling or triangle'"),
+    Mutation("a block that cancels: what was rounded in front left out", NORMS_JOINS, "constant * state.rounding + fresh", "fresh",
+             f"{RESIDUAL} -k triangle"),
+    Mutation("a block that cancels: its value at 0 left out", NORMS_JOINS, "at_zero + constant * state.norm + fresh", "constant * state.norm + fresh",
+             f"{RULES} -k 'norm_and_rounding and cancelling'"),
+    Mutation("local: a block that cancels rounds nothing", AT_JOINS, "up(self.constant * ball.radius) + up(self.scope.both(one))",
+             "up(self.constant * ball.radius)", f"{LOCAL} -k 'rounding_as and cancelling'"),
     Mutation("the minimum with a constant bent upwards", OPS_JOINS, "Clamp(None, 0.0) if type(layer) is Minimum else nn.ReLU()", "nn.ReLU()",
              f"{LOCAL} -k 'promises and minimum-constant'"),
     Mutation("a constant shifted once", OPS_JOINS, "bend, Shift(c.value))", "bend)", f"{LOCAL} -k 'promises and maximum-constant'"),

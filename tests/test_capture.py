@@ -75,6 +75,33 @@ def as_batch_norm(layer: nn.InstanceNorm1d) -> nn.BatchNorm1d:
     return made
 
 
+def sll(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Araujo et al. 2023, as their code runs it."""
+    t = 1 / (layer.weight @ layer.weight.T).abs().sum(1)
+    return x - 2 * F.linear(t * F.relu(layer(x)), layer.weight.T)
+
+
+def sll_by_hand(layer: nn.Linear) -> nn.Module:
+    t = 1 / (layer.weight @ layer.weight.T).abs().sum(1)
+    last = nn.Linear(layer.out_features, layer.in_features, bias=False)
+    last.weight = nn.Parameter(layer.weight.T.detach())
+    return Sum(nn.Identity(), nn.Sequential(layer, nn.ReLU(), Scale(t.detach()), last, Scale(2.0)), weights=(1.0, -1.0))
+
+
+def sll_of_images(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    t = 1 / F.conv2d(layer.weight, layer.weight, padding=2).abs().sum((1, 2, 3))
+    h = t.reshape(1, -1, 1, 1) * F.relu(F.conv2d(x, layer.weight, padding=1) + layer.bias[:, None, None])
+    return x - 2 * F.conv_transpose2d(h, layer.weight, padding=1)
+
+
+def sll_of_images_by_hand(layer: nn.Conv2d) -> nn.Module:
+    t = 1 / F.conv2d(layer.weight, layer.weight, padding=2).abs().sum((1, 2, 3))
+    first, last = nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.ConvTranspose2d(5, 2, 3, padding=1, bias=False)
+    first.weight = last.weight = layer.weight
+    inner = nn.Sequential(first, Shift(layer.bias.detach()), nn.ReLU(), Scale(t.detach()), last, Scale(2.0))
+    return Sum(nn.Identity(), inner, weights=(1.0, -1.0))
+
+
 def block(channels: int, out: int, stride: int) -> dict[str, nn.Module]:
     return {
         "c1": nn.Conv2d(channels, out, 3, stride, 1, bias=False), "n1": nn.BatchNorm2d(out), "c2": nn.Conv2d(out, out, 3, 1, 1, bias=False),
@@ -258,6 +285,18 @@ MODELS = {
             m.a, Permute(0, 2, 3, 1), m.n, Permute(0, 3, 1, 2), nn.LayerNorm((4, 3, 3), 0.3, elementwise_affine=False), nn.Flatten(), m.head
         ),
     ),
+    "SLL": (
+        lambda: Written(lambda m, x: m.head(sll(m.b, sll(m.a, x))), a=nn.Linear(6, 9), b=nn.Linear(6, 5), head=nn.Linear(6, 3)), (6,),
+        lambda m: nn.Sequential(sll_by_hand(m.a), sll_by_hand(m.b), m.head),
+    ),
+    "SLL of images": (
+        lambda: Written(lambda m, x: m.head(sll_of_images(m.a, x).flatten(1)), a=nn.Conv2d(2, 5, 3, padding=1), head=nn.Linear(40, 3)), (2, 4, 5),
+        lambda m: nn.Sequential(sll_of_images_by_hand(m.a), nn.Flatten(), m.head),
+    ),
+    "LiResNet": (
+        lambda: Written(lambda m, x: m.head(torch.tanh(x + m.a(x)).flatten(1)), a=nn.Conv2d(2, 2, 3, padding=1), head=nn.Linear(40, 3)), (2, 4, 5),
+        lambda m: nn.Sequential(Residual(m.a), nn.Tanh(), nn.Flatten(), m.head),
+    ),
     "slices": (
         lambda: Written(lambda m, x: m.b(torch.cat([m.a(x)[:, 2:5], x[:, :2]], dim=1))[:, :3], a=nn.Linear(6, 8), b=nn.Linear(5, 4)), (6,),
         lambda m: nn.Sequential(Concatenate(nn.Sequential(m.a, Channels(2, 5)), Channels(0, 2)), m.b, Channels(0, 3)),
@@ -315,9 +354,11 @@ ELEMENTWISE = {
     "minimum with a constant": lambda x: torch.clamp(x, max=0.7), "maximum with a tensor": lambda x: torch.maximum(x, torch.full((), -0.3)),
     "min with a tensor": lambda x: torch.min(x, torch.full((1,), 0.4)),
     "max with a table": lambda x: torch.maximum(TABLE, x), "min with a table": lambda x: torch.fmin(x, TABLE[None]),
-    "clamp by tables": lambda x: x.clamp(TABLE - 0.2, TABLE + 0.1), "clamp by a table and a number": lambda x: torch.clamp(x, max=TABLE).clamp_min(-0.3),
+    "clamp by tables": lambda x: x.clamp(TABLE - 0.2, TABLE + 0.1),
+    "clamp by a table and a number": lambda x: torch.clamp(x, max=TABLE).clamp_min(-0.3),
     "where": lambda x: torch.where(TABLE > 0.1, x, TABLE), "masked fill": lambda x: x.masked_fill(TABLE < -0.2, 0.7),
-    "a mask": lambda x: x * (TABLE > 0) + torch.add(TABLE, x, alpha=2), "alpha": lambda x: torch.sub(x, TABLE, alpha=0.5) + torch.rsub(x, TABLE, alpha=4),
+    "a mask": lambda x: x * (TABLE > 0) + torch.add(TABLE, x, alpha=2),
+    "alpha": lambda x: torch.sub(x, TABLE, alpha=0.5) + torch.rsub(x, TABLE, alpha=4),
     "a constant beside": lambda x: torch.cat([x[:, :4], TABLE[None, :4].expand(x.shape[0], -1)], 1),
 }  # fmt: skip
 

@@ -139,6 +139,15 @@ def normed(layer: nn.Module) -> nn.Module:
     return layer.eval()
 
 
+def cancelling(first: nn.Module, last: nn.Module, f: nn.Module) -> Residual:
+    """x + G f(Hx + b) with G next to −ΛHᵀ."""
+    with torch.no_grad():
+        scale = 0.3 * torch.rand(len(first.weight)) + 0.1
+        last.weight.copy_(-scale * first.weight.T if first.weight.dim() == 2 else -scale.view(-1, 1, 1, 1) * first.weight)
+        last.weight += 0.001 * torch.randn_like(last.weight)
+    return Residual(nn.Sequential(first, f, last))
+
+
 def image(build: Callable[[], nn.Module], space: str = "l2", shape: tuple[int, ...] = (4, 5, 4)) -> Case:
     return Case(build, shape, space, whole=True)
 
@@ -280,6 +289,10 @@ CASES = {
     "instancenorm": image(lambda: drawn(nn.InstanceNorm2d(4, eps=1e-2, affine=True))),
     "signal-instancenorm": signal(lambda: nn.Sequential(Residual(nn.Sequential(nn.InstanceNorm1d(4, eps=1e-2), nn.Conv1d(4, 4, 1))), nn.ReLU())),
     "volume-instancenorm": image(lambda: drawn(nn.InstanceNorm3d(2, eps=1e-2, affine=True)), "l2", VOLUME),
+    "cancelling": Case(lambda: cancelling(nn.Linear(D, 10), nn.Linear(10, D), nn.GELU())),
+    "image-cancelling": image(lambda: nn.Sequential(
+        cancelling(nn.Conv2d(4, 3, 3, padding=1), nn.ConvTranspose2d(3, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 2)), "linf"
+    ),
     "maximum-constant": Case(lambda: nn.Sequential(nn.Linear(D, 8), Maximum(nn.Identity(), Constant(torch.randn(T, 8))), nn.Linear(8, 3))),
     "image-minimum-constant": image(lambda: Minimum(Constant(torch.randn(4, 5, 4)), nn.Conv2d(4, 4, 3, padding=1)), "linf"),
     "concatenate-constant": vector(lambda: nn.Sequential(Concatenate(nn.Identity(), Constant(torch.randn(3))), nn.Linear(D + 3, 5)), "l1"),

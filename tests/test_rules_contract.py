@@ -109,6 +109,22 @@ def householder() -> Householder:
     return layer
 
 
+def cancelling(first: nn.Module, last: nn.Module, f: nn.Module, size: float = 0.1) -> Residual:
+    """x + G f(Hx + b) with G next to −ΛHᵀ."""
+    with torch.no_grad():
+        scale = size * (torch.rand(len(first.weight)) + 0.5)
+        last.weight.copy_(-scale * first.weight.T if first.weight.dim() == 2 else -scale.view(-1, 1, 1, 1) * first.weight)
+        last.weight += 0.001 * torch.randn_like(last.weight)
+    return Residual(nn.Sequential(first, f, last))
+
+
+def turned_back(layer: nn.Linear) -> nn.Linear:
+    """Nearly −x."""
+    with torch.no_grad():
+        layer.weight.mul_(0.1).sub_(torch.eye(D))
+    return layer
+
+
 def positions() -> AddPositions:
     layer = AddPositions(T, D)
     nn.init.normal_(layer.positions)
@@ -234,6 +250,9 @@ CASES = {
     "residual-attention": (lambda: Residual(attention(), skip=0.5, weight=-1.5), 2.0),
     "sum": (lambda: Sum(nn.Linear(D, 5), nn.Sequential(nn.Linear(D, 7), nn.GELU(), nn.Linear(7, 5)), weights=(0.7, -1.5)), 3.0),
     "sum-attention": (lambda: Sum(nn.Identity(), attention(), nn.Linear(D, D), weights=(1.0, 0.5, 2.0)), 2.0),
+    "cancelling": (lambda: cancelling(nn.Linear(D, 12), nn.Linear(12, D), nn.Tanh()), 3.0),
+    "image-cancelling-transposed": (lambda: cancelling(nn.Conv2d(4, 3, 3, padding=1), nn.ConvTranspose2d(3, 4, 3, padding=1), nn.ReLU(), 0.02), 3.0),
+    "cancelling-linear": (lambda: Residual(turned_back(nn.Linear(D, D)), skip=0.9), 3.0),
     "image-sum": (lambda: Sum(nn.Conv2d(4, 3, 3, padding=1), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 3, 1))), 3.0),
     "concatenate": (lambda: Concatenate(nn.Linear(D, 5), nn.Identity(), nn.Sequential(nn.Linear(D, 3), nn.Tanh())), 3.0),
     "image-concatenate": (lambda: Concatenate(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU()), 3.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from robustlip.domains.expansion.base import ADJOINT_SLACK, Ball, Expansion, Functionals, OutputBounds, Scope, Term, register, token_norms
 from robustlip.domains.expansion.structure import ChainExpansion, ToTokens, shape_of
+from robustlip.domains.norms import Context, State
+from robustlip.domains.norms.joins import constant_of, executed
 from robustlip.errors import BadInput
 from robustlip.layers import Channels, Concatenate, Residual, Sum
 from robustlip.layers.joins import Branching
+from robustlip.numerics.arithmetic import RoundingModel
 from robustlip.numerics.rounding import norm_up, up
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
 
@@ -46,7 +51,7 @@ class Branches(Expansion):
 class SumExpansion(Branches):
     """Σ_i w_i f_i(x) for each token."""
 
-    by_token = ("clean", "norms")
+    by_token = ("clean", "norms", "norm")
 
     def __init__(self, layer: Sum, clean: Tensor, scope: Scope) -> None:
         super().__init__(layer, clean, scope)
@@ -54,6 +59,9 @@ class SumExpansion(Branches):
         if len(shapes := {shape_of(branch) for branch in self.branches}) > 1:
             raise BadInput(f"expected branches that put out one shape, got {sorted(shapes)}; match the widths")
         self.weights = layer.weights
+        self.layer, self.norm = layer, norm_up(clean)
+        self.before = State(self.norm, self.norm, self.norm, "l2", *clean.shape[1:], scope.whole)
+        self.constant = constant_of(layer, self.before, scope.context)
         self.norms = torch.stack([norm_up(branch.clean) for branch in self.branches], -1)  # (N, T, k)
         self.clean = sum((w * b.clean for w, b in zip(self.weights, self.branches, strict=True)), start=torch.zeros_like(self.branches[0].clean))
 
@@ -69,7 +77,20 @@ class SumExpansion(Branches):
         def total(values: list[Tensor]) -> Tensor:
             return up(sum((w * v for w, v in zip(sizes, values, strict=True)), start=torch.zeros_like(values[0])))
 
-        return OutputBounds(total(radii) + fresh, total(errors) + fresh, bounds)
+        radius = total(radii) + fresh
+        if self.constant < math.inf and ball.weight_radius is None:
+            radius = torch.minimum(radius, self._together(ball))
+        return OutputBounds(radius, total(errors) + fresh, bounds)
+
+    def _together(self, ball: Ball) -> Tensor:
+        """The radius from a constant of the whole sum (`robustlip.ops.residual`) and its rounding error, that of the reference included."""
+        norm = self.norm + ball.radius
+
+        def one(arithmetic: RoundingModel) -> Tensor:
+            assert isinstance(arithmetic, Context)
+            return executed(self.layer, replace(self.before, norm=norm), arithmetic)[0]
+
+        return up(self.constant * ball.radius) + up(self.scope.both(one))
 
     def lipschitz(self) -> Tensor | float:
         return sum((abs(w) * b.lipschitz() for w, b in zip(self.weights, self.branches, strict=True)), start=0.0)  # type: ignore[misc]

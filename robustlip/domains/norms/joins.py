@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from robustlip.domains.norms.state import Context, Rule, State, apply_rule, register
@@ -12,6 +14,7 @@ from robustlip.layers import Channels, Concatenate, Residual, Sum
 from robustlip.layers.joins import Branching
 from robustlip.ops.convolution import for_signals
 from robustlip.ops.joins import root_of_squares, weighted_sum_error
+from robustlip.ops.residual import together
 
 
 def branch_states(layer: Branching, state: State, context: Context) -> tuple[list[State], State]:
@@ -22,11 +25,48 @@ def branch_states(layer: Branching, state: State, context: Context) -> tuple[lis
     return [s.in_l2() for s in after], state
 
 
+def constant_of(layer: Sum, state: State, context: Context) -> float:
+    """A cached Lipschitz constant of the whole sum; infinite if there is only the triangle inequality's, and under a weight threat."""
+    if context.weight_radius is not None:
+        return math.inf
+    # As in `branch_states`: images as a whole, a matrix (T, D) of anything but signals by token.
+    whole, width = state.whole, state.width
+    if whole is not None and len(whole) == 2 and not for_signals(layer):
+        whole, width = None, whole[1]
+    return context.constant(layer, f"together-{whole or width}-{layer}", lambda: together(layer, whole, width))  # type: ignore[no-any-return]
+
+
+def executed(layer: Sum, state: State, context: Context) -> tuple[Tensor, Tensor]:
+    """(≥ ‖fl(y) − y‖₂ for executed ‖x‖₂ ≤ state.norm, ≥ ‖y(0)‖₂) of the sum by itself."""
+    zero, context = 0 * state.norm, replace(context, clean={})
+    rule = SumRule()
+    fresh = rule._apart(layer, replace(state, change=zero, rounding=zero), context).rounding
+    return fresh, rule._apart(layer, replace(state, norm=zero, change=zero, rounding=zero), context).norm
+
+
 @register(Sum, Residual)
 class SumRule(Rule):
-    """Σ_i w_i f_i(x): each bound is the weighted sum of the branches' bounds."""
+    """Σ_i w_i f_i(x): each bound is the weighted sum of the branches' bounds.
+
+    Where branches cancel (`robustlip.ops.residual`) there is a constant L of the whole: changes and rounding errors before the sum count at most L
+    times, the rounding of the sum itself is added, and ‖y‖ ≤ ‖y(0)‖ + L‖x‖. Clean norms inside the branches belong to other states; there they are not used.
+    """
 
     def step(self, layer: Sum, state: State, context: Context) -> State:
+        after = self._apart(layer, state, context)
+        constant = constant_of(layer, state, context)
+        if constant == math.inf:
+            return after
+        fresh, at_zero = executed(layer, state, context)
+        state = state.in_l2()
+        return replace(
+            after,
+            norm=torch.minimum(after.norm, at_zero + constant * state.norm + fresh),
+            change=torch.minimum(after.change, constant * state.change),
+            rounding=torch.minimum(after.rounding, constant * state.rounding + fresh),
+        )
+
+    def _apart(self, layer: Sum, state: State, context: Context) -> State:
         after, _ = branch_states(layer, state, context)
         shapes = {(s.tokens, s.width, s.whole) for s in after}
         if len(shapes) > 1:
