@@ -322,7 +322,7 @@ SPREAD = {
     "one column": lambda m, x: m.d(m.g(x) * m.g(x)[:, :1]),
     "rows of images": lambda m, x: m.d((x.view(-1, 1, 2, 3) * x.view(-1, 1, 2, 3).mean(-1, keepdim=True)).flatten(1)),
     "power of a half": lambda m, x: m.d(m.g(x).abs().pow(0.5)), "a number to a power": lambda m, x: m.d(torch.pow(2.0, m.g(x))),
-    "a constant maximum": lambda m, x: m.d(torch.maximum(m.g(x), torch.ones(6))),
+    "a constant maximum": lambda m, x: m.d(torch.maximum(m.g(x)[:, :1], torch.ones(6))),
 }  # fmt: skip
 
 

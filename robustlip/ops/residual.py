@@ -223,7 +223,7 @@ def _linear(skip: float, branches: list[tuple[float, list[nn.Module]]], shape: t
     for (weight, _), k in zip(branches, kernels, strict=True):
         total, sizes = total + weight * k.kernel, sizes + abs(weight) * k.kernel.abs() * (1 + k.off / U64)
     if skip:
-        middle = (slice(None), slice(None), *(n // 2 for n in first.kernel.shape[2:]))
+        middle: tuple[slice | int, ...] = (slice(None), slice(None), *(n // 2 for n in first.kernel.shape[2:]))
         eye = skip * torch.eye(shape[0], dtype=torch.float64, device=total.device)
         total[middle], sizes[middle] = total[middle] + eye, sizes[middle] + eye.abs()
     gain, reach = first.norms(total)

@@ -60,7 +60,7 @@ class SumExpansion(Branches):
             raise BadInput(f"expected branches that put out one shape, got {sorted(shapes)}; match the widths")
         self.weights = layer.weights
         self.layer, self.norm = layer, norm_up(clean)
-        self.before = State(self.norm, self.norm, self.norm, "l2", *clean.shape[1:], scope.whole)
+        self.before = State(self.norm, self.norm, self.norm, "l2", clean.shape[1], clean.shape[2], scope.whole)
         self.constant = constant_of(layer, self.before, scope.context)
         self.norms = torch.stack([norm_up(branch.clean) for branch in self.branches], -1)  # (N, T, k)
         self.clean = sum((w * b.clean for w, b in zip(self.weights, self.branches, strict=True)), start=torch.zeros_like(self.branches[0].clean))

@@ -32,8 +32,9 @@ def constant_of(layer: Sum, state: State, context: Context) -> float:
     # As in `branch_states`: images as a whole, a matrix (T, D) of anything but signals by token.
     whole, width = state.whole, state.width
     if whole is not None and len(whole) == 2 and not for_signals(layer):
-        whole, width = None, whole[1]
-    return context.constant(layer, f"together-{whole or width}-{layer}", lambda: together(layer, whole, width))  # type: ignore[no-any-return]
+        width, whole = whole[1], None
+    key = f"together-{whole or width}-{layer}"
+    return context.constant(layer, key, lambda: together(layer, whole, width))  # type: ignore[no-any-return]
 
 
 def executed(layer: Sum, state: State, context: Context) -> tuple[Tensor, Tensor]:
