@@ -37,7 +37,7 @@ EXACT, WALKS, OF_MLP, OF_SDP, CONVS, SEQUENCES, GATES, FILES = (
 )
 
 
-RESIDUAL, OPS_RESIDUAL, NORMS_JOINS = "tests/test_residual.py", "robustlip/ops/residual.py", "robustlip/domains/norms/joins.py"
+RESIDUAL, OPS_RESIDUAL = "tests/test_residual.py", "robustlip/ops/residual.py"
 LARGE, HEADS = "tests/test_large.py", "tests/test_heads.py"
 
 
@@ -165,7 +165,8 @@ MUTATIONS = [
     Mutation("tokens: the last token is read", "robustlip/domains/expansion/local.py", "row = 0 if model.position is None else model.position",
              "row = 0 if model.position is None else -1", f"{TEXTS} -k classifier_of_tokens"),
     Mutation("tokens: texts may hold the padding", TOKENS, '            found.add(int(a["other"]))\n', "", f"{TEXTS} -k padding_is_the_last"),
-    Mutation("capture: a subtraction is a sum", LOWER, 'sign = 1.0 if node.op == "add" else -1.0', "sign = 1.0", f"{CAPTURE} -k random"),
+    Mutation("capture: a subtraction is a sum", LOWER, 'sign = float(alpha) if node.op == "add" else -float(alpha)', "sign = float(alpha)",
+             f"{CAPTURE} -k random"),
     # ---- joins
     Mutation("sums: weights of branches counted as 1", NORMS_JOINS, "sizes = [abs(w) for w in layer.weights]", "sizes = [1.0 for w in layer.weights]",
              f"{JOINS} -k attain"),
@@ -175,8 +176,8 @@ MUTATIONS = [
              "change=torch.stack([s.change for s in after]).amax(0)", f"{JOINS} -k attain"),
     Mutation("sums: rounding errors of branches dropped", NORMS_JOINS, "rounding=rounding + fresh", "rounding=fresh",
              f"{JOINS} -k 'rounded_arrives'"),
-    Mutation("local: a sum moves as its last branch", AT_JOINS, "OutputBounds(total(radii) + fresh,",
-             "OutputBounds(total(radii[-1:] * len(radii)) + fresh,", f"{JOINS} -k 'however_small and local'"),
+    Mutation("local: a sum moves as its last branch", AT_JOINS, "radius = total(radii) + fresh",
+             "radius = total(radii[-1:] * len(radii)) + fresh", f"{JOINS} -k 'however_small and local'"),
     Mutation("local: errors of a sum's branches dropped", AT_JOINS, "total(errors) + fresh, bounds)",
              "fresh, bounds)",
              f"{LOCAL} -k 'promises and sum'"),

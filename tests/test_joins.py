@@ -119,7 +119,10 @@ def test_global_sums_and_concatenations_attain_their_bounds() -> None:
     with torch.no_grad():
         for layer, gain in zip(layers, (2.0, 3.0), strict=True):
             layer.weight.copy_(gain * torch.outer(u, u))
-    assert lipschitz_bound(nn.Sequential(Sum(*layers, weights=(0.5, -1.0)), nn.Identity()))["l2"] == pytest.approx(4.0, rel=1e-6)
+    bent = nn.Sequential(layers[0], nn.ReLU())
+    assert lipschitz_bound(nn.Sequential(Sum(bent, layers[1], weights=(0.5, -1.0)), nn.Identity()))["l2"] == pytest.approx(4.0, rel=1e-6)
+    # Of matrices it is the norm of their sum.
+    assert lipschitz_bound(nn.Sequential(Sum(*layers, weights=(0.5, -1.0)), nn.Identity()))["l2"] == pytest.approx(2.0, rel=1e-6)
     assert lipschitz_bound(nn.Sequential(Concatenate(*layers), nn.Identity()))["l2"] == pytest.approx(13**0.5, rel=1e-6)
 
 

@@ -79,7 +79,9 @@ class SumExpansion(Branches):
 
         radius = total(radii) + fresh
         if self.constant < math.inf and ball.weight_radius is None:
-            radius = torch.minimum(radius, self._together(ball))
+            # Chosen by sample, not by radius: the smaller of both would grow more slowly than ε, and the search of radii extrapolates.
+            less = (torch.as_tensor(self.lipschitz(), dtype=radius.dtype, device=radius.device) > self.constant).expand(len(self.clean))
+            radius = torch.where(less.unsqueeze(-1), self._together(ball), radius)
         return OutputBounds(radius, total(errors) + fresh, bounds)
 
     def _together(self, ball: Ball) -> Tensor:

@@ -50,7 +50,7 @@ class SumRule(Rule):
     """Σ_i w_i f_i(x): each bound is the weighted sum of the branches' bounds.
 
     Where branches cancel (`robustlip.ops.residual`) there is a constant L of the whole: changes and rounding errors before the sum count at most L
-    times, the rounding of the sum itself is added, and ‖y‖ ≤ ‖y(0)‖ + L‖x‖. Clean norms inside the branches belong to other states; there they are not used.
+    times, the rounding of the sum itself is added, and ‖y‖ ≤ ‖y(0)‖ + L‖x‖. Clean norms inside the branches are of other states: not used there.
     """
 
     def step(self, layer: Sum, state: State, context: Context) -> State:
