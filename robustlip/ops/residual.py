@@ -59,7 +59,7 @@ class Kernel:
         layer = made(kernel.shape[1], kernel.shape[0], tuple(kernel.shape[2:]), self.stride, self.padding, bias=False, device="meta")
         layer.weight = nn.Parameter(kernel, requires_grad=False)
         found = Convolution.of(layer, self.front)
-        return found.gain, found.reach
+        return found.gain, found.window_gain
 
     def scaled(self, out: Tensor | None = None, front: Tensor | None = None) -> Kernel:
         """With factors by channel behind, or in front."""
