@@ -177,7 +177,7 @@ MUTATIONS = [
     Mutation("sums: rounding errors of branches dropped", NORMS_JOINS, "rounding=rounding + fresh", "rounding=fresh",
              f"{JOINS} -k 'rounded_arrives'"),
     Mutation("local: a sum moves as its last branch", AT_JOINS, "radius = total(radii) + fresh",
-             "radius = total(radii[-1:] * len(radii)) + fresh", f"{JOINS} -k 'however_small and local'"),
+             "radius = total(radii[-1:] * len(radii)) + fresh", f"{LOCAL} -k 'promises and sum'"),
     Mutation("local: errors of a sum's branches dropped", AT_JOINS, "total(errors) + fresh, bounds)",
              "fresh, bounds)",
              f"{LOCAL} -k 'promises and sum'"),

@@ -289,6 +289,7 @@ CASES = {
     "instancenorm": image(lambda: drawn(nn.InstanceNorm2d(4, eps=1e-2, affine=True))),
     "signal-instancenorm": signal(lambda: nn.Sequential(Residual(nn.Sequential(nn.InstanceNorm1d(4, eps=1e-2), nn.Conv1d(4, 4, 1))), nn.ReLU())),
     "volume-instancenorm": image(lambda: drawn(nn.InstanceNorm3d(2, eps=1e-2, affine=True)), "l2", VOLUME),
+    "sum-uneven": Case(lambda: Sum(nn.Sequential(scaled(nn.Linear(D, 5), 9.0), nn.LeakyReLU(0.5)), scaled(nn.Linear(D, 5), 1e-3))),
     "cancelling": Case(lambda: cancelling(nn.Linear(D, 10), nn.Linear(10, D), nn.GELU())),
     "image-cancelling": image(lambda: nn.Sequential(
         cancelling(nn.Conv2d(4, 3, 3, padding=1), nn.ConvTranspose2d(3, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 2, 2)), "linf"
