@@ -19,13 +19,12 @@ from robustlip.attacks.base import box_of
 from robustlip.certificates import Certificate
 from robustlip.certifiers import certify, methods
 from robustlip.certifiers.chains import cast
+from robustlip.certifiers.methods import SLOW
 from robustlip.errors import BadInput, CertificateViolation, UnsupportedLayer, first_line
 from robustlip.layers import Chain
 from robustlip.numerics.rounding import evaluated_in
 from robustlip.threats import Threat
 
-# Methods that take minutes for the first batch of a model.
-SLOW = ("lipsdp",)
 INTERRUPTED = "interrupted"
 
 Batches = Callable[[str], Iterable[tuple[Tensor, Tensor, Any]]]

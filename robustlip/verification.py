@@ -43,7 +43,7 @@ from robustlip import plugins
 from robustlip.certificate_file import CertificateFile, DataSource, row_hashes
 from robustlip.certificates import Certificate, concatenate
 from robustlip.certifiers import chains
-from robustlip.certifiers.methods import check_method
+from robustlip.certifiers.methods import SLOW, check_method
 from robustlip.data import Dataset, load_data
 from robustlip.data.lengths import counted
 from robustlip.data.load import FILES, chosen, is_text, parse_spec
@@ -57,13 +57,12 @@ BATCH = 256
 ARITHMETIC = 1e-9
 ROUNDING = 1e-3
 # Methods that search for multipliers, and the largest relative difference between two searches (3 % was observed), rounded up.
-EXPENSIVE = ("lipsdp",)  # minutes for the first batch of a model
-SEARCHED, SEARCH_SPREAD = ("sdp", "lipsdp"), 0.05
+SEARCHED, SEARCH_SPREAD = ("sdp", "lipsdp", "complete"), 0.05
 SHARE = 0.05
 
 Advance = Callable[[int, int], None]
 # The methods that are recomputed by default: all that take seconds.
-FAST_METHODS = ("best", *(name for name in certifiers.METHODS if name not in EXPENSIVE))
+FAST_METHODS = ("best", *(name for name in certifiers.METHODS if name not in SLOW))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustlip.domains.expansion.dual import dual_radii, dual_why_not
 from robustlip.domains.expansion.local import local_radii, local_why_not
-from robustlip.domains.lines import crown_radii, ibp_radii, linear_why_not, local_lipschitz_radii
+from robustlip.domains.lines import complete_radii, complete_why_not, crown_radii, ibp_radii, linear_why_not, local_lipschitz_radii
 from robustlip.domains.norms import Context
 from robustlip.domains.norms.bound import global_radii
 from robustlip.domains.quadratic import eclipse_radii, eclipse_why_not, lipsdp_radii, lipsdp_why_not, sdp_radii, sdp_why_not
@@ -29,13 +29,14 @@ class Method:
     radii: (model, x, y, logits, threat, context) → (radius (N,), Lipschitz constant from the input to the last hidden state (N,), NaN where the
     method has none) of one batch, float64 on the CPU.
     why_not: (model, threat) → '' where the method applies, else one sentence with the reason. description: one line for tables and help.
-    in_best: whether 'best' tries the method.
+    in_best: whether 'best' tries the method. decides: whether 'best' tries it for a requested radius, on samples that no other method proved.
     """
 
     radii: Radii
     why_not: Callable[[Chain, Threat], str]
     description: str
     in_best: bool = True
+    decides: bool = False
 
 
 def _without_constant(radii: Radii) -> Radii:
@@ -61,7 +62,13 @@ METHODS: dict[str, Method] = {
     "sdp": Method(sdp_radii, sdp_why_not, "Lagrange dual of the exact ReLU network, multipliers for each sample"),
     # The first batch of a model takes minutes, and 'sdp' proves larger radii on every sample of the zoo.
     "lipsdp": Method(_without_constant(lipsdp_radii), lipsdp_why_not, "LipSDP: Lipschitz constants of logit pairs", in_best=False),
+    # Seconds to minutes a sample.
+    "complete": Method(complete_radii, complete_why_not, "CROWN with optimised lines, then branch and bound over ReLUs", in_best=False, decides=True),
 }
+
+
+# Methods that take minutes for the first batch of a model, or seconds to minutes a sample.
+SLOW = ("lipsdp", "complete")
 
 
 def methods() -> dict[str, Method]:
@@ -92,7 +99,8 @@ def radii_of_method(
 
 def _best(chain: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor, list[str]]:
     """The largest radius of any method for each sample. If threat.radius is set, samples for which it is proved go to no further method."""
-    names = [name for name, method in methods().items() if method.in_best and not method.why_not(chain, threat)]
+    asked = threat.radius is not None
+    names = [name for name, m in methods().items() if (m.in_best or (m.decides and asked)) and not m.why_not(chain, threat)]
     names = [name for name in names if name in METHODS or not context.final_error]
     radius, constant = METHODS[names[0]].radii(chain, x, y, logits, threat, context)
     winner = [names[0]] * len(y)

@@ -63,6 +63,10 @@ class Ball:
     def part(self, index: slice) -> Ball:
         return Ball(self.x[index], self.radius[index], self.norm)
 
+    def repeated(self, count: int) -> Ball:
+        """The one ball, `count` times."""
+        return Ball(self.x.expand(count, -1), self.radius.expand(count), self.norm)
+
     @property
     def l2_radius(self) -> Tensor:
         """‖δ‖₂ ≤ this (N,)."""
@@ -96,6 +100,10 @@ class InputBox:
 
     def part(self, index: slice) -> InputBox:
         return InputBox(self.x[index], self.half[index])
+
+    def repeated(self, count: int) -> InputBox:
+        """The one box, `count` times."""
+        return InputBox(self.x.expand(count, -1), self.half.expand(count, -1))
 
     @property
     def l2_radius(self) -> Tensor:

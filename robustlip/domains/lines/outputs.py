@@ -11,13 +11,14 @@ Source: docs/theory.md, section 9.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from robustlip.domains.lines.crown import Boxes, InputBox, Tunable, _backward, linear_boxes, vanished
+from robustlip.domains.lines.crown import Boxes, InputBox, InputSet, Tunable, _backward, linear_boxes, vanished
 from robustlip.domains.lines.dense import Network, network_of, why_not
 from robustlip.domains.lines.relaxations import Relu
 from robustlip.domains.norms import Context
@@ -53,7 +54,7 @@ class ExecutedNetwork:
             raise UnsupportedLayer(f"expected a model that linear relaxations are proved for, but {why}; attack it")
         return ExecutedNetwork(network_of(model, shape, context), context)
 
-    def boxes(self, box: InputBox) -> Boxes:
+    def boxes(self, box: InputSet) -> Boxes:
         """Boxes of all stages, execution errors included."""
         return linear_boxes(self.network, box, self.context)
 
@@ -91,13 +92,13 @@ class _Subproblems:
 
 
 def _ascend(
-    network: Network, box: InputBox, error: tuple[Tensor, ...], subproblems: _Subproblems, targets: Tensor, steps: int, until: float
+    network: Network, box: InputSet, error: tuple[Tensor, ...], subproblems: _Subproblems, targets: Tensor, steps: int, until: float
 ) -> tuple[_Subproblems, list[Tensor]]:
     """(the subproblems with their best bounds and the α, β that gave them, the amount by which each ReLU lowers the bound).
 
     targets (N,): a subproblem with a bound above its target is proved. until: deadline by time.monotonic().
     """
-    here = InputBox(box.x.expand(len(subproblems.row), -1), box.half.expand(len(subproblems.row), -1))
+    here = box.repeated(len(subproblems.row))
     boxes = Boxes(tuple(subproblems.low), tuple(subproblems.high), tuple(e.expand(len(subproblems.row), -1) for e in error))
     last = len(network.stages) - 1
     is_relu = [isinstance(stage.activation, Relu) for stage in network.hidden]
@@ -141,10 +142,13 @@ def _ascend(
 
 
 @torch.no_grad()
-def holds(executed: ExecutedNetwork, box: InputBox, rows: Tensor, offsets: Tensor, until: float, most: int = MOST_SUBPROBLEMS) -> tuple[Tensor, bool]:
+def holds(
+    executed: ExecutedNetwork, box: InputSet, rows: Tensor, offsets: Tensor, until: float, most: int = MOST_SUBPROBLEMS, total: float = math.inf
+) -> tuple[Tensor, bool]:
     """(bool (r,): whether row·logits > offset is proved on the whole box, whether the search stopped at its limit of time or of subproblems).
 
-    rows (r, C), offsets (r,), float64; the box is a single one. until: deadline by time.monotonic(). Stops at the first row that is not proved.
+    rows (r, C), offsets (r,), float64; the box (or ball) is a single one. until: deadline by time.monotonic(). most: open subproblems at once;
+    total: subproblems that are bounded for one row. Stops at the first row that is not proved.
     """
     network = executed.network
     boxes = executed.boxes(box)
@@ -163,7 +167,7 @@ def holds(executed: ExecutedNetwork, box: InputBox, rows: Tensor, offsets: Tenso
     for r in first.argsort(descending=True).tolist():
         if proved[r]:
             continue
-        done, ended = _branch(network, box, boxes, rows[r], targets[r], is_relu, until, most)
+        done, ended = _branch(network, box, boxes, rows[r], targets[r], is_relu, until, most, total)
         proved[r], cut_short = done, cut_short or ended
         if not done:
             break  # every row has to be proved
@@ -171,7 +175,7 @@ def holds(executed: ExecutedNetwork, box: InputBox, rows: Tensor, offsets: Tenso
 
 
 def _branch(
-    network: Network, box: InputBox, boxes: Boxes, row: Tensor, target: Tensor, is_relu: list[bool], until: float, most: int
+    network: Network, box: InputSet, boxes: Boxes, row: Tensor, target: Tensor, is_relu: list[bool], until: float, most: int, total: float
 ) -> tuple[bool, bool]:
     """(whether row·z > target is proved on the whole box, whether the search stopped at its limit of time or of subproblems)."""
     low, high = list(boxes.low), list(boxes.high)
@@ -184,6 +188,9 @@ def _branch(
             return False, True
         order = waiting.bound.argsort()  # the lowest bounds first
         subproblems, rest = waiting.take(order[:BATCH]), waiting.take(order[BATCH:])
+        total -= len(subproblems.row)
+        if total < 0:
+            return False, True
         subproblems, seen = _ascend(network, box, boxes.error, subproblems, target.expand(len(subproblems.row)), steps, until)
         steps = STEPS
         open_ = ~(subproblems.bound > target)

@@ -93,7 +93,8 @@ def _ibp(problem: Problem, radius: Tensor) -> Tensor:
     return interval_margins(problem.network, ball, boxes, problem.y) - vanished(problem.network, ball, boxes)[:, None]
 
 
-def _crown(problem: Problem, radius: Tensor) -> Tensor:
+def crown_margins(problem: Problem, radius: Tensor) -> Tensor:
+    """Lower bounds (N, C) of the executed margins by CROWN at each radius (N,)."""
     ball = problem.ball(radius)
     boxes = linear_boxes(problem.network, ball, problem.context)
     return linear_margins(problem.network, ball, boxes, problem.y) - vanished(problem.network, ball, boxes)[:, None]
@@ -113,7 +114,7 @@ def ibp_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat
 
 def crown_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
     """(radius (N,), NaN (N,)), float64 on the CPU, by CROWN."""
-    return search(Problem(model, x, y, logits, threat, context, dense=False), _crown)
+    return search(Problem(model, x, y, logits, threat, context, dense=False), crown_margins)
 
 
 def local_lipschitz_radii(model: Chain, x: Tensor, y: Tensor, logits: Tensor, threat: Threat, context: Context) -> tuple[Tensor, Tensor]:
