@@ -30,6 +30,7 @@ RULES, CERTIFY, INDEPENDENT, HOSTILE, MINE, LOCAL, CONSTRAINTS, SUBNORMALS, OVER
     for name in ("rules_contract", "certify", "independent", "hostile", "soundness_mutations", "local", "constraints", "subnormals", "overflow")
 )
 FORMS, TEXTS, TOKENS = "tests/test_attention_forms.py", "tests/test_texts.py", "robustlip/graph/tokens.py"
+COMPLETE = "tests/test_complete.py"
 EXECUTED, OPS_EXECUTED, MLP_STAGES = "tests/test_executed_errors.py", "robustlip/ops/executed.py", "robustlip/domains/lines/stages.py"
 VNNLIB, OUTPUTS, BOXES = "tests/test_vnnlib.py", "robustlip/domains/lines/outputs.py", "robustlip/certifiers/boxes.py"
 EXACT, WALKS, OF_MLP, OF_SDP, CONVS, SEQUENCES, GATES, FILES = (
@@ -827,6 +828,14 @@ MUTATIONS = [
     Mutation("sdp: of exact arithmetic", "robustlip/domains/quadratic/multipliers.py",
              "lost = up(executed_losses(network, ball, boxes, y) + behind)", "lost = up(0 * executed_losses(network, ball, boxes, y) + behind)",
              f"{EXECUTED} -k 'takes_off and sdp'"),
+    Mutation("complete: a refused trial counts", "robustlip/domains/lines/complete.py",
+             "refused = trial", "best, refused = trial, trial * 4", f"{COMPLETE} -k 'plane and l1'"),
+    Mutation("complete: one rival is enough", "robustlip/domains/lines/complete.py",
+             "return bool(proved.all())", "return bool(proved.any())", f"{COMPLETE} -k 'plane and l1'"),
+    Mutation("complete: what a final function may lose is forgotten", "robustlip/domains/lines/complete.py",
+             "margins > context.final_error", "margins > 0", f"{COMPLETE} -k labels"),
+    Mutation("complete: wrong labels are decided", "robustlip/domains/lines/complete.py",
+             "for n in (correct & ~done)", "for n in (~done)", f"{COMPLETE} -k labels"),
     Mutation("cases: a known sign counts the wrong way", MLP_LINEAR,
              "rows = rows - (beta * choice.side[i - 1])[:, None]", "rows = rows + (beta * choice.side[i - 1])[:, None]",
              f"{VNNLIB} -k any_slopes"),
