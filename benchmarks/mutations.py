@@ -834,8 +834,6 @@ MUTATIONS = [
              "return bool(proved.all())", "return bool(proved.any())", f"{COMPLETE} -k 'plane and l1'"),
     Mutation("complete: what a final function may lose is forgotten", "robustlip/domains/lines/complete.py",
              "margins > context.final_error", "margins > 0", f"{COMPLETE} -k labels"),
-    Mutation("complete: wrong labels are decided", "robustlip/domains/lines/complete.py",
-             "for n in (correct & ~done)", "for n in (~done)", f"{COMPLETE} -k labels"),
     Mutation("cases: a known sign counts the wrong way", MLP_LINEAR,
              "rows = rows - (beta * choice.side[i - 1])[:, None]", "rows = rows + (beta * choice.side[i - 1])[:, None]",
              f"{VNNLIB} -k any_slopes"),
