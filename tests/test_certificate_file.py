@@ -353,7 +353,7 @@ def test_no_claim_is_verified_where_nothing_is_proved_here(model):
     altered = parse(json.dumps(raw).encode())
     result = verify(altered, model, load_rows(altered.data))
     assert result.exit_code == 1 and [f.sample for f in result.findings] == [sample["index"]]
-    assert "rounding where it was made" in result.sentence()
+    assert "rounding on the machine that made it" in result.sentence()
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,6 @@ def test_weight_balls_reach_convolutions() -> None:
         (lambda: (nn.MaxPool2d(2, ceil_mode=True), nn.Flatten()), "ceil_mode", UnsupportedLayer),
         (lambda: (nn.Upsample(scale_factor=2, mode="bicubic"), nn.Flatten()), "bicubic", UnsupportedLayer),
         (lambda: (nn.Flatten(), nn.BatchNorm1d(61)), "60", BadInput), (lambda: (Channels(0, 3), nn.Flatten()), "at least 3 channels", BadInput),
-        (lambda: (nn.Conv2d(2, 2, 1), nn.LayerNorm(5), nn.Flatten()), "put Flatten", BadInput),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(layers, message, error) -> None:

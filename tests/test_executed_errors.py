@@ -11,13 +11,15 @@ from test_mlp_certifiers import METHODS, MODELS, context_of, make
 from torch import Tensor, nn
 
 from robustlip.domains.lines.crown import Ball, Boxes, backward, interval_boxes, interval_margins, linear_boxes, linear_margins
-from robustlip.domains.lines.dense import Network, network_of
+from robustlip.domains.lines.dense import Network, _errors_of, network_of
 from robustlip.domains.lines.secants import executed_losses, gains, lipschitz_margins
-from robustlip.domains.norms import Context
-from robustlip.layers import Chain, Normalize, Product, Residual, Scale, Shift, Sum, as_chain
+from robustlip.domains.norms import Context, state
+from robustlip.domains.norms.linear import LinearRule
+from robustlip.layers import Normalize, Product, Residual, Scale, Shift, Sum, as_chain
 from robustlip.numerics.arithmetic import Arithmetic
+from robustlip.ops import maps
 from robustlip.ops.executed import errors_of, product_errors, sum_errors
-from robustlip.ops.maps import map_of
+from robustlip.ops.maps import LinearMap, map_of
 from robustlip.threats import InputBall
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -265,22 +267,18 @@ def test_what_may_overflow_or_divide_by_nothing_is_off_by_anything() -> None:
     assert bool(torch.isfinite(errors_of(linear, map_of(linear, (2,)))(one, half)).all())
 
 
-def test_a_layer_of_others_is_bounded_by_its_rule() -> None:
-    """A class that a table of maps knows and the table of executed errors does not: every number is off by at most the rule's norm."""
-    from robustlip.domains.lines.dense import _errors_of
-    from robustlip.domains.norms.linear import LinearRule
-    from robustlip.domains.norms.state import register
-    from robustlip.ops.maps import MatrixMap, register_map
+def test_a_layer_of_others_is_bounded_by_its_rule(monkeypatch) -> None:
+    """A class that the tables of rules and maps have and the table of executed errors has not: every entry has at most the rule's norm."""
 
     class Doubled(nn.Linear):
         pass
 
-    @register_map(Doubled)
-    def _map(layer: Doubled, shape: tuple[int, ...]) -> MatrixMap:
-        return map_of(nn.Linear(3, 4, bias=False), shape)  # type: ignore[return-value]
+    def matrix(layer: nn.Linear, shape: tuple[int, ...]) -> LinearMap:
+        return map_of(nn.Linear(3, 4, bias=False), shape)
 
-    register(Doubled)(LinearRule)
+    monkeypatch.setitem(maps._MAPS, Doubled, (matrix, lambda layer: ""))
+    monkeypatch.setitem(state._RULES, Doubled, LinearRule())
     layer = Doubled(3, 4).requires_grad_(False)
-    model: Chain = as_chain(nn.Sequential(nn.Linear(3, 3)))
+    model = as_chain(nn.Sequential(nn.Linear(3, 3)))
     errors = _errors_of(layer, map_of(layer, (3,)))(torch.ones(2, 3, dtype=torch.float64), context_of(model))
     assert errors.shape == (2, 4) and bool((errors > 0).all()) and bool(torch.isfinite(errors).all())

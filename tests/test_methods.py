@@ -121,6 +121,7 @@ def test_the_winner_is_named_sample_by_sample(mlp, monkeypatch):
     assert (np.array(certificate.methods)[:3] == "").all() and (certificate.radius[:3] == 0).all()
 
 
+@pytest.mark.slow
 def test_nan_of_a_method_loses_no_proof(mlp, monkeypatch):
     model, x, y, threat = mlp
     before = certify(model, x, y, threat)
@@ -263,6 +264,7 @@ def test_bad_labels_are_no_reason_to_leave_a_method_out(mlp):
         compare(model, lambda label: [(x, y + 7, np.arange(24))], threat)
 
 
+@pytest.mark.slow
 def test_comparison_stops_at_a_radius_that_the_attack_refutes(mlp, monkeypatch):
     from robustlip.attacks import by_name
 

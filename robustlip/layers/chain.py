@@ -33,7 +33,7 @@ class Chain(nn.Sequential):
     computes_weights: bool = False
     final: str = ""
     # For logits (N, T, C): the token whose logits are the prediction. None for logits (N, C), and if every token has its own label (`reading`).
-    position: int | None = None
+    _position: int | None = None
     # Token ids that a text must not contain: the padding of a classifier that reads the last token that is not padding.
     without: frozenset[int] = frozenset()
 
@@ -56,6 +56,11 @@ class Chain(nn.Sequential):
             embeddings = layer(embeddings)
         return embeddings
 
+    @property
+    def position(self) -> int | None:
+        """For logits (N, T, C): the token whose logits are the prediction; of a next-token model the last one, unless stated."""
+        return -1 if self._position is None and self.task == "next-token" else self._position
+
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits (N, C) of the prediction: of the last position for next-token models; (0, z) for a single logit z."""
         if self.position is not None:
@@ -71,11 +76,11 @@ class Chain(nn.Sequential):
     @contextmanager
     def reading(self, position: int | None) -> Iterator[None]:
         """Within it the prediction is that of one token, of logits (N, T, C)."""
-        before, self.position = self.position, position
+        before, self._position = self._position, position
         try:
             yield
         finally:
-            self.position = before
+            self._position = before
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Raw inputs → the logits (N, C) of the prediction."""
@@ -117,7 +122,7 @@ class NextTokenChain(TokenChain):
     """A TokenChain whose logits are (N, T, V)."""
 
     task = "next-token"
-    position = -1
+    _position = -1
 
 
 class OneTokenChain(TokenChain):
@@ -125,7 +130,7 @@ class OneTokenChain(TokenChain):
 
     def __init__(self, layers: OrderedDict[str, nn.Module], position: int) -> None:
         super().__init__(layers)
-        self.position = int(position)
+        self._position = int(position)
 
     def extra_repr(self) -> str:
         return f"position={self.position}"
